@@ -1,0 +1,45 @@
+"""What holds for every test: fake devices, strict broadcasting, checked shapes, golden files.
+
+All of it must be in place before mor_jax is imported and before JAX starts its backend, so it
+happens at import of this file.
+"""
+
+import json
+import os
+from pathlib import Path
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import jax
+import pytest
+from jaxtyping import install_import_hook
+
+# Set through jax.config rather than XLA_FLAGS, so that processes started by a test see one device
+# unless that test asks for more.
+jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_numpy_rank_promotion", "raise")
+install_import_hook("mor_jax", "beartype.beartype")
+
+GOLDENS = Path(__file__).parent / "goldens"
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--update-goldens", action="store_true", help="rewrite tests/goldens")
+
+
+@pytest.fixture
+def golden(request: pytest.FixtureRequest):
+    """`golden("configs/mor.json", value)` compares a JSON value with its file, or rewrites it."""
+
+    def compare(name: str, value: object) -> None:
+        path = GOLDENS / name
+        text = json.dumps(value, indent=2, sort_keys=True) + "\n"
+        if request.config.getoption("--update-goldens"):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text)
+        assert path.exists(), f"{path} is missing: run pytest --update-goldens and commit the file"
+        assert json.loads(text) == json.loads(path.read_text()), (
+            f"differs from {path}; if that is meant, run pytest --update-goldens"
+        )
+
+    return compare
