@@ -11,6 +11,8 @@ smallest size at which they still differ. A test over all variants reads
 
 import dataclasses
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from mor_jax.config import (
@@ -105,14 +107,15 @@ def train_config(name: str = "expert", **changes) -> TrainConfig:
     return cfg
 
 
-def tokens(cfg: ModelConfig, batch: int = 2, length: int = 16, seed: int = 0) -> np.ndarray:
+def tokens(cfg: ModelConfig, batch: int = 2, length: int = 16, seed: int = 0) -> jax.Array:
     """Seeded random tokens, int32 [b l]."""
     rng = np.random.default_rng(seed)
-    return rng.integers(0, cfg.vocab_size, (batch, length), dtype=np.int32)
+    return jnp.asarray(rng.integers(0, cfg.vocab_size, (batch, length)), jnp.int32)
 
 
 def batch(cfg: ModelConfig, batch: int = 2, length: int = 16, seed: int = 0) -> Batch:
     """A batch of random rows without padding; the last position carries no target."""
     ids = tokens(cfg, batch, length, seed)
-    targets = np.concatenate([ids[:, 1:], np.full((batch, 1), IGNORE, np.int32)], axis=1)
+    last = jnp.full((batch, 1), IGNORE, jnp.int32)
+    targets = jnp.concatenate([ids[:, 1:], last], axis=1)
     return Batch(tokens=ids, targets=targets)
