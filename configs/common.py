@@ -1,0 +1,256 @@
+"""What the shipped configurations share: the argument after the colon, sizes, routers, recipes.
+
+Every number stands in a table. Nothing here computes one setting from another; values that follow
+from others are properties of the typed side (`mor_jax/config.py`).
+"""
+
+import difflib
+from typing import Any, NoReturn
+
+from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
+
+# 135m to 1.7b: the paper's (SmolLM's) shapes. 3b and 7b: heads of 128, 8 key/value heads, so that
+# tensor parallelism over 8 devices divides; 2 + 24 and 2 + 36 layers, so that 2, 3 and 4 recursions
+# keep the full depth. debug: for CPUs, byte vocabulary.
+SIZES = {
+    "debug": {"width": 128, "heads": 4, "kv_heads": 2, "head_dim": 32, "mlp_width": 352},
+    "135m": {"width": 576, "heads": 9, "kv_heads": 3, "head_dim": 64, "mlp_width": 1536},
+    "360m": {"width": 960, "heads": 15, "kv_heads": 5, "head_dim": 64, "mlp_width": 2560},
+    "730m": {"width": 1536, "heads": 24, "kv_heads": 8, "head_dim": 64, "mlp_width": 4096},
+    "1.7b": {"width": 2048, "heads": 32, "kv_heads": 32, "head_dim": 64, "mlp_width": 8192},
+    "3b": {"width": 3072, "heads": 24, "kv_heads": 8, "head_dim": 128, "mlp_width": 8192},
+    "7b": {"width": 4096, "heads": 32, "kv_heads": 8, "head_dim": 128, "mlp_width": 11008},
+}
+
+# Effective layers: of a plain model, then by recursions. "middle" schemes hold 2 + a multiple of
+# the recursions, the others a multiple; the nearest below the plain depth, but 34 for 360m with 4
+# middle recursions, as in the paper.
+LAYERS = {
+    "debug": {"plain": 8, "middle": {2: 8, 3: 8, 4: 6}, "all": {2: 8, 3: 6, 4: 8}},
+    "135m": {"plain": 30, "middle": {2: 30, 3: 29, 4: 30}, "all": {2: 30, 3: 30, 4: 28}},
+    "360m": {"plain": 32, "middle": {2: 32, 3: 32, 4: 34}, "all": {2: 32, 3: 30, 4: 32}},
+    "730m": {"plain": 26, "middle": {2: 26, 3: 26, 4: 26}, "all": {2: 26, 3: 24, 4: 24}},
+    "1.7b": {"plain": 24, "middle": {2: 24, 3: 23, 4: 22}, "all": {2: 24, 3: 24, 4: 24}},
+    "3b": {"plain": 26, "middle": {2: 26, 3: 26, 4: 26}, "all": {2: 26, 3: 24, 4: 24}},
+    "7b": {"plain": 38, "middle": {2: 38, 3: 38, 4: 38}, "all": {2: 38, 3: 36, 4: 36}},
+}
+
+# Settings in which the routers' recipes differ; all others keep the defaults of `_router`.
+ROUTERS = {
+    "none": {},
+    "expert": {"kind": "expert", "score": "sigmoid", "alpha": 0.1},
+    "token": {"kind": "token", "score": "softmax", "alpha": 1.0, "z_coeff": 1e-5},
+}
+
+CHOICES = {
+    "size": tuple(SIZES),
+    "routing": ("expert", "token"),
+    "kv": ("recursion", "shared", "shared_update"),
+    "recursions": (2, 3, 4),
+    "sharing": ("middle_cycle", "middle_sequence", "cycle", "sequence"),
+}
+
+
+def parse_arg(arg: str, **defaults: Any) -> ConfigDict:
+    """Parses `key=value,key=value`, the part of `--config=FILE:ARG` after the colon.
+
+    `defaults` are the keys that this configuration takes, all of them in `CHOICES`. Returns every
+    key with its value. Raises `ValueError` on an unknown key or a value that is not a choice.
+    """
+    values = dict(defaults)
+    for item in filter(None, arg.split(",")):
+        key, equals, text = item.partition("=")
+        if key not in defaults:
+            _refuse(item, f"unknown choice {key!r}", key, tuple(defaults))
+        by_text = {str(choice): choice for choice in CHOICES[key]}
+        if not equals or text not in by_text:
+            _refuse(item, f"{key} has no choice {text!r}", text, tuple(by_text))
+        values[key] = by_text[text]
+    return ConfigDict(values)
+
+
+def _refuse(item: str, problem: str, got: str, allowed: tuple[str, ...]) -> NoReturn:
+    if not allowed:
+        raise ValueError(f"config argument {item!r}: this configuration takes none. Leave it out")
+    if got.isdigit() and all(choice.isdigit() for choice in allowed):
+        near = min(allowed, key=lambda choice: abs(int(choice) - int(got)))
+    else:
+        near = difflib.get_close_matches(got, allowed, n=1, cutoff=0.0)[0]
+    rule = f"must be one of {', '.join(allowed)}"
+    raise ValueError(f"config argument {item!r}: {problem}: {rule}. Did you mean {near!r}?")
+
+
+def _router() -> ConfigDict:
+    return ConfigDict(
+        {
+            "kind": "none",
+            "arch": "linear",
+            "score": "sigmoid",
+            "alpha": 0.1,
+            "temperature": 1.0,
+            "gating": "weighted",
+            "z_coeff": 0.0,
+            "capacities": placeholder(tuple),
+            "capacity_warmup_steps": 0,
+            "capacity_warmup_levels": 8,
+            "aux": "aux_loss",
+            "aux_coeff": 0.001,
+            "balancing": "loss",
+            "balance_coeff": 0.1,
+            "balance_warmup_steps": 0,
+            "bias_rate": 0.001,
+            "capacity_factor": placeholder(float),
+        }
+    )
+
+
+def plain_model(size: str) -> ConfigDict:
+    """The plain decoder of one of `SIZES`."""
+    model = ConfigDict(
+        {
+            "vocab_size": 49152,
+            "layers": LAYERS[size]["plain"],
+            "max_length": 2048,
+            "rope_theta": 10000.0,
+            "norm_eps": 1e-5,
+            "init_std": 0.02,
+            "tie_embeddings": True,
+            "sharing": "none",
+            "recursions": 1,
+            "share_norms": True,
+            "kv": "recursion",
+            "router": _router(),
+            "dtype": "bfloat16",
+            "attention": "auto",
+            "remat": "block",
+        }
+    )
+    model.update(SIZES[size])
+    if size == "debug":
+        model.update({"vocab_size": 256, "dtype": "float32", "remat": "none"})
+    return model
+
+
+def shared_model(size: str, recursions: int, sharing: str, kv: str, routing: str) -> ConfigDict:
+    """A recursive decoder, routed unless `routing` is "none"."""
+    model = plain_model(size)
+    scheme = "middle" if sharing.startswith("middle") else "all"
+    model.layers = LAYERS[size][scheme][recursions]
+    model.update({"sharing": sharing, "recursions": recursions, "kv": kv})
+    model.router.update(ROUTERS[routing])
+    return model
+
+
+def train(model: ConfigDict, size: str) -> ConfigDict:
+    """A complete, locked run of `model` under the recipe of its size."""
+    cfg = _paper_run() if size != "debug" else _debug_run()
+    cfg.model = model
+    if size in ("1.7b", "3b", "7b"):
+        # Parameters and optimiser state are cut over all devices, rows with them.
+        cfg.accumulate = 16
+        cfg.mesh = ConfigDict(_mesh(data=1, fsdp=None))
+    return cfg.lock()
+
+
+def _paper_run() -> ConfigDict:
+    """9,438 steps of 1024 rows of 2048 tokens (20B): warm-up 5%, linear decay 20%."""
+    return ConfigDict(
+        {
+            "steps": 9438,
+            "batch_size": 1024,
+            "length": 2048,
+            "accumulate": 8,
+            "loss_chunk": _optional(1024),
+            "loss_z_coeff": 0.0,
+            "seed": 0,
+            "optim": _optim(warmup_steps=472, decay_steps=1888),
+            "data": _data(("shards:data/fineweb-edu",), "shards"),
+            "eval": _evaluation(every=500, batches=16, batch_size=128),
+            "checkpoint": _checkpoint(every=500),
+            "log": _log(),
+            "mesh": _mesh(data=None, fsdp=1),
+        }
+    )
+
+
+def _debug_run() -> ConfigDict:
+    """200 steps of 8 rows of 256 bytes of the standard library: a minute on two CPU cores."""
+    return ConfigDict(
+        {
+            "steps": 200,
+            "batch_size": 8,
+            "length": 256,
+            "accumulate": 1,
+            "loss_chunk": placeholder(int),
+            "loss_z_coeff": 0.0,
+            "seed": 0,
+            "optim": _optim(warmup_steps=10, decay_steps=40),
+            "data": _data(("stdlib",), "bytes"),
+            "eval": _evaluation(every=100, batches=8, batch_size=8),
+            "checkpoint": _checkpoint(every=100),
+            "log": _log(),
+            "mesh": _mesh(data=None, fsdp=1),
+        }
+    )
+
+
+def _optim(warmup_steps: int, decay_steps: int) -> dict[str, Any]:
+    return {
+        "lr": 3e-3,
+        "schedule": "trapezoid",
+        "warmup_steps": warmup_steps,
+        "decay_steps": decay_steps,
+        "final_lr_ratio": 0.0,
+        "b1": 0.9,
+        "b2": 0.95,
+        "eps": 1e-8,
+        "weight_decay": 0.1,
+        "clip_norm": 1.0,
+        "router_lr_ratio": 10.0,
+        "max_skipped_steps": 10,
+    }
+
+
+def _data(sources: tuple[str, ...], tokenizer: str) -> dict[str, Any]:
+    return {
+        "sources": sources,
+        "weights": placeholder(tuple),
+        "text_key": "text",
+        "tokenizer": tokenizer,
+        "within_documents": False,
+        "heldout_share": 0.01,
+        "shuffle": True,
+        "seed": 0,
+        "workers": 0,
+        "prefetch": 2,
+    }
+
+
+def _optional(value: int | None) -> Any:
+    """An int setting that can be None: `--config.eval.every=50` works either way."""
+    reference = placeholder(int)
+    reference.set(value)
+    return reference
+
+
+def _evaluation(every: int, batches: int, batch_size: int) -> dict[str, Any]:
+    return {
+        "every": _optional(every),
+        "batches": batches,
+        "batch_size": batch_size,
+        "prompt": "def ",
+        "completion_tokens": 160,
+    }
+
+
+def _checkpoint(every: int) -> dict[str, Any]:
+    return {"every": _optional(every), "keep": 2, "keep_every": placeholder(int)}
+
+
+def _mesh(data: int | None, fsdp: int | None) -> dict[str, Any]:
+    return {"data": _optional(data), "fsdp": _optional(fsdp), "tensor": _optional(1)}
+
+
+def _log() -> dict[str, Any]:
+    return {"every": 10, "tensorboard": False, "wandb_project": placeholder(str)}

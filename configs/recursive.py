@@ -1,0 +1,19 @@
+"""One block of layers applied several times, every token at full depth.
+
+    python launch/train.py --config=configs/recursive.py --workdir=runs/recursive
+    python launch/train.py --config=configs/recursive.py:size=360m,recursions=2,kv=shared
+
+Choices after the colon: size, recursions, sharing, kv (recursion or shared).
+"""
+
+from ml_collections import ConfigDict
+
+from configs import common
+
+
+def get_config(arg: str = "") -> ConfigDict:
+    """Returns the locked configuration that the choices in `arg` name."""
+    choice = common.parse_arg(
+        arg, size="debug", recursions=3, sharing="middle_cycle", kv="recursion"
+    )
+    return common.train(common.shared_model(**choice, routing="none"), choice.size)

@@ -1,0 +1,17 @@
+"""A plain Llama-style decoder, the baseline.
+
+    python launch/train.py --config=configs/vanilla.py --workdir=runs/vanilla
+    python launch/train.py --config=configs/vanilla.py:size=360m --workdir=runs/vanilla-360m
+
+Choices after the colon: size.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import common
+
+
+def get_config(arg: str = "") -> ConfigDict:
+    """Returns the locked configuration that the choices in `arg` name."""
+    choice = common.parse_arg(arg, size="debug")
+    return common.train(common.plain_model(choice.size), choice.size)
