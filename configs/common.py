@@ -91,7 +91,7 @@ def _router() -> ConfigDict:
             "temperature": 1.0,
             "gating": "weighted",
             "z_coeff": 0.0,
-            "capacities": placeholder(tuple),
+            "capacities": _optional(None),
             "capacity_warmup_steps": 0,
             "capacity_warmup_levels": 8,
             "aux": "aux_loss",
@@ -100,7 +100,7 @@ def _router() -> ConfigDict:
             "balance_coeff": 0.1,
             "balance_warmup_steps": 0,
             "bias_rate": 0.001,
-            "capacity_factor": placeholder(float),
+            "capacity_factor": _optional(None),
         }
     )
 
@@ -182,7 +182,7 @@ def _debug_run() -> ConfigDict:
             "batch_size": 8,
             "length": 256,
             "accumulate": 1,
-            "loss_chunk": placeholder(int),
+            "loss_chunk": _optional(None),
             "loss_z_coeff": 0.0,
             "seed": 0,
             "optim": _optim(warmup_steps=10, decay_steps=40),
@@ -215,7 +215,7 @@ def _optim(warmup_steps: int, decay_steps: int) -> dict[str, Any]:
 def _data(sources: tuple[str, ...], tokenizer: str) -> dict[str, Any]:
     return {
         "sources": sources,
-        "weights": placeholder(tuple),
+        "weights": _optional(None),
         "text_key": "text",
         "tokenizer": tokenizer,
         "within_documents": False,
@@ -228,8 +228,8 @@ def _data(sources: tuple[str, ...], tokenizer: str) -> dict[str, Any]:
 
 
 def _optional(value: int | None) -> Any:
-    """An int setting that can be None: `--config.eval.every=50` works either way."""
-    reference = placeholder(int)
+    """A setting that can be None; `--config.eval.every=None` and `=50` both work on it."""
+    reference = placeholder(object)
     reference.set(value)
     return reference
 
@@ -245,7 +245,7 @@ def _evaluation(every: int, batches: int, batch_size: int) -> dict[str, Any]:
 
 
 def _checkpoint(every: int) -> dict[str, Any]:
-    return {"every": _optional(every), "keep": 2, "keep_every": placeholder(int)}
+    return {"every": _optional(every), "keep": 2, "keep_every": _optional(None)}
 
 
 def _mesh(data: int | None, fsdp: int | None) -> dict[str, Any]:
@@ -253,4 +253,4 @@ def _mesh(data: int | None, fsdp: int | None) -> dict[str, Any]:
 
 
 def _log() -> dict[str, Any]:
-    return {"every": 10, "tensorboard": False, "wandb_project": placeholder(str)}
+    return {"every": 10, "tensorboard": False, "wandb_project": _optional(None)}
