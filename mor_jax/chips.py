@@ -1,0 +1,83 @@
+"""What the vendors publish about accelerators, keyed by the name JAX gives a device.
+
+Numbers are peaks for dense bfloat16 products with float32 accumulation. NVIDIA's sheets print the
+figure for 2:4 sparse matrices; half of it stands here. A device that is not listed, a CPU among
+them, has no peak: every function then answers None, never an estimate.
+
+Sources. TPU: cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e,tpu7x}; the links of v4 after Jouppi et
+al., "TPU v4" (ISCA 2023), six of 50 GB/s in each direction. NVIDIA: the data sheets of A100
+(nvidia-a100-datasheet), H100, H200, GH200, L4, L40S and HGX B200.
+"""
+
+import dataclasses
+
+_GIB = 2**30
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """One device as JAX counts devices.
+
+    peak: FLOP/s, dense bfloat16. memory: bytes. bandwidth: bytes/s of that memory.
+    interconnect: bytes/s to other devices of its kind, both directions summed; None without links
+    of its own (PCIe only).
+    """
+
+    peak: float
+    memory: int
+    bandwidth: float
+    interconnect: float | None
+
+
+def _chip(tflops: float, gib: float, gb_per_s: float, link_gb_per_s: float | None) -> Chip:
+    link = None if link_gb_per_s is None else link_gb_per_s * 1e9
+    return Chip(tflops * 1e12, int(gib * _GIB), gb_per_s * 1e9, link)
+
+
+_V5E = _chip(197, 16, 819, 400)
+_V5P = _chip(459, 95, 2765, 1200)
+_V6E = _chip(918, 32, 1638, 800)
+
+CHIPS: dict[str, Chip] = {
+    "TPU v4": _chip(275, 32, 1200, 600),
+    "TPU v5 lite": _V5E,
+    "TPU v5e": _V5E,
+    "TPU v5": _V5P,
+    "TPU v5p": _V5P,
+    "TPU v6 lite": _V6E,
+    "TPU v6e": _V6E,
+    # JAX sees the two halves of this chip as two devices, so each has half of the published
+    # 2307 TFLOP/s, 192 GiB, 7380 GB/s and 1200 GB/s.
+    "TPU7x": _chip(1153.5, 96, 3690, 600),
+    "NVIDIA A100-SXM4-40GB": _chip(312, 40, 1555, 600),
+    "NVIDIA A100-SXM4-80GB": _chip(312, 80, 2039, 600),
+    "NVIDIA A100-PCIE-40GB": _chip(312, 40, 1555, None),
+    "NVIDIA A100 80GB PCIe": _chip(312, 80, 1935, None),
+    "NVIDIA H100 80GB HBM3": _chip(989, 80, 3350, 900),
+    "NVIDIA H100 PCIe": _chip(756, 80, 2000, None),
+    "NVIDIA H100 NVL": _chip(835, 94, 3900, 600),
+    "NVIDIA H200": _chip(989, 141, 4800, 900),
+    "NVIDIA GH200 480GB": _chip(989, 96, 4000, 900),
+    "NVIDIA B200": _chip(2250, 180, 8000, 1800),
+    "NVIDIA L4": _chip(121, 24, 300, None),
+    "NVIDIA L40S": _chip(362, 48, 864, None),
+}
+
+
+def peak_flops(device_kind: str) -> float | None:
+    """Dense bfloat16 FLOP/s of `jax.Device.device_kind`; None where no peak is published here."""
+    chip = CHIPS.get(device_kind)
+    return None if chip is None else chip.peak
+
+
+def mfu(
+    flops_per_token: float, tokens_per_second: float, device_kind: str, devices: int = 1
+) -> float | None:
+    """Share of the devices' peak that `flops_per_token * tokens_per_second` amounts to, 0 .. 1.
+
+    With model FLOPs of the tokens actually routed this is the model FLOPs utilisation; with
+    hardware FLOPs it is the hardware utilisation. None on a device without a listed peak.
+    tokens_per_second: of all `devices` together.
+    """
+    peak = peak_flops(device_kind)
+    return None if peak is None else flops_per_token * tokens_per_second / (peak * devices)

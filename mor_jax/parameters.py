@@ -1,0 +1,75 @@
+"""Parameter counts by formula, from the configuration alone.
+
+What the stored tree must amount to: a shared weight counts once. Needs no JAX, so the model's
+initialisation, checkpoints and converters can all be held to the same numbers.
+"""
+
+import dataclasses
+
+from mor_jax.config import ModelConfig, RouterConfig
+
+
+def effective(cfg: ModelConfig) -> ModelConfig:
+    """The plain model of the same depth and width: nothing shared, nothing routed."""
+    return dataclasses.replace(
+        cfg,
+        sharing="none",
+        recursions=1,
+        kv="recursion",
+        share_norms=True,
+        router=RouterConfig(),
+    )
+
+
+def unique_parameters(cfg: ModelConfig, *, embedding: bool = True) -> int:
+    """Numbers stored in the parameter tree, each shared one once.
+
+    embedding: with the embedding and the untied head; without them the count is the
+    "non-embedding" one of the paper's tables (314.6M for the plain 360M model).
+    """
+    d = cfg.width
+    pairs = cfg.unique_layers
+    if not cfg.share_norms:
+        pairs += cfg.shared_layers * (cfg.recursions - 1)
+    stacks = cfg.unique_layers * layer_weights(cfg) + pairs * 2 * d
+    tables = (1 if cfg.tie_embeddings else 2) * cfg.vocab_size * d
+    return stacks + d + _router_weights(cfg) + (tables if embedding else 0)
+
+
+def effective_parameters(cfg: ModelConfig, *, embedding: bool = True) -> int:
+    """`unique_parameters` of the plain model of the same depth."""
+    return unique_parameters(effective(cfg), embedding=embedding)
+
+
+def layer_weights(cfg: ModelConfig) -> int:
+    """Matrix entries of one layer; also its multiply-adds per token outside of attention."""
+    return query_output_weights(cfg) + key_value_weights(cfg) + 3 * cfg.width * cfg.mlp_width
+
+
+def query_output_weights(cfg: ModelConfig) -> int:
+    return 2 * cfg.width * cfg.heads * cfg.head_dim
+
+
+def key_value_weights(cfg: ModelConfig) -> int:
+    return 2 * cfg.width * cfg.kv_heads * cfg.head_dim
+
+
+def scorer_weights(cfg: ModelConfig, outputs: int) -> int:
+    """Matrix entries of one router network with `outputs` scores a token."""
+    if cfg.router.arch == "linear":
+        return cfg.width * outputs
+    return 2 * cfg.width * (cfg.width + outputs)
+
+
+def scorers(cfg: ModelConfig) -> int:
+    """Router networks that an expert-choice recursion runs."""
+    return 2 if cfg.router.aux == "aux_router" else 1
+
+
+def _router_weights(cfg: ModelConfig) -> int:
+    router, nr = cfg.router, cfg.recursions
+    if router.kind == "expert":
+        return nr * scorers(cfg) * scorer_weights(cfg, 1)
+    if router.kind == "token":
+        return scorer_weights(cfg, nr) + (nr if router.balancing == "loss_free" else 0)
+    return 0
