@@ -31,6 +31,7 @@ LAYERS = (
         "data",
         "checkpoint",
         "metrics",
+        "workdir",
         "progress",
         "flops",
         "evaluate",
