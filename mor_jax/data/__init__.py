@@ -1,0 +1,25 @@
+"""Data: corpora, tokenizers, packing and batches. docs/data.md describes sources and settings."""
+
+from mor_jax.data.baselines import ngram_loss
+from mor_jax.data.loader import (
+    TrainBatches,
+    fingerprint,
+    heldout_batches,
+    open_corpus,
+    open_streams,
+    train_batches,
+)
+from mor_jax.data.tokenizers import Tokenizer, check_vocabulary, load_tokenizer
+
+__all__ = [
+    "Tokenizer",
+    "TrainBatches",
+    "check_vocabulary",
+    "fingerprint",
+    "heldout_batches",
+    "load_tokenizer",
+    "ngram_loss",
+    "open_corpus",
+    "open_streams",
+    "train_batches",
+]

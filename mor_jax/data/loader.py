@@ -1,0 +1,193 @@
+"""Batches: from configured sources to this host's rows of every global batch.
+
+The state of the whole pipeline is one integer, the number of the next global batch: batch n is a
+pure function of n, of the configuration and of the seed, whatever the number of hosts.
+"""
+
+import dataclasses
+import functools
+import hashlib
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from mor_jax.config import DataConfig, check
+from mor_jax.data.documents import Documents, open_documents
+from mor_jax.data.mixture import Mixture, shares_of
+from mor_jax.data.rows import Row, Rows, spread
+from mor_jax.data.shards import open_shards
+from mor_jax.data.streams import TokenStream, tokenize
+from mor_jax.data.tokenizers import Tokenizer
+from mor_jax.types import IGNORE, Batch
+
+# grain takes half a second to import; evaluation and preparation do without it.
+if TYPE_CHECKING:
+    import grain
+
+
+@functools.lru_cache(maxsize=8)
+def _tokenized(key: "_Key") -> dict[str, TokenStream]:
+    return dict(tokenize(key.documents, key.tokenizer, key.share))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Key:
+    """A tokenised source in memory; equal keys share it for the life of the process."""
+
+    documents: Documents = dataclasses.field(compare=False)
+    spec: str
+    identity: str
+    text_key: str
+    tokenizer: Tokenizer
+    share: float
+
+
+def open_streams(cfg: DataConfig, tokenizer: Tokenizer, split: str) -> list[TokenStream]:
+    """Token stream of split `train` or `heldout` of each source. Raises `ValueError`."""
+    streams = []
+    for i, spec in enumerate(cfg.sources):
+        setting = f"data.sources[{i}]"
+        if spec.startswith("shards:"):
+            streams.append(open_shards(spec, tokenizer, setting)[split])
+            continue
+        found = open_documents(spec, cfg.text_key, setting)
+        key = _Key(found, spec, found.identity, cfg.text_key, tokenizer, cfg.heldout_share)
+        streams.append(_tokenized(key)[split])
+    return streams
+
+
+def _open_rows(cfg: DataConfig, tokenizer: Tokenizer, split: str, length: int) -> list[Rows]:
+    streams = open_streams(cfg, tokenizer, split)
+    return [Rows(stream, length, cfg.within_documents) for stream in streams]
+
+
+def open_corpus(
+    cfg: DataConfig, tokenizer: Tokenizer, split: str, length: int
+) -> "grain.MapDataset":
+    """Every row of a split, source after source, unshuffled: a grain `MapDataset` of `Row`."""
+    import grain
+
+    parts = [grain.MapDataset.source(rows) for rows in _open_rows(cfg, tokenizer, split, length)]
+    return grain.MapDataset.concatenate(parts)
+
+
+def fingerprint(cfg: DataConfig, tokenizer: Tokenizer) -> str:
+    """Hash that changes when batches would: texts, tokenizer, split, mixture, packing, order.
+
+    Paths and the number of hosts, threads or processes do not enter.
+    """
+    splits = ("train", "heldout")
+    texts = [[s.fingerprint for s in open_streams(cfg, tokenizer, split)] for split in splits]
+    order = (cfg.weights, cfg.within_documents, cfg.shuffle, cfg.seed)
+    return hashlib.sha256(repr((texts, tokenizer.fingerprint, order)).encode()).hexdigest()[:32]
+
+
+def _host_rows(batch_size: int, host: int, hosts: int) -> int:
+    rule = f"must be a multiple of the {hosts} hosts, which take equal numbers of its rows"
+    fix = f"Try {-(-batch_size // hosts) * hosts}"
+    check(batch_size > 0 and batch_size % hosts == 0, "batch_size", batch_size, rule, fix)
+    check(0 <= host < hosts, "host", host, f"must be in 0 .. {hosts - 1}", "Count hosts from 0")
+    return batch_size // hosts
+
+
+def _to_batch(row: Mapping[str, Any]) -> Batch:
+    return Batch(**{name: np.asarray(array) for name, array in row.items()})
+
+
+class TrainBatches:
+    """Iterates this host's part of the global batches, endlessly.
+
+    `position` is the number of the next global batch; starting at it gives the same batches.
+    """
+
+    def __init__(self, batches: "grain.IterDataset", start: int) -> None:
+        self._iterator = iter(batches)
+        self.position = start
+
+    def __iter__(self) -> "TrainBatches":
+        return self
+
+    def __next__(self) -> Batch:
+        row = next(self._iterator)
+        self.position += 1
+        return _to_batch(row)
+
+    def close(self) -> None:
+        """Ends the background threads and processes."""
+        self._iterator.close()
+
+
+def train_batches(
+    cfg: DataConfig,
+    *,
+    tokenizer: Tokenizer,
+    length: int,
+    batch_size: int,
+    seed: int,
+    host: int = 0,
+    hosts: int = 1,
+    start: int = 0,
+) -> TrainBatches:
+    """Training batches from global batch `start` on, NumPy int32 [batch_size / hosts, length].
+
+    Each source is shuffled anew in every epoch, by `seed` and `cfg.seed`, and repeated; sources
+    are mixed by weight. Host h gets rows h * b .. (h+1) * b - 1 of each global batch, b being
+    batch_size / hosts. `cfg.prefetch` batches are made ahead by a thread, or by `cfg.workers`
+    processes. Raises `ValueError`, see docs/data.md.
+    """
+    import grain
+
+    local = _host_rows(batch_size, host, hosts)
+    check(start >= 0, "start", start, "is the number of a batch", "Count batches from 0")
+    parts = []
+    for i, rows in enumerate(_open_rows(cfg, tokenizer, "train", length)):
+        part = grain.MapDataset.source(rows)
+        if cfg.shuffle:
+            own = np.random.SeedSequence((cfg.seed, seed, i)).generate_state(1)[0]
+            part = part.shuffle(seed=int(own))
+        parts.append(part.repeat())
+    weights = cfg.weights or (1.0,) * len(parts)
+    mixed = grain.MapDataset.select_from_datasets(parts, Mixture(weights))
+    batches = mixed.batch(local)[start * hosts + host :: hosts]
+    ahead = grain.ReadOptions(num_threads=min(cfg.prefetch, 1), prefetch_buffer_size=cfg.prefetch)
+    iterable = batches.to_iter_dataset(ahead)
+    if cfg.workers:
+        options = grain.MultiprocessingOptions(
+            num_workers=cfg.workers, per_worker_buffer_size=max(cfg.prefetch, 1)
+        )
+        iterable = iterable.mp_prefetch(options)
+    return TrainBatches(iterable, start)
+
+
+def heldout_batches(
+    cfg: DataConfig,
+    *,
+    tokenizer: Tokenizer,
+    length: int,
+    batch_size: int,
+    batches: int,
+    host: int = 0,
+    hosts: int = 1,
+) -> list[Batch]:
+    """The same `batches` held-out batches at every call, this host's rows of each.
+
+    Rows are shared between sources by weight and spread evenly over each. A small split gives
+    fewer batches; the rows that then lack in the last are repetitions without targets. Raises
+    `ValueError` if a source's held-out split does not fill one row.
+    """
+    local = _host_rows(batch_size, host, hosts)
+    sources = _open_rows(cfg, tokenizer, "heldout", length)
+    total = max(batches * batch_size, len(sources))
+    wanted = shares_of(cfg.weights or (1.0,) * len(sources), total)
+    chosen: list[Row] = []
+    for rows, count in zip(sources, wanted, strict=True):
+        chosen += [rows[int(i)] for i in spread(len(rows), int(count))]
+    for i in range(-len(chosen) % batch_size):
+        row = chosen[i]
+        chosen.append(row | {"targets": np.full_like(row["targets"], IGNORE)})
+    made = []
+    for first in range(host * local, min(len(chosen), batches * batch_size), batch_size):
+        part = chosen[first : first + local]
+        made.append(_to_batch({name: np.stack([row[name] for row in part]) for name in part[0]}))
+    return made

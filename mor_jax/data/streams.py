@@ -1,0 +1,117 @@
+"""Token streams: all documents of one split, joined, each ended by EOS, read by position.
+
+A stream lives in memory (tokenised at start) or in shards on disk (written beforehand).
+"""
+
+import abc
+import dataclasses
+import functools
+import hashlib
+from collections.abc import Sequence
+
+import numpy as np
+
+from mor_jax.config import check
+from mor_jax.data.documents import Documents
+from mor_jax.data.heldout import heldout_mask, text_hash
+from mor_jax.data.tokenizers import Tokenizer
+
+BATCH_CHARACTERS = 4 * 2**20
+"""Text handed to the tokenizer at once."""
+
+MEMORY_LIMIT = 2 * 2**30
+"""Characters of text that a source may hold when it is tokenised into memory."""
+
+
+class TokenStream(abc.ABC):
+    """The joined tokens of one split of one source.
+
+    name: the source, as configured. setting: what errors call it.
+    fingerprint: hash that changes with the tokens.
+    """
+
+    name: str
+    setting: str
+    fingerprint: str
+
+    @abc.abstractmethod
+    def __len__(self) -> int:
+        """Number of tokens, ends of documents included."""
+
+    @abc.abstractmethod
+    def read(self, start: int, stop: int) -> np.ndarray:
+        """Tokens at positions `start` .. `stop - 1`."""
+
+    @abc.abstractmethod
+    def cuts(self, start: int, stop: int) -> np.ndarray:
+        """Positions strictly between `start` and `stop` at which a document begins, ascending."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class MemoryStream(TokenStream):
+    """Tokens in one array; `ends` holds the position after each document's EOS, ascending."""
+
+    name: str
+    setting: str
+    tokens: np.ndarray
+    ends: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        """See `TokenStream.read`."""
+        return self.tokens[start:stop]
+
+    def cuts(self, start: int, stop: int) -> np.ndarray:
+        """See `TokenStream.cuts`."""
+        first, last = np.searchsorted(self.ends, [start + 1, stop])
+        return self.ends[first:last]
+
+    @functools.cached_property
+    def fingerprint(self) -> str:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Hash of the tokens and of where documents end."""
+        digest = hashlib.blake2b(self.tokens.data, digest_size=16)
+        digest.update(self.ends.data)
+        return digest.hexdigest()
+
+
+def join(arrays: Sequence[np.ndarray], tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarray]:
+    """Documents joined with EOS after each: tokens of `tokenizer.dtype`, and ends, int64."""
+    ends = np.cumsum([len(array) + 1 for array in arrays], dtype=np.int64)
+    tokens = np.full(ends[-1] if len(arrays) else 0, tokenizer.eos_id, tokenizer.dtype)
+    for array, end in zip(arrays, ends, strict=True):
+        tokens[end - 1 - len(array) : end - 1] = array
+    return tokens, ends
+
+
+def tokenize(
+    documents: Documents, tokenizer: Tokenizer, heldout_share: float
+) -> dict[str, MemoryStream]:
+    """Reads and tokenises a whole source: streams `train` and `heldout`.
+
+    Raises `ValueError` if it has too few documents for both or too much text for memory.
+    """
+    arrays: list[np.ndarray] = []
+    hashes: list[int] = []
+    pending: list[str] = []
+    size = characters = 0
+    rule = f"holds more than {MEMORY_LIMIT / 2**30:.0f} Gi characters, too many to keep in memory"
+    fix = f"Write shards once: python launch/prepare_data.py --source={documents.spec} "
+    fix += f"--tokenizer={tokenizer.name} --output=DIR, then use 'shards:DIR'"
+    for text in filter(None, documents.read(0)):
+        pending.append(text)
+        hashes.append(text_hash(text))
+        size += len(text)
+        if size >= BATCH_CHARACTERS:
+            characters += size
+            check(characters <= MEMORY_LIMIT, documents.setting, documents.spec, rule, fix)
+            arrays += tokenizer.encode_batch(pending)
+            pending, size = [], 0
+    arrays += tokenizer.encode_batch(pending)
+    held = heldout_mask(hashes, heldout_share, documents.setting, documents.spec)
+    streams = {}
+    for split, side in (("train", ~held), ("heldout", held)):
+        tokens, ends = join([arrays[i] for i in np.flatnonzero(side)], tokenizer)
+        streams[split] = MemoryStream(documents.spec, documents.setting, tokens, ends)
+    return streams
