@@ -165,7 +165,7 @@ def _paper_run() -> ConfigDict:
             "loss_z_coeff": 0.0,
             "seed": 0,
             "optim": _optim(warmup_steps=472, decay_steps=1888),
-            "data": _data(("shards:data/fineweb-edu",), "shards"),
+            "data": _data(("shards:data/fineweb-edu",), "data/fineweb-edu"),
             "eval": _evaluation(every=500, batches=16, batch_size=128),
             "checkpoint": _checkpoint(every=500),
             "log": _log(),
