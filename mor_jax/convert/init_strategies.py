@@ -1,0 +1,140 @@
+"""Which layers of a plain model become the layers of a recursive one (SPEC of parameter sharing).
+
+A plain model of L layers turns into d slots that run Nr times (and, in the middle variants, its
+first and last layer). A strategy names the source layers of each slot; `average` has several.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Literal
+
+import numpy as np
+
+from mor_jax.config import ModelConfig, Sharing, check
+from mor_jax.types import Params
+
+Strategy = Literal["stepwise", "average", "lower", "upper", "random"]
+STRATEGIES: tuple[Strategy, ...] = ("stepwise", "average", "lower", "upper", "random")
+
+
+@dataclasses.dataclass(frozen=True)
+class Selection:
+    """Sources of a recursive model in the plain one.
+
+    kept: the plain model's layer that stands at each effective layer before sharing; shorter than
+        the plain model where its layer count does not fit the scheme.
+    slots: source layers of each shared slot; more than one are averaged.
+    order: the slot of each effective layer of the shared block.
+    ends: the first and the last layer, for the middle variants.
+    """
+
+    kept: tuple[int, ...]
+    slots: tuple[tuple[int, ...], ...]
+    order: tuple[int, ...]
+    ends: tuple[int, int] | None
+
+    @property
+    def effective(self) -> tuple[tuple[int, ...], ...]:
+        """Source layers of every effective layer, from the first to the last."""
+        inner = tuple(self.slots[slot] for slot in self.order)
+        if self.ends is None:
+            return inner
+        return ((self.ends[0],), *inner, (self.ends[1],))
+
+
+def select_layers(
+    sharing: Sharing, layers: int, recursions: int, strategy: Strategy, seed: int = 0
+) -> Selection:
+    """Sources for `sharing` with `recursions` recursions, from a plain model of `layers` layers.
+
+    A count that does not fit first shrinks: as many evenly spaced layers as fit are kept. Among
+    those: stepwise: evenly spaced, ends included. lower, upper: the first or last d. random: d
+    sorted draws without replacement. average: the mean of the layers that share a slot.
+
+    Raises:
+        ValueError: too few layers for one per recursion, or an unknown strategy or scheme.
+    """
+    check(strategy in STRATEGIES, "strategy", strategy, f"must be one of {STRATEGIES}", "Try one")
+    rule = "must repeat layers"
+    check(sharing != "none", "sharing", sharing, rule, "Try 'middle_cycle'")
+    middle = sharing.startswith("middle")
+    low, high = int(middle), layers - 1 - int(middle)
+    depth = (high - low + 1) // recursions
+    rule = f"{sharing} with recursions={recursions} needs {2 * middle} + {recursions} layers"
+    check(depth > 0, "layers", layers, rule, "Use a deeper model or fewer recursions")
+    kept = _spread(low, high, depth * recursions)
+    kept = (0, *kept, layers - 1) if middle else kept
+    inner = kept[1:-1] if middle else kept
+    sequence = sharing.endswith("sequence")
+    order = [i // recursions if sequence else i % depth for i in range(len(inner))]
+    slots: Sequence[tuple[int, ...]]
+    if strategy == "average":
+        pairs = list(zip(inner, order, strict=True))
+        slots = [tuple(layer for layer, slot in pairs if slot == s) for s in range(depth)]
+    else:
+        # Places count the first layer in: halves round to even places, so the offset matters.
+        last = int(middle) + len(inner) - 1
+        slots = [(kept[i],) for i in _pick(strategy, int(middle), last, depth, seed)]
+    ends = (0, layers - 1) if middle else None
+    return Selection(kept, tuple(slots), tuple(order), ends)
+
+
+def _spread(low: int, high: int, count: int) -> tuple[int, ...]:
+    # Halves go to the even neighbour, as Python's round does it.
+    return tuple(round(float(place)) for place in np.linspace(low, high, count))
+
+
+def _pick(strategy: Strategy, low: int, high: int, depth: int, seed: int) -> tuple[int, ...]:
+    if strategy == "lower":
+        return tuple(range(low, low + depth))
+    if strategy == "upper":
+        return tuple(range(high - depth + 1, high + 1))
+    if strategy == "random":
+        draws = np.random.default_rng(seed).choice(high - low + 1, depth, replace=False)
+        return tuple(int(low + draw) for draw in np.sort(draws))
+    return _spread(low, high, depth)
+
+
+def share_layers(plain: Params, cfg: ModelConfig, selection: Selection) -> Params:
+    """Parameters of the recursive model `cfg`, without routers, from those of a plain model.
+
+    plain: a tree with the stack `layers`. Arrays are new and of the same dtype. With unshared
+    norms each effective layer takes those of the layer that stood in its place.
+
+    Raises:
+        ValueError: `selection` makes another number of layers than `cfg` has.
+    """
+    made = len(selection.effective)
+    rule = f"the selection makes {made} layers"
+    fix = f"Set layers={made}, sharing and recursions as in the selection"
+    check(made == cfg.layers, "layers", cfg.layers, rule, fix)
+    tree = {name: value for name, value in plain.items() if name != "layers"}
+    stack = plain["layers"]
+    tree["shared"] = {
+        group: {leaf: _mean(array, selection.slots) for leaf, array in leaves.items()}
+        for group, leaves in stack.items()
+    }
+    if not cfg.share_norms:
+        for norm in ("norm1", "norm2"):
+            tree["shared"][norm] = {"scale": _own(stack[norm]["scale"], cfg, selection)}
+    if selection.ends is not None:
+        for name, layer in zip(("first", "last"), selection.ends, strict=True):
+            tree[name] = {
+                group: {leaf: np.asarray(array)[[layer]] for leaf, array in leaves.items()}
+                for group, leaves in stack.items()
+            }
+    return tree
+
+
+def _mean(array: np.ndarray, slots: tuple[tuple[int, ...], ...]) -> np.ndarray:
+    array = np.asarray(array)
+    means = [array[list(sources)].mean(axis=0, dtype=np.float64) for sources in slots]
+    return np.stack(means).astype(array.dtype)
+
+
+def _own(scale: np.ndarray, cfg: ModelConfig, selection: Selection) -> np.ndarray:
+    inner = selection.kept if selection.ends is None else selection.kept[1:-1]
+    rows = np.asarray(scale)[list(inner)]
+    if cfg.is_sequence:
+        return rows.reshape(cfg.shared_layers, cfg.recursions, -1)
+    return rows.reshape(cfg.recursions, cfg.shared_layers, -1).swapaxes(0, 1).copy()
