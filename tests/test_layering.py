@@ -30,6 +30,8 @@ LAYERS = (
     {
         "data",
         "checkpoint",
+        "manifest",
+        "summary",
         "metrics",
         "workdir",
         "progress",
