@@ -1,0 +1,260 @@
+"""Checkpoints: what is written, when it counts as good, and how a run finds its way back.
+
+One directory a step under `<workdir>/checkpoints`: `arrays/`, written by orbax in the background
+and readable with it alone (nested dictionaries of arrays), and `manifest.json`, written last:
+step, data position and fingerprint, resolved configuration, parameter count, the shape and dtype
+of every array and the size and CRC-32 of every file. While a directory is being written or
+deleted it holds a file `incomplete`, so that a killed save is never taken for a damaged one.
+
+This module is the only one that knows orbax.
+"""
+
+import concurrent.futures
+import errno
+import logging
+import shutil
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import orbax.checkpoint.experimental.v1 as ocp
+from etils import epath
+from jax.experimental import multihost_utils
+
+from mor_jax import manifest
+from mor_jax.config import CheckpointConfig
+
+DIRECTORY = "checkpoints"
+
+_INCOMPLETE = "incomplete"
+_NONE, _DAMAGED = -1, -2
+_log = logging.getLogger(__name__)
+
+
+class Restored(NamedTuple):
+    """What a checkpoint gives back. `state` has the structure and placement asked for."""
+
+    state: dict[str, Any]
+    position: int
+    config: dict[str, Any]
+    step: int
+    extra: dict[str, Any]
+
+
+class Checkpoints:
+    """The checkpoints of one run. Every process of the run makes one and calls it alike.
+
+    Saving goes on in the background, one step at a time; a failure there is raised by the next
+    call of `save`, `wait` or `close`. Of the complete steps the newest `cfg.keep` stay, and each
+    that is a multiple of `cfg.keep_every`; nothing is deleted before a newer one is complete.
+    """
+
+    def __init__(self, workdir: epath.PathLike, cfg: CheckpointConfig):
+        self._root = epath.Path(workdir) / DIRECTORY
+        self._cfg = cfg
+        self._thread = concurrent.futures.ThreadPoolExecutor(1, "checkpoint")
+        self._pending: concurrent.futures.Future[None] | None = None
+        self._current: int | None = None
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def save(
+        self,
+        step: int,
+        state: dict[str, Any],
+        position: int,
+        config: dict[str, Any],
+        extra: dict[str, Any] | None = None,
+    ) -> None:
+        """Starts writing `state`; returns once the arrays may be donated or overwritten.
+
+        state: nested dictionaries of arrays with the parameters under `params`.
+        position: index of the next batch of data. config: the resolved configuration.
+        extra: further JSON values; `fingerprint` (of the data) is compared by `restore`.
+        Does nothing for the step saved or restored last. Raises `RuntimeError` when this save
+        could not start or the previous one failed.
+        """
+        self.wait()
+        if step == self._current:
+            return
+        facts = {
+            "step": int(step),
+            "position": int(position),
+            "parameters": manifest.count_parameters(state["params"]),
+            "bytes": sum(leaf.nbytes for leaf in jax.tree.leaves(state)),
+            "config": config,
+            "extra": extra or {},
+            "arrays": manifest.describe(state),
+        }
+        try:
+            self._begin(step)
+            with _context():
+                response = ocp.save_async(self._path(step) / "arrays", state)
+        except Exception as error:
+            raise self._failed(facts, error) from error
+        self._current = step
+        self._pending = self._thread.submit(self._finish, response, facts)
+
+    def wait(self) -> None:
+        """Blocks until nothing is being written. Raises `RuntimeError` if that save failed."""
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
+
+    def close(self) -> None:
+        """`wait`, then ends the background thread."""
+        try:
+            self.wait()
+        finally:
+            self._thread.shutdown()
+
+    def latest_valid(self) -> int | None:
+        """The newest step whose files are all as they were written; None if none was ever saved.
+
+        Logs a warning for each damaged step passed over. Raises `ValueError` when there are
+        checkpoints and none is good: a run never starts over by itself.
+        """
+        found = self._newest() if jax.process_index() == 0 else _NONE
+        if jax.process_count() > 1:
+            found = int(multihost_utils.broadcast_one_to_all(np.int32(found)))
+        if found == _DAMAGED:
+            raise ValueError(
+                f"{self._root}: every checkpoint is damaged (the log says how). "
+                "Restore the files, or delete this directory to start the run over"
+            )
+        return None if found == _NONE else found
+
+    def restore(
+        self, abstract_state: Any, step: int | None = None, fingerprint: str | None = None
+    ) -> Restored:
+        """Reads a checkpoint, by default the newest good one, bit for bit as it was saved.
+
+        abstract_state: `jax.ShapeDtypeStruct`s; where they carry a sharding, arrays arrive with
+        it, whatever devices the checkpoint was written from. Raises `ValueError` if there is no
+        checkpoint, if the step asked for is damaged, if its arrays are not those of
+        `abstract_state` (each difference is listed), or if `fingerprint` is given and is not
+        that of the data at the time of saving.
+        """
+        if step is None:
+            step = self.latest_valid()
+        elif problem := self._problem(step):
+            raise ValueError(f"{self._path(step)}: {problem}. Complete steps: {self._steps()}")
+        if step is None:
+            raise ValueError(f"{self._root}: holds no checkpoint. Train with this workdir first")
+        path = self._path(step)
+        facts = manifest.read(path)
+        manifest.check_arrays(facts, abstract_state, path)
+        manifest.check_data(facts, fingerprint, path)
+        with _context():
+            state = ocp.load(path / "arrays", jax.tree.map(_placed, abstract_state))
+        self._current = step
+        return Restored(state, facts["position"], facts["config"], step, facts["extra"])
+
+    def _path(self, step: int) -> epath.Path:
+        return self._root / f"{step:08d}"
+
+    def _found(self) -> list[int]:
+        # Every step that has a directory, oldest first.
+        names = [path.name for path in self._root.iterdir()] if self._root.exists() else []
+        return sorted(int(name) for name in names if name.isdigit())
+
+    def _steps(self) -> list[int]:
+        # Steps completed once; what is being written or deleted does not count.
+        return [step for step in self._found() if not (self._path(step) / _INCOMPLETE).exists()]
+
+    def _newest(self) -> int:
+        steps = self._steps()
+        for step in reversed(steps):
+            problem = self._problem(step)
+            if problem is None:
+                return step
+            _log.warning("CHECKPOINT DAMAGED, PASSED OVER: %s: %s", self._path(step), problem)
+        return _DAMAGED if steps else _NONE
+
+    def _problem(self, step: int) -> str | None:
+        # None if the checkpoint is as it was written, else what is wrong with it.
+        path = self._path(step)
+        if step not in self._steps():
+            return "there is no complete checkpoint of this step"
+        try:
+            manifest.verify(manifest.read(path), path / "arrays")
+        except manifest.Damaged as error:
+            return str(error)
+        return None
+
+    def _begin(self, step: int) -> None:
+        # Whatever is left at this step is of a killed save or was passed over as damaged.
+        if jax.process_index() == 0:
+            self._delete(step)
+            self._path(step).mkdir(parents=True)
+            (self._path(step) / _INCOMPLETE).write_text("")
+        if jax.process_count() > 1:
+            multihost_utils.sync_global_devices(f"checkpoint {step}")
+
+    def _finish(self, response: Any, facts: dict[str, Any]) -> None:
+        path = self._path(facts["step"])
+        try:
+            response.result()
+            if jax.process_index() == 0:
+                manifest.write(path, facts, path / "arrays")
+                (path / _INCOMPLETE).unlink()
+                self._prune(facts["step"])
+        except Exception as error:
+            raise self._failed(facts, error) from error
+
+    def _failed(self, facts: dict[str, Any], error: Exception) -> RuntimeError:
+        step = facts["step"]
+        self._delete(step)
+        steps = self._steps()
+        last = f"The last complete one, step {steps[-1]}, is untouched" if steps else "No other yet"
+        cause, fix = f"{type(error).__name__}: {error}", "Start the same command again to go on"
+        if _disk_full(error):
+            free = shutil.disk_usage(self._root).free
+            sizes = f"{facts['bytes'] / 2**20:.1f} MiB to write, {free / 2**20:.1f} MiB free"
+            cause = f"no space left on the disk ({sizes})"
+            fix = "Free space or lower checkpoint.keep, then start the same command again"
+        return RuntimeError(f"{self._path(step)}: writing failed: {cause}. {last}. {fix}")
+
+    def _prune(self, newest: int) -> None:
+        complete = self._steps()
+        kept = [step for step in complete if step <= newest][-self._cfg.keep :]
+        every = self._cfg.keep_every
+        for step in self._found():
+            if step > newest:
+                # The run was taken up again before this step: it belongs to a past that is gone.
+                _log.warning("removing %s: newer than the run it is in", self._path(step))
+            elif step in kept or (step in complete and every and step % every == 0):
+                continue
+            self._delete(step)
+
+    def _delete(self, step: int) -> None:
+        path = self._path(step)
+        if path.exists():
+            (path / _INCOMPLETE).touch()
+            path.rmtree()
+
+
+def _context() -> ocp.Context:
+    context = ocp.Context()
+    # Compressing trained float32 weights saves 8% of the space and takes four times as long.
+    context.array.saving.use_compression = False
+    return context
+
+
+def _placed(leaf: Any) -> jax.ShapeDtypeStruct:
+    sharding = leaf.sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+
+def _disk_full(error: BaseException | None) -> bool:
+    # The storage library reports the system's error as text, without its number.
+    full = (errno.ENOSPC, errno.EDQUOT)
+    while error is not None:
+        if getattr(error, "errno", None) in full or "No space left on device" in str(error):
+            return True
+        error = error.__cause__ or error.__context__
+    return False

@@ -1,0 +1,135 @@
+"""The manifest of a checkpoint: how its content is described, sealed, checked, found damaged."""
+
+import json
+import math
+import zlib
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+from etils import epath
+
+FILE = "manifest.json"
+FORMAT = 1
+
+_CHUNK = 1 << 22
+
+
+class Damaged(ValueError):
+    """The manifest or a file that it lists is not as it was written."""
+
+
+def write(directory: epath.Path, facts: dict[str, Any], data: epath.Path) -> None:
+    """Writes `facts` and the stamps of all files under `data` as the manifest of `directory`."""
+    manifest = facts | {"format": FORMAT, "files": _stamps(data)}
+    write_atomic(directory / FILE, json.dumps(manifest | {"seal": _seal(manifest)}, indent=1))
+
+
+def read(directory: epath.Path) -> dict[str, Any]:
+    """The facts of a manifest. Raises `Damaged` if it is missing, cut short or changed."""
+    file = directory / FILE
+    if not file.exists():
+        raise Damaged(f"{FILE} is missing")
+    try:
+        manifest = json.loads(file.read_text())
+        seal = manifest.pop("seal")
+    except (ValueError, KeyError, AttributeError) as error:
+        raise Damaged(f"{FILE} cannot be read ({type(error).__name__}: {error})") from error
+    if seal != _seal(manifest):
+        raise Damaged(f"{FILE} was changed after it was written")
+    if manifest["format"] != FORMAT:
+        fix = "Use the version that wrote it"
+        raise ValueError(f"{file}: has format {manifest['format']}, expected {FORMAT}. {fix}")
+    return manifest
+
+
+def verify(manifest: dict[str, Any], data: epath.Path) -> None:
+    """Raises `Damaged`, naming the file, unless every file is there, of its size and sum."""
+    found = _stamps(data)
+    for name, (size, crc) in manifest["files"].items():
+        if name not in found:
+            raise Damaged(f"{data / name} is missing")
+        now, now_crc = found[name]
+        if now != size:
+            raise Damaged(f"{data / name} has {now} bytes, was written with {size}")
+        if None not in (crc, now_crc) and crc != now_crc:
+            raise Damaged(f"{data / name} holds other bytes than were written (CRC-32)")
+
+
+def count_parameters(params: Any) -> int:
+    """Number of values in a tree of arrays; shared weights are stored, and counted, once."""
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
+
+
+def describe(tree: Any) -> dict[str, str]:
+    """Dtype and shape of every array of a nested dictionary, by dotted path."""
+    flat = jax.tree_util.tree_leaves_with_path(tree)
+    name = jax.tree_util.keystr
+    return {name(p, simple=True, separator="."): f"{x.dtype}{list(x.shape)}" for p, x in flat}
+
+
+def check_arrays(facts: dict[str, Any], abstract_state: Any, path: epath.Path) -> None:
+    """Raises `ValueError` unless the checkpoint at `path` holds the arrays of `abstract_state`."""
+    saved, wanted = facts["arrays"], describe(abstract_state)
+    lines = [
+        f"  {name}: {saved.get(name, 'absent')} in the checkpoint, {wanted.get(name, 'absent')} "
+        "in the model"
+        for name in sorted(saved.keys() | wanted.keys())
+        if saved.get(name) != wanted.get(name)
+    ]
+    count = count_parameters(abstract_state["params"])
+    if lines or count != facts["parameters"]:
+        raise ValueError(
+            f"{path}: holds {facts['parameters']:,} parameters, the model has {count:,}:\n"
+            + "\n".join(lines)
+            + "\nRestore it with the configuration that it was saved with (in its manifest)"
+        )
+
+
+def check_data(facts: dict[str, Any], fingerprint: str | None, path: epath.Path) -> None:
+    """Raises `ValueError` if the data of the run changed since the checkpoint at `path`."""
+    saved = facts["extra"].get("fingerprint")
+    if None not in (fingerprint, saved) and fingerprint != saved:
+        raise ValueError(
+            f"{path}: the data changed since it was saved (fingerprint {saved} then, "
+            f"{fingerprint} now), so position {facts['position']} would mean other text. "
+            "Bring the old data back, or start over in another workdir"
+        )
+
+
+def write_atomic(path: epath.Path, text: str) -> None:
+    """Writes a small text file that is either absent, the old one or complete."""
+    draft = path.with_name(f"{path.name}.draft")
+    draft.write_text(text)
+    draft.replace(path)
+
+
+def _seal(manifest: dict[str, Any]) -> int:
+    return zlib.crc32(json.dumps(manifest, sort_keys=True).encode())
+
+
+def _stamps(data: epath.Path) -> dict[str, list[int | None]]:
+    # Size and CRC-32 of every file. In an object store reading all back would cost as much as the
+    # save itself, and the store keeps sums of its own: there the size has to do.
+    remote = "://" in str(data)
+    return {
+        path.relative_to(data).as_posix(): [path.stat().length, None if remote else _crc(path)]
+        for path in _walk(data)
+    }
+
+
+def _walk(directory: epath.Path) -> Iterator[epath.Path]:
+    # epath refuses recursive patterns, which object stores answer slowly.
+    for path in sorted(directory.iterdir()) if directory.exists() else ():
+        if path.is_dir():
+            yield from _walk(path)
+        else:
+            yield path
+
+
+def _crc(path: epath.Path) -> int:
+    crc = 0
+    with path.open("rb") as file:
+        while block := file.read(_CHUNK):
+            crc = zlib.crc32(block, crc)
+    return crc
