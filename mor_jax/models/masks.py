@@ -19,16 +19,23 @@ class Visibility:
     q_index: position in the row of keys that each query sits at. `None`: query i sits at position
         i, and there are as many queries as keys (plain causal self-attention; also right for
         gathered tokens among themselves, because they keep their order).
-        Otherwise strictly ascending within a row, over ALL of its c entries, fillers included.
-        So i <= q_index[i] <= n - c + i, and kernels skip keys beyond that bound without looking:
-        a row that breaks the rule gets finite but wrong numbers.
     q_segments, k_segments: document numbers, 0 for padding; both or neither. A query whose
         segment has no visible key gets zeros, and sends zero gradients.
+    ascending: promise that `q_index` ascends strictly over ALL c slots of a row, fillers
+        included. Then i <= q_index[i] <= n - c + i, and kernels skip the keys beyond without
+        looking: a promise not kept gives finite but wrong numbers. False where fillers stand last.
     """
 
     q_index: Int[Array, "b c"] | None = None
     q_segments: Int[Array, "b c"] | None = None
     k_segments: Int[Array, "b n"] | None = None
+    ascending: bool = dataclasses.field(default=True, metadata={"static": True})
+
+    def reach(self, query: int, queries: int, keys: int) -> int:
+        """How many leading keys queries up to and including `query` may see at most."""
+        if self.q_index is None:
+            return query + 1
+        return keys - queries + query + 1 if self.ascending else keys
 
     @property
     def is_plain(self) -> bool:
@@ -55,23 +62,17 @@ def check_visibility(visible: Visibility, queries: int, keys: int) -> None:
         )
 
 
-def visible_keys(
-    visible: Visibility, rows: slice, columns: slice, *, causal: bool = True
-) -> Bool[Array, "b c n"] | None:
-    """Dense mask of queries `rows` against keys `columns`; `None` where nothing is hidden.
+def visible_keys(visible: Visibility, queries: slice, keys: slice) -> Bool[Array, "_ queries keys"]:
+    """Dense mask of a range of queries against a range of keys.
 
-    The leading axis has size 1 where all sequences share the mask. `causal=False` leaves the order
-    out, for blocks that lie below the diagonal as a whole.
+    The leading axis has size 1 where all sequences share the mask, else b.
     """
-    mask = None
-    if causal:
-        positions = jnp.arange(columns.start, columns.stop, dtype=jnp.int32)
-        if visible.q_index is None:
-            index = jnp.arange(rows.start, rows.stop, dtype=jnp.int32)[None]
-        else:
-            index = visible.q_index[:, rows]
-        mask = positions[None, None, :] <= index[:, :, None]
-    if visible.q_segments is not None and visible.k_segments is not None:
-        same = visible.q_segments[:, rows, None] == visible.k_segments[:, None, columns]
-        mask = same if mask is None else mask & same
-    return mask
+    positions = jnp.arange(keys.start, keys.stop, dtype=jnp.int32)
+    if visible.q_index is None:
+        index = jnp.arange(queries.start, queries.stop, dtype=jnp.int32)[None]
+    else:
+        index = visible.q_index[:, queries]
+    mask = positions[None, None, :] <= index[:, :, None]
+    if visible.q_segments is None or visible.k_segments is None:
+        return mask
+    return mask & (visible.q_segments[:, queries, None] == visible.k_segments[:, None, keys])
