@@ -2,6 +2,7 @@
 
 from mor_jax.data.baselines import ngram_loss
 from mor_jax.data.loader import (
+    Layout,
     TrainBatches,
     fingerprint,
     heldout_batches,
@@ -12,6 +13,7 @@ from mor_jax.data.loader import (
 from mor_jax.data.tokenizers import Tokenizer, check_vocabulary, load_tokenizer
 
 __all__ = [
+    "Layout",
     "Tokenizer",
     "TrainBatches",
     "check_vocabulary",

@@ -55,8 +55,11 @@ def open_documents(spec: str, text_key: str = "text", setting: str = "data.sourc
         identity, read = tfds_source.open_examples(rest, text_key, setting, spec)
         return Documents(setting, spec, identity, read)
     if kind == "stdlib":
-        root, files = _stdlib_files(rest, setting, spec)
-        reader = _read_stdlib
+        check(not rest, setting, spec, "takes no argument", "Write it as 'stdlib'")
+        root = Path(sysconfig.get_path("stdlib"))
+        files, reader = _stdlib_files(root), _read_stdlib
+        rule = f"the running Python keeps no source files in {root}"
+        check(bool(files), setting, spec, rule, "Use text:GLOB with files of your own")
     else:
         readers = {"text": _read_text, "jsonl": _read_jsonl, "parquet": _read_parquet}
         rule = f"unknown source; there are {', '.join(KINDS)}"
@@ -68,21 +71,19 @@ def open_documents(spec: str, text_key: str = "text", setting: str = "data.sourc
 
 
 def _identity(kind: str, root: Path, files: list[Path]) -> str:
-    names = [(os.path.relpath(file, root), file.stat().st_size) for file in files]
+    names = [(os.path.relpath(file, root), os.path.getsize(file)) for file in files]
     return hashlib.sha256(repr((kind, names)).encode()).hexdigest()[:32]
 
 
-def _stdlib_files(rest: str, setting: str, spec: str) -> tuple[Path, list[Path]]:
-    check(not rest, setting, spec, "takes no argument", "Write it as 'stdlib'")
-    root = Path(sysconfig.get_path("stdlib"))
+@functools.cache
+def _stdlib_files(root: Path) -> list[Path]:
     found = []
     for folder, inside, names in os.walk(root):
-        inside[:] = sorted(set(inside) - STDLIB_SKIPPED)
-        paths = (Path(folder, name) for name in names)
-        found += [path for path in paths if path.suffix in STDLIB_SUFFIXES and path.is_file()]
-    rule = f"the running Python keeps no source files in {root}"
-    check(bool(found), setting, spec, rule, "Use text:GLOB with files of your own")
-    return root, sorted(found, key=lambda path: path.relative_to(root).as_posix())
+        inside[:] = set(inside) - STDLIB_SKIPPED
+        texts = (name for name in names if os.path.splitext(name)[1] in STDLIB_SUFFIXES)
+        paths = (os.path.join(folder, name) for name in texts)
+        found += [path for path in paths if os.path.isfile(path)]
+    return [Path(path) for path in sorted(found)]
 
 
 def _matching(pattern: str, setting: str, spec: str) -> tuple[Path, list[Path]]:

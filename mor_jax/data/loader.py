@@ -79,20 +79,44 @@ def fingerprint(cfg: DataConfig, tokenizer: Tokenizer) -> str:
     """
     splits = ("train", "heldout")
     texts = [[s.fingerprint for s in open_streams(cfg, tokenizer, split)] for split in splits]
-    order = (cfg.weights, cfg.within_documents, cfg.shuffle, cfg.seed)
+    order = (_weights(cfg), cfg.within_documents, cfg.shuffle, cfg.seed)
     return hashlib.sha256(repr((texts, tokenizer.fingerprint, order)).encode()).hexdigest()[:32]
 
 
-def _host_rows(batch_size: int, host: int, hosts: int) -> int:
-    rule = f"must be a multiple of the {hosts} hosts, which take equal numbers of its rows"
-    fix = f"Try {-(-batch_size // hosts) * hosts}"
-    check(batch_size > 0 and batch_size % hosts == 0, "batch_size", batch_size, rule, fix)
-    check(0 <= host < hosts, "host", host, f"must be in 0 .. {hosts - 1}", "Count hosts from 0")
-    return batch_size // hosts
+def _weights(cfg: DataConfig) -> tuple[float, ...]:
+    return cfg.weights or (1.0,) * len(cfg.sources)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Layout:
+    """Global batches of `batch_size` rows of `length` tokens, and which of `hosts` reads here.
+
+    Host h takes rows h * host_rows .. (h + 1) * host_rows - 1 of each. Raises `ValueError` if the
+    rows cannot be shared out evenly.
+    """
+
+    length: int
+    batch_size: int
+    host: int = 0
+    hosts: int = 1
+
+    def __post_init__(self) -> None:
+        rule = f"must be a positive multiple of the {self.hosts} hosts, which take equal shares"
+        fix = f"Try {max(-(-self.batch_size // self.hosts), 1) * self.hosts}"
+        ok = self.batch_size > 0 and self.batch_size % self.hosts == 0
+        check(ok, "batch_size", self.batch_size, rule, fix)
+        ok = 0 <= self.host < self.hosts
+        check(ok, "host", self.host, f"must be in 0 .. {self.hosts - 1}", "Count hosts from 0")
+
+    @property
+    def host_rows(self) -> int:
+        """Rows of each global batch that this host reads."""
+        return self.batch_size // self.hosts
 
 
 def _to_batch(row: Mapping[str, Any]) -> Batch:
-    return Batch(**{name: np.asarray(array) for name, array in row.items()})
+    # Copied, since arrays from worker processes lie in memory that is not ours to keep.
+    return Batch(**{name: np.array(array) for name, array in row.items()})
 
 
 class TrainBatches:
@@ -119,75 +143,66 @@ class TrainBatches:
 
 
 def train_batches(
-    cfg: DataConfig,
-    *,
-    tokenizer: Tokenizer,
-    length: int,
-    batch_size: int,
-    seed: int,
-    host: int = 0,
-    hosts: int = 1,
-    start: int = 0,
+    cfg: DataConfig, tokenizer: Tokenizer, layout: Layout, *, seed: int, start: int = 0
 ) -> TrainBatches:
-    """Training batches from global batch `start` on, NumPy int32 [batch_size / hosts, length].
+    """Training batches from global batch `start` on, NumPy int32 [layout.host_rows, length].
 
     Each source is shuffled anew in every epoch, by `seed` and `cfg.seed`, and repeated; sources
-    are mixed by weight. Host h gets rows h * b .. (h+1) * b - 1 of each global batch, b being
-    batch_size / hosts. `cfg.prefetch` batches are made ahead by a thread, or by `cfg.workers`
+    are mixed by weight. `cfg.prefetch` batches are made ahead by a thread, or by `cfg.workers`
     processes. Raises `ValueError`, see docs/data.md.
     """
     import grain
 
-    local = _host_rows(batch_size, host, hosts)
     check(start >= 0, "start", start, "is the number of a batch", "Count batches from 0")
     parts = []
-    for i, rows in enumerate(_open_rows(cfg, tokenizer, "train", length)):
+    for i, rows in enumerate(_open_rows(cfg, tokenizer, "train", layout.length)):
         part = grain.MapDataset.source(rows)
         if cfg.shuffle:
             own = np.random.SeedSequence((cfg.seed, seed, i)).generate_state(1)[0]
             part = part.shuffle(seed=int(own))
         parts.append(part.repeat())
-    weights = cfg.weights or (1.0,) * len(parts)
-    mixed = grain.MapDataset.select_from_datasets(parts, Mixture(weights))
-    batches = mixed.batch(local)[start * hosts + host :: hosts]
+    mixed = grain.MapDataset.select_from_datasets(parts, Mixture(_weights(cfg)))
+    first = start * layout.hosts + layout.host
+    batches = mixed.batch(layout.host_rows)[first :: layout.hosts]
     ahead = grain.ReadOptions(num_threads=min(cfg.prefetch, 1), prefetch_buffer_size=cfg.prefetch)
     iterable = batches.to_iter_dataset(ahead)
-    if cfg.workers:
-        options = grain.MultiprocessingOptions(
-            num_workers=cfg.workers, per_worker_buffer_size=max(cfg.prefetch, 1)
-        )
-        iterable = iterable.mp_prefetch(options)
-    return TrainBatches(iterable, start)
+    return TrainBatches(_in_workers(iterable, cfg) if cfg.workers else iterable, start)
+
+
+def _in_workers(batches: "grain.IterDataset", cfg: DataConfig) -> "grain.IterDataset":
+    import grain
+    from absl import flags
+
+    # grain reads its own flags before it starts processes; a program without absl's main has
+    # parsed none, and then their defaults hold.
+    if not flags.FLAGS.is_parsed():
+        flags.FLAGS.mark_as_parsed()
+    buffered = max(cfg.prefetch, 1)
+    options = grain.MultiprocessingOptions(num_workers=cfg.workers, per_worker_buffer_size=buffered)
+    return batches.mp_prefetch(options)
 
 
 def heldout_batches(
-    cfg: DataConfig,
-    *,
-    tokenizer: Tokenizer,
-    length: int,
-    batch_size: int,
-    batches: int,
-    host: int = 0,
-    hosts: int = 1,
+    cfg: DataConfig, tokenizer: Tokenizer, layout: Layout, batches: int
 ) -> list[Batch]:
-    """The same `batches` held-out batches at every call, this host's rows of each.
+    """The same `batches` held-out batches at every call, NumPy int32 [layout.host_rows, length].
 
     Rows are shared between sources by weight and spread evenly over each. A small split gives
     fewer batches; the rows that then lack in the last are repetitions without targets. Raises
     `ValueError` if a source's held-out split does not fill one row.
     """
-    local = _host_rows(batch_size, host, hosts)
-    sources = _open_rows(cfg, tokenizer, "heldout", length)
-    total = max(batches * batch_size, len(sources))
-    wanted = shares_of(cfg.weights or (1.0,) * len(sources), total)
+    check(batches > 0, "batches", batches, "must be greater than 0", "Try 1")
+    sources = _open_rows(cfg, tokenizer, "heldout", layout.length)
+    wanted = shares_of(_weights(cfg), max(batches * layout.batch_size, len(sources)))
     chosen: list[Row] = []
     for rows, count in zip(sources, wanted, strict=True):
         chosen += [rows[int(i)] for i in spread(len(rows), int(count))]
-    for i in range(-len(chosen) % batch_size):
-        row = chosen[i]
+    for i in range(-len(chosen) % layout.batch_size):
+        row = chosen[i % len(chosen)]
         chosen.append(row | {"targets": np.full_like(row["targets"], IGNORE)})
     made = []
-    for first in range(host * local, min(len(chosen), batches * batch_size), batch_size):
-        part = chosen[first : first + local]
+    stop = min(len(chosen), batches * layout.batch_size)
+    for first in range(layout.host * layout.host_rows, stop, layout.batch_size):
+        part = chosen[first : first + layout.host_rows]
         made.append(_to_batch({name: np.stack([row[name] for row in part]) for name in part[0]}))
     return made

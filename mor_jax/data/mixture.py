@@ -1,5 +1,6 @@
 """Weighted mixtures, decided by row number alone."""
 
+import sys
 from collections.abc import Sequence
 
 import numpy as np
@@ -44,7 +45,7 @@ class Mixture:
 
     def __len__(self) -> int:
         # Endless, in the way grain counts: the largest length Python has.
-        return np.iinfo(np.int64).max
+        return sys.maxsize
 
     def __getitem__(self, index: int) -> tuple[int, int]:
         cycle, at = divmod(index, CYCLE)

@@ -24,6 +24,7 @@ from mor_jax.data.tokenizers import Tokenizer
 FORMAT = 1
 RECORD_TOKENS = 4096
 MANIFEST = "manifest.json"
+SPLITS = ("train", "heldout")
 
 
 def read_manifest(directory: Path, setting: str, spec: str) -> dict[str, Any]:
@@ -68,6 +69,7 @@ class ShardStream(TokenStream):
         self._documents = [directory / shard["documents_file"] for shard in shards]
         for shard in shards:
             self._check_size(directory / shard["file"], shard["bytes"])
+            self._check_size(directory / shard["documents_file"], shard["documents_bytes"])
         counts = [shard["tokens"] for shard in shards]
         records = [-(-count // RECORD_TOKENS) for count in counts]
         # position of each shard's first token, and index of its first record
@@ -147,5 +149,4 @@ def open_shards(
     directory = Path(spec.partition(":")[2]).expanduser()
     manifest = read_manifest(directory, setting, spec)
     check_tokenizer(manifest, tokenizer, spec)
-    splits = ("train", "heldout")
-    return {split: ShardStream(directory, manifest, split, setting) for split in splits}
+    return {split: ShardStream(directory, manifest, split, setting) for split in SPLITS}

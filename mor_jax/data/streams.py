@@ -7,7 +7,8 @@ import abc
 import dataclasses
 import functools
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TypeVar
 
 import numpy as np
 
@@ -15,6 +16,8 @@ from mor_jax.config import check
 from mor_jax.data.documents import Documents
 from mor_jax.data.heldout import heldout_mask, text_hash
 from mor_jax.data.tokenizers import Tokenizer
+
+Key = TypeVar("Key")
 
 BATCH_CHARACTERS = 4 * 2**20
 """Text handed to the tokenizer at once."""
@@ -85,6 +88,30 @@ def join(arrays: Sequence[np.ndarray], tokenizer: Tokenizer) -> tuple[np.ndarray
     return tokens, ends
 
 
+def encoded(
+    texts: Iterable[tuple[Key, str]], tokenizer: Tokenizer
+) -> Iterator[tuple[Key, str, np.ndarray]]:
+    """(key, text, tokens) of every text that is not empty, in order, encoded many at a time."""
+    pending: list[tuple[Key, str]] = []
+    size = 0
+    for key, text in texts:
+        if text:
+            pending.append((key, text))
+            size += len(text)
+        if size >= BATCH_CHARACTERS:
+            yield from _encode_pending(pending, tokenizer)
+            pending, size = [], 0
+    yield from _encode_pending(pending, tokenizer)
+
+
+def _encode_pending(
+    pending: list[tuple[Key, str]], tokenizer: Tokenizer
+) -> Iterator[tuple[Key, str, np.ndarray]]:
+    arrays = tokenizer.encode_batch([text for _, text in pending])
+    for (key, text), tokens in zip(pending, arrays, strict=True):
+        yield key, text, tokens
+
+
 def tokenize(
     documents: Documents, tokenizer: Tokenizer, heldout_share: float
 ) -> dict[str, MemoryStream]:
@@ -94,21 +121,15 @@ def tokenize(
     """
     arrays: list[np.ndarray] = []
     hashes: list[int] = []
-    pending: list[str] = []
-    size = characters = 0
+    characters = 0
     rule = f"holds more than {MEMORY_LIMIT / 2**30:.0f} Gi characters, too many to keep in memory"
     fix = f"Write shards once: python launch/prepare_data.py --source={documents.spec} "
     fix += f"--tokenizer={tokenizer.name} --output=DIR, then use 'shards:DIR'"
-    for text in filter(None, documents.read(0)):
-        pending.append(text)
+    for _, text, tokens in encoded(enumerate(documents.read(0)), tokenizer):
+        characters += len(text)
+        check(characters <= MEMORY_LIMIT, documents.setting, documents.spec, rule, fix)
+        arrays.append(tokens)
         hashes.append(text_hash(text))
-        size += len(text)
-        if size >= BATCH_CHARACTERS:
-            characters += size
-            check(characters <= MEMORY_LIMIT, documents.setting, documents.spec, rule, fix)
-            arrays += tokenizer.encode_batch(pending)
-            pending, size = [], 0
-    arrays += tokenizer.encode_batch(pending)
     held = heldout_mask(hashes, heldout_share, documents.setting, documents.spec)
     streams = {}
     for split, side in (("train", ~held), ("heldout", held)):
