@@ -34,12 +34,12 @@ def _chip(tflops: float, gib: float, gb_per_s: float, link_gb_per_s: float | Non
     return Chip(tflops * 1e12, int(gib * _GIB), gb_per_s * 1e9, link)
 
 
-_V5E = _chip(197, 16, 819, 400)
-_V5P = _chip(459, 95, 2765, 1200)
-_V6E = _chip(918, 32, 1638, 800)
+_V5E = _chip(197.0, 16.0, 819.0, 400.0)
+_V5P = _chip(459.0, 95.0, 2765.0, 1200.0)
+_V6E = _chip(918.0, 32.0, 1638.0, 800.0)
 
 CHIPS: dict[str, Chip] = {
-    "TPU v4": _chip(275, 32, 1200, 600),
+    "TPU v4": _chip(275.0, 32.0, 1200.0, 600.0),
     "TPU v5 lite": _V5E,
     "TPU v5e": _V5E,
     "TPU v5": _V5P,
@@ -48,19 +48,19 @@ CHIPS: dict[str, Chip] = {
     "TPU v6e": _V6E,
     # JAX sees the two halves of this chip as two devices, so each has half of the published
     # 2307 TFLOP/s, 192 GiB, 7380 GB/s and 1200 GB/s.
-    "TPU7x": _chip(1153.5, 96, 3690, 600),
-    "NVIDIA A100-SXM4-40GB": _chip(312, 40, 1555, 600),
-    "NVIDIA A100-SXM4-80GB": _chip(312, 80, 2039, 600),
-    "NVIDIA A100-PCIE-40GB": _chip(312, 40, 1555, None),
-    "NVIDIA A100 80GB PCIe": _chip(312, 80, 1935, None),
-    "NVIDIA H100 80GB HBM3": _chip(989, 80, 3350, 900),
-    "NVIDIA H100 PCIe": _chip(756, 80, 2000, None),
-    "NVIDIA H100 NVL": _chip(835, 94, 3900, 600),
-    "NVIDIA H200": _chip(989, 141, 4800, 900),
-    "NVIDIA GH200 480GB": _chip(989, 96, 4000, 900),
-    "NVIDIA B200": _chip(2250, 180, 8000, 1800),
-    "NVIDIA L4": _chip(121, 24, 300, None),
-    "NVIDIA L40S": _chip(362, 48, 864, None),
+    "TPU7x": _chip(1153.5, 96.0, 3690.0, 600.0),
+    "NVIDIA A100-SXM4-40GB": _chip(312.0, 40.0, 1555.0, 600.0),
+    "NVIDIA A100-SXM4-80GB": _chip(312.0, 80.0, 2039.0, 600.0),
+    "NVIDIA A100-PCIE-40GB": _chip(312.0, 40.0, 1555.0, None),
+    "NVIDIA A100 80GB PCIe": _chip(312.0, 80.0, 1935.0, None),
+    "NVIDIA H100 80GB HBM3": _chip(989.0, 80.0, 3350.0, 900.0),
+    "NVIDIA H100 PCIe": _chip(756.0, 80.0, 2000.0, None),
+    "NVIDIA H100 NVL": _chip(835.0, 94.0, 3900.0, 600.0),
+    "NVIDIA H200": _chip(989.0, 141.0, 4800.0, 900.0),
+    "NVIDIA GH200 480GB": _chip(989.0, 96.0, 4000.0, 900.0),
+    "NVIDIA B200": _chip(2250.0, 180.0, 8000.0, 1800.0),
+    "NVIDIA L4": _chip(121.0, 24.0, 300.0, None),
+    "NVIDIA L40S": _chip(362.0, 48.0, 864.0, None),
 }
 
 

@@ -27,8 +27,8 @@ from mor_jax.parameters import (
 
 _ITEMSIZE = {"bfloat16": 2, "float32": 4}
 
-_RECOMPUTED = {"none": 0, "block": 1, "full": 2}
-"""Extra forward passes per `remat`: `full` nests checkpointed layers in a checkpointed stack."""
+_TILE = 64
+"""Queries that a blocked attention kernel handles at once, about; this decides what it skips."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -61,17 +61,16 @@ class FlopReport:
 
     length: tokens of a row. routed: the stages in order, by the tokens routed. computed: the same
     by static shapes, with attention as the implementation runs it (`xla`: all pairs; the others:
-    the keys that a causal block can reach). head: the product with the output matrix.
-    recomputed: times that the backward pass runs the stages' forward pass again. fused: whether
-    attention's backward pass computes the scores once more.
+    the keys that a block of queries can reach). head: the product with the output matrix.
+    recomputed: what the backward pass runs a second time, because of `remat` and because fused
+    attention makes its scores again.
     """
 
     length: int
     routed: tuple[StageFlops, ...]
     computed: tuple[StageFlops, ...]
     head: float
-    recomputed: int
-    fused: bool
+    recomputed: float
 
     def forward(self, *, causal: bool = True, head: bool = True) -> float:
         """Model FLOPs of a forward pass; `head` False leaves the output matrix out."""
@@ -84,9 +83,8 @@ class FlopReport:
 
     def hardware(self) -> float:
         """FLOPs that a training step executes, recomputation and filler slots included."""
-        stages = sum(stage.forward(causal=False) for stage in self.computed)
-        scores = sum(stage.attention for stage in self.computed) / 2 if self.fused else 0.0
-        return 3 * self.head + (3 + self.recomputed) * stages + scores
+        forward = self.head + sum(stage.forward(causal=False) for stage in self.computed)
+        return 3 * forward + self.recomputed
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -138,14 +136,32 @@ def flops(cfg: ModelConfig, length: int, shares: tuple[float, ...] | None = None
     rule = f"needs one share in [0, 1] per recursion ({cfg.recursions})"
     ok = len(shares) == cfg.recursions and all(0 <= share <= 1 for share in shares)
     check(ok, "shares", shares, rule, "Pass the tokens that went on over the tokens of the row")
+    computed = _stages(cfg, length, computed_shares(cfg, length), blocks=cfg.attention != "xla")
     return FlopReport(
         length=length,
         routed=_stages(cfg, length, tuple(shares), blocks=False),
-        computed=_stages(cfg, length, computed_shares(cfg, length), blocks=cfg.attention != "xla"),
+        computed=computed,
         head=2.0 * cfg.width * cfg.vocab_size,
-        recomputed=_RECOMPUTED[cfg.remat],
-        fused=cfg.attention != "xla",
+        recomputed=sum(_recomputed(cfg, stage) for stage in computed),
     )
+
+
+def _recomputed(cfg: ModelConfig, stage: StageFlops) -> float:
+    """FLOPs per token of the row that the backward pass of `stage` repeats.
+
+    `block` runs every checkpointed body again, but for the last product: no gradient needs its
+    result. `full` runs the whole stack once more before that, unless it is a single layer.
+    """
+    scores = 0.0 if cfg.attention == "xla" else stage.attention / 2
+    if cfg.remat == "none":
+        return scores
+    last = f"recursion {cfg.recursions - 1}"
+    # The sequence schemes checkpoint all recursions of a layer as one body.
+    ends_body = not cfg.is_sequence or stage.name in (last, "first", "last")
+    again = stage.forward(causal=False) - stage.router - (stage.mlp / 3 if ends_body else 0.0)
+    if cfg.remat == "full" and stage.layers > 1:
+        again += stage.forward(causal=False) - stage.router
+    return scores + again
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -172,10 +188,12 @@ def _loads(cfg: ModelConfig, shares: tuple[float, ...]) -> list[_Load]:
 def _stages(
     cfg: ModelConfig, length: int, shares: tuple[float, ...], *, blocks: bool
 ) -> tuple[StageFlops, ...]:
-    """All stages; with `blocks`, attention leaves out keys behind a whole block of queries."""
+    """All stages; with `blocks`, attention leaves out keys that no query of a block can see."""
 
     def stage(name: str, layers: int, load: _Load, router: float = 0.0) -> StageFlops:
-        keys = load.keys - load.share / 2 if blocks else load.keys
+        keys = load.keys
+        if blocks:
+            keys -= (load.share - min(load.share, _TILE / length)) / 2
         linear = load.share * query_output_weights(cfg) + load.fresh * key_value_weights(cfg)
         return StageFlops(
             name=name,
@@ -224,7 +242,10 @@ def kv_bytes(cfg: ModelConfig, length: int, shares: tuple[float, ...] | None = N
 
 
 def activation_bytes(cfg: ModelConfig, length: int) -> float:
-    """Estimate of what the stages keep for the backward pass, bytes per token of the row.
+    """What the stages must keep for the backward pass, in bytes per token of the row.
+
+    A floor: the arrays that the gradients' formulas name. JAX keeps more of the element-wise
+    steps in between, up to about twice as much on a CPU.
 
     Counted without rematerialisation, per layer and processed token, in the compute dtype: the
     layer's input and its sum with attention (2 d), both normalised (2 d), queries and attention's
