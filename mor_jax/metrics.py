@@ -62,7 +62,7 @@ class Metrics:
         tracker asked for is not installed.
         """
         self._every = cfg.every
-        self._pending: tuple[int, Any, dict[str, float]] | None = None
+        self._pending: tuple[int, Any, dict[str, Any]] | None = None
         self._trackers: list[Tracker] = []
         if jax.process_index() != 0:
             return
@@ -80,7 +80,7 @@ class Metrics:
         self.close()
 
     def push(
-        self, step: int, arrays: dict[str, Any], host: dict[str, float] | None = None
+        self, step: int, arrays: dict[str, Any], host: dict[str, Any] | None = None
     ) -> Record | None:
         """Hands over the metrics of `step`; returns the record of the step handed over before.
 
@@ -108,7 +108,7 @@ class Metrics:
             for tracker in trackers:
                 tracker.close()
 
-    def _fetch(self, pending: tuple[int, Any, dict[str, float]] | None) -> Record | None:
+    def _fetch(self, pending: tuple[int, Any, dict[str, Any]] | None) -> Record | None:
         if pending is None:
             return None
         step, arrays, host = pending
