@@ -1,0 +1,1 @@
+"""The model family: plain Llama, recursive, and Mixture-of-Recursions."""

@@ -1,0 +1,111 @@
+"""The pre-norm Llama layer, and a stack of them under one scan.
+
+A stack is called once per recursion with the same parameters: that is how weights are shared.
+"""
+
+import dataclasses
+from functools import partial
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from mor_jax.config import ModelConfig
+from mor_jax.models.attention import Attention, KeyValue, Scope
+from mor_jax.models.layers import RMSNorm, Stacked, SwiGLU
+from mor_jax.types import Array, Float
+
+Keep = tuple[Literal["kv", "outputs"], ...]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Kept:
+    """What a pass through a stack was asked to keep, with a leading axis of layers.
+
+    For the sequence schemes `outputs` has the axes (layer, recursion) in front.
+    """
+
+    kv: KeyValue | None = None
+    outputs: Float[Array, "... b c d"] | None = None
+
+
+class Stack(nnx.Module):
+    """`size` pre-norm layers whose parameters are stacked along a leading axis.
+
+    The block that recursions share (`recurs`) holds one pair of norms per layer and recursion
+    where the configuration does not share norms.
+    """
+
+    def __init__(self, cfg: ModelConfig, size: int, *, rngs: nnx.Rngs, recurs: bool = False):
+        stacked: Stacked = (("layers", size),)
+        self.separate_norms = recurs and not cfg.share_norms
+        norms = (*stacked, ("recursions", cfg.recursions)) if self.separate_norms else stacked
+        self.attention = Attention(cfg, rngs=rngs, stacked=stacked)
+        self.mlp = SwiGLU(cfg, rngs=rngs, stacked=stacked)
+        self.norm1 = RMSNorm(cfg, rngs=rngs, stacked=norms)
+        self.norm2 = RMSNorm(cfg, rngs=rngs, stacked=norms)
+        self.recursions = cfg.recursions
+        self.remat = cfg.remat
+        self.update = cfg.kv == "shared_update"
+
+    def __call__(
+        self,
+        x: Float[Array, "b c d"],
+        scope: Scope,
+        *,
+        recursion: int = 0,
+        shared: KeyValue | None = None,
+        row: Scope | None = None,
+        keep: Keep = (),
+    ) -> tuple[Float[Array, "b c d"], Kept]:
+        """Runs all layers on the tokens of `scope`; returns the output and what `keep` names.
+
+        shared, row: keys and values of each layer to attend to instead of the tokens' own, and
+        the scope of the whole row that they cover.
+        """
+        graph, params = nnx.split(self)
+
+        def body(x: Array, slot: tuple[nnx.State, KeyValue | None]):
+            weights, kv = slot
+            y, used = nnx.merge(graph, weights)._layer(x, scope, recursion, kv, row)
+            return y, Kept(used if "kv" in keep else None, y if "outputs" in keep else None)
+
+        return self._scan(body, x, (params, shared))
+
+    def interleaved(
+        self, x: Float[Array, "b l d"], scope: Scope, share_kv: bool, keep: Keep = ()
+    ) -> tuple[Float[Array, "b l d"], Kept]:
+        """Each layer `recursions` times before the next one (the sequence schemes)."""
+        graph, params = nnx.split(self)
+
+        def body(x: Array, weights: nnx.State):
+            kv, outputs = None, []
+            for r in range(self.recursions):
+                x, used = nnx.merge(graph, weights)._layer(x, scope, r, kv, scope)
+                kv = used if share_kv else None
+                outputs.append(x)
+            return x, Kept(outputs=jnp.stack(outputs) if "outputs" in keep else None)
+
+        return self._scan(body, x, params)
+
+    def _layer(
+        self, x: Array, scope: Scope, recursion: int, shared: KeyValue | None, row: Scope | None
+    ) -> tuple[Array, KeyValue]:
+        """h = x + attention(norm1(x)); y = h + mlp(norm2(h)). `self` is one slice of the stack."""
+        which = recursion if self.separate_norms else None
+        normed = self.norm1(x, which)
+        if self.update and shared is not None:
+            shared = self.attention.updated(normed, scope, shared)
+        mixed, kv = self.attention(normed, scope, shared, row)
+        hidden = x + mixed
+        return hidden + self.mlp(self.norm2(hidden, which)), kv
+
+    def _scan(self, body, x: Array, slots):
+        if self.remat != "none":
+            body = jax.checkpoint(body, prevent_cse=False)
+        run = partial(jax.lax.scan, body)
+        if self.remat == "full":
+            run = jax.checkpoint(run)
+        return run(x, slots)

@@ -1,0 +1,93 @@
+"""Taking chosen rows out of a sequence and putting them back, without a scatter of activations.
+
+Chosen rows are distinct, so the transpose of a gather is again a gather, through the inverse
+index. That is what accelerators and CPUs do fast, and it keeps routed tokens inside their batch
+shard: no collective carries activations.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mor_jax.types import Array, Bool, Int
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Rows:
+    """c distinct rows of n: `index` of each slot, and for each row its `slot`, if `chosen`.
+
+    valid: False marks filler slots, which are read but never put back; None: there are none.
+    """
+
+    index: Int[Array, "b c"]
+    slot: Int[Array, "b n"]
+    chosen: Bool[Array, "b n"]
+
+    @classmethod
+    def of(cls, index: Int[Array, "b c"], valid: Bool[Array, "b c"] | None, n: int) -> "Rows":
+        """From the rows' indices, distinct within a sequence."""
+        b, c = index.shape
+        batch = jnp.arange(b, dtype=jnp.int32)[:, None]
+        order = jnp.broadcast_to(jnp.arange(c, dtype=jnp.int32)[None], (b, c))
+        slot = jnp.zeros((b, n), jnp.int32).at[batch, index].set(order, unique_indices=True)
+        kept = jnp.ones((b, c), bool) if valid is None else valid
+        chosen = jnp.zeros((b, n), bool).at[batch, index].set(kept, unique_indices=True)
+        return cls(index, slot, chosen)
+
+    def take(self, x: Array) -> Array:
+        """Rows [b n ...] -> slots [b c ...]. Filler slots send no gradient back."""
+        return _take(x, self)
+
+    def put(self, x: Array, slots: Array) -> Array:
+        """x [b n ...] with the chosen rows replaced by their slots [b c ...]."""
+        return _put(x, slots, self)
+
+
+def _pick(x: Array, index: Int[Array, "b m"]) -> Array:
+    expanded = index.reshape(index.shape + (1,) * (x.ndim - 2))
+    return jnp.take_along_axis(x, expanded, axis=1, mode="promise_in_bounds")
+
+
+def _where(chosen: Bool[Array, "b n"], yes: Array, no: Array) -> Array:
+    return jnp.where(chosen.reshape(chosen.shape + (1,) * (yes.ndim - 2)), yes, no)
+
+
+@jax.custom_vjp
+def _take(x: Array, rows: Rows) -> Array:
+    return _pick(x, rows.index)
+
+
+def _take_fwd(x: Array, rows: Rows) -> tuple[Array, Rows]:
+    return _pick(x, rows.index), rows
+
+
+def _take_bwd(rows: Rows, grad: Array) -> tuple[Array, Rows]:
+    spread = _pick(grad, rows.slot)
+    return _where(rows.chosen, spread, jnp.zeros_like(spread)), _no_gradient(rows)
+
+
+@jax.custom_vjp
+def _put(x: Array, slots: Array, rows: Rows) -> Array:
+    return _where(rows.chosen, _pick(slots, rows.slot), x)
+
+
+def _put_fwd(x: Array, slots: Array, rows: Rows) -> tuple[Array, Rows]:
+    return _put(x, slots, rows), rows
+
+
+def _put_bwd(rows: Rows, grad: Array) -> tuple[Array, Array, Rows]:
+    kept = _where(rows.chosen, jnp.zeros_like(grad), grad)
+    # A filler slot was never put anywhere: its row is not `chosen`, so its gradient is zero.
+    replaced = _where(rows.chosen, grad, jnp.zeros_like(grad))
+    return kept, _pick(replaced, rows.index), _no_gradient(rows)
+
+
+def _no_gradient(rows: Rows) -> Rows:
+    return jax.tree.map(lambda leaf: np.zeros(leaf.shape, jax.dtypes.float0), rows)
+
+
+_take.defvjp(_take_fwd, _take_bwd)
+_put.defvjp(_put_fwd, _put_bwd)

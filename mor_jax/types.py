@@ -1,0 +1,44 @@
+"""Array aliases, the batch, and the one legend of dimension letters.
+
+Letters in every shape annotation of this project:
+
+    b  batch (sequences)          h  query heads
+    l  length (tokens in a row)   g  key/value heads
+    c  tokens chosen at a depth   k  width of one head
+    n  candidates of a recursion  f  hidden width of the MLP
+    d  model width                v  vocabulary
+    r  recursions                 s  slots (layers) of the shared block
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+from jaxtyping import Array, Bool, Float, Int
+
+Params = dict[str, Any]
+"""Nested dictionary of arrays: what checkpoints hold and the optimiser updates."""
+
+IGNORE = -100
+"""Target value of a position that carries no loss."""
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Batch:
+    """Rows of packed tokens, the unit of training and of evaluation.
+
+    tokens: what the model reads.
+    targets: the next token of each position, `IGNORE` where there is none.
+    segments: document number inside the row, counted from 1; 0 marks padding. `None` means one
+        document a row, without padding, and costs nothing.
+    positions: position inside the document, for the rotary embedding; `None` means 0 .. l-1.
+    """
+
+    tokens: Int[Array, "b l"]
+    targets: Int[Array, "b l"]
+    segments: Int[Array, "b l"] | None = None
+    positions: Int[Array, "b l"] | None = None
+
+
+__all__ = ["IGNORE", "Array", "Batch", "Bool", "Float", "Int", "Params"]
