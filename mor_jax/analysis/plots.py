@@ -1,0 +1,298 @@
+"""Pictures of a run: its loss curves, and a text coloured by the recursion depth of its tokens.
+
+matplotlib is imported inside the functions, because it takes longer than the start of a run
+should; no window is ever opened.
+"""
+
+import dataclasses
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from mor_jax import metrics
+
+SERIES = {
+    "training": "loss",
+    "held out, top-k routing": "eval/loss_topk",
+    "held out, causal routing": "eval/loss_causal",
+}
+"""Curves of `loss_curves`: label -> name in metrics.jsonl."""
+
+_COLOURS = ("#8a93a6", "#c2410c", "#1d4ed8", "#15803d", "#7e22ce")
+# Light to strong, all bright enough under black letters; the first stands for depth 0.
+_UNROUTED = "#e5e7eb"
+_DEPTHS = ("#fef3c7", "#fdba74", "#f58a6e", "#c893c0", "#8f9fd6", "#6fb3b8", "#86c28b", "#b5b5b5")
+
+PathLike = str | os.PathLike[str]
+
+_TAB = 4
+# Longest page: what follows is cut off, an image has a largest height.
+_ROWS = 400
+
+
+def loss_curves(
+    records: PathLike,
+    path: PathLike,
+    *,
+    series: Mapping[str, str] = SERIES,
+    baseline: float | int | None = None,
+    title: str = "Loss",
+) -> None:
+    """Draws the losses in the `metrics.jsonl` at `records` over the steps, as a PNG at `path`.
+
+    series: label -> name of a value; those that no record has are left out. The first, noisy one
+    is drawn faint with its running mean. baseline: loss of the bigram model, nats per token.
+    Raises `ValueError` when the file holds none of the series.
+    """
+    rows = metrics.read(records)
+    curves = {label: _curve(rows, name) for label, name in series.items()}
+    curves = {label: curve for label, curve in curves.items() if len(curve)}
+    if not curves:
+        names = sorted(series.values())
+        raise ValueError(f"{records}: has no finite value of {names}. Train some steps first")
+    figure = _figure(9.0, 5.0)
+    axes = figure.add_axes((0.085, 0.11, 0.885, 0.8))
+    for colour, (label, curve) in zip(_COLOURS, curves.items(), strict=False):
+        noisy = label == next(iter(series)) and len(curve) > 20
+        if noisy:
+            axes.plot(curve[:, 0], curve[:, 1], color=colour, alpha=0.3, linewidth=0.8)
+            curve = _smooth(curve)
+        last = f"{label}: {curve[-1, 1]:.3f}"
+        marker = "o" if len(curve) < 40 else None
+        axes.plot(*curve.T, color=colour, linewidth=1.8, marker=marker, markersize=3.5, label=last)
+    if baseline is not None:
+        label = f"bigram model: {baseline:.3f}"
+        axes.axhline(baseline, color="#111827", linestyle=(0, (5, 3)), linewidth=1.2, label=label)
+    _style(axes, title)
+    _write(figure, path)
+
+
+def depth_map(
+    pieces: Sequence[str],
+    depths: Sequence[int] | np.ndarray,
+    path: PathLike,
+    *,
+    recursions: int | None = None,
+    title: str = "Recursions per token",
+    columns: int = 96,
+) -> None:
+    """Draws a text as a page of monospaced letters on the colour of each token's depth, as a PNG.
+
+    pieces: text of each token, such as `text_pieces` makes. depths: recursions each token went
+    through, 0 for none, one per piece. recursions: entries of the legend, by default the largest
+    depth. Spaces, tabs, newlines and control characters are shown as faint signs; a letter that
+    the font lacks as a box. Text beyond 400 rows is cut off. Raises `ValueError` if the two differ
+    in length or are empty.
+    """
+    depths = [int(depth) for depth in depths]
+    if len(pieces) != len(depths) or not pieces:
+        fix = "Give one depth per piece, at least one"
+        raise ValueError(f"depth_map: {len(pieces)} pieces, {len(depths)} depths. {fix}")
+    cells = _lay_out(pieces, depths, columns)
+    page = _Page(cells)
+    page.backgrounds(cells)
+    page.letters(cells)
+    page.legend(title, depths, max(recursions or 0, *depths))
+    _write(page.figure, path)
+
+
+def text_pieces(tokens: Sequence[int] | np.ndarray, decode: Callable[[Any], str]) -> list[str]:
+    """Text that each token adds when `decode` reads them in order; joined they are the text.
+
+    A character spread over several tokens belongs to the last of them, the others get "".
+    """
+    pieces: list[str] = []
+    start = before = 0
+    for end in range(1, len(tokens) + 1):
+        # One finished group as context: some tokenizers drop the space of a first token.
+        context = len(decode(tokens[before:start])) if start else 0
+        text = decode(tokens[before:end])[context:]
+        if text.endswith("\ufffd") and end < len(tokens) and end - start < 4:
+            pieces.append("")
+            continue
+        pieces.append(text)
+        before, start = start, end
+    return pieces
+
+
+@dataclasses.dataclass(frozen=True)
+class _Cell:
+    # One letter on the page: `faint` for signs that stand for something invisible.
+    row: int
+    column: int
+    letter: str
+    faint: bool
+    token: int
+    depth: int
+    width: int = 1
+
+
+def _lay_out(pieces: Sequence[str], depths: Sequence[int], columns: int) -> list[_Cell]:
+    cells, row, column = [], 0, 0
+    has = _has_glyph()
+    for token, (piece, depth) in enumerate(zip(pieces, depths, strict=True)):
+        for char in piece:
+            letter, faint = _visible(char, has)
+            width = _TAB - column % _TAB if char == "\t" else 1
+            if column + width > columns:
+                row, column = row + 1, 0
+            if row == _ROWS:
+                return cells
+            cells.append(_Cell(row, column, letter, faint, token, depth, width))
+            column += width
+            if char == "\n":
+                row, column = row + 1, 0
+    return cells
+
+
+def _visible(char: str, has: Callable[[str], bool]) -> tuple[str, bool]:
+    signs = {" ": "·", "\n": "↵", "\t": "→", "\u00a0": "·"}
+    if char in signs:
+        return signs[char], True
+    if char.isprintable() and has(char):
+        return char, False
+    return "▯", True
+
+
+def _has_glyph() -> Callable[[str], bool]:
+    from matplotlib import font_manager
+
+    font = font_manager.get_font(font_manager.findfont("DejaVu Sans Mono"))
+    return lambda char: font.get_char_index(ord(char)) != 0
+
+
+class _Page:
+    """A figure of letters in a grid. One path for all letters: text objects would take seconds."""
+
+    _CELL = (0.082, 0.17)
+    _MARGIN = 0.3
+    _HEAD = 0.85
+
+    def __init__(self, cells: Sequence[_Cell]):
+        width, height = self._CELL
+        rows = 1 + max((cell.row for cell in cells), default=0)
+        # Room for the title and the legend over a text of short lines.
+        columns = max([cell.column + cell.width for cell in cells] + [72])
+        self._size = (columns * width + 2 * self._MARGIN, rows * height + self._HEAD + self._MARGIN)
+        self.figure = _figure(*self._size)
+        self._axes = self.figure.add_axes((0, 0, 1, 1))
+        self._axes.set(xlim=(0, self._size[0]), ylim=(self._size[1], 0))
+        self._axes.set_axis_off()
+
+    def backgrounds(self, cells: Sequence[_Cell]) -> None:
+        from matplotlib.collections import PolyCollection
+
+        boxes, colours = [], []
+        for run in _runs(cells):
+            left, top = self._corner(run[0])
+            right = left + sum(cell.width for cell in run) * self._CELL[0]
+            # Thin gaps keep neighbouring tokens of one colour apart.
+            right, bottom = right - 0.01, top + self._CELL[1] - 0.012
+            boxes.append([(left, top), (right, top), (right, bottom), (left, bottom)])
+            colours.append(_colour(run[0].depth))
+        self._axes.add_collection(PolyCollection(boxes, facecolors=colours, edgecolors="none"))
+
+    def letters(self, cells: Sequence[_Cell]) -> None:
+        from matplotlib.patches import PathPatch
+        from matplotlib.path import Path
+
+        outline = _outlines()
+        for faint, colour in ((False, "#111827"), (True, "#4b5563")):
+            paths = []
+            for cell in cells:
+                if cell.faint == faint and cell.letter:
+                    left, top = self._corner(cell)
+                    paths.append(outline(cell.letter, left, top + self._CELL[1] * 0.74))
+            if paths:
+                patch = PathPatch(Path.make_compound_path(*paths), facecolor=colour, linewidth=0)
+                self._axes.add_patch(patch)
+
+    def legend(self, title: str, depths: Sequence[int], recursions: int) -> None:
+        from matplotlib.patches import Rectangle
+
+        axes, x, y = self._axes, self._MARGIN, self._MARGIN
+        style = {"va": "center", "color": "#111827", "family": "DejaVu Sans"}
+        axes.text(x, y, title, fontsize=10.5, weight="bold", **style)
+        y += 0.27
+        for depth in range(0 if 0 in depths else 1, recursions + 1):
+            share = sum(d == depth for d in depths) / len(depths)
+            axes.add_patch(Rectangle((x, y - 0.075), 0.2, 0.15, facecolor=_colour(depth)))
+            axes.text(x + 0.26, y, f"{depth}: {share:.0%}", fontsize=8.5, **style)
+            x += 0.82
+
+    def _corner(self, cell: _Cell) -> tuple[float, float]:
+        width, height = self._CELL
+        return self._MARGIN + cell.column * width, self._HEAD + cell.row * height
+
+
+def _runs(cells: Sequence[_Cell]) -> Iterator[list[_Cell]]:
+    # Neighbouring cells of one token on one row.
+    run: list[_Cell] = []
+    for cell in cells:
+        if run and (cell.token, cell.row) != (run[0].token, run[0].row):
+            yield run
+            run = []
+        run.append(cell)
+    if run:
+        yield run
+
+
+def _outlines() -> Callable[[str, float, float], Any]:
+    from matplotlib.font_manager import FontProperties
+    from matplotlib.path import Path
+    from matplotlib.textpath import TextPath
+
+    font, size, cache = FontProperties(family="DejaVu Sans Mono"), 0.132, {}
+
+    def outline(letter: str, x: float, y: float) -> Any:
+        if letter not in cache:
+            cache[letter] = TextPath((0, 0), letter, size=size, prop=font, usetex=False)
+        shape = cache[letter]
+        # The page counts downwards, letters upwards.
+        return Path(shape.vertices * [1, -1] + [x, y], shape.codes)
+
+    return outline
+
+
+def _colour(depth: int) -> str:
+    return _UNROUTED if depth <= 0 else _DEPTHS[(depth - 1) % len(_DEPTHS)]
+
+
+def _curve(rows: Sequence[Mapping[str, Any]], name: str) -> np.ndarray:
+    # (points, 2): step and value; what is not finite leaves a gap in the data, not in the curve.
+    points = [(row["step"], row[name]) for row in rows if isinstance(row.get(name), int | float)]
+    curve = np.array(points, np.float64).reshape(-1, 2)
+    return curve[np.isfinite(curve[:, 1])]
+
+
+def _smooth(curve: np.ndarray) -> np.ndarray:
+    width = max(len(curve) // 25, 3) | 1
+    padded = np.pad(curve[:, 1], width // 2, mode="edge")
+    mean = np.convolve(padded, np.ones(width) / width, mode="valid")
+    return np.stack([curve[:, 0], mean], axis=1)
+
+
+def _style(axes: Any, title: str) -> None:
+    axes.set_title(title, loc="left", fontsize=12, weight="bold")
+    axes.set_xlabel("optimiser step")
+    axes.set_ylabel("cross-entropy, nats per token")
+    axes.grid(color="#e5e7eb", linewidth=0.8)
+    axes.set_axisbelow(True)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    axes.legend(frameon=False, fontsize=9.5)
+
+
+def _figure(width: float, height: float) -> Any:
+    # A bare Figure renders through Agg and needs no display, whatever backend is configured.
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), facecolor="white")
+
+
+def _write(figure: Any, path: PathLike) -> None:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    FigureCanvasAgg(figure).print_figure(path, dpi=160, format="png")
