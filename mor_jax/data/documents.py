@@ -13,6 +13,7 @@ import hashlib
 import json
 import os
 import sysconfig
+import zlib
 from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
@@ -158,8 +159,9 @@ def _lines(file: Path) -> Iterator[tuple[int, bytes]]:
     try:
         with opener(file, "rb") as stream:
             yield from enumerate(stream, 1)
-    except OSError as error:
-        rule = f"cannot be read ({error.strerror or error})"
+    # The last two are what a damaged or truncated .gz raises.
+    except (OSError, EOFError, zlib.error) as error:
+        rule = f"cannot be read ({error})"
         fail("file", str(file), rule, "Check its permissions and that it is complete")
 
 

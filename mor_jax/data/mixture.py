@@ -1,12 +1,14 @@
 """Weighted mixtures, decided by row number alone."""
 
-import sys
 from collections.abc import Sequence
 
 import numpy as np
 
 CYCLE = 10_000
 """Rows after which the order of sources repeats; weights are rounded to this share."""
+
+ENDLESS = 2**60
+"""Length of a mixture. Below the largest length that Python has, which grain's sums exceed."""
 
 
 def shares_of(weights: Sequence[float], total: int) -> np.ndarray:
@@ -44,8 +46,7 @@ class Mixture:
         self._rank = ranks[order].tolist()
 
     def __len__(self) -> int:
-        # Endless, in the way grain counts: the largest length Python has.
-        return sys.maxsize
+        return ENDLESS
 
     def __getitem__(self, index: int) -> tuple[int, int]:
         cycle, at = divmod(index, CYCLE)

@@ -58,7 +58,11 @@ def prepare(cfg: PrepareConfig, report: Report) -> dict[str, Any]:
 @contextmanager
 def _alone(output: Path) -> Iterator[None]:
     """Keeps a second preparation out of the directory, which it creates."""
-    output.mkdir(parents=True, exist_ok=True)
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        rule = f"cannot be created ({error.strerror})"
+        fail("--output", str(output), rule, "Name a directory that you may write to")
     lock = os.open(output, os.O_RDONLY)
     try:
         try:
