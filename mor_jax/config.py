@@ -6,26 +6,15 @@ rule and a fix. Values that follow from others are properties, never stored twic
 """
 
 import dataclasses
-import difflib
-import types
-import typing
+import itertools
 from typing import Any, Literal
+
+from mor_jax.parsing import check, fail, parse
 
 Sharing = Literal["none", "cycle", "sequence", "middle_cycle", "middle_sequence"]
 KVMode = Literal["recursion", "shared", "shared_update"]
 Attention = Literal["auto", "xla", "blockwise", "cudnn", "splash"]
 Remat = Literal["none", "block", "full"]
-
-
-def fail(path: str, value: Any, rule: str, fix: str) -> typing.NoReturn:
-    """Raises the project's one form of a configuration error."""
-    raise ValueError(f"{path}={value!r}: {rule}. {fix}")
-
-
-def check(ok: bool, path: str, value: Any, rule: str, fix: str) -> None:
-    """Raises `ValueError` through `fail` unless `ok`."""
-    if not ok:
-        fail(path, value, rule, fix)
 
 
 def _positive(path: str, cfg: Any, *names: str) -> None:
@@ -95,7 +84,7 @@ class RouterConfig:
         for r, share in enumerate(shares):
             rule = "must be in (0, 1]; it is the share of tokens kept at this recursion"
             check(0 < share <= 1, f"{path}[{r}]", share, rule, "Try 0.5")
-        falling = all(a >= b for a, b in zip(shares, shares[1:], strict=False))
+        falling = all(a >= b for a, b in itertools.pairwise(shares))
         rule = "must not increase: a recursion keeps some of the tokens of the one before"
         check(falling, path, shares, rule, f"Try {tuple(sorted(shares, reverse=True))}")
 
@@ -190,12 +179,9 @@ class ModelConfig:
         if routed:
             rule = "routed models repeat the whole block: cycle or middle_cycle"
             check(not self.is_sequence, f"{path}.sharing", self.sharing, rule, "Try 'middle_cycle'")
-            rule = "routed models share their norms between recursions"
-            check(self.share_norms, f"{path}.share_norms", self.share_norms, rule, "Set it True")
         if self.kv == "shared_update":
-            rule = "updating shared keys and values is defined for expert-choice routing"
-            ok = self.router.kind == "expert"
-            check(ok, f"{path}.kv", self.kv, rule, "Use 'shared' or 'recursion'")
+            rule = "without routing every key and value would be updated, so nothing is shared"
+            check(routed, f"{path}.kv", self.kv, rule, "Use 'shared' or 'recursion'")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -327,13 +313,17 @@ class MeshConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """Everything that a training run depends on. `batch_size` is global, in rows."""
+    """Everything that a training run depends on.
+
+    batch_size: rows of a step over all devices, split into `accumulate` micro-batches.
+    loss_chunk: positions of each row whose logits exist at one time; None: all of them.
+    """
 
     steps: int = 1000
     batch_size: int = 8
     length: int = 256
     accumulate: int = 1
-    loss_chunk: int | None = 1024
+    loss_chunk: int | None = 128
     loss_z_coeff: float = 0.0
     seed: int = 0
     model: ModelConfig = ModelConfig()
@@ -373,37 +363,17 @@ class TrainConfig:
             getattr(self, name).validate(name)
 
 
-def parse(cls: type, values: dict[str, Any], path: str) -> Any:
-    """Builds dataclass `cls` from plain values. Raises `ValueError` on unknown keys and types."""
-    hints = typing.get_type_hints(cls)
-    for key in values:
-        if key not in hints:
-            near = difflib.get_close_matches(key, hints, n=1, cutoff=0.0)[0]
-            rule = f"unknown setting; {cls.__name__} has {sorted(hints)}"
-            fail(f"{path}{key}", values[key], rule, f"Did you mean {path}{near}?")
-    return cls(**{k: _convert(hints[k], v, f"{path}{k}") for k, v in values.items()})
-
-
-def _convert(hint: Any, value: Any, path: str) -> Any:
-    origin, args = typing.get_origin(hint), typing.get_args(hint)
-    if dataclasses.is_dataclass(hint):
-        rule = f"must be a group of settings ({hint.__name__})"
-        check(isinstance(value, dict), path, value, rule, "Set its members instead")
-        return parse(typing.cast(type, hint), value, f"{path}.")
-    if origin is Literal:
-        near = difflib.get_close_matches(str(value), [str(a) for a in args], n=1, cutoff=0.0)
-        check(value in args, path, value, f"must be one of {args}", f"Did you mean {near[0]!r}?")
-        return value
-    if origin in (types.UnionType, typing.Union):
-        if value is None and type(None) in args:
-            return None
-        return _convert(next(a for a in args if a is not type(None)), value, path)
-    if origin is tuple:
-        ok = isinstance(value, (list, tuple))
-        check(ok, path, value, "must be a list of values", "Write it like (1.0, 0.5)")
-        return tuple(_convert(args[0], item, f"{path}[{i}]") for i, item in enumerate(value))
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    ok = type(value) is hint and value == value
-    check(ok, path, value, f"must be a {hint.__name__}", f"Got a {type(value).__name__}")
-    return value
+__all__ = [
+    "Attention",
+    "CheckpointConfig",
+    "DataConfig",
+    "EvalConfig",
+    "LogConfig",
+    "MeshConfig",
+    "ModelConfig",
+    "OptimConfig",
+    "RouterConfig",
+    "TrainConfig",
+    "check",
+    "fail",
+]

@@ -1,0 +1,54 @@
+"""From nested plain values to frozen dataclasses, and the one form of a configuration error."""
+
+import dataclasses
+import difflib
+import types
+import typing
+from typing import Any, Literal
+
+
+def fail(path: str, value: Any, rule: str, fix: str) -> typing.NoReturn:
+    """Raises the project's one form of a configuration error."""
+    raise ValueError(f"{path}={value!r}: {rule}. {fix}")
+
+
+def check(ok: bool, path: str, value: Any, rule: str, fix: str) -> None:
+    """Raises `ValueError` through `fail` unless `ok`."""
+    if not ok:
+        fail(path, value, rule, fix)
+
+
+def parse(cls: type, values: dict[str, Any], path: str) -> Any:
+    """Builds dataclass `cls` from plain values. Raises `ValueError` on unknown keys and types."""
+    hints = typing.get_type_hints(cls)
+    for key in values:
+        if key not in hints:
+            near = difflib.get_close_matches(key, hints, n=1, cutoff=0.0)[0]
+            rule = f"unknown setting; {cls.__name__} has {sorted(hints)}"
+            fail(f"{path}{key}", values[key], rule, f"Did you mean {path}{near}?")
+    return cls(**{k: _convert(hints[k], v, f"{path}{k}") for k, v in values.items()})
+
+
+def _convert(hint: Any, value: Any, path: str) -> Any:
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if dataclasses.is_dataclass(hint):
+        rule = f"must be a group of settings ({hint.__name__})"
+        check(isinstance(value, dict), path, value, rule, "Set its members instead")
+        return parse(typing.cast(type, hint), value, f"{path}.")
+    if origin is Literal:
+        near = difflib.get_close_matches(str(value), [str(a) for a in args], n=1, cutoff=0.0)
+        check(value in args, path, value, f"must be one of {args}", f"Did you mean {near[0]!r}?")
+        return value
+    if origin in (types.UnionType, typing.Union):
+        if value is None and type(None) in args:
+            return None
+        return _convert(next(a for a in args if a is not type(None)), value, path)
+    if origin is tuple:
+        ok = isinstance(value, (list, tuple))
+        check(ok, path, value, "must be a list of values", "Write it like (1.0, 0.5)")
+        return tuple(_convert(args[0], item, f"{path}[{i}]") for i, item in enumerate(value))
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    ok = type(value) is hint and value == value
+    check(ok, path, value, f"must be a {hint.__name__}", f"Got a {type(value).__name__}")
+    return value

@@ -1,0 +1,179 @@
+"""One optimiser step and one evaluation step: pure functions, no input or output.
+
+`train.py` jits them in one place. Metrics are scalars by name, plus `depth_share`: the share of
+tokens at each depth.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from mor_jax.config import TrainConfig
+from mor_jax.losses import Counts, TextSums, batch_counts, router_losses, text_loss
+from mor_jax.models.router import Route, capacity_counts
+from mor_jax.models.routing import Routing
+from mor_jax.optim import global_norms, schedule
+from mor_jax.state import TrainState, forward, logits_table
+from mor_jax.types import Array, Batch, Float, Params
+
+Metrics = dict[str, Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class StepSpec:
+    """What is static in a step: the configuration, the optimiser, and tokens kept per recursion.
+
+    kept: None for the final capacities; others only while capacities warm up.
+    """
+
+    cfg: TrainConfig
+    optimizer: optax.GradientTransformationExtraArgs
+    kept: tuple[int, ...] | None = None
+
+
+def train_step(spec: StepSpec, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+    """One update from the global batch (SPEC section 8: means over the global batch).
+
+    A loss or gradient that is not finite changes nothing but the counters of skipped steps.
+    """
+    cfg, model = spec.cfg, spec.cfg.model
+    kept = spec.kept or capacity_counts(model, cfg.length)
+    route = Route(counts=kept, step=state.step + 1)
+    counts = batch_counts(model, batch, kept)
+    counts = _with_shares(spec, state.params, batch, route, counts)
+    metrics, grads = accumulate(cfg, state.params, batch, route, counts)
+    norms = global_norms(grads)
+    ok = jnp.isfinite(metrics["loss"]) & jnp.isfinite(norms.main) & jnp.isfinite(norms.aux)
+    updates, opt_state = spec.optimizer.update(grads, state.opt_state, state.params, ok=ok)
+    params = optax.apply_updates(state.params, updates)
+    if "bias" in params.get("router", {}):
+        params = _balanced(cfg, params, metrics, state.step + 1, ok)
+    skipped = 1 - ok.astype(jnp.int32)
+    metrics |= {
+        "grad_norm": norms.main,
+        "lr": schedule(cfg.optim, cfg.steps)(state.opt_state["count"]),
+        "skipped": state.skipped + skipped,
+        "skipped_in_a_row": (state.skipped_in_a_row + 1) * skipped,
+    }
+    after = TrainState(
+        state.step + 1, params, opt_state, metrics["skipped"], metrics["skipped_in_a_row"]
+    )
+    return after, metrics
+
+
+def loss_fn(
+    params: Params, cfg: TrainConfig, batch: Batch, route: Route, counts: Counts
+) -> tuple[Float[Array, ""], Metrics]:
+    """This batch's part of the training loss and its terms by name, in nats per token."""
+    out = forward(cfg.model, params, batch, route)
+    table = logits_table(cfg.model, params)
+    total, sums = text_loss(out.hidden, table, batch.targets, cfg.loss_chunk, cfg.loss_z_coeff)
+    metrics = _text_metrics(sums, counts)
+    loss = total / counts.targets
+    if out.routing is not None:
+        router_loss, terms = router_losses(cfg.model, out.routing, counts)
+        loss = loss + router_loss
+        metrics |= terms | _routing_metrics(cfg, out.routing, counts)
+    return loss, metrics | {"loss": loss}
+
+
+def accumulate(
+    cfg: TrainConfig, params: Params, batch: Batch, route: Route, counts: Counts
+) -> tuple[Metrics, Params]:
+    """Metrics and gradients summed over micro-batches, one at a time."""
+    grad_fn = jax.grad(loss_fn, has_aux=True)
+    if cfg.accumulate == 1:
+        grads, metrics = grad_fn(params, cfg, batch, route, counts)
+        return metrics, grads
+
+    def body(total: tuple[Metrics, Params], part: Batch):
+        grads, metrics = grad_fn(params, cfg, part, route, counts)
+        return jax.tree.map(jnp.add, total, (metrics, grads)), None
+
+    parts = micro_batches(batch, cfg.accumulate)
+    first = jax.tree.map(lambda x: x[0], parts)
+    shapes = jax.eval_shape(lambda: grad_fn(params, cfg, first, route, counts))
+    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), (shapes[1], shapes[0]))
+    return jax.lax.scan(body, zeros, parts)[0]
+
+
+def micro_batches(batch: Batch, number: int) -> Batch:
+    """[b ...] -> [number, b/number ...]; neighbouring rows go to different micro-batches.
+
+    That keeps each micro-batch spread over all devices that hold the batch.
+    """
+    return jax.tree.map(lambda x: jnp.swapaxes(x.reshape(-1, number, *x.shape[1:]), 0, 1), batch)
+
+
+def eval_step(cfg: TrainConfig, params: Params, batch: Batch, mode: str) -> Metrics:
+    """Sums over a held-out batch under routing `mode`: nothing is divided yet.
+
+    ce, correct, targets: of the text. depth_count: tokens at depth 0 .. Nr (routed models).
+    """
+    out = forward(cfg.model, params, batch, Route(mode="causal" if mode == "causal" else "topk"))
+    table = logits_table(cfg.model, params)
+    _, sums = text_loss(out.hidden, table, batch.targets, cfg.loss_chunk)
+    counts = batch_counts(cfg.model, batch, capacity_counts(cfg.model, batch.tokens.shape[1]))
+    metrics = {"ce": sums.ce, "correct": sums.correct, "targets": counts.targets}
+    if out.routing is not None:
+        metrics["depth_count"] = _depth_counts(cfg, out.routing)
+    return metrics
+
+
+def _text_metrics(sums: TextSums, counts: Counts) -> Metrics:
+    targets = counts.targets
+    return {
+        "ce": sums.ce / targets,
+        "logit_z": sums.z / targets,
+        "accuracy": sums.correct / targets,
+    }
+
+
+def _depth_counts(cfg: TrainConfig, routing: Routing) -> Float[Array, "depths"]:
+    depths = jnp.arange(cfg.model.recursions + 1)[:, None, None]
+    return jnp.sum(routing.depth[None] == depths, axis=(1, 2), dtype=jnp.float32)
+
+
+def _routing_metrics(cfg: TrainConfig, routing: Routing, counts: Counts) -> Metrics:
+    metrics: Metrics = {"depth_share": _depth_counts(cfg, routing)[1:] / counts.tokens}
+    if routing.expert is not None and counts.candidates is not None:
+        metrics["router_accuracy"] = jnp.mean(routing.expert.correct / counts.candidates)
+    if routing.token is not None:
+        metrics["choice_share"] = routing.token.choice / counts.tokens
+        metrics["overflow_share"] = jnp.sum(routing.token.overflow) / counts.tokens
+    return metrics
+
+
+def _with_shares(
+    spec: StepSpec, params: Params, batch: Batch, route: Route, counts: Counts
+) -> Counts:
+    """Adds the global choice shares where the balancing loss needs them before the first gradient.
+
+    The balancing loss multiplies two means over the batch, so micro-batches must know the global
+    one. Only the part of the model before the router is computed here; the rest is dead code.
+    """
+    cfg = spec.cfg
+    router = cfg.model.router
+    if router.kind != "token" or router.balancing != "loss" or cfg.accumulate == 1:
+        return counts
+
+    def choices(part: Batch) -> Any:
+        routing = forward(cfg.model, params, part, route).routing
+        assert routing is not None and routing.token is not None
+        return routing.token.choice
+
+    each = jax.lax.map(choices, micro_batches(batch, cfg.accumulate))
+    return dataclasses.replace(counts, share=jnp.sum(each, axis=0) / counts.tokens)
+
+
+def _balanced(cfg: TrainConfig, params: Params, metrics: Metrics, step: Array, ok: Array) -> Params:
+    """Loss-free balancing: depths chosen less than average gain bias (Wang et al. 2024)."""
+    share, router = metrics["choice_share"], cfg.model.router
+    bias = params["router"]["bias"]
+    moved = bias + router.bias_rate * jnp.sign(jnp.mean(share) - share)
+    moved = jnp.where(step < router.balance_warmup_steps, jnp.zeros_like(bias), moved)
+    new = jnp.where(ok, moved, bias)
+    return {**params, "router": {**params["router"], "bias": new}}
