@@ -47,30 +47,45 @@ def abstract_params(cfg: ModelConfig) -> Params:
 
 def logical_axes(cfg: ModelConfig) -> Params:
     """The parameter tree with, for each array, the tuple of its logical axis names."""
-    axes = jax.tree.map(
-        lambda p: p.get_metadata("axes"),
-        _abstract(cfg)[1],
-        is_leaf=lambda node: isinstance(node, nnx.Variable),
-    )
-    return axes.to_pure_dict() if isinstance(axes, nnx.State) else axes
+    return _metadata(cfg, "axes")
+
+
+def _metadata(cfg: ModelConfig, name: str) -> Params:
+    tree: Params = {}
+    for path, variable in nnx.to_flat_state(_abstract(cfg)[1]):
+        node = tree
+        for key in path[:-1]:
+            node = node.setdefault(key, {})
+        node[path[-1]] = variable.get_metadata(name)
+    return tree
 
 
 def init_params(cfg: ModelConfig, seed: int) -> Params:
-    """Fresh parameters. The count of what is stored is checked against the formula.
+    """Fresh float32 parameters; traceable. The count is checked against the formula.
+
+    All random numbers are one draw, cut into the arrays: a generator compiled for each of them
+    would take most of the time from the command to the first step.
 
     Raises:
         ValueError: the configuration does not make a model.
     """
-
-    def build() -> Params:
-        model = Transformer(cfg, rngs=nnx.Rngs(params=jax.random.key(seed)))
-        return nnx.split(model)[1].to_pure_dict()
-
-    params = jax.jit(build)()
-    stored = sum(leaf.size for leaf in jax.tree.leaves(params))
+    shapes, structure = jax.tree.flatten(abstract_params(cfg))
     # Weight sharing that silently came apart would show here first.
+    stored = sum(shape.size for shape in shapes)
     assert stored == unique_parameters(cfg), (stored, unique_parameters(cfg))
-    return params
+    inits = structure.flatten_up_to(_metadata(cfg, "init"))
+    drawn = [init.std > 0 for init in inits]
+    total = sum(s.size for s, random in zip(shapes, drawn, strict=True) if random)
+    values = jax.random.normal(jax.random.key(seed), (total,), jnp.float32)
+    leaves, start = [], 0
+    for shape, init, random in zip(shapes, inits, drawn, strict=True):
+        if not random:
+            leaves.append(jnp.full(shape.shape, init.mean, jnp.float32))
+            continue
+        part = jax.lax.slice(values, (start,), (start + shape.size,))
+        leaves.append(init.mean + init.std * part.reshape(shape.shape))
+        start += shape.size
+    return structure.unflatten(leaves)
 
 
 def model_of(cfg: ModelConfig, params: Params) -> Transformer:

@@ -14,7 +14,7 @@ from mor_jax.config import Attention as Implementation
 from mor_jax.config import ModelConfig
 from mor_jax.models.attention_kernels import attend
 from mor_jax.models.gather import Rows
-from mor_jax.models.layers import Stacked, normal, param
+from mor_jax.models.layers import Axes, normal, param
 from mor_jax.models.masks import Visibility
 from mor_jax.models.rope import Rotary, apply_rope
 from mor_jax.types import Array, Bool, Float, Int
@@ -64,7 +64,7 @@ def _rows(table: Float[Array, "_ l k"], index: Int[Array, "b c"]) -> Float[Array
 class Attention(nnx.Module):
     """Multi-head attention with fewer key/value heads than query heads; no biases."""
 
-    def __init__(self, cfg: ModelConfig, *, rngs: nnx.Rngs, stacked: Stacked = ()):
+    def __init__(self, cfg: ModelConfig, *, rngs: nnx.Rngs, stacked: Axes = ()):
         init, d, k = normal(cfg), ("embed", cfg.width), ("head_dim", cfg.head_dim)
         heads, kv_heads = ("heads", cfg.heads), ("kv_heads", cfg.kv_heads)
         self.q = param(rngs, init, (d, heads, k), stacked)

@@ -13,7 +13,7 @@ from flax import nnx
 
 from mor_jax.config import ModelConfig
 from mor_jax.models.attention import Attention, KeyValue, Scope
-from mor_jax.models.layers import RMSNorm, Stacked, SwiGLU
+from mor_jax.models.layers import Axes, RMSNorm, SwiGLU
 from mor_jax.types import Array, Float
 
 Keep = tuple[Literal["kv", "outputs"], ...]
@@ -39,7 +39,7 @@ class Stack(nnx.Module):
     """
 
     def __init__(self, cfg: ModelConfig, size: int, *, rngs: nnx.Rngs, recurs: bool = False):
-        stacked: Stacked = (("layers", size),)
+        stacked: Axes = (("layers", size),)
         self.separate_norms = recurs and not cfg.share_norms
         norms = (*stacked, ("recursions", cfg.recursions)) if self.separate_norms else stacked
         self.attention = Attention(cfg, rngs=rngs, stacked=stacked)

@@ -4,7 +4,7 @@ Modules hold float32 parameters; the free functions are the mathematics. Every p
 `axes`, its logical axis names, for the sharding rules.
 """
 
-from collections.abc import Callable
+import dataclasses
 
 import jax
 import jax.numpy as jnp
@@ -13,26 +13,35 @@ from flax import nnx
 from mor_jax.config import ModelConfig
 from mor_jax.types import Array, Float, Int
 
-Stacked = tuple[tuple[str, int], ...]
-"""Leading axes of a stack of layers: (name, size) pairs."""
+Axes = tuple[tuple[str, int], ...]
+"""Named axes of a parameter: (name, size) pairs."""
 
 
-def param(
-    rngs: nnx.Rngs,
-    init: Callable[..., Array],
-    axes: tuple[tuple[str, int], ...],
-    stacked: Stacked = (),
-) -> nnx.Param:
-    """A float32 parameter with named axes, after the leading axes of its stack."""
+@dataclasses.dataclass(frozen=True)
+class Init:
+    """How a parameter starts: N(mean, std^2), a constant where `std` is 0."""
+
+    mean: float = 0.0
+    std: float = 0.0
+
+
+def param(rngs: nnx.Rngs, init: Init, axes: Axes, stacked: Axes = ()) -> nnx.Param:
+    """A float32 parameter with named axes, after the leading axes of its stack.
+
+    `axes` and `init` stay on it as metadata, for the sharding rules and for `state.init_params`.
+    """
     named = stacked + axes
     shape = tuple(size for _, size in named)
-    names = tuple(name for name, _ in named)
-    return nnx.Param(init(rngs.params(), shape, jnp.float32), axes=names)
+    value = init.mean + init.std * jax.random.normal(rngs.params(), shape, jnp.float32)
+    return nnx.Param(value, axes=tuple(name for name, _ in named), init=init)
 
 
-def normal(cfg: ModelConfig) -> Callable[..., Array]:
-    """The initialiser of every matrix: N(0, init_std) (SPEC of Llama: 0.02)."""
-    return jax.nn.initializers.normal(cfg.init_std)
+def normal(cfg: ModelConfig) -> Init:
+    """The start of every matrix: N(0, init_std^2)."""
+    return Init(std=cfg.init_std)
+
+
+ONES, ZEROS = Init(mean=1.0), Init()
 
 
 def rms_norm(x: Float[Array, "... d"], scale: Float[Array, "d"], eps: float) -> Array:
@@ -49,9 +58,8 @@ def rms_norm(x: Float[Array, "... d"], scale: Float[Array, "d"], eps: float) -> 
 class RMSNorm(nnx.Module):
     """RMSNorm with a learned scale, initialised to one."""
 
-    def __init__(self, cfg: ModelConfig, *, rngs: nnx.Rngs, stacked: Stacked = ()):
-        ones = jax.nn.initializers.ones
-        self.scale = param(rngs, ones, (("embed", cfg.width),), stacked)
+    def __init__(self, cfg: ModelConfig, *, rngs: nnx.Rngs, stacked: Axes = ()):
+        self.scale = param(rngs, ONES, (("embed", cfg.width),), stacked)
         self.eps = cfg.norm_eps
 
     def __call__(self, x: Float[Array, "... d"], which: int | None = None) -> Array:
@@ -63,7 +71,7 @@ class RMSNorm(nnx.Module):
 class SwiGLU(nnx.Module):
     """Gated MLP: down(silu(gate(x)) * up(x)), no biases."""
 
-    def __init__(self, cfg: ModelConfig, *, rngs: nnx.Rngs, stacked: Stacked = ()):
+    def __init__(self, cfg: ModelConfig, *, rngs: nnx.Rngs, stacked: Axes = ()):
         d, f, init = ("embed", cfg.width), ("mlp", cfg.mlp_width), normal(cfg)
         self.gate = param(rngs, init, (d, f), stacked)
         self.up = param(rngs, init, (d, f), stacked)

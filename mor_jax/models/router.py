@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from mor_jax.config import ModelConfig, RouterConfig, check
-from mor_jax.models.layers import normal, param
+from mor_jax.models.layers import ZEROS, normal, param
 from mor_jax.types import Array, Bool, Float, Int
 
 EXACT = jax.lax.Precision.HIGHEST
@@ -122,8 +122,7 @@ class Routers(nnx.Module):
         if expert and router.aux == "aux_router":
             self.aux = Router(cfg, nr, True, rngs=rngs)
         if not expert and router.balancing == "loss_free":
-            zeros = jax.nn.initializers.zeros
-            self.bias = param(rngs, zeros, (("recursions", nr),))
+            self.bias = param(rngs, ZEROS, (("recursions", nr),))
 
 
 def expert_score(router: RouterConfig, logits: Float[Array, "b n"]) -> Float[Array, "b n"]:
