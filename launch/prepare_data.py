@@ -36,8 +36,8 @@ def main(arguments: list[str]) -> int:
     from mor_jax.data import prepare
 
     cfg = prepare.PrepareConfig(sources=tuple(flags.pop("source")), **flags)
-    start = "\r" if sys.stderr.isatty() else ""
-    end = "" if sys.stderr.isatty() else "\n"
+    # On a terminal one line that is rewritten; elsewhere, such as in a job's log, line by line.
+    start, end = ("\r", "") if sys.stderr.isatty() else ("", "\n")
 
     def report(done: prepare.Progress) -> None:
         kept = f" ({done.kept} kept)" if done.kept else ""
@@ -49,8 +49,9 @@ def main(arguments: list[str]) -> int:
     except (ValueError, OSError) as error:
         print(f"{start}{error}", file=sys.stderr)
         return 2 if isinstance(error, ValueError) else 1
+    print(end="" if end else "\n", file=sys.stderr)
     for split, content in manifest["splits"].items():
-        print(f"\n{split}: {content['tokens']:,} tokens of {content['documents']:,} documents")
+        print(f"{split}: {content['tokens']:,} tokens of {content['documents']:,} documents")
     own = manifest["tokenizer"]
     name = str(cfg.output / own["file"]) if own["file"] else own["name"]
     print(f"Train with data.sources=('shards:{cfg.output}',) data.tokenizer={name}")

@@ -62,9 +62,9 @@ def test_an_epoch_has_every_row_once_and_the_next_is_in_another_order(cfg, byte_
 @pytest.mark.parametrize("within", [False, True])
 def test_any_start_continues_the_same_batches(cfg, byte_tokenizer, prefetch, within):
     cfg = dataclasses.replace(cfg, prefetch=prefetch, within_documents=within)
-    whole = take(cfg, byte_tokenizer, 200)
-    for start in (1, 5, 199):
-        assert_same(take(cfg, byte_tokenizer, 200 - start, start=start), whole[start:])
+    whole = take(cfg, byte_tokenizer, 100)
+    for start in (1, 99):
+        assert_same(take(cfg, byte_tokenizer, 100 - start, start=start), whole[start:])
 
 
 def test_seeds_change_the_order(cfg, byte_tokenizer):

@@ -144,10 +144,10 @@ def test_shard_stream_reads_any_range(shards, byte_tokenizer):
     [memory] = open_streams(shards[1], byte_tokenizer, "train")
     assert len(stream) == len(memory)
     rng = np.random.default_rng(0)
-    for start in rng.integers(0, len(stream), 40):
-        stop = min(len(stream), int(start) + int(rng.integers(0, 3 * RECORD_TOKENS)))
-        np.testing.assert_array_equal(stream.read(int(start), stop), memory.read(start, stop))
-        np.testing.assert_array_equal(stream.cuts(int(start), stop), memory.cuts(start, stop))
+    for start in rng.integers(0, len(stream), 40).tolist():
+        stop = min(len(stream), start + int(rng.integers(0, 3 * RECORD_TOKENS)))
+        np.testing.assert_array_equal(stream.read(start, stop), memory.read(start, stop))
+        np.testing.assert_array_equal(stream.cuts(start, stop), memory.cuts(start, stop))
 
 
 def test_unreadable_corpus_is_an_error_at_opening(tmp_path, byte_tokenizer):
