@@ -14,7 +14,7 @@ import numpy as np
 from mor_jax import metrics
 
 SERIES = {
-    "training": "loss",
+    "training": "ce",
     "held out, top-k routing": "eval/loss_topk",
     "held out, causal routing": "eval/loss_causal",
 }

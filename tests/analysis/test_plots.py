@@ -110,9 +110,9 @@ def test_pieces_keep_the_space_that_a_tokenizer_drops_at_the_start():
 
 
 def test_loss_curves_draw_training_held_out_and_baseline(tmp_path):
-    records = [{"step": s, "time": 1.0, "loss": 5 - s / 50} for s in range(1, 101)]
+    records = [{"step": s, "time": 1.0, "ce": 5 - s / 50} for s in range(1, 101)]
     records += [{"step": s, "eval/loss_topk": 4.0, "eval/loss_causal": 4.2} for s in (50, 100)]
-    write(tmp_path / "m.jsonl", [*records, {"step": 101, "loss": "NaN"}])
+    write(tmp_path / "m.jsonl", [*records, {"step": 101, "ce": "NaN"}])
     plots.loss_curves(tmp_path / "m.jsonl", tmp_path / "a.png", baseline=2)
     page = pixels(tmp_path / "a.png")
     assert page.shape == (800, 1440, 3)
@@ -124,15 +124,15 @@ def test_loss_curves_draw_training_held_out_and_baseline(tmp_path):
 
 
 def test_loss_curves_without_evaluation_or_routing(tmp_path):
-    write(tmp_path / "m.jsonl", [{"step": 1, "loss": 5.0}, {"step": 2, "loss": 4.0}])
+    write(tmp_path / "m.jsonl", [{"step": 1, "ce": 5.0}, {"step": 2, "ce": 4.0}])
     plots.loss_curves(tmp_path / "m.jsonl", tmp_path / "a.png")
     assert count(pixels(tmp_path / "a.png"), plots._COLOURS[0]) > 300
     assert count(pixels(tmp_path / "a.png"), plots._COLOURS[1]) == 0
 
 
 def test_loss_curves_need_a_curve(tmp_path):
-    write(tmp_path / "m.jsonl", [{"step": 1, "loss": "NaN"}, {"step": 2, "accuracy": 0.5}])
-    with pytest.raises(ValueError, match=r"m\.jsonl: has no finite value of .*'loss'"):
+    write(tmp_path / "m.jsonl", [{"step": 1, "ce": "NaN"}, {"step": 2, "accuracy": 0.5}])
+    with pytest.raises(ValueError, match=r"m\.jsonl: has no finite value of .*'ce'"):
         plots.loss_curves(tmp_path / "m.jsonl", tmp_path / "a.png")
     assert not (tmp_path / "a.png").exists()
 
