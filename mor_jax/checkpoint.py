@@ -118,6 +118,7 @@ class Checkpoints:
         Logs a warning for each damaged step passed over. Raises `ValueError` when there are
         checkpoints and none is good: a run never starts over by itself.
         """
+        self.wait()
         found = self._newest() if jax.process_index() == 0 else _NONE
         if jax.process_count() > 1:
             found = int(multihost_utils.broadcast_one_to_all(np.int32(found)))
