@@ -3,6 +3,7 @@
 from collections.abc import Iterable
 
 from mor_jax.config import check
+from mor_jax.data.optional import need
 
 EOS = "<|endoftext|>"
 SMALLEST = 257
@@ -17,16 +18,15 @@ def train_bpe(texts: Iterable[str], vocab_size: int, setting: str = "--train-bpe
     """
     rule = f"must be at least {SMALLEST}: 256 bytes and the end of a document"
     check(vocab_size >= SMALLEST, setting, vocab_size, rule, "Try 32768")
-    import tokenizers
-    from tokenizers import decoders, models, pre_tokenizers, trainers
-
-    tokenizer = tokenizers.Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
+    library = need("tokenizers", setting, str(vocab_size))
+    byte_level = library.pre_tokenizers.ByteLevel
+    tokenizer = library.Tokenizer(library.models.BPE())
+    tokenizer.pre_tokenizer = byte_level(add_prefix_space=False)
+    tokenizer.decoder = library.decoders.ByteLevel()
+    trainer = library.trainers.BpeTrainer(
         vocab_size=vocab_size,
         special_tokens=[EOS],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        initial_alphabet=byte_level.alphabet(),
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from mor_jax.config import check, fail
+from mor_jax.data.optional import need
 
 STDLIB_SUFFIXES = frozenset({".py", ".txt", ".rst", ".md", ".html"})
 STDLIB_SKIPPED = frozenset({"site-packages", "dist-packages", "__pycache__"})
@@ -33,12 +34,14 @@ class Documents:
     setting: what errors call it, such as `data.sources[0]`.
     spec: as configured.
     identity: hash of the names and sizes behind it, without the folder they are in.
+    size: bytes of its files, 0 where that is not known.
     read: `read(start)` yields the texts from document `start` onwards.
     """
 
     setting: str
     spec: str
     identity: str
+    size: int
     read: Callable[[int], Iterator[str]]
 
 
@@ -53,8 +56,7 @@ def open_documents(spec: str, text_key: str = "text", setting: str = "data.sourc
         # Deferred: tensorflow_datasets takes most of a second to import.
         from mor_jax.data import tfds_source
 
-        identity, read = tfds_source.open_examples(rest, text_key, setting, spec)
-        return Documents(setting, spec, identity, read)
+        return Documents(setting, spec, *tfds_source.open_examples(rest, text_key, setting, spec))
     if kind == "stdlib":
         check(not rest, setting, spec, "takes no argument", "Write it as 'stdlib'")
         root = Path(sysconfig.get_path("stdlib"))
@@ -67,13 +69,12 @@ def open_documents(spec: str, text_key: str = "text", setting: str = "data.sourc
         check(kind in readers, setting, spec, rule, f"Did you mean 'text:{spec}'?")
         root, files = _matching(rest, setting, spec)
         reader = readers[kind]
-    identity = _identity(kind, root, files)
-    return Documents(setting, spec, identity, functools.partial(reader, files, text_key))
-
-
-def _identity(kind: str, root: Path, files: list[Path]) -> str:
+    if kind == "parquet":
+        need("pyarrow", setting, spec)
     names = [(os.path.relpath(file, root), os.path.getsize(file)) for file in files]
-    return hashlib.sha256(repr((kind, names)).encode()).hexdigest()[:32]
+    identity = hashlib.sha256(repr((kind, names)).encode()).hexdigest()[:32]
+    size = sum(size for _, size in names)
+    return Documents(setting, spec, identity, size, functools.partial(reader, files, text_key))
 
 
 @functools.cache

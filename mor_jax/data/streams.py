@@ -125,6 +125,8 @@ def tokenize(
     rule = f"holds more than {MEMORY_LIMIT / 2**30:.0f} Gi characters, too many to keep in memory"
     fix = f"Write shards once: python launch/prepare_data.py --source={documents.spec} "
     fix += f"--tokenizer={tokenizer.name} --output=DIR, then use 'shards:DIR'"
+    # Files far beyond the limit are refused at once, rather than after minutes of reading.
+    check(documents.size <= 2 * MEMORY_LIMIT, documents.setting, documents.spec, rule, fix)
     for _, text, tokens in encoded(enumerate(documents.read(0)), tokenizer):
         characters += len(text)
         check(characters <= MEMORY_LIMIT, documents.setting, documents.spec, rule, fix)

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from mor_jax.config import check, fail
+from mor_jax.data.optional import need
 from mor_jax.data.tokenizers import Tokenizer
 
 # Names that published tokenizers use for the end of a text, most telling first.
@@ -37,8 +38,7 @@ class HuggingFaceTokenizer(Tokenizer):
     """
 
     def __init__(self, name: str, path: Path, setting: str = "data.tokenizer") -> None:
-        import tokenizers
-
+        tokenizers = need("tokenizers", setting, name)
         contents = path.read_bytes()
         try:
             self._tokenizer = tokenizers.Tokenizer.from_str(contents.decode("utf-8"))
@@ -85,8 +85,7 @@ class SentencePieceTokenizer(Tokenizer):
     """A SentencePiece model; its own end-of-sentence piece ends documents."""
 
     def __init__(self, name: str, path: Path, setting: str = "data.tokenizer") -> None:
-        import sentencepiece
-
+        sentencepiece = need("sentencepiece", setting, name)
         contents = path.read_bytes()
         self._pieces = sentencepiece.SentencePieceProcessor()
         try:

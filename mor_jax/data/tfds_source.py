@@ -13,6 +13,7 @@ from typing import Any
 
 from mor_jax.config import check, fail
 from mor_jax.data.documents import as_text, require_field
+from mor_jax.data.optional import need
 
 # name, version (it starts with a digit) and split (it does not)
 _FORM = re.compile(r"(?P<name>[^:]+(:\d[\d.*]*)?)(:(?P<split>[A-Za-z_].*))?")
@@ -21,8 +22,8 @@ _CRC32C = 0x82F63B78
 
 def open_examples(
     rest: str, text_key: str, setting: str, spec: str
-) -> tuple[str, Callable[[int], Iterator[str]]]:
-    """Identity and reader of `NAME[:SPLIT]` or `DIR[:SPLIT]`; the split is `train` unless given.
+) -> tuple[str, int, Callable[[int], Iterator[str]]]:
+    """Identity, bytes and reader of `NAME[:SPLIT]` or `DIR[:SPLIT]`; `train` unless given.
 
     A dataset that is not on this machine is downloaded and prepared by TFDS. Raises `ValueError`
     on an unknown dataset, split, feature or file format.
@@ -35,6 +36,8 @@ def open_examples(
     split = form["split"] or "train"
     try:
         files = builder.info.splits[split].file_instructions
+        # A part of a split does not know its size.
+        size = getattr(builder.info.splits[split], "num_bytes", 0) or 0
     except (ValueError, KeyError) as error:
         known = sorted(builder.info.splits)
         fail(setting, spec, f"has no split {split!r} ({error})", f"Choose one of {known}")
@@ -42,15 +45,11 @@ def open_examples(
     identity = repr((builder.info.full_name, split, [(f.skip, f.take) for f in files]))
     records = _records(builder.info.file_format.value, files, setting, spec)
     read = functools.partial(_read, records, builder.info.features, text_key, spec)
-    return hashlib.sha256(identity.encode()).hexdigest()[:32], read
+    return hashlib.sha256(identity.encode()).hexdigest()[:32], size, read
 
 
 def _builder(name: str, setting: str, spec: str) -> Any:
-    try:
-        import tensorflow_datasets as tfds
-    except ImportError as error:
-        rule = f"needs a package that is missing ({error})"
-        fail(setting, spec, rule, "Run pip install tensorflow-datasets array-record")
+    tfds = need("tensorflow_datasets", setting, spec)
     folder = Path(name).expanduser()
     if folder.is_dir():
         rule = f"{folder} is no prepared dataset: it has no dataset_info.json"

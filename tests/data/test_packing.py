@@ -106,8 +106,11 @@ def test_a_split_shorter_than_a_row(cfg, byte_tokenizer):
         open_corpus(cfg, byte_tokenizer, "train", 100_000)
 
 
-def test_too_much_text_for_memory(cfg, byte_tokenizer, monkeypatch):
-    monkeypatch.setattr("mor_jax.data.streams.MEMORY_LIMIT", 100)
+@pytest.mark.parametrize("limit", [100, 2200])
+def test_too_much_text_for_memory(cfg, texts, byte_tokenizer, monkeypatch, limit):
+    """Refused by the size of the files, or while reading."""
+    assert 2200 < len("".join(texts)) < open_documents(cfg.sources[0]).size < 4400
+    monkeypatch.setattr("mor_jax.data.streams.MEMORY_LIMIT", limit)
     with pytest.raises(ValueError, match=r"too many to keep in memory.*prepare_data\.py --source"):
         open_streams(dataclasses.replace(cfg, heldout_share=0.33), byte_tokenizer, "train")
 

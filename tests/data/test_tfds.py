@@ -149,7 +149,12 @@ def test_tfrecord_checksums(tmp_path):
             list(read_tfrecord(path, 3))
 
 
-def test_missing_package_is_named(prepared, monkeypatch):
-    monkeypatch.setitem(sys.modules, "tensorflow_datasets", None)
-    with pytest.raises(ValueError, match="pip install tensorflow-datasets"):
-        open_documents(f"tfds:{prepared}")
+@pytest.mark.parametrize(
+    ("module", "source"),
+    [("tensorflow_datasets", "tfds:x"), ("pyarrow", f"parquet:{__file__}")],
+)
+def test_missing_package_is_named(module, source, monkeypatch):
+    monkeypatch.setitem(sys.modules, module, None)
+    package = module.replace("_", "-")
+    with pytest.raises(ValueError, match=f"data.sources=.*missing.*pip install {package}"):
+        open_documents(source)
