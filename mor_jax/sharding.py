@@ -1,0 +1,94 @@
+"""The mesh, the one table from logical axes to mesh axes, and the shardings that follow.
+
+Nothing is replicated silently: an axis that the table does not name, or a size that the mesh does
+not divide, is an error that names the parameter.
+"""
+
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from mor_jax.config import MeshConfig, check, fail
+from mor_jax.types import Params
+
+AXES = ("data", "fsdp", "tensor")
+
+# Logical axis of a parameter or of a batch -> mesh axes that cut it; () keeps it whole.
+RULES: dict[str, tuple[str, ...]] = {
+    "batch": ("data", "fsdp"),
+    "embed": ("fsdp",),
+    "vocab": ("tensor",),
+    "heads": ("tensor",),
+    "kv_heads": ("tensor",),
+    "mlp": ("tensor",),
+    "router_hidden": ("tensor",),
+    "head_dim": (),
+    "layers": (),
+    "recursions": (),
+}
+
+
+def make_mesh(cfg: MeshConfig, devices: list[jax.Device] | None = None) -> Mesh:
+    """A mesh with the axes `AXES` over `devices` (default: all of them).
+
+    Raises:
+        ValueError: the axes do not multiply to the number of devices.
+    """
+    devices = jax.devices() if devices is None else devices
+    sizes = {name: getattr(cfg, name) for name in AXES}
+    given = int(np.prod([size for size in sizes.values() if size is not None]))
+    rule = f"the axes multiply to {given}, but there are {len(devices)} devices"
+    fix = "Set one axis to None, which means the rest"
+    fits = len(devices) % given == 0 if None in sizes.values() else len(devices) == given
+    check(fits, "mesh", sizes, rule, fix)
+    shape = [len(devices) // given if size is None else size for size in sizes.values()]
+    return Mesh(np.asarray(devices).reshape(shape), AXES)
+
+
+def spec_of(axes: tuple[str, ...]) -> PartitionSpec:
+    """The partition of an array with these logical axes. Raises `ValueError` on an unknown one."""
+    for axis in axes:
+        if axis not in RULES:
+            fail("axis", axis, f"sharding.RULES knows {sorted(RULES)}", "Add it to the table")
+    return PartitionSpec(*(RULES[axis] or None for axis in axes))
+
+
+def param_shardings(mesh: Mesh, axes: Params, shapes: Params) -> Params:
+    """A sharding for every parameter, from its logical axes and its shape.
+
+    Raises:
+        ValueError: a size is not a multiple of the devices that cut it.
+    """
+
+    def sharding(path: Any, shape: jax.ShapeDtypeStruct, names: tuple[str, ...]) -> NamedSharding:
+        where = jax.tree_util.keystr(path, simple=True, separator=".")
+        for name, size in zip(names, shape.shape, strict=True):
+            parts = int(np.prod([mesh.shape[axis] for axis in RULES.get(name, ())]))
+            rule = f"axis {name!r} of {where} is cut over {parts} devices ({RULES.get(name)})"
+            check(size % parts == 0, name, size, rule, "Use a mesh that divides it")
+        return NamedSharding(mesh, spec_of(names))
+
+    return jax.tree_util.tree_map_with_path(sharding, shapes, axes)
+
+
+def state_shardings(mesh: Mesh, abstract: Any, params: Params) -> Any:
+    """Shardings of a state: moments lie as their parameters do, scalars are everywhere.
+
+    abstract: any tree that repeats the parameter tree inside; params: `param_shardings`.
+    """
+    structure = jax.tree.structure(params)
+    everywhere = NamedSharding(mesh, PartitionSpec())
+
+    def is_params(node: Any) -> bool:
+        return jax.tree.structure(node) == structure
+
+    return jax.tree.map(
+        lambda node: params if is_params(node) else everywhere, abstract, is_leaf=is_params
+    )
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Rows over all data-parallel devices, positions whole."""
+    return NamedSharding(mesh, spec_of(("batch",)))
