@@ -4,14 +4,10 @@ import json
 from pathlib import Path
 
 import pytest
+from sample_texts import words
 
 from mor_jax.config import DataConfig
 from mor_jax.data import load_tokenizer
-
-
-def words(number: int) -> str:
-    """A short text that no other number gives."""
-    return f"document {number}: " + " ".join(str(number * k) for k in range(5 + number % 7)) + "\n"
 
 
 @pytest.fixture

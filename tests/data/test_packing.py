@@ -5,7 +5,7 @@ import itertools
 
 import numpy as np
 import pytest
-from conftest import words
+from sample_texts import words
 
 from mor_jax.config import DataConfig
 from mor_jax.data import open_corpus, open_streams

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import words
+from sample_texts import words
 
 from launch import prepare_data
 from mor_jax.config import DataConfig

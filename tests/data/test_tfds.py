@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 from array_record.python.array_record_data_source import ArrayRecordDataSource
-from conftest import words
+from sample_texts import words
 
 from mor_jax.config import DataConfig
 from mor_jax.data import open_streams
