@@ -8,19 +8,16 @@ import json
 import os
 from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
-ENVIRONMENT = {
-    "JAX_PLATFORMS": "cpu",
-    # The suite compiles far more than it computes. Fewer optimisations cut the time of compiling
-    # by a third to three quarters; the cache gives it to the next worker and the next run.
-    "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-    "JAX_COMPILATION_CACHE_DIR": str(ROOT / ".pytest_cache" / "jax"),
-    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
-    # A limit makes writers take a lock, which two workers need.
-    "JAX_COMPILATION_CACHE_MAX_SIZE": str(2**30),
-}
-for _name, _value in ENVIRONMENT.items():
-    os.environ.setdefault(_name, _value)
+# The suite compiles far more than it computes. Fewer optimisations cut the time of compiling by a
+# third to three quarters; the cache gives it to the next worker and the next run. Its size is
+# limited because writers take a lock only then. Processes that tests start inherit all of it.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+os.environ.setdefault(
+    "JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parent.parent / ".pytest_cache" / "jax")
+)
+os.environ.setdefault("JAX_COMPILATION_CACHE_MAX_SIZE", str(2**30))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
 
 import jax
 import pytest

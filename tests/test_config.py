@@ -8,7 +8,8 @@ import dataclasses
 import pytest
 from tiny import TINY, train_config
 
-from mor_jax.config import ModelConfig, RouterConfig, TrainConfig, check, fail, parse
+from mor_jax.config import ModelConfig, RouterConfig, TrainConfig
+from mor_jax.parsing import check, fail, parse
 
 EXPERT = {"sharing": "middle_cycle", "recursions": 3, "layers": 8, "router": {"kind": "expert"}}
 TOKEN_ROUTER = {"kind": "token", "score": "softmax"}
@@ -80,12 +81,11 @@ WRONG = [
         "whole block",
         "'middle_cycle'",
     ),
-    ({"model": merge(EXPERT, {"share_norms": False})}, "model.share_norms", "False", "norms", "Tr"),
     (
-        {"model": merge(EXPERT, {"kv": "shared_update", "router": TOKEN_ROUTER})},
+        {"model": merge(EXPERT, {"kv": "shared_update", "router": {"kind": "none"}})},
         "model.kv",
         "'shared_update'",
-        "expert-choice",
+        "nothing is shared",
         "'shared'",
     ),
     # The router.

@@ -76,7 +76,7 @@ def test_every_size_is_valid_in_every_scheme(size):
 
 
 @pytest.mark.parametrize("routing", common.CHOICES["routing"])
-@pytest.mark.parametrize("kv", ["recursion", "shared"])
+@pytest.mark.parametrize("kv", common.CHOICES["kv"])
 @pytest.mark.parametrize("sharing", ["cycle", "middle_cycle"])
 def test_every_routed_variant_is_valid(routing, kv, sharing):
     cfg = typed(mor.get_config(f"routing={routing},kv={kv},sharing={sharing}"))
