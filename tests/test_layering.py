@@ -32,7 +32,6 @@ LAYERS = (
         "checkpoint",
         "manifest",
         "summary",
-        "finish",
         "metrics",
         "workdir",
         "progress",
@@ -43,7 +42,7 @@ LAYERS = (
         "convert",
         "analysis",
     },
-    {"train", "scaling"},
+    {"train", "finish", "scaling"},
 )
 LAYER_OF = {name: depth for depth, names in enumerate(LAYERS) for name in names}
 
