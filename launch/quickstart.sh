@@ -6,7 +6,7 @@ source "$(dirname "${BASH_SOURCE[0]}")/venv.sh"
 install requirements.txt
 
 workdir="$root/runs/quickstart"
-if [[ -d "$workdir" ]]; then
+if [[ -d "$workdir" && "$*" != *--workdir* ]]; then
   echo "Going on with $workdir. To start over: rm -r '$workdir'"
 fi
 exec "$python" "$root/launch/train.py" \
