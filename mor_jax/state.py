@@ -122,5 +122,6 @@ def logits_table(cfg: ModelConfig, params: Params) -> Float[Array, "v d"]:
 
 def new_state(params: Params, opt_state: Any) -> TrainState:
     """The state before the first step."""
-    zero = jnp.zeros((), jnp.int32)
-    return TrainState(zero, params, opt_state, zero, zero)
+    # Three arrays, not one thrice: a state is donated, and a buffer can be donated only once.
+    step, skipped, in_a_row = (jnp.zeros((), jnp.int32) for _ in range(3))
+    return TrainState(step, params, opt_state, skipped, in_a_row)

@@ -14,6 +14,8 @@ from flax import nnx
 from mor_jax.config import ModelConfig
 from mor_jax.models.attention import Attention, KeyValue, Scope
 from mor_jax.models.layers import Axes, RMSNorm, SwiGLU
+from mor_jax.models.remat import keep as kept_by_remat
+from mor_jax.models.remat import remat
 from mor_jax.types import Array, Float
 
 Keep = tuple[Literal["kv", "outputs"], ...]
@@ -99,12 +101,11 @@ class Stack(nnx.Module):
         if self.update and shared is not None:
             shared = self.attention.updated(normed, scope, shared)
         mixed, kv = self.attention(normed, scope, shared, row)
-        hidden = x + mixed
+        hidden = kept_by_remat(x + mixed)
         return hidden + self.mlp(self.norm2(hidden, which)), kv
 
     def _scan(self, body, x: Array, slots):
-        if self.remat != "none":
-            body = jax.checkpoint(body, prevent_cse=False)
+        body = remat(body, self.remat)
         run = partial(jax.lax.scan, body)
         if self.remat == "full":
             run = jax.checkpoint(run)

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from mor_jax.models.masks import Visibility, visible_keys
+from mor_jax.models.remat import keep
 from mor_jax.types import Array, Bool, Float
 
 HIDDEN = -1e30
@@ -42,7 +43,7 @@ def _forward(q: Array, k: Array, v: Array, visible: Visibility) -> tuple[Array, 
     q_rows, k, v = _to_rows(q, k.shape[2]), k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
     heads = q.shape[2] // k.shape[1]
     outs, sums = [], []
-    for queries, keys in _blocks(visible, q.shape[1], k.shape[2]):
+    for queries, keys in _blocks(q.shape[1], k.shape[2]):
         rows = slice(queries.start * heads, queries.stop * heads)
         scores = _dot("bgwk,bgnk->bgwn", q_rows[:, :, rows], k[:, :, keys]) * q.shape[-1] ** -0.5
         scores = jnp.where(_mask(visible, queries, keys, heads), scores, HIDDEN)
@@ -53,8 +54,9 @@ def _forward(q: Array, k: Array, v: Array, visible: Visibility) -> tuple[Array, 
         out = _dot("bgwn,bgnk->bgwk", weights.astype(v.dtype), v[:, :, keys])
         outs.append((out / total).astype(q.dtype))
         sums.append((top + jnp.log(total))[..., 0])
-    out = _from_rows(jnp.concatenate(outs, axis=2), q.shape[2])
-    return out, (q_rows, k, v, visible, out, jnp.concatenate(sums, axis=2))
+    out = keep(_from_rows(jnp.concatenate(outs, axis=2), q.shape[2]))
+    sums = keep(jnp.concatenate(sums, axis=2))
+    return out, (keep(q_rows), keep(k), keep(v), visible, out, sums)
 
 
 def _backward(saved: tuple, d_out: Array) -> tuple[Array, Array, Array, None]:
@@ -63,7 +65,7 @@ def _backward(saved: tuple, d_out: Array) -> tuple[Array, Array, Array, None]:
     inner = jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), axis=-1, keepdims=True)
     inner, d_out = _to_rows(inner, g)[..., 0], _to_rows(d_out, g)
     d_q, d_k, d_v = [], jnp.zeros(k.shape, jnp.float32), jnp.zeros(v.shape, jnp.float32)
-    for queries, keys in _blocks(visible, out.shape[1], k.shape[2]):
+    for queries, keys in _blocks(out.shape[1], k.shape[2]):
         rows = slice(queries.start * heads, queries.stop * heads)
         q_block, d_block = q[:, :, rows], d_out[:, :, rows]
         k_block, v_block = k[:, :, keys], v[:, :, keys]
@@ -86,8 +88,8 @@ def _backward(saved: tuple, d_out: Array) -> tuple[Array, Array, Array, None]:
 blockwise_attention.defvjp(_forward, _backward)
 
 
-def _blocks(visible: Visibility, queries: int, keys: int) -> list[tuple[slice, slice]]:
-    """Blocks of queries, each with the keys that it may see.
+def _blocks(queries: int, keys: int) -> list[tuple[slice, slice]]:
+    """Blocks of queries, each with the keys that it may see (see `Visibility.q_index`).
 
     Small blocks waste less work above the diagonal, few blocks keep the program short: 64 queries,
     more where that would make over 16 blocks.
@@ -95,8 +97,7 @@ def _blocks(visible: Visibility, queries: int, keys: int) -> list[tuple[slice, s
     size = 64 * max(1, -(-queries // 1024))
     stops = [min(start + size, queries) for start in range(0, queries, size)]
     return [
-        (slice(size * i, stop), slice(0, visible.reach(stop - 1, queries, keys)))
-        for i, stop in enumerate(stops)
+        (slice(size * i, stop), slice(0, keys - queries + stop)) for i, stop in enumerate(stops)
     ]
 
 

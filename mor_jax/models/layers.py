@@ -5,12 +5,14 @@ Modules hold float32 parameters; the free functions are the mathematics. Every p
 """
 
 import dataclasses
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from mor_jax.config import ModelConfig
+from mor_jax.models.remat import keep
 from mor_jax.types import Array, Float, Int
 
 Axes = tuple[tuple[str, int], ...]
@@ -44,15 +46,62 @@ def normal(cfg: ModelConfig) -> Init:
 ONES, ZEROS = Init(mean=1.0), Init()
 
 
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
 def rms_norm(x: Float[Array, "... d"], scale: Float[Array, "d"], eps: float) -> Array:
     """Root-mean-square normalisation in float32, cast back before the scale.
 
-    The scale is multiplied in x's dtype, as Llama does.
+    The scale is multiplied in x's dtype, as Llama does. For the backward pass only `x` and
+    `scale` are kept; the rest is recomputed in one pass over `x`.
     """
+    return _rms_parts(x, eps)[1].astype(x.dtype) * _along(scale.astype(x.dtype), x)
+
+
+def _rms_parts(x: Array, eps: float) -> tuple[Array, Array]:
     wide = x.astype(jnp.float32)
     inverse = jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps)
-    normed = (wide * inverse).astype(x.dtype)
-    return normed * jax.lax.expand_dims(scale.astype(x.dtype), range(x.ndim - 1))
+    return inverse, wide * inverse
+
+
+def _along(scale: Float[Array, "d"], x: Array) -> Array:
+    return jax.lax.expand_dims(scale, range(x.ndim - 1))
+
+
+def _rms_fwd(x: Array, scale: Array, eps: float) -> tuple[Array, tuple[Array, Array]]:
+    return rms_norm(x, scale, eps), (x, scale)
+
+
+def _rms_bwd(eps: float, saved: tuple[Array, Array], grad: Array) -> tuple[Array, Array]:
+    x, scale = saved
+    inverse, normed = _rms_parts(x, eps)
+    wide = grad.astype(jnp.float32)
+    pulled = wide * _along(scale, x)
+    along = jnp.mean(pulled * normed, axis=-1, keepdims=True)
+    d_scale = jnp.sum(wide * normed.astype(x.dtype), axis=range(x.ndim - 1))
+    return ((pulled - normed * along) * inverse).astype(x.dtype), d_scale
+
+
+rms_norm.defvjp(_rms_fwd, _rms_bwd)
+
+
+@jax.custom_vjp
+def swiglu(gate: Float[Array, "... f"], up: Float[Array, "... f"]) -> Float[Array, "... f"]:
+    """silu(gate) * up. Only the two inputs are kept for the backward pass."""
+    return jax.nn.silu(gate) * up
+
+
+def _swiglu_fwd(gate: Array, up: Array) -> tuple[Array, tuple[Array, Array]]:
+    return swiglu(gate, up), (gate, up)
+
+
+def _swiglu_bwd(saved: tuple[Array, Array], grad: Array) -> tuple[Array, Array]:
+    gate, up = saved
+    wide = gate.astype(jnp.float32)
+    half = jax.nn.sigmoid(wide)
+    slope = half * (1 + wide * (1 - half))
+    return (grad * up * slope).astype(gate.dtype), (grad * wide * half).astype(up.dtype)
+
+
+swiglu.defvjp(_swiglu_fwd, _swiglu_bwd)
 
 
 class RMSNorm(nnx.Module):
@@ -81,7 +130,8 @@ class SwiGLU(nnx.Module):
         """Maps each token on its own."""
         gate = jnp.einsum("bld,df->blf", x, self.gate[...].astype(x.dtype))
         up = jnp.einsum("bld,df->blf", x, self.up[...].astype(x.dtype))
-        return jnp.einsum("blf,fd->bld", jax.nn.silu(gate) * up, self.down[...].astype(x.dtype))
+        gated = swiglu(keep(gate), keep(up))
+        return jnp.einsum("blf,fd->bld", gated, self.down[...].astype(x.dtype))
 
 
 class Embed(nnx.Module):
