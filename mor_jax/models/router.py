@@ -37,6 +37,17 @@ class Route:
     thresholds: Float[Array, "r"] | tuple[float, ...] | None = None
 
 
+def check_route(route: Route, recursions: int) -> None:
+    """Raises `ValueError` unless `route` fits a model of `recursions` recursions."""
+    known = ("topk", "causal")
+    check(route.mode in known, "route.mode", route.mode, f"must be one of {known}", "Try 'topk'")
+    for name in ("counts", "thresholds"):
+        value = getattr(route, name)
+        if value is not None:
+            rule = f"needs one number for each of the {recursions} recursions"
+            check(len(value) == recursions, f"route.{name}", value, rule, "Or leave it None")
+
+
 def capacity_counts(cfg: ModelConfig, length: int, step: int | None = None) -> tuple[int, ...]:
     """Tokens that each recursion has room for in a row of `length`: static numbers.
 

@@ -12,7 +12,7 @@ from mor_jax.models.block import Stack
 from mor_jax.models.layers import Embed, RMSNorm, unembed
 from mor_jax.models.recursion import Stage, run_expert, run_plain, run_token
 from mor_jax.models.rope import rotary
-from mor_jax.models.router import Route, Routers
+from mor_jax.models.router import Route, Routers, check_route
 from mor_jax.models.routing import Routing
 from mor_jax.types import Array, Batch, Float
 
@@ -97,6 +97,7 @@ class Transformer(nnx.Module):
         if self.cfg.router.kind == "none":
             x, layers = run_plain(stage, x, row)
             return x, None, layers
+        check_route(route, self.cfg.recursions)
         if self.cfg.router.kind == "expert":
             x, routing = run_expert(stage, x, row)
             return x, routing, tuple(v.output for v in routing.visits if v.output is not None)
