@@ -1,16 +1,20 @@
 """Dot-product attention: one function, several implementations of the same numbers.
 
 Owns the choice between them and the dense reference. Everything here works on the arrays of one
-device; a caller that shards batch or heads over a mesh wraps it in `shard_map`.
+device: `cudnn` and `splash` know nothing of meshes, so a caller that shards batch or heads wraps
+`attend` in `shard_map`; `xla` and `blockwise` are plain JAX, which the compiler can partition.
 """
 
 import jax
 import jax.numpy as jnp
+from jax.extend.backend import get_backend
 
-from mor_jax.config import Attention, fail
+from mor_jax.config import Attention, check
 from mor_jax.models.blockwise import blockwise_attention
-from mor_jax.models.masks import Visibility, check_visibility, visible_keys
-from mor_jax.types import Array, Float
+from mor_jax.models.masks import Visibility, check_visibility, sees_any, visible_keys
+from mor_jax.types import Array, Bool, Float
+
+PATH = "model.attention"
 
 
 def attend(
@@ -20,20 +24,92 @@ def attend(
     visible: Visibility,
     implementation: Attention = "auto",
 ) -> Float[Array, "b c h k"]:
-    """Attention of c queries over n keys, key/value head g serving query heads g*(h/g) onwards.
+    """Attention of c queries over n keys; key/value head i serves query heads i*(h/g) onwards.
 
-    Scores are scaled by k**-0.5 and normalised in float32; the result has the dtype of `q`.
+    Scores are scaled by k**-0.5 and normalised in float32; the result has the dtype of `q`. A
+    query that sees no key gets zeros.
+
+    implementation: `xla` the dense reference; `blockwise` plain JAX in blocks, for CPUs and
+        anything unusual; `cudnn` for NVIDIA GPUs in 16 bits; `splash` for TPUs, also when compiled
+        ahead of time elsewhere; `auto` the best of them for this process's devices.
 
     Raises:
         ValueError: `visible` does not fit, or `implementation` cannot serve these arrays here.
     """
     check_visibility(visible, q.shape[1], k.shape[1])
-    chosen = "blockwise" if implementation == "auto" else implementation
-    if chosen == "xla":
-        return dense_attention(q, k, v, visible)
+    chosen = implementation
+    if chosen == "auto":
+        chosen = best_implementation(q, k, visible, platform())
+    elif chosen == "cudnn":
+        _check_cudnn(q, k, visible, platform())
+    if chosen == "cudnn":
+        return _cudnn_attention(q, k, v, visible)
+    if chosen == "splash":
+        # Imported late: Pallas costs a second at start-up, and is of no use off TPUs.
+        from mor_jax.models.splash import splash_attention
+
+        return splash_attention(q, k, v, visible)
     if chosen == "blockwise":
         return blockwise_attention(q, k, v, visible)
-    fail("model.attention", implementation, "is not there yet", "Try 'blockwise'")
+    return dense_attention(q, k, v, visible)
+
+
+def platform() -> str:
+    """What this process computes on: `cpu`, `tpu`, `cuda` or `rocm`."""
+    backend = get_backend()
+    if backend.platform != "gpu":
+        return backend.platform
+    return "rocm" if "rocm" in backend.platform_version.lower() else "cuda"
+
+
+def best_implementation(
+    q: Float[Array, "b c h k"], k: Float[Array, "b n g k"], visible: Visibility, platform: str
+) -> Attention:
+    """What `auto` stands for on a platform (see `platform`)."""
+    if platform == "tpu":
+        return "splash"
+    if platform == "cuda" and cudnn_obstacle(q, k, visible) is None:
+        return "cudnn"
+    return "blockwise"
+
+
+def cudnn_obstacle(
+    q: Float[Array, "b c h k"], k: Float[Array, "b n g k"], visible: Visibility
+) -> tuple[str, str] | None:
+    """Why cuDNN's flash attention cannot serve these arrays, and what would help; else `None`.
+
+    The limits are those of `jax.nn.dot_product_attention(implementation="cudnn")`.
+    """
+    if q.dtype not in (jnp.bfloat16, jnp.float16):
+        return f"needs 16-bit arrays, got {q.dtype}", "Set model.dtype='bfloat16'"
+    if q.shape[-1] % 8 or q.shape[-1] > 128:
+        return f"needs head_dim to be a multiple of 8 up to 128, got {q.shape[-1]}", "Try 64"
+    if not visible.is_plain and (q.shape[1] % 2 or k.shape[1] % 2):
+        rule = "needs even lengths where positions or segments mask keys"
+        return f"{rule}, got {q.shape[1]} queries and {k.shape[1]} keys", "Try 'blockwise'"
+    return None
+
+
+def _check_cudnn(q: Array, k: Array, visible: Visibility, platform: str) -> None:
+    rule = f"cuDNN runs on NVIDIA GPUs, this process computes on {platform!r}"
+    check(platform == "cuda", PATH, "cudnn", rule, "Use 'auto'")
+    obstacle = cudnn_obstacle(q, k, visible)
+    if obstacle is not None:
+        check(False, PATH, "cudnn", *obstacle)
+
+
+def _cudnn_attention(q: Array, k: Array, v: Array, visible: Visibility) -> Array:
+    if visible.is_plain:
+        return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="cudnn")
+    mask = dense_mask(visible, q, k)[:, None]
+    out = jax.nn.dot_product_attention(q, k, v, mask=mask, implementation="cudnn")
+    alive = sees_any(visible)
+    return out if alive is None else jnp.where(alive[:, :, None, None], out, 0)
+
+
+def dense_mask(visible: Visibility, q: Array, k: Array) -> Bool[Array, "_ c n"]:
+    """All of the mask; its leading axis is 1 or b."""
+    return visible_keys(visible, slice(0, q.shape[1]), slice(0, k.shape[1]))
 
 
 def dense_attention(
@@ -44,10 +120,10 @@ def dense_attention(
 ) -> Float[Array, "b c h k"]:
     """The reference: every score at once, softmax written out. See `attend`."""
     b, c, h, width = q.shape
-    n, g = k.shape[1:3]
+    g = k.shape[2]
     grouped = q.reshape(b, c, g, h // g, width)
     scores = jnp.einsum("bcgmk,bngk->bgmcn", grouped, k, preferred_element_type=jnp.float32)
-    mask = visible_keys(visible, slice(0, c), slice(0, n))[:, None, None]
+    mask = dense_mask(visible, q, k)[:, None, None]
     scores = jnp.where(mask, scores * width**-0.5, jnp.finfo(jnp.float32).min)
     top = jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True))
     weights = jnp.where(mask, jnp.exp(scores - top), 0.0)

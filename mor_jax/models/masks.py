@@ -16,26 +16,18 @@ from mor_jax.types import Array, Bool, Int
 class Visibility:
     """Query i sees key j where j <= q_index[i] and both stand in the same segment.
 
-    q_index: position in the row of keys that each query sits at. `None`: query i sits at position
-        i, and there are as many queries as keys (plain causal self-attention; also right for
-        gathered tokens among themselves, because they keep their order).
+    q_index: position in the row of keys that each query sits at, strictly ascending over all c
+        slots of a row, fillers included. So i <= q_index[i] <= n - c + i, and kernels skip the
+        keys beyond without looking: an order not kept gives finite but wrong numbers.
+        `None`: query i sits at position i, and there are as many queries as keys (plain causal
+        self-attention; also right for gathered tokens among themselves, which keep their order).
     q_segments, k_segments: document numbers, 0 for padding; both or neither. A query whose
         segment has no visible key gets zeros, and sends zero gradients.
-    ascending: promise that `q_index` ascends strictly over ALL c slots of a row, fillers
-        included. Then i <= q_index[i] <= n - c + i, and kernels skip the keys beyond without
-        looking: a promise not kept gives finite but wrong numbers. False where fillers stand last.
     """
 
     q_index: Int[Array, "b c"] | None = None
     q_segments: Int[Array, "b c"] | None = None
     k_segments: Int[Array, "b n"] | None = None
-    ascending: bool = dataclasses.field(default=True, metadata={"static": True})
-
-    def reach(self, query: int, queries: int, keys: int) -> int:
-        """How many leading keys queries up to and including `query` may see at most."""
-        if self.q_index is None:
-            return query + 1
-        return keys - queries + query + 1 if self.ascending else keys
 
     @property
     def is_plain(self) -> bool:
