@@ -5,6 +5,7 @@ from others are properties of the typed side (`mor_jax/config.py`).
 """
 
 import difflib
+from types import SimpleNamespace
 from typing import Any, NoReturn
 
 from ml_collections import ConfigDict
@@ -52,7 +53,7 @@ CHOICES = {
 }
 
 
-def parse_arg(arg: str, **defaults: Any) -> ConfigDict:
+def parse_arg(arg: str, **defaults: Any) -> SimpleNamespace:
     """Parses `key=value,key=value`, the part of `--config=FILE:ARG` after the colon.
 
     `defaults` are the keys that this configuration takes, all of them in `CHOICES`. Returns every
@@ -67,7 +68,7 @@ def parse_arg(arg: str, **defaults: Any) -> ConfigDict:
         if not equals or text not in by_text:
             _refuse(item, f"{key} has no choice {text!r}", text, tuple(by_text))
         values[key] = by_text[text]
-    return ConfigDict(values)
+    return SimpleNamespace(**values)
 
 
 def _refuse(item: str, problem: str, got: str, allowed: tuple[str, ...]) -> NoReturn:
@@ -81,7 +82,7 @@ def _refuse(item: str, problem: str, got: str, allowed: tuple[str, ...]) -> NoRe
     raise ValueError(f"config argument {item!r}: {problem}: {rule}. Did you mean {near!r}?")
 
 
-def _router() -> ConfigDict:
+def _router(routing: str) -> ConfigDict:
     return ConfigDict(
         {
             "kind": "none",
@@ -101,12 +102,13 @@ def _router() -> ConfigDict:
             "balance_warmup_steps": 0,
             "bias_rate": 0.001,
             "capacity_factor": _optional(None),
+            **ROUTERS[routing],
         }
     )
 
 
-def plain_model(size: str) -> ConfigDict:
-    """The plain decoder of one of `SIZES`."""
+def plain_model(size: str, routing: str = "none") -> ConfigDict:
+    """The plain decoder of one of `SIZES`, with the settings of one of `ROUTERS`."""
     model = ConfigDict(
         {
             "vocab_size": 49152,
@@ -120,7 +122,7 @@ def plain_model(size: str) -> ConfigDict:
             "recursions": 1,
             "share_norms": True,
             "kv": "recursion",
-            "router": _router(),
+            "router": _router(routing),
             "dtype": "bfloat16",
             "attention": "auto",
             "remat": "block",
@@ -134,11 +136,10 @@ def plain_model(size: str) -> ConfigDict:
 
 def shared_model(size: str, recursions: int, sharing: str, kv: str, routing: str) -> ConfigDict:
     """A recursive decoder, routed unless `routing` is "none"."""
-    model = plain_model(size)
+    model = plain_model(size, routing)
     scheme = "middle" if sharing.startswith("middle") else "all"
     model.layers = LAYERS[size][scheme][recursions]
     model.update({"sharing": sharing, "recursions": recursions, "kv": kv})
-    model.router.update(ROUTERS[routing])
     return model
 
 

@@ -27,4 +27,4 @@ def get_config(arg: str = "") -> ConfigDict:
         recursions=3,
         sharing="middle_cycle",
     )
-    return common.train(common.shared_model(**choice), choice.size)
+    return common.train(common.shared_model(**vars(choice)), choice.size)

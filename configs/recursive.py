@@ -16,4 +16,4 @@ def get_config(arg: str = "") -> ConfigDict:
     choice = common.parse_arg(
         arg, size="debug", recursions=3, sharing="middle_cycle", kv="recursion"
     )
-    return common.train(common.shared_model(**choice, routing="none"), choice.size)
+    return common.train(common.shared_model(**vars(choice), routing="none"), choice.size)

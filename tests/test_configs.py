@@ -179,7 +179,7 @@ def test_configs_import_nothing_but_ml_collections():
                 names = [node.module]
             else:
                 continue
-            allowed = {"ml_collections", "configs", "difflib", "typing"}
+            allowed = {"ml_collections", "configs", "difflib", "types", "typing"}
             assert {n.split(".")[0] for n in names} <= allowed, (path, names)
 
 
