@@ -1,0 +1,45 @@
+"""Normalisation, rotary embedding and the output projection on their own."""
+
+import jax.numpy as jnp
+import numpy as np
+
+from mor_jax.models.layers import rms_norm, unembed
+from mor_jax.models.rope import apply_rope, rotary
+
+
+def test_rms_norm_works_in_float32_and_scales_in_the_dtype_of_its_input():
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 3, 8)) * 1e-3, jnp.bfloat16)
+    scale = jnp.linspace(0.5, 2.0, 8)
+    got = rms_norm(x, scale, 1e-5)
+    wide = np.asarray(x, np.float64)
+    normed = wide / np.sqrt((wide**2).mean(-1, keepdims=True) + 1e-5)
+    assert got.dtype == jnp.bfloat16
+    # Two roundings to bfloat16 (8 bits), one before and one after the scale.
+    np.testing.assert_allclose(np.asarray(got, np.float64), normed * np.asarray(scale), rtol=2**-7)
+    assert not np.any(rms_norm(jnp.zeros((1, 8)), scale, 1e-5))
+
+
+def test_rotary_embedding_keeps_norms_and_sees_only_distances():
+    rng = np.random.default_rng(0)
+    q, k = (jnp.asarray(rng.normal(size=(1, 1, 1, 8)), jnp.float32) for _ in "qk")
+
+    def at(x, position):
+        return apply_rope(x, rotary(jnp.full((1, 1), position, jnp.int32), 8, 10000.0))
+
+    np.testing.assert_array_equal(at(q, 0), q)
+    np.testing.assert_allclose(jnp.linalg.norm(at(q, 77)), jnp.linalg.norm(q), rtol=1e-6)
+    near, far = (jnp.vdot(at(q, 5 + s), at(k, 2 + s)) for s in (0, 1000))
+    np.testing.assert_allclose(near, far, atol=1e-3)
+    assert abs(float(near - jnp.vdot(at(q, 5), at(k, 3)))) > 0.01
+    # Channel pairs are (i, i + 4): a quarter turn of the first moves channel 0 into channel 4.
+    turned = at(jnp.zeros((1, 1, 1, 8)).at[0, 0, 0, 0].set(1.0), 1)
+    np.testing.assert_allclose(turned[0, 0, 0, 4], np.sin(1.0), rtol=1e-6)
+    assert at(q.astype(jnp.bfloat16), 3).dtype == jnp.bfloat16
+
+
+def test_logits_are_summed_in_float32():
+    # 256 + 256 ones: a sum in bfloat16 would stop growing at 256.
+    hidden, table = jnp.ones((1, 512), jnp.bfloat16), jnp.ones((3, 512))
+    logits = unembed(hidden, table)
+    assert logits.dtype == jnp.float32
+    assert logits.tolist() == [[512.0] * 3]
