@@ -151,7 +151,8 @@ def router_losses(
 
     expert: `router_bce` (against the choice; with an auxiliary router it trains that one alone, at
     weight 1) and `router_z`, each the sum over recursions of the mean over candidates.
-    token: `router_balance` (Nr * sum of mean score times share) and `router_z`.
+    token: `router_z`, and with balancing by loss `router_balance` (Nr * sum of mean score times
+    share), which is no sum over micro-batches and therefore reported only where it is trained.
     """
     router = cfg.router
     if routing.expert is not None and counts.candidates is not None:
@@ -161,8 +162,10 @@ def router_losses(
         return weight * bce + router.z_coeff * z, {"router_bce": bce, "router_z": z}
     sums = routing.token
     assert sums is not None
+    z = sums.z / counts.tokens
+    if router.balancing != "loss":
+        return router.z_coeff * z, {"router_z": z}
     share = sums.choice / counts.tokens if counts.share is None else counts.share
     balance = cfg.recursions * jnp.sum(sums.weight / counts.tokens * jax.lax.stop_gradient(share))
-    z = sums.z / counts.tokens
-    weight = router.balance_coeff if router.balancing == "loss" else 0.0
-    return weight * balance + router.z_coeff * z, {"router_balance": balance, "router_z": z}
+    total = router.balance_coeff * balance + router.z_coeff * z
+    return total, {"router_balance": balance, "router_z": z}

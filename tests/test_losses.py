@@ -105,8 +105,8 @@ def test_expert_losses_are_means_over_candidates_summed_over_recursions(aux, wei
     np.testing.assert_allclose(total, weight * 3.0 + 0.1 * 3.25, rtol=1e-6)
 
 
-@pytest.mark.parametrize(("balancing", "weight"), [("loss", 0.2), ("loss_free", 0), ("none", 0)])
-def test_balancing_multiplies_mean_scores_with_the_share_of_each_depth(balancing, weight):
+@pytest.mark.parametrize("balancing", ["loss", "loss_free", "none"])
+def test_balancing_multiplies_mean_scores_with_the_share_of_each_depth(balancing):
     cfg = TINY["token"]
     router = dataclasses.replace(cfg.router, balancing=balancing, balance_coeff=0.2, z_coeff=0.1)
     cfg = dataclasses.replace(cfg, router=router)
@@ -120,9 +120,14 @@ def test_balancing_multiplies_mean_scores_with_the_share_of_each_depth(balancing
     routing = Routing(jnp.zeros((1, 1), jnp.int32), None, sums, ())
     counts = Counts(jnp.float32(8), jnp.float32(8))
     total, terms = router_losses(cfg, routing, counts)
+    assert float(terms["router_z"]) == 2.0
+    if balancing != "loss":
+        np.testing.assert_allclose(total, 0.1 * 2.0, rtol=1e-6)
+        assert terms.keys() == {"router_z"}
+        return
     balance = 3 * (0.5 * 0.75 + 0.375 * 0.25)
     np.testing.assert_allclose(terms["router_balance"], balance, rtol=1e-6)
-    np.testing.assert_allclose(total, weight * balance + 0.1 * 2.0, rtol=1e-6)
+    np.testing.assert_allclose(total, 0.2 * balance + 0.1 * 2.0, rtol=1e-6)
     # The share of the whole batch, where it is known, replaces that of the micro-batch.
     known = dataclasses.replace(counts, share=jnp.array([0.0, 0.0, 1.0]))
     _, terms = router_losses(cfg, routing, known)
