@@ -52,7 +52,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--attention", default="auto", help="model.attention")
     parser.add_argument("--remat", choices=("none", "block", "full"), default="none")
-    parser.add_argument("--loss_chunk", type=int, default=1024, help="tokens; 0: not chunked")
+    parser.add_argument("--loss_chunk", type=int, default=128, help="positions; 0: whole rows")
     parser.add_argument("--variants", default=",".join(ROUTED), help="comma-separated")
     parser.add_argument("--rounds", type=int, default=9, help="timed steps of each variant")
     parser.add_argument("--warmup", type=int, default=2, help="steps before the timed ones")

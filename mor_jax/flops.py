@@ -149,19 +149,24 @@ def flops(cfg: ModelConfig, length: int, shares: tuple[float, ...] | None = None
 def _recomputed(cfg: ModelConfig, stage: StageFlops) -> float:
     """FLOPs per token of the row that the backward pass of `stage` repeats.
 
-    `block` runs every checkpointed body again, but for the last product: no gradient needs its
-    result. `full` runs the whole stack once more before that, unless it is a single layer.
+    Blocked attention makes its scores again; `xla` keeps nothing, so its inputs and all of it are
+    made again. `block` runs every checkpointed body again, but for the last product: no gradient
+    needs its result. `full` runs the whole stack once more before that, unless it is one layer.
     """
-    scores = 0.0 if cfg.attention == "xla" else stage.attention / 2
-    if cfg.remat == "none":
-        return scores
     last = f"recursion {cfg.recursions - 1}"
     # The sequence schemes checkpoint all recursions of a layer as one body.
     ends_body = not cfg.is_sequence or stage.name in (last, "first", "last")
-    again = stage.forward(causal=False) - stage.router - (stage.mlp / 3 if ends_body else 0.0)
+    down = stage.mlp / 3
+    layers = stage.forward(causal=False) - stage.router
+    if cfg.remat == "none":
+        output = stage.layers * stage.share * query_output_weights(cfg)
+        again = stage.attention + stage.projections - output if cfg.attention == "xla" else 0.0
+        again += 0.0 if ends_body else down
+    else:
+        again = layers - (down if ends_body else 0.0)
     if cfg.remat == "full" and stage.layers > 1:
-        again += stage.forward(causal=False) - stage.router
-    return scores + again
+        again += layers
+    return again + (0.0 if cfg.attention == "xla" else stage.attention / 2)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -242,27 +247,22 @@ def kv_bytes(cfg: ModelConfig, length: int, shares: tuple[float, ...] | None = N
 
 
 def activation_bytes(cfg: ModelConfig, length: int) -> float:
-    """What the stages must keep for the backward pass, in bytes per token of the row.
+    """What the stages keep for the backward pass, in bytes per token of the row.
 
-    A floor: the arrays that the gradients' formulas name. JAX keeps more of the element-wise
-    steps in between, up to about twice as much on a CPU.
-
-    Counted without rematerialisation, per layer and processed token, in the compute dtype: the
-    layer's input and its sum with attention (2 d), both normalised (2 d), queries and attention's
-    result (2 h k), new keys and values (2 g k), the MLP's gate, up and product (3 f). Attention
-    adds float32 weights of every pair under `xla`, else one float32 normaliser a query and head.
-    With `remat` `block` every layer keeps its input only, with `full` every stage; what the
-    layers (`full`: of the largest stage) then keep while their gradient is computed is added once.
-    Not counted: embedding, head, router scores, gathered copies, buffers of the compiler.
+    With `remat="none"`, per layer and processed token, in the compute dtype: the layer's input and
+    its sum with attention (2 d), the MLP's gate and up (2 f), queries and attention's result
+    (2 h k), new keys and values (2 g k), and a float32 normaliser per query and head; everything
+    else is made again. `xla` attention keeps the first two only. With `block` every layer keeps its
+    input, with `full` every stage does; what one layer (`full`: also the inputs of the largest
+    stage) holds while its gradient is computed is then added once.
+    Not counted: embedding, head, router scores, copies of gathered tokens, temporaries.
     """
     e, kept, stage_peak, layer_peak = _ITEMSIZE[cfg.dtype], 0.0, 0.0, 0.0
     for load, layers in _layers_of(cfg, length):
-        inner = e * (
-            load.share * (4 * cfg.width + 3 * cfg.mlp_width + 2 * cfg.heads * cfg.head_dim)
-            + load.fresh * 2 * cfg.kv_heads * cfg.head_dim
-        )
-        weights = load.keys * length if cfg.attention == "xla" else 1
-        inner += 4 * load.share * cfg.heads * weights
+        inner = e * load.share * 2 * (cfg.width + cfg.mlp_width)
+        if cfg.attention != "xla":
+            inner += load.share * cfg.heads * (2 * e * cfg.head_dim + 4)
+            inner += load.fresh * e * 2 * cfg.kv_heads * cfg.head_dim
         inputs = e * load.share * cfg.width
         kept += {"none": inner * layers, "block": inputs * layers, "full": inputs}[cfg.remat]
         layer_peak = max(layer_peak, inner)

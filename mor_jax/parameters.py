@@ -47,10 +47,12 @@ def layer_weights(cfg: ModelConfig) -> int:
 
 
 def query_output_weights(cfg: ModelConfig) -> int:
+    """Matrix entries of one layer's query and output projections."""
     return 2 * cfg.width * cfg.heads * cfg.head_dim
 
 
 def key_value_weights(cfg: ModelConfig) -> int:
+    """Matrix entries of one layer's key and value projections."""
     return 2 * cfg.width * cfg.kv_heads * cfg.head_dim
 
 
