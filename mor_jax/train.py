@@ -67,9 +67,10 @@ def fit(cfg: TrainConfig, directory: epath.PathLike) -> None:
     keep_freed_memory()
     jax.config.update("jax_threefry_partitionable", True)
     cfg.validate()
-    workdir.check_workdir(directory, cfg)
-    run = _assemble(cfg, epath.Path(directory))
-    workdir.claim_workdir(directory, cfg)
+    path = epath.Path(directory).expanduser().resolve()
+    workdir.check_workdir(path, cfg)
+    run = _assemble(cfg, path)
+    workdir.claim_workdir(path, cfg)
     with Checkpoints(run.path, cfg.checkpoint) as checkpoints:
         state, position = _start(run, checkpoints)
         batches = data.train_batches(
@@ -133,9 +134,14 @@ def compiled_steps(cfg: TrainConfig) -> Any:
     """step number -> jitted `train_step`; another function only where capacities differ."""
     optimizer = make_optimizer(cfg.optim, cfg.steps, abstract_params(cfg.model))
 
+    # On CPUs XLA orders operations for concurrency by default, which keeps more arrays alive.
+    cpu = jax.default_backend() == "cpu"
+    options = {"xla_cpu_enable_concurrency_optimized_scheduler": False} if cpu else None
+
     @cache
     def compiled(kept: tuple[int, ...]) -> Any:
-        return jax.jit(partial(train_step, StepSpec(cfg, optimizer, kept)), donate_argnums=0)
+        step = partial(train_step, StepSpec(cfg, optimizer, kept))
+        return jax.jit(step, donate_argnums=0, compiler_options=options)
 
     return lambda step: compiled(capacity_counts(cfg.model, cfg.length, step))
 
