@@ -67,7 +67,9 @@ def fit(cfg: TrainConfig, directory: epath.PathLike) -> None:
     keep_freed_memory()
     jax.config.update("jax_threefry_partitionable", True)
     cfg.validate()
-    path = epath.Path(directory).expanduser().resolve()
+    path = epath.Path(directory)
+    if "://" not in str(directory):
+        path = path.expanduser().resolve()
     workdir.check_workdir(path, cfg)
     run = _assemble(cfg, path)
     workdir.claim_workdir(path, cfg)
