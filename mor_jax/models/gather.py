@@ -30,11 +30,9 @@ class Rows:
     def of(cls, index: Int[Array, "b c"], valid: Bool[Array, "b c"] | None, n: int) -> "Rows":
         """From the rows' indices, distinct within a sequence."""
         b, c = index.shape
-        batch = jnp.arange(b, dtype=jnp.int32)[:, None]
         order = jnp.broadcast_to(jnp.arange(c, dtype=jnp.int32)[None], (b, c))
-        slot = jnp.zeros((b, n), jnp.int32).at[batch, index].set(order, unique_indices=True)
-        kept = jnp.ones((b, c), bool) if valid is None else valid
-        chosen = jnp.zeros((b, n), bool).at[batch, index].set(kept, unique_indices=True)
+        slot = spread(order, index, n)
+        chosen = spread(jnp.ones((b, c), bool) if valid is None else valid, index, n)
         return cls(index, slot, chosen)
 
     def take(self, x: Array) -> Array:
@@ -44,6 +42,18 @@ class Rows:
     def put(self, x: Array, slots: Array) -> Array:
         """x [b n ...] with the chosen rows replaced by their slots [b c ...]."""
         return _put(x, slots, self)
+
+
+def spread(values: Array, index: Int[Array, "b c"], n: int) -> Array:
+    """Rows of n zeros with `values` [b c] at `index`, which is distinct within a row.
+
+    Mapped over the batch, because a scatter that names its batch axis stays on every device.
+    """
+
+    def one(values: Array, index: Array) -> Array:
+        return jnp.zeros(n, values.dtype).at[index].set(values, unique_indices=True)
+
+    return jax.vmap(one)(values, index)
 
 
 def _pick(x: Array, index: Int[Array, "b m"]) -> Array:

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from mor_jax.config import ModelConfig
 from mor_jax.models.attention import KeyValue, Scope
 from mor_jax.models.block import Keep, Stack
-from mor_jax.models.gather import Rows
+from mor_jax.models.gather import Rows, spread
 from mor_jax.models.router import (
     Route,
     Routers,
@@ -139,7 +139,7 @@ def run_expert(
         level = chosen_level
         full = _unwind(states, levels) if stage.trace else None
         visits.append(Visit(logits, trained, level.index, level.valid, full))
-    routing = Routing(_depth(levels, row, x.shape), stack_sums(sums), None, tuple(visits))
+    routing = Routing(_depth(levels, x.shape), stack_sums(sums), None, tuple(visits))
     return _unwind(states, levels), routing
 
 
@@ -166,7 +166,7 @@ def run_token(
         levels.append(level)
         overflow.append(lost)
         visits.append(Visit(logits, logits, level.index, level.valid))
-    depth, left = _depth(levels, row, x.shape), _unwind(states, levels)
+    depth, left = _depth(levels, x.shape), _unwind(states, levels)
     if stage.cfg.router.gating == "weighted":
         left = gate.astype(left.dtype) * left
     out = jnp.where((depth > 0)[..., None], x + left, x)
@@ -273,18 +273,12 @@ def _unwind(states: list[Array], levels: list[Level]) -> Array:
     return deepest
 
 
-def _depth(levels: list[Level], row: Scope, shape: tuple[int, ...]) -> Int[Array, "b l"]:
+def _depth(levels: list[Level], shape: tuple[int, ...]) -> Int[Array, "b l"]:
     """Recursions that each token of the row went through."""
     b, length = shape[:2]
     depth = jnp.zeros((b, length), jnp.int32)
-    batch = jnp.arange(b, dtype=jnp.int32)[:, None]
     for level in levels:
-        if level.index is None:
-            here = jnp.ones_like(depth) if level.valid is None else level.valid.astype(jnp.int32)
-            depth = depth + here
-            continue
-        here = jnp.ones(level.index.shape, jnp.int32)
-        if level.valid is not None:
-            here = level.valid.astype(jnp.int32)
-        depth = depth.at[batch, level.index].add(here, unique_indices=True)
+        slots = (b, length) if level.index is None else level.index.shape
+        here = jnp.ones(slots, jnp.int32) if level.valid is None else level.valid.astype(jnp.int32)
+        depth = depth + (here if level.index is None else spread(here, level.index, length))
     return depth

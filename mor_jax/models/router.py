@@ -169,12 +169,21 @@ def select(
     check(0 < count <= n, "counts", count, rule, "Use non-increasing capacities")
     scores = jax.lax.stop_gradient(scores)
     if eligible is None:
-        _, index = jax.lax.top_k(scores, count)
-        return jnp.sort(index, axis=1), None
-    _, index = jax.lax.top_k(jnp.where(eligible, scores, -jnp.inf), count)
+        return jnp.sort(_best(scores, count), axis=1), None
+    index = _best(jnp.where(eligible, scores, -jnp.inf), count)
     if fillers_last:
         late = jnp.where(jnp.take_along_axis(eligible, index, axis=1), 0, n)
         ordered = jnp.sort(index + late, axis=1)
         return jnp.where(ordered < n, ordered, ordered - n), ordered < n
     index = jnp.sort(index, axis=1)
     return index, jnp.take_along_axis(eligible, index, axis=1)
+
+
+def _best(scores: Float[Array, "b n"], count: int) -> Int[Array, "b c"]:
+    """Places of the highest scores, highest first; of equal ones the earlier first.
+
+    A sort, because it stays on the devices that hold the rows; `lax.top_k` gathers them all.
+    """
+    places = jax.lax.broadcasted_iota(jnp.int32, scores.shape, 1)
+    _, ranked = jax.lax.sort((-scores, places), dimension=1, num_keys=1, is_stable=True)
+    return ranked[:, :count]

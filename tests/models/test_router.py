@@ -89,7 +89,7 @@ def test_fillers_take_the_slots_that_no_eligible_token_fills(fillers_last):
 
 
 def test_no_more_can_be_chosen_than_there_are():
-    with pytest.raises(ValueError, match="counts=6: .* only the 5 tokens"):
+    with pytest.raises(ValueError, match=r"counts=6: .* only the 5 tokens"):
         select(SCORES, 6, None, fillers_last=True)
 
 
