@@ -5,7 +5,8 @@ each group and where it was.
 """
 
 import dataclasses
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any, Literal
 
 import numpy as np
 
@@ -37,7 +38,7 @@ class Report:
     worst: dict[Group, tuple[float, str]] = dataclasses.field(default_factory=dict)
     reason: str | None = None
 
-    def add(self, group: Group, what: str, error: float) -> None:
+    def add(self, group: Group, what: str, error: float | np.floating) -> None:
         """Takes the error of one array into account; NaN counts as infinite."""
         error = float("inf") if np.isnan(error) else float(error)
         if group not in self.worst or error > self.worst[group][0]:
@@ -74,12 +75,12 @@ class Report:
         return f"{group} {error:.1e}"
 
 
-def _aligned(ours: np.ndarray, theirs: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
+def _aligned(ours: Any, theirs: Any) -> tuple[np.ndarray, np.ndarray] | None:
     ours, theirs = np.asarray(ours), np.asarray(theirs)
     return (ours, theirs) if ours.shape == theirs.shape else None
 
 
-def by_magnitude(ours: np.ndarray, theirs: np.ndarray, floor: float = 0.0) -> float:
+def by_magnitude(ours: Any, theirs: Any, floor: float = 0.0) -> float:
     """Largest difference over the largest magnitude recorded (at least `floor`).
 
     Infinite where the shapes differ; 0 for equal arrays, whatever their magnitude.
@@ -95,12 +96,12 @@ def by_magnitude(ours: np.ndarray, theirs: np.ndarray, floor: float = 0.0) -> fl
     return float(difference / scale) if scale else float("inf")
 
 
-def of_loss(ours: np.ndarray, theirs: np.ndarray) -> float:
+def of_loss(ours: Any, theirs: Any) -> float:
     """Largest relative difference of a loss or of a vector of shares."""
     return by_magnitude(ours, theirs, SMALL_LOSS)
 
 
-def of_selection(ours: np.ndarray, theirs: np.ndarray) -> float:
+def of_selection(ours: Any, theirs: Any) -> float:
     """0 if equal, else the number of places that differ (infinite if the shapes do)."""
     pair = _aligned(ours, theirs)
     return float("inf") if pair is None else float(np.sum(pair[0] != pair[1]))
@@ -109,8 +110,8 @@ def of_selection(ours: np.ndarray, theirs: np.ndarray) -> float:
 def add_tensors(
     report: Report,
     group: Group,
-    ours: dict[str, np.ndarray],
-    theirs: dict[str, np.ndarray],
+    ours: Mapping[str, Any],
+    theirs: Mapping[str, np.ndarray],
 ) -> None:
     """Compares tensors by name, each by its own magnitude (with a floor from the largest)."""
     largest = max((np.max(np.abs(t), initial=0.0) for t in theirs.values()), default=0.0)

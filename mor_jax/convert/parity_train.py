@@ -54,17 +54,17 @@ def compare_trajectory(case: Case) -> Report:
         summed, ratios = None, []
         for index in range(step * spec["grad_accum"], (step + 1) * spec["grad_accum"]):
             params = _warm_bias(cfg, params, index + 1)
-            batch = batch_of(_rows(case, index))
+            batch = batch_of(*_rows(case, index))
             inputs = (params, cfg, batch, float(spec["num_items_in_batch"]))
             counts = kept(cfg, batch.tokens.shape[1], index + 1)
             (_, ran), grads = compiled()(*inputs, counts, index + 1)
             summed = grads if summed is None else jax.tree.map(jnp.add, summed, grads)
             micro_losses.append(ran.values["loss"])
-            ratios.append(ran.values.get("balancing_ratio", 0.0))
+            ratios.append(ran.values.get("balancing_ratio"))
         norms.append(global_norms(summed).main)
         updates, state = update(summed, state, params)
         params = optax.apply_updates(params, updates)
-        params = _move_bias(cfg, params, sum(ratios) / len(ratios))
+        params = _move_bias(cfg, params, ratios)
     rates = [schedule(optim, steps)(step) for step in range(steps)]
     for key, value in (("micro_loss", micro_losses), ("grad_norm", norms)):
         report.add("trajectory", key, _each(value, case.arrays[key]))
@@ -81,12 +81,14 @@ def _each(ours: list[Any], theirs: np.ndarray) -> float:
     return float(np.max(np.abs(values - theirs) / np.maximum(np.abs(theirs), 1e-12)))
 
 
-def _rows(case: Case, index: int) -> np.ndarray:
-    """Rows of micro-batch `index`: they follow one another in `input_ids`."""
+def _rows(case: Case, index: int) -> list[np.ndarray | None]:
+    """Tokens, labels and mask of micro-batch `index`; micro-batches follow one another."""
     size = case.spec["batch"]
-    rows = case.arrays["input_ids"][index * size : (index + 1) * size]
+    arrays = [case.arrays.get(name) for name in ("input_ids", "labels", "attention_mask")]
+    rows = [None if a is None else a[index * size : (index + 1) * size] for a in arrays]
     rule = f"micro-batch {index} needs {size} rows"
-    check(len(rows) == size, "input_ids", case.arrays["input_ids"].shape, rule, "Record all rows")
+    ok = all(row is None or len(row) == size for row in rows)
+    check(ok, "input_ids", case.arrays["input_ids"].shape, rule, "Record all rows")
     return rows
 
 
@@ -104,10 +106,14 @@ def _warm_bias(cfg: ModelConfig, params: Params, forward: int) -> Params:
     return _with_bias(params, jnp.zeros_like(params["router"]["bias"]))
 
 
-def _move_bias(cfg: ModelConfig, params: Params, shares: Float[Array, "r"]) -> Params:
-    """Loss-free balancing: the bias moves a step towards an even use of the depths."""
+def _move_bias(cfg: ModelConfig, params: Params, ratios: list[Any]) -> Params:
+    """Loss-free balancing: the bias moves a step towards an even use of the depths.
+
+    ratios: share of the tokens at each depth, [r] of every micro-batch of the step.
+    """
     if "bias" not in params.get("router", {}):
         return params
+    shares = sum(ratios) / len(ratios)
     step = cfg.router.bias_rate * jnp.sign(jnp.mean(shares) - shares)
     return _with_bias(params, params["router"]["bias"] + step)
 

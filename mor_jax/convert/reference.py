@@ -138,7 +138,7 @@ def model_config(
         head_dim=hf.get("head_dim") or width // heads,
         mlp_width=hf["intermediate_size"],
         max_length=hf.get("max_position_embeddings", 2048),
-        rope_theta=float(_rope_theta(hf)),
+        rope_theta=_rope_theta(hf),
         norm_eps=hf.get("rms_norm_eps", 1e-6),
         init_std=hf.get("initializer_range", 0.02),
         tie_embeddings=tied,
@@ -195,7 +195,7 @@ def _rope_kind(rope: Mapping[str, Any]) -> str | None:
 
 def _rope_theta(hf: Mapping[str, Any]) -> float:
     nested = (hf.get("rope_parameters") or {}).get("rope_theta", 10000.0)
-    return hf.get("rope_theta", nested)
+    return float(hf.get("rope_theta", nested))
 
 
 def _kv_mode(options: Options) -> KVMode:
