@@ -11,7 +11,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from mor_jax.config import MeshConfig, check, fail
-from mor_jax.types import Params
+from mor_jax.types import Array, Params
 
 AXES = ("data", "fsdp", "tensor")
 
@@ -87,6 +87,17 @@ def state_shardings(mesh: Mesh, abstract: Any, params: Params) -> Any:
     return jax.tree.map(
         lambda node: params if is_params(node) else everywhere, abstract, is_leaf=is_params
     )
+
+
+def constrain(x: Array) -> Array:
+    """`x` [b ...] with its rows where the batch's are, whole otherwise; needs `jax.set_mesh`.
+
+    Without it the compiler may cut activations as the parameters that they meet are cut, and
+    gather the batch. Outside of a mesh `x` itself.
+    """
+    if jax.sharding.get_abstract_mesh().empty:
+        return x
+    return jax.lax.with_sharding_constraint(x, spec_of(("batch",)))
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

@@ -154,6 +154,7 @@ def _loop(
     cfg, first, began = run.cfg, int(state.step), time.perf_counter()
     step_of, meter = compiled_steps(cfg), _meter(run)
     with (
+        jax.set_mesh(run.mesh),
         Metrics(run.path, cfg.log, config=cfg.to_dict(), start_step=first) as metrics,
         Progress(cfg.steps, meter) as progress,
         _Signals() as signals,
@@ -170,9 +171,7 @@ def _loop(
                     evaluated = run.evaluator(state.params)
                 metrics.write(step, {f"eval/{name}": v for name, v in evaluated.items()})
             if signals.caught or _due(step, cfg.checkpoint.every, cfg.steps) or step == cfg.steps:
-                checkpoints.save(
-                    step, _fields(state), batches.position, cfg.to_dict(), _extra(run)
-                )
+                checkpoints.save(step, _fields(state), batches.position, cfg.to_dict(), _extra(run))
             if signals.caught:
                 raise Stopped(_farewell(run, signals.caught, step))
         evaluated = evaluated or run.evaluator(state.params)

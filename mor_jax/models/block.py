@@ -16,6 +16,7 @@ from mor_jax.models.attention import Attention, KeyValue, Scope
 from mor_jax.models.layers import Axes, RMSNorm, SwiGLU
 from mor_jax.models.remat import keep as kept_by_remat
 from mor_jax.models.remat import remat
+from mor_jax.sharding import constrain
 from mor_jax.types import Array, Float
 
 Keep = tuple[Literal["kv", "outputs"], ...]
@@ -102,7 +103,7 @@ class Stack(nnx.Module):
             shared = self.attention.updated(normed, scope, shared)
         mixed, kv = self.attention(normed, scope, shared, row)
         hidden = kept_by_remat(x + mixed)
-        return hidden + self.mlp(self.norm2(hidden, which)), kv
+        return constrain(hidden + self.mlp(self.norm2(hidden, which))), kv
 
     def _scan(self, body, x: Array, slots):
         body = remat(body, self.remat)

@@ -14,6 +14,7 @@ from mor_jax.models.recursion import Stage, run_expert, run_plain, run_token
 from mor_jax.models.rope import rotary
 from mor_jax.models.router import Route, Routers, check_route
 from mor_jax.models.routing import Routing
+from mor_jax.sharding import constrain
 from mor_jax.types import Array, Batch, Float
 
 
@@ -71,12 +72,12 @@ class Transformer(nnx.Module):
             ValueError: rows longer than `max_length`, or a route that does not fit the model.
         """
         row = self._row(batch)
-        embedded = self.embed(batch.tokens, jnp.dtype(self.cfg.dtype))
+        embedded = constrain(self.embed(batch.tokens, jnp.dtype(self.cfg.dtype)))
         x, before = _through(self.layers or self.first, embedded, row, trace)
         x, routing, within = self._recur(x, row, route or Route(), trace)
         x, after = _through(self.last, x, row, trace)
         kept = Trace(embedded, (*before, *within, *after)) if trace else None
-        return ModelOutput(self.norm(x), routing, kept)
+        return ModelOutput(constrain(self.norm(x)), routing, kept)
 
     def _row(self, batch: Batch) -> Scope:
         length, longest = batch.tokens.shape[1], self.cfg.max_length
