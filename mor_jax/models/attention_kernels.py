@@ -45,7 +45,7 @@ def attend(
     if chosen == "cudnn":
         return _cudnn_attention(q, k, v, visible)
     if chosen == "splash":
-        # Imported late: Pallas costs a second at start-up, and is of no use off TPUs.
+        # Imported late: Pallas slows the start of a program and is of no use off TPUs.
         from mor_jax.models.splash import splash_attention
 
         return splash_attention(q, k, v, visible)

@@ -91,11 +91,10 @@ blockwise_attention.defvjp(_forward, _backward)
 def _blocks(queries: int, keys: int) -> list[tuple[slice, slice]]:
     """Blocks of queries, each with the keys that it may see (see `Visibility.q_index`).
 
-    Small blocks waste less work above the diagonal, few blocks keep the program short, which
-    then compiles sooner: one block up to 256 queries, else blocks of 64, or more where that would
-    make over 16 of them.
+    Small blocks waste less work above the diagonal, few blocks compile fast: 64 queries, more
+    where that would make over 8 blocks.
     """
-    size = queries if queries <= 256 else 64 * max(1, -(-queries // 1024))
+    size = 64 * max(1, -(-queries // 512))
     stops = [min(start + size, queries) for start in range(0, queries, size)]
     return [
         (slice(size * i, stop), slice(0, keys - queries + stop)) for i, stop in enumerate(stops)
