@@ -97,15 +97,16 @@ def _loss_fwd(hidden, table, targets, size, z_coeff):
         narrow = slope.astype(hidden.dtype)
         hidden_grad = jnp.einsum("blv,vd->bld", narrow, table.astype(hidden.dtype))
         table_grad = table_grad + jnp.einsum(
-            "blv,bld->vd", narrow, chunk[0], preferred_element_type=jnp.float32
+            "bld,blv->dv", chunk[0], narrow, preferred_element_type=jnp.float32
         )
         return (jax.tree.map(jnp.add, total, (loss, sums)), table_grad), hidden_grad
 
     chunks = (_chunks(hidden, size), _chunks(targets, size))
-    start = (_zeros(), jnp.zeros(table.shape, jnp.float32))
+    # Summed as (d, v): a CPU would have to transpose the slope of every chunk for (v, d).
+    start = (_zeros(), jnp.zeros(table.shape[::-1], jnp.float32))
     (total, table_grad), hidden_grads = jax.lax.scan(body, start, chunks)
     hidden_grad = jnp.moveaxis(hidden_grads, 0, 1).reshape(hidden.shape)
-    return total, (hidden_grad, table_grad.astype(table.dtype))
+    return total, (hidden_grad, table_grad.T.astype(table.dtype))
 
 
 def _loss_bwd(size, z_coeff, grads, slopes):

@@ -84,24 +84,38 @@ rms_norm.defvjp(_rms_fwd, _rms_bwd)
 
 
 @jax.custom_vjp
-def swiglu(gate: Float[Array, "... f"], up: Float[Array, "... f"]) -> Float[Array, "... f"]:
-    """silu(gate) * up. Only the two inputs are kept for the backward pass."""
-    return jax.nn.silu(gate) * up
+def gated_mlp(
+    x: Float[Array, "b l d"],
+    gate: Float[Array, "d f"],
+    up: Float[Array, "d f"],
+    down: Float[Array, "f d"],
+) -> Float[Array, "b l d"]:
+    """down(silu(x gate) * (x up)), keeping only x and the two wide products for the gradient."""
+    return _mlp_fwd(x, gate, up, down)[0]
 
 
-def _swiglu_fwd(gate: Array, up: Array) -> tuple[Array, tuple[Array, Array]]:
-    return swiglu(gate, up), (gate, up)
+def _mlp_fwd(x: Array, gate: Array, up: Array, down: Array) -> tuple[Array, tuple[Array, ...]]:
+    g = keep(jnp.einsum("bld,df->blf", x, gate))
+    u = keep(jnp.einsum("bld,df->blf", x, up))
+    y = jnp.einsum("blf,fd->bld", jax.nn.silu(g) * u, down)
+    return y, (x, g, u, gate, up, down)
 
 
-def _swiglu_bwd(saved: tuple[Array, Array], grad: Array) -> tuple[Array, Array]:
-    gate, up = saved
-    wide = gate.astype(jnp.float32)
-    half = jax.nn.sigmoid(wide)
-    slope = half * (1 + wide * (1 - half))
-    return (grad * up * slope).astype(gate.dtype), (grad * wide * half).astype(up.dtype)
+def _mlp_bwd(saved: tuple[Array, ...], d_y: Array) -> tuple[Array, Array, Array, Array]:
+    x, g, u, gate, up, down = saved
+    half = jax.nn.sigmoid(g.astype(jnp.float32))
+    act = g * half
+    d_h = jnp.einsum("bld,fd->blf", d_y, down)
+    d_g = (d_h * u * (half + act * (1 - half))).astype(x.dtype)
+    d_u = (d_h * act).astype(x.dtype)
+    # Weight gradients contract tokens with the wide array second: the forms that differentiating
+    # the products would give make a CPU transpose the wide arrays first.
+    d_down = jnp.einsum("bld,blf->df", d_y, (act * u).astype(x.dtype)).T
+    d_x = jnp.einsum("blf,df->bld", d_g, gate) + jnp.einsum("blf,df->bld", d_u, up)
+    return d_x, jnp.einsum("bld,blf->df", x, d_g), jnp.einsum("bld,blf->df", x, d_u), d_down
 
 
-swiglu.defvjp(_swiglu_fwd, _swiglu_bwd)
+gated_mlp.defvjp(_mlp_fwd, _mlp_bwd)
 
 
 class RMSNorm(nnx.Module):
@@ -128,10 +142,8 @@ class SwiGLU(nnx.Module):
 
     def __call__(self, x: Float[Array, "b l d"]) -> Float[Array, "b l d"]:
         """Maps each token on its own."""
-        gate = jnp.einsum("bld,df->blf", x, self.gate[...].astype(x.dtype))
-        up = jnp.einsum("bld,df->blf", x, self.up[...].astype(x.dtype))
-        gated = swiglu(keep(gate), keep(up))
-        return jnp.einsum("blf,fd->bld", gated, self.down[...].astype(x.dtype))
+        weights = (matrix[...].astype(x.dtype) for matrix in (self.gate, self.up, self.down))
+        return gated_mlp(x, *weights)
 
 
 class Embed(nnx.Module):
