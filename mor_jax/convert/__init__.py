@@ -1,0 +1,1 @@
+"""Other implementations' models: names, configurations, layer selection, and proof of parity."""

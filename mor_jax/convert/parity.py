@@ -172,15 +172,18 @@ def _one_line(error: Exception) -> str:
 
 
 def run_all(
-    folder: Path, attention: Attention = "auto", show: Callable[[str], None] = print
+    folder: Path,
+    attention: Attention = "auto",
+    show: Callable[[str], None] = print,
+    only: str = "*",
 ) -> list[Report]:
-    """Compares every case in `folder`, and shows a line for each.
+    """Compares the cases in `folder` whose names match `only`, and shows a line for each.
 
     Raises:
-        ValueError: there are no cases.
+        ValueError: there are none.
     """
-    stems = sorted({p.stem for p in folder.glob("*") if p.suffix in (".json", ".npz")})
-    rule = "holds no cases (.json with .npz)"
+    stems = sorted({p.stem for p in folder.glob(only) if p.suffix in (".json", ".npz")})
+    rule = f"holds no cases (.json with .npz) named {only}"
     check(bool(stems), "--cases", str(folder), rule, "Give the folder of the recorded cases")
     reports = []
     for stem in stems:
@@ -198,11 +201,13 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--cases", type=Path, required=True, help="folder of recorded cases")
     choices = typing.get_args(Attention)
     parser.add_argument("--attention", choices=choices, default="auto", help="attention kernel")
+    parser.add_argument("--only", default="*", help="names to compare, such as 'moe_*'")
     parser.add_argument("--platform", default="cpu", help="JAX platform, such as cpu or cuda")
     args = parser.parse_args(argv)
     jax.config.update("jax_platforms", args.platform)
     show = functools.partial(print, flush=True)
-    return 0 if all(r.passed for r in run_all(args.cases, args.attention, show)) else 1
+    reports = run_all(args.cases, args.attention, show, args.only)
+    return 0 if all(report.passed for report in reports) else 1
 
 
 if __name__ == "__main__":

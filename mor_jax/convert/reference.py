@@ -246,7 +246,9 @@ def _expert(base: RouterConfig, mor: Options) -> RouterConfig:
     warmup = part["cap_warmup_step"]
     check(warmup is not None, "mor.expert.cap_warmup_step", warmup, rule, "Write the number out")
     capacity = mor["capacity"]
-    shares = tuple(float(c) for c in str(capacity).split(",")) if capacity is not None else None
+    # Written as "1.0,0.5"; a lone number and a list of numbers mean the same.
+    listed = capacity if isinstance(capacity, (list, tuple)) else str(capacity).split(",")
+    shares = None if capacity is None else tuple(float(share) for share in listed)
     score = "none" if part["router_func"] is None else part["router_func"]
     sampling = "none" if part["sampling"] is None else part["sampling"]
     return dataclasses.replace(

@@ -7,6 +7,7 @@ balancing by tokens / items, and leaves the auxiliary loss alone (SPEC, training
 
 import dataclasses
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -20,9 +21,8 @@ from mor_jax.models.transformer import ModelOutput
 from mor_jax.state import forward, logits_table, unembed
 from mor_jax.types import Array, Batch, Float, Int, Params
 
-# Positions of a row that the cross-entropy works on at one time: rows are shorter than what it is
-# made for, and should still take several turns.
-CHUNK = 10
+# The cross-entropy works through a row in turns; short rows, too, should take more than one.
+TURNS = 3
 # Compiling takes far longer than running such small models, so it is kept short.
 QUICK = {
     "xla_backend_optimization_level": 0,
@@ -67,7 +67,8 @@ def objective(
     `total_loss`: the reference minimises it apart, and neither reaches the other's parameters.
     """
     out = forward(cfg, params, batch, Route(counts=counts, step=step), trace=True)
-    ce, _ = text_loss(out.hidden, logits_table(cfg, params), batch.targets, CHUNK)
+    chunk = math.ceil(batch.tokens.shape[1] / TURNS)
+    ce, _ = text_loss(out.hidden, logits_table(cfg, params), batch.targets, chunk)
     values = {"loss": ce / items, "total_loss": ce / items}
     apart = jnp.zeros(())
     if out.routing is not None:

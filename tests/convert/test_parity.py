@@ -22,7 +22,7 @@ def test_recorded_case_passes(name):
 
 
 def test_groups_that_a_case_reports():
-    report = run_file(CASES / "mot_mc_nr3_lossfree.json", "xla")
+    report = run_file(CASES / "mot_mc_nr3_lossfree.json", "auto")
     assert report.passed, report.line()
     assert report.worst.keys() == {"outputs", "selections", "losses", "gradients"}
 
@@ -54,9 +54,11 @@ def test_command_counts_and_exits_with_failure_on_a_corrupted_case(tmp_path, cap
     assert lines[-1] == "1 passed, 1 failed"
 
 
-def test_command_succeeds_when_all_pass(tmp_path, capsys):
+def test_command_succeeds_when_all_that_was_asked_for_pass(tmp_path, capsys):
     copy_case(tmp_path)
-    assert main(["--cases", str(tmp_path), "--attention", "xla"]) == 0
+    (tmp_path / "broken.json").write_text("{}")
+    options = ["--attention", "xla", "--only", "van*"]
+    assert main(["--cases", str(tmp_path), *options]) == 0
     assert capsys.readouterr().out.splitlines()[-1] == "1 passed, 0 failed"
 
 
