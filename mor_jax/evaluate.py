@@ -92,7 +92,7 @@ def _extend(
 def token_depths(cfg: ModelConfig, params: Params, tokens: np.ndarray) -> np.ndarray:
     """Depth of every token (int32 [l]) of one row under causal routing; needs a routed model."""
 
-    def depths(params: Params, row: Int[Array, "1 l"]) -> Float[Array, "l"]:
+    def depths(params: Params, row: Int[Array, "1 l"]) -> Int[Array, "l"]:
         routing = forward(cfg, params, Batch(row, jnp.zeros_like(row)), CAUSAL).routing
         assert routing is not None
         return routing.depth[0]

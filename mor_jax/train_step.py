@@ -76,7 +76,7 @@ def loss_fn(
     if out.routing is not None:
         router_loss, terms = router_losses(cfg.model, out.routing, counts)
         loss = loss + router_loss
-        metrics |= terms | _routing_metrics(cfg, out.routing, counts)
+        metrics |= terms | _routing_metrics(cfg, out.routing, batch, counts)
     return loss, metrics | {"loss": loss}
 
 
@@ -119,7 +119,7 @@ def eval_step(cfg: TrainConfig, params: Params, batch: Batch, mode: str) -> Metr
     counts = batch_counts(cfg.model, batch, capacity_counts(cfg.model, batch.tokens.shape[1]))
     metrics = {"ce": sums.ce, "correct": sums.correct, "targets": counts.targets}
     if out.routing is not None:
-        metrics["depth_count"] = _depth_counts(cfg, out.routing)
+        metrics["depth_count"] = _depth_counts(cfg, out.routing, batch)
     return metrics
 
 
@@ -132,13 +132,17 @@ def _text_metrics(sums: TextSums, counts: Counts) -> Metrics:
     }
 
 
-def _depth_counts(cfg: TrainConfig, routing: Routing) -> Float[Array, "depths"]:
+def _depth_counts(cfg: TrainConfig, routing: Routing, batch: Batch) -> Float[Array, "depths"]:
+    """Tokens, padding aside, that went through 0 .. Nr recursions."""
     depths = jnp.arange(cfg.model.recursions + 1)[:, None, None]
-    return jnp.sum(routing.depth[None] == depths, axis=(1, 2), dtype=jnp.float32)
+    there = routing.depth[None] == depths
+    if batch.segments is not None:
+        there = there & (batch.segments > 0)[None]
+    return jnp.sum(there, axis=(1, 2), dtype=jnp.float32)
 
 
-def _routing_metrics(cfg: TrainConfig, routing: Routing, counts: Counts) -> Metrics:
-    metrics: Metrics = {"depth_share": _depth_counts(cfg, routing)[1:] / counts.tokens}
+def _routing_metrics(cfg: TrainConfig, routing: Routing, batch: Batch, counts: Counts) -> Metrics:
+    metrics: Metrics = {"depth_share": _depth_counts(cfg, routing, batch)[1:] / counts.tokens}
     if routing.expert is not None and counts.candidates is not None:
         metrics["router_accuracy"] = jnp.mean(routing.expert.correct / counts.candidates)
     if routing.token is not None:
