@@ -1,8 +1,7 @@
 """Dot-product attention: one function, several implementations of the same numbers.
 
-Owns the choice between them and the dense reference. Everything here works on the arrays of one
-device: `cudnn` and `splash` know nothing of meshes, so a caller that shards batch or heads wraps
-`attend` in `shard_map`; `xla` and `blockwise` are plain JAX, which the compiler can partition.
+Owns the choice between them and the dense reference. All of them run under a mesh: rows and heads
+may be cut over devices, positions are whole.
 """
 
 import jax

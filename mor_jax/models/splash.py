@@ -1,8 +1,10 @@
 """Attention on TPU through JAX's splash kernel, which skips blocks that nobody sees.
 
-Per device: the kernel knows nothing of meshes, so a caller that shards batch or heads wraps it in
-`shard_map`.
+The compiler cannot partition the kernel, so under a mesh (`jax.set_mesh`) each device runs it on
+its own rows and heads: attention mixes neither, and no collective is needed.
 """
+
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -13,8 +15,10 @@ from jax.experimental.pallas.ops.tpu.splash_attention import (
     SegmentIds,
     make_splash_mha_single_device,
 )
+from jax.sharding import PartitionSpec
 
 from mor_jax.models.masks import Visibility, sees_any
+from mor_jax.sharding import RULES
 from mor_jax.types import Array, Float, Int
 
 LANES = 128
@@ -30,7 +34,23 @@ def splash_attention(
 ) -> Float[Array, "b c h k"]:
     """See `attend` for the arguments; `interpret` runs the kernel in plain JAX, for tests.
 
-    Lengths are padded at their end to whole blocks: causal order hides padded keys from every
+    Raises:
+        ValueError: the mesh does not divide rows, heads or key heads.
+    """
+    run = partial(_one_device, interpret=interpret)
+    if jax.sharding.get_abstract_mesh().empty:
+        return run(q, k, v, visible)
+    heads, keys = (
+        PartitionSpec(RULES["batch"], None, RULES[name]) for name in ("heads", "kv_heads")
+    )
+    specs = (heads, keys, keys, PartitionSpec(RULES["batch"]))
+    return jax.shard_map(run, in_specs=specs, out_specs=heads, check_vma=False)(q, k, v, visible)
+
+
+def _one_device(
+    q: Array, k: Array, v: Array, visible: Visibility, interpret: bool
+) -> Float[Array, "b c h k"]:
+    """Lengths are padded at their end to whole blocks: causal order hides padded keys from every
     query, and padded queries are cut off.
     """
     c, n = q.shape[1], k.shape[1]

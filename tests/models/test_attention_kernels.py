@@ -6,12 +6,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
+from mor_jax.config import MeshConfig
 from mor_jax.models import attention_kernels
 from mor_jax.models.attention_kernels import attend, best_implementation, dense_attention
 from mor_jax.models.blockwise import blockwise_attention
 from mor_jax.models.masks import Visibility
 from mor_jax.models.splash import splash_attention
+from mor_jax.sharding import make_mesh
 
 KERNELS = {
     "blockwise": blockwise_attention,
@@ -135,6 +138,19 @@ def test_blocks_leave_nothing_of_size_queries_by_keys_for_the_backward_pass():
         lambda *x: jax.vjp(lambda *y: attend(*y, visible, "blockwise"), *x), q, k, v
     )
     assert max(leaf.size for leaf in jax.tree.leaves(kept)) <= q.size
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_rows_and_heads_may_be_cut_over_devices(kernel):
+    inputs, grad, visible = arrays("gathered_documents")
+    whole = with_gradients(dense_attention, inputs, visible, grad)
+    mesh = make_mesh(MeshConfig(data=2, fsdp=1, tensor=2), jax.devices()[:4])
+    with jax.set_mesh(mesh):
+        cut = jax.device_put(inputs, NamedSharding(mesh, PartitionSpec("data", None, "tensor")))
+        ours = with_gradients(KERNELS[kernel], cut, visible, grad)
+    for name, one, other in zip("oqkv", ours, whole, strict=True):
+        assert one.sharding.spec[0] in ("data", ("data", "fsdp")), (name, one.sharding)
+        np.testing.assert_allclose(one, other, atol=1e-5, err_msg=name)
 
 
 def test_a_repeated_index_in_filler_slots_stays_finite():
