@@ -30,7 +30,7 @@ def attend(
 
     implementation: `xla` the dense reference; `blockwise` plain JAX in blocks, for CPUs and
         anything unusual; `cudnn` for NVIDIA GPUs in 16 bits; `splash` for TPUs, also when compiled
-        ahead of time elsewhere; `auto` the best of them for this process's devices.
+        ahead of time elsewhere; `auto` the best of them for the mesh's devices.
 
     Raises:
         ValueError: `visible` does not fit, or `implementation` cannot serve these arrays here.
@@ -54,11 +54,16 @@ def attend(
 
 
 def platform() -> str:
-    """What this process computes on: `cpu`, `tpu`, `cuda` or `rocm`."""
-    backend = get_backend()
-    if backend.platform != "gpu":
-        return backend.platform
-    return "rocm" if "rocm" in backend.platform_version.lower() else "cuda"
+    """What the computation is for: `cpu`, `tpu`, `cuda` or `rocm`.
+
+    The devices of the mesh (`jax.set_mesh`) count, which may be a topology that is not here; else
+    this process's own.
+    """
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    name = get_backend().platform if device is None else device.platform
+    if name != "gpu":
+        return name
+    return "rocm" if "rocm" in get_backend().platform_version.lower() else "cuda"
 
 
 def best_implementation(
@@ -90,7 +95,7 @@ def cudnn_obstacle(
 
 
 def _check_cudnn(q: Array, k: Array, visible: Visibility, platform: str) -> None:
-    rule = f"cuDNN runs on NVIDIA GPUs, this process computes on {platform!r}"
+    rule = f"cuDNN runs on NVIDIA GPUs, this computation is for {platform!r}"
     check(platform == "cuda", PATH, "cudnn", rule, "Use 'auto'")
     obstacle = cudnn_obstacle(q, k, visible)
     if obstacle is not None:

@@ -1,6 +1,7 @@
 """Every implementation gives the dense reference's numbers, values and gradients; the choice."""
 
 from functools import partial
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -176,6 +177,13 @@ def test_auto_chooses_by_platform_and_shape():
     assert best_implementation(q, k, gathered, "cuda") == "cudnn"
     odd = Visibility(gathered.q_index[:, :79])
     assert best_implementation(q[:, :79], k, odd, "cuda") == "blockwise"
+
+
+def test_a_mesh_of_absent_devices_decides(monkeypatch):
+    assert attention_kernels.platform() == "cpu"
+    mesh = SimpleNamespace(abstract_device=SimpleNamespace(platform="tpu"))
+    monkeypatch.setattr(jax.sharding, "get_abstract_mesh", lambda: mesh)
+    assert attention_kernels.platform() == "tpu"
 
 
 def test_cudnn_is_refused_with_the_reason(monkeypatch):
