@@ -162,7 +162,7 @@ def _paper_run() -> ConfigDict:
             "batch_size": 1024,
             "length": 2048,
             "accumulate": 8,
-            "loss_chunk": _optional(1024),
+            "loss_chunk": _optional(128),
             "loss_z_coeff": 0.0,
             "seed": 0,
             "optim": _optim(warmup_steps=472, decay_steps=1888),
