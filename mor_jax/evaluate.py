@@ -17,7 +17,7 @@ from mor_jax.config import ModelConfig, TrainConfig
 from mor_jax.models.router import Route
 from mor_jax.state import forward, unembed
 from mor_jax.train_step import eval_step
-from mor_jax.types import Array, Batch, Float, Int, Params
+from mor_jax.types import Array, Batch, Int, Params
 
 CAUSAL = Route(mode="causal")
 

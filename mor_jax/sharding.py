@@ -47,6 +47,18 @@ def make_mesh(cfg: MeshConfig, devices: list[jax.Device] | None = None) -> Mesh:
     return Mesh(np.asarray(devices).reshape(shape), AXES)
 
 
+def check_rows(mesh: Mesh, path: str, rows: int, parts: int = 1) -> None:
+    """Raises `ValueError` unless each of `parts` equal parts of a batch fits the devices.
+
+    path: the setting that says how many `rows` there are.
+    """
+    cut = int(np.prod([mesh.shape[axis] for axis in RULES["batch"]]))
+    unit = cut * parts
+    rule = f"must be a multiple of {unit}: {cut} devices (mesh axes {RULES['batch']}) hold as many"
+    rule += f" rows of each of {parts} micro-batches" if parts > 1 else " rows each"
+    check(rows % unit == 0, path, rows, rule, f"Try {-(-rows // unit) * unit}")
+
+
 def spec_of(axes: tuple[str, ...]) -> PartitionSpec:
     """The partition of an array with these logical axes. Raises `ValueError` on an unknown one."""
     for axis in axes:

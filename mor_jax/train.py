@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from mor_jax import data, sharding, workdir
 from mor_jax.checkpoint import Checkpoints
 from mor_jax.chips import peak_flops
-from mor_jax.config import TrainConfig
+from mor_jax.config import TrainConfig, check
 from mor_jax.evaluate import Evaluator
 from mor_jax.finish import finish
 from mor_jax.flops import flops
@@ -25,7 +25,7 @@ from mor_jax.optim import make_optimizer
 from mor_jax.progress import Meter, Progress
 from mor_jax.state import TrainState, abstract_params, init_params, logical_axes, new_state
 from mor_jax.train_step import StepSpec, train_step
-from mor_jax.types import Batch
+from mor_jax.types import Batch, Params
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,6 +38,7 @@ class Run:
     tokenizer: data.Tokenizer
     evaluator: Evaluator
     fingerprint: str
+    placement: Params
 
     @property
     def layout(self) -> data.Layout:
@@ -88,6 +89,10 @@ def _assemble(cfg: TrainConfig, path: epath.Path) -> Run:
     tokenizer = data.load_tokenizer(cfg.data.tokenizer)
     data.check_vocabulary(tokenizer, cfg.model.vocab_size)
     mesh = sharding.make_mesh(cfg.mesh)
+    sharding.check_rows(mesh, "batch_size", cfg.batch_size, cfg.accumulate)
+    sharding.check_rows(mesh, "eval.batch_size", cfg.eval.batch_size)
+    placement = sharding.param_shardings(mesh, logical_axes(cfg.model), abstract_params(cfg.model))
+    _check_completion(cfg, tokenizer)
     layout = data.Layout(
         length=cfg.length,
         batch_size=cfg.eval.batch_size,
@@ -96,7 +101,17 @@ def _assemble(cfg: TrainConfig, path: epath.Path) -> Run:
     )
     heldout = data.heldout_batches(cfg.data, tokenizer, layout, cfg.eval.batches)
     evaluator = Evaluator.of(cfg, [place(mesh, batch) for batch in heldout])
-    return Run(cfg, path, mesh, tokenizer, evaluator, data.fingerprint(cfg.data, tokenizer))
+    return Run(
+        cfg, path, mesh, tokenizer, evaluator, data.fingerprint(cfg.data, tokenizer), placement
+    )
+
+
+def _check_completion(cfg: TrainConfig, tokenizer: data.Tokenizer) -> None:
+    """Raises `ValueError` if the sample at the end of the run would be longer than a row may be."""
+    room = cfg.model.max_length - len(tokenizer.encode(cfg.eval.prompt))
+    rule = f"with eval.prompt it exceeds model.max_length={cfg.model.max_length}"
+    wanted, fix = cfg.eval.completion_tokens, f"Use at most {max(room, 0)}"
+    check(wanted <= max(room, 0), "eval.completion_tokens", wanted, rule, fix)
 
 
 def place(mesh: Mesh, batch: Batch) -> Batch:
@@ -115,13 +130,13 @@ def _start(run: Run, checkpoints: Checkpoints) -> tuple[TrainState, int]:
         params = init_params(cfg.model, cfg.seed)
         return new_state(params, optimizer.init(params))
 
-    placed = sharding.param_shardings(run.mesh, logical_axes(cfg.model), shapes)
-    shardings = sharding.state_shardings(run.mesh, _fields(jax.eval_shape(build)), placed)
+    fields = _fields(jax.eval_shape(build))
+    shardings = sharding.state_shardings(run.mesh, fields, run.placement)
     if checkpoints.latest_valid() is None:
         return jax.jit(build, out_shardings=TrainState(**shardings))(), 0
     abstract = jax.tree.map(
         lambda shape, where: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=where),
-        _fields(jax.eval_shape(build)),
+        fields,
         shardings,
     )
     restored = checkpoints.restore(abstract, fingerprint=run.fingerprint)
