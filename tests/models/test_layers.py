@@ -1,9 +1,11 @@
 """Normalisation, rotary embedding and the output projection on their own."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
-from mor_jax.models.layers import rms_norm, unembed
+from mor_jax.models.layers import gated_mlp, rms_norm, unembed
 from mor_jax.models.rope import apply_rope, rotary
 
 
@@ -17,6 +19,40 @@ def test_rms_norm_works_in_float32_and_scales_in_the_dtype_of_its_input():
     # Two roundings to bfloat16 (8 bits), one before and one after the scale.
     np.testing.assert_allclose(np.asarray(got, np.float64), normed * np.asarray(scale), rtol=2**-7)
     assert not np.any(rms_norm(jnp.zeros((1, 8)), scale, 1e-5))
+
+
+def textbook_norm(x, scale):
+    return x * jax.lax.rsqrt(jnp.mean(x * x, -1, keepdims=True) + 1e-5) * scale[None, None]
+
+
+def textbook_mlp(x, gate, up, down):
+    g, u = x @ gate, x @ up
+    return (g / (1 + jnp.exp(-g)) * u) @ down
+
+
+@pytest.mark.parametrize(
+    ("ours", "textbook", "shapes"),
+    [
+        (lambda x, scale: rms_norm(x, scale, 1e-5), textbook_norm, [(2, 3, 8), (8,)]),
+        (gated_mlp, textbook_mlp, [(2, 3, 8), (8, 12), (8, 12), (12, 8)]),
+    ],
+)
+def test_hand_written_gradients_equal_those_of_the_textbook_formula(ours, textbook, shapes):
+    rng = np.random.default_rng(0)
+    arrays = [jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in shapes]
+    pull = jnp.asarray(rng.normal(size=shapes[0]), jnp.float32)
+    places = tuple(range(len(arrays)))
+
+    def gradients(f):
+        return jax.jit(jax.value_and_grad(lambda *a: jnp.sum(pull * f(*a)), places))(*arrays)
+
+    (got, grads), (want, expected) = gradients(ours), gradients(textbook)
+    np.testing.assert_allclose(got, want, rtol=1e-5)
+    for mine, theirs in zip(grads, expected, strict=True):
+        np.testing.assert_allclose(mine, theirs, rtol=1e-4, atol=1e-5)
+    half = [x.astype(jnp.bfloat16) for x in arrays]
+    narrow = jax.eval_shape(jax.grad(lambda *a: jnp.sum(ours(*a)), places), *half)
+    assert narrow[0].dtype == jnp.bfloat16
 
 
 def test_rotary_embedding_keeps_norms_and_sees_only_distances():
