@@ -113,8 +113,9 @@ def _move_bias(cfg: ModelConfig, params: Params, ratios: list[Any]) -> Params:
     """
     if "bias" not in params.get("router", {}):
         return params
-    shares = sum(ratios) / len(ratios)
-    step = cfg.router.bias_rate * jnp.sign(jnp.mean(shares) - shares)
+    # On the host, in the reference's order: at an even use, rounding decides the sign.
+    shares = sum(np.asarray(ratio) for ratio in ratios) / np.float32(len(ratios))
+    step = np.float32(cfg.router.bias_rate) * np.sign(np.mean(shares) - shares)
     return _with_bias(params, params["router"]["bias"] + step)
 
 
