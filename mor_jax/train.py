@@ -151,14 +151,10 @@ def compiled_steps(cfg: TrainConfig) -> Any:
     """step number -> jitted `train_step`; another function only where capacities differ."""
     optimizer = make_optimizer(cfg.optim, cfg.steps, abstract_params(cfg.model))
 
-    # On CPUs XLA orders operations for concurrency by default, which keeps more arrays alive.
-    cpu = jax.default_backend() == "cpu"
-    options = {"xla_cpu_enable_concurrency_optimized_scheduler": False} if cpu else None
-
     @cache
     def compiled(kept: tuple[int, ...]) -> Any:
         step = partial(train_step, StepSpec(cfg, optimizer, kept))
-        return jax.jit(step, donate_argnums=0, compiler_options=options)
+        return jax.jit(step, donate_argnums=0)
 
     return lambda step: compiled(capacity_counts(cfg.model, cfg.length, step))
 
