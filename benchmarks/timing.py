@@ -20,9 +20,10 @@ import numpy as np
 
 from mor_jax.config import TrainConfig
 from mor_jax.host_memory import keep_freed_memory
+from mor_jax.models.router import capacity_counts
 from mor_jax.optim import make_optimizer
 from mor_jax.state import init_params, new_state
-from mor_jax.train import compiled_steps
+from mor_jax.steps import jitted_steps
 from mor_jax.types import IGNORE, Batch, Params
 
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -61,7 +62,7 @@ class Trainer:
         params = params if change is None else change(params)
         optimizer = make_optimizer(cfg.optim, cfg.steps, params)
         self.state = new_state(params, optimizer.init(params))
-        step = compiled_steps(cfg)(1)
+        step = jitted_steps(cfg)(capacity_counts(cfg.model, cfg.length))
         self._compiled = step.lower(self.state, self.batch).compile()
         self.temp_bytes = self._compiled.memory_analysis().temp_size_in_bytes
 

@@ -8,8 +8,8 @@ arithmetic on them.
 import ctypes
 import sys
 
-# Options of mallopt(3): when to give memory back, what to map by itself, how many heaps.
-_TRIM_THRESHOLD, _MMAP_THRESHOLD, _ARENA_MAX = -1, -3, -8
+# Options of mallopt(3): when to give memory back, and what to map by itself.
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
 _LARGEST = 2**31 - 1
 
 
@@ -23,5 +23,5 @@ def keep_freed_memory() -> bool:
     libc = ctypes.CDLL(None)
     if not hasattr(libc, "mallopt"):
         return False
-    settings = ((_TRIM_THRESHOLD, _LARGEST), (_MMAP_THRESHOLD, _LARGEST), (_ARENA_MAX, 1))
+    settings = ((_TRIM_THRESHOLD, _LARGEST), (_MMAP_THRESHOLD, _LARGEST))
     return all([libc.mallopt(name, value) == 1 for name, value in settings])

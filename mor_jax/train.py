@@ -3,8 +3,7 @@
 import dataclasses
 import signal
 import time
-from collections.abc import Iterator
-from functools import cache, partial
+from functools import partial
 from typing import Any
 
 import jax
@@ -20,17 +19,18 @@ from mor_jax.finish import finish
 from mor_jax.flops import flops
 from mor_jax.host_memory import keep_freed_memory
 from mor_jax.metrics import Metrics, Record
-from mor_jax.models.router import capacity_counts
-from mor_jax.optim import make_optimizer
 from mor_jax.progress import Meter, Progress
-from mor_jax.state import TrainState, abstract_params, init_params, logical_axes, new_state
-from mor_jax.train_step import StepSpec, train_step
-from mor_jax.types import Batch, Params
+from mor_jax.state import TrainState, abstract_params, logical_axes
+from mor_jax.steps import CompiledSteps, abstract_state, fresh_state
+from mor_jax.types import Batch
 
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """The parts of a run that do not change from step to step."""
+    """The parts of a run that do not change from step to step.
+
+    abstract: shapes and shardings of the state.
+    """
 
     cfg: TrainConfig
     path: epath.Path
@@ -38,7 +38,8 @@ class Run:
     tokenizer: data.Tokenizer
     evaluator: Evaluator
     fingerprint: str
-    placement: Params
+    abstract: TrainState
+    steps: CompiledSteps
 
     @property
     def layout(self) -> data.Layout:
@@ -86,12 +87,16 @@ def fit(cfg: TrainConfig, directory: epath.PathLike) -> None:
 
 
 def _assemble(cfg: TrainConfig, path: epath.Path) -> Run:
-    tokenizer = data.load_tokenizer(cfg.data.tokenizer)
-    data.check_vocabulary(tokenizer, cfg.model.vocab_size)
     mesh = sharding.make_mesh(cfg.mesh)
     sharding.check_rows(mesh, "batch_size", cfg.batch_size, cfg.accumulate)
     sharding.check_rows(mesh, "eval.batch_size", cfg.eval.batch_size)
     placement = sharding.param_shardings(mesh, logical_axes(cfg.model), abstract_params(cfg.model))
+    abstract = abstract_state(cfg, mesh, placement)
+    steps = CompiledSteps(cfg, mesh, abstract)
+    if cfg.model.router.capacity_warmup_steps == 0:
+        steps.prepare(1)
+    tokenizer = data.load_tokenizer(cfg.data.tokenizer)
+    data.check_vocabulary(tokenizer, cfg.model.vocab_size)
     _check_completion(cfg, tokenizer)
     layout = data.Layout(
         length=cfg.length,
@@ -101,9 +106,8 @@ def _assemble(cfg: TrainConfig, path: epath.Path) -> Run:
     )
     heldout = data.heldout_batches(cfg.data, tokenizer, layout, cfg.eval.batches)
     evaluator = Evaluator.of(cfg, [place(mesh, batch) for batch in heldout])
-    return Run(
-        cfg, path, mesh, tokenizer, evaluator, data.fingerprint(cfg.data, tokenizer), placement
-    )
+    fingerprint = data.fingerprint(cfg.data, tokenizer)
+    return Run(cfg, path, mesh, tokenizer, evaluator, fingerprint, abstract, steps)
 
 
 def _check_completion(cfg: TrainConfig, tokenizer: data.Tokenizer) -> None:
@@ -122,24 +126,10 @@ def place(mesh: Mesh, batch: Batch) -> Batch:
 
 def _start(run: Run, checkpoints: Checkpoints) -> tuple[TrainState, int]:
     """The state to start from and the number of the next batch."""
-    cfg = run.cfg
-    shapes = abstract_params(cfg.model)
-    optimizer = make_optimizer(cfg.optim, cfg.steps, shapes)
-
-    def build() -> TrainState:
-        params = init_params(cfg.model, cfg.seed)
-        return new_state(params, optimizer.init(params))
-
-    fields = _fields(jax.eval_shape(build))
-    shardings = sharding.state_shardings(run.mesh, fields, run.placement)
     if checkpoints.latest_valid() is None:
-        return jax.jit(build, out_shardings=TrainState(**shardings))(), 0
-    abstract = jax.tree.map(
-        lambda shape, where: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=where),
-        fields,
-        shardings,
-    )
-    restored = checkpoints.restore(abstract, fingerprint=run.fingerprint)
+        shardings = jax.tree.map(lambda leaf: leaf.sharding, run.abstract)
+        return jax.jit(partial(fresh_state, run.cfg), out_shardings=shardings)(), 0
+    restored = checkpoints.restore(_fields(run.abstract), fingerprint=run.fingerprint)
     return TrainState(**restored.state), restored.position
 
 
@@ -147,23 +137,11 @@ def _fields(state: TrainState) -> dict[str, Any]:
     return {field.name: getattr(state, field.name) for field in dataclasses.fields(state)}
 
 
-def compiled_steps(cfg: TrainConfig) -> Any:
-    """step number -> jitted `train_step`; another function only where capacities differ."""
-    optimizer = make_optimizer(cfg.optim, cfg.steps, abstract_params(cfg.model))
-
-    @cache
-    def compiled(kept: tuple[int, ...]) -> Any:
-        step = partial(train_step, StepSpec(cfg, optimizer, kept))
-        return jax.jit(step, donate_argnums=0)
-
-    return lambda step: compiled(capacity_counts(cfg.model, cfg.length, step))
-
-
 def _loop(
     run: Run, state: TrainState, batches: data.TrainBatches, checkpoints: Checkpoints
 ) -> TrainState:
     cfg, first, began = run.cfg, int(state.step), time.perf_counter()
-    step_of, meter = compiled_steps(cfg), _meter(run)
+    meter = _meter(run)
     with (
         jax.set_mesh(run.mesh),
         Metrics(run.path, cfg.log, config=cfg.to_dict(), start_step=first) as metrics,
@@ -172,7 +150,7 @@ def _loop(
     ):
         evaluated: dict[str, Any] = {}
         for step in range(first + 1, cfg.steps + 1):
-            state, scalars = step_of(step)(state, place(run.mesh, next(batches)))
+            state, scalars = run.steps(step)(state, place(run.mesh, next(batches)))
             host = {"tokens_per_second": meter.tokens_per_second or 0.0}
             _report(run, progress, metrics.push(step, scalars, host))
             due = _due(step, cfg.eval.every, cfg.steps)
@@ -247,4 +225,4 @@ class _Signals:
         self.caught = signal.Signals(kind).name
 
 
-__all__ = ["Iterator", "Run", "Stopped", "compiled_steps", "fit", "place"]
+__all__ = ["Run", "Stopped", "fit", "place"]

@@ -42,7 +42,7 @@ LAYERS = (
         "convert",
         "analysis",
     },
-    {"train", "finish", "scaling"},
+    {"train", "steps", "finish", "scaling"},
 )
 LAYER_OF = {name: depth for depth, names in enumerate(LAYERS) for name in names}
 

@@ -13,11 +13,12 @@ from seeded import random_params
 from tiny import TINY, batch, train_config
 
 from mor_jax.config import MeshConfig
-from mor_jax.models.router import Route
+from mor_jax.models.router import Route, capacity_counts
 from mor_jax.optim import make_optimizer
 from mor_jax.sharding import make_mesh, param_shardings, spec_of, state_shardings
 from mor_jax.state import TrainState, abstract_params, forward, logical_axes, new_state
-from mor_jax.train import compiled_steps, place
+from mor_jax.steps import jitted_steps
+from mor_jax.train import place
 
 MESHES = {
     "data": MeshConfig(data=8, fsdp=1, tensor=1),
@@ -49,7 +50,7 @@ def losses(name, mesh_config):
     cfg = config(name)
     mesh = make_mesh(mesh_config, jax.devices()[:1] if mesh_config == ONE else None)
     state, shardings = placed_state(cfg, mesh)
-    step, found = compiled_steps(cfg)(1), []
+    step, found = jitted_steps(cfg)(capacity_counts(cfg.model, cfg.length)), []
     for seed in range(3):
         with jax.set_mesh(mesh):
             state, metrics = step(state, place(mesh, batch(cfg.model, 8, 16, seed)))

@@ -91,10 +91,10 @@ blockwise_attention.defvjp(_forward, _backward)
 def _blocks(queries: int, keys: int) -> list[tuple[slice, slice]]:
     """Blocks of queries, each with the keys that it may see (see `Visibility.q_index`).
 
-    Small blocks waste less work above the diagonal, few blocks compile fast: 64 queries, more
-    where that would make over 8 blocks.
+    Small blocks waste less work above the diagonal, few blocks compile fast: all queries at once
+    up to 256, else blocks of 64, or larger where that would make over 8 of them.
     """
-    size = 64 * max(1, -(-queries // 512))
+    size = queries if queries <= 256 else 64 * max(1, -(-queries // 512))
     stops = [min(start + size, queries) for start in range(0, queries, size)]
     return [
         (slice(size * i, stop), slice(0, keys - queries + stop)) for i, stop in enumerate(stops)
