@@ -276,7 +276,7 @@ def test_a_full_disk_is_explained_and_harms_nothing(
         return Failing(error)
 
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint.ocp, "save_async", writer)
+        patch.setattr(ocp, "save_async", writer)
         message = rf"{tmp_path}.*010: writing failed: no space left.*step 5, is untouched.*keep"
         with pytest.raises(RuntimeError, match=message):
             save(store, state, 10)
@@ -286,7 +286,7 @@ def test_a_full_disk_is_explained_and_harms_nothing(
 
 def test_a_failure_in_the_background_is_raised_once_and_saving_goes_on(store, state, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint.ocp, "save_async", lambda *_: Failing(OSError("wire cut")))
+        patch.setattr(ocp, "save_async", lambda *_: Failing(OSError("wire cut")))
         store.save(5, state, 50, CONFIG)
         with pytest.raises(RuntimeError, match=r"writing failed: OSError: wire cut. No other yet"):
             store.save(10, state, 100, CONFIG)
