@@ -10,7 +10,6 @@ import numpy as np
 import orbax.checkpoint.experimental.v1 as ocp
 import pytest
 
-from mor_jax import checkpoint
 from mor_jax.checkpoint import Checkpoints
 from mor_jax.config import CheckpointConfig
 
