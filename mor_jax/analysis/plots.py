@@ -60,8 +60,18 @@ def loss_curves(
             axes.plot(curve[:, 0], curve[:, 1], color=colour, alpha=0.3, linewidth=0.8)
             curve = _smooth(curve)
         last = f"{label}: {curve[-1, 1]:.3f}"
+        # The two held-out curves often coincide: the later one, on top, shows the other through.
+        dashes = (0, (4, 4)) if label == list(curves)[-1] and len(curves) > 2 else "solid"
         marker = "o" if len(curve) < 40 else None
-        axes.plot(*curve.T, color=colour, linewidth=1.8, marker=marker, markersize=3.5, label=last)
+        axes.plot(
+            *curve.T,
+            color=colour,
+            linewidth=1.8,
+            marker=marker,
+            markersize=3.5,
+            label=last,
+            linestyle=dashes,
+        )
     if baseline is not None:
         label = f"bigram model: {baseline:.3f}"
         axes.axhline(baseline, color="#111827", linestyle=(0, (5, 3)), linewidth=1.2, label=label)
