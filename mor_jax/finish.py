@@ -1,5 +1,6 @@
 """The end of a run: pictures, a completion, the summary."""
 
+import time
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -22,9 +23,14 @@ if TYPE_CHECKING:
 
 
 def finish(
-    run: "Run", state: TrainState, evaluated: dict[str, Any], meter: Meter, seconds: float
+    run: "Run", state: TrainState, evaluated: dict[str, Any], meter: Meter, began: tuple[int, float]
 ) -> None:
-    """Draws the pictures and prints the summary; on the first process only."""
+    """Draws the pictures and prints the summary; on the first process only.
+
+    began: step and `time.perf_counter` at which this call took the run up.
+    """
+    first_step, start = began
+    seconds = time.perf_counter() - start
     cfg, params = run.cfg, state.params
     completion = ""
     prompt = run.tokenizer.encode(cfg.eval.prompt)
@@ -42,6 +48,7 @@ def finish(
             name=_name(cfg),
             steps=int(state.step),
             seconds=seconds,
+            first_step=first_step,
             unique_parameters=unique_parameters(cfg.model),
             effective_parameters=effective_parameters(cfg.model),
             flops_per_token=flops(cfg.model, cfg.length).training(),

@@ -21,6 +21,7 @@ Row = tuple[str, ...]
 class RunSummary:
     """Values of the last page. Losses are nats per token on held-out text.
 
+    seconds: of this call, which took the run on from `first_step`.
     unique_parameters: numbers stored. effective_parameters: those of the plain model of the same
     depth. flops_per_token, plain_flops_per_token: of one training step, of this and of that model.
     loss_causal: under routing that looks at no later token, or of a model that routes nothing.
@@ -32,6 +33,7 @@ class RunSummary:
     name: str
     steps: int
     seconds: float
+    first_step: int = 0
     unique_parameters: int
     effective_parameters: int
     flops_per_token: float
@@ -80,7 +82,10 @@ def _completion(console: Console, summary: RunSummary) -> None:
 
 
 def _run(summary: RunSummary) -> str:
-    parts = [f"{summary.steps} steps in {duration(summary.seconds)}"]
+    parts = [f"{summary.steps} steps"]
+    if summary.first_step:
+        parts.append(f"{summary.steps - summary.first_step} of them now")
+    parts[-1] += f" in {duration(summary.seconds)}"
     if summary.tokens_per_second is not None:
         parts.append(f"{quantity(summary.tokens_per_second)} tokens/s")
     if summary.mfu is not None:

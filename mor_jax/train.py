@@ -164,7 +164,7 @@ def _loop(
             if signals.caught:
                 raise Stopped(_farewell(run, signals.caught, step))
         evaluated = evaluated or run.evaluator(state.params)
-    finish(run, state, evaluated, meter, time.perf_counter() - began)
+    finish(run, state, evaluated, meter, (first, began))
     return state
 
 

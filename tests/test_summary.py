@@ -90,6 +90,11 @@ def test_a_plain_model_has_one_loss_and_no_depth():
         assert word not in text
 
 
+def test_a_continued_run_tells_how_much_of_it_is_new():
+    text = printed(dataclasses.replace(SUMMARY, steps=300, first_step=200), terminal=False)
+    assert "300 steps, 100 of them now in " in text
+
+
 def test_skipped_steps_are_told():
     text = printed(dataclasses.replace(SUMMARY, skipped_steps=2), terminal=False)
     assert "2 skipped (loss or gradient not finite)" in text
