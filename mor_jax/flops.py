@@ -149,7 +149,7 @@ def flops(cfg: ModelConfig, length: int, shares: tuple[float, ...] | None = None
 def _recomputed(cfg: ModelConfig, stage: StageFlops) -> float:
     """FLOPs per token of the row that the backward pass of `stage` repeats.
 
-    Blocked attention makes its scores again; `xla` keeps nothing, so its inputs and all of it are
+    Blocked attention makes its scores again; `xla` keeps no more than its inputs, so all of it is
     made again. `block` runs every checkpointed body again, but for the last product: no gradient
     needs its result. `full` runs the whole stack once more before that, unless it is one layer.
     """
@@ -159,8 +159,7 @@ def _recomputed(cfg: ModelConfig, stage: StageFlops) -> float:
     down = stage.mlp / 3
     layers = stage.forward(causal=False) - stage.router
     if cfg.remat == "none":
-        output = stage.layers * stage.share * query_output_weights(cfg)
-        again = stage.attention + stage.projections - output if cfg.attention == "xla" else 0.0
+        again = stage.attention if cfg.attention == "xla" else 0.0
         again += 0.0 if ends_body else down
     else:
         again = layers - (down if ends_body else 0.0)
@@ -252,17 +251,18 @@ def activation_bytes(cfg: ModelConfig, length: int) -> float:
     With `remat="none"`, per layer and processed token, in the compute dtype: the layer's input and
     its sum with attention (2 d), the MLP's gate and up (2 f), queries and attention's result
     (2 h k), new keys and values (2 g k), and a float32 normaliser per query and head; everything
-    else is made again. `xla` attention keeps the first two only. With `block` every layer keeps its
-    input, with `full` every stage does; what one layer (`full`: also the inputs of the largest
-    stage) holds while its gradient is computed is then added once.
+    else is made again, by `xla` attention its result and normaliser too. With `block` every layer
+    keeps its input, with `full` every stage does; what one layer (`full`: also the inputs of the
+    largest stage) holds while its gradient is computed is then added once.
     Not counted: embedding, head, router scores, copies of gathered tokens, temporaries.
     """
     e, kept, stage_peak, layer_peak = _ITEMSIZE[cfg.dtype], 0.0, 0.0, 0.0
     for load, layers in _layers_of(cfg, length):
         inner = e * load.share * 2 * (cfg.width + cfg.mlp_width)
+        inner += load.share * cfg.heads * e * cfg.head_dim
+        inner += load.fresh * e * 2 * cfg.kv_heads * cfg.head_dim
         if cfg.attention != "xla":
-            inner += load.share * cfg.heads * (2 * e * cfg.head_dim + 4)
-            inner += load.fresh * e * 2 * cfg.kv_heads * cfg.head_dim
+            inner += load.share * cfg.heads * (e * cfg.head_dim + 4)
         inputs = e * load.share * cfg.width
         kept += {"none": inner * layers, "block": inputs * layers, "full": inputs}[cfg.remat]
         layer_peak = max(layer_peak, inner)

@@ -16,6 +16,7 @@ from mor_jax.models.attention_kernels import attend
 from mor_jax.models.gather import Rows
 from mor_jax.models.layers import Axes, normal, param
 from mor_jax.models.masks import Visibility
+from mor_jax.models.remat import keep
 from mor_jax.models.rope import Rotary, apply_rope
 from mor_jax.types import Array, Bool, Float, Int
 
@@ -77,7 +78,7 @@ class Attention(nnx.Module):
         """Keys and values of normalised tokens `x`."""
         k = jnp.einsum("bnd,dgk->bngk", x, self.k[...].astype(x.dtype))
         v = jnp.einsum("bnd,dgk->bngk", x, self.v[...].astype(x.dtype))
-        return KeyValue(apply_rope(k, scope.rotary), v)
+        return KeyValue(keep(apply_rope(k, scope.rotary)), keep(v))
 
     def __call__(
         self, x: Float[Array, "b c d"], scope: Scope, shared: KeyValue | None, row: Scope | None
@@ -88,7 +89,7 @@ class Attention(nnx.Module):
         row: the scope of that whole row; only read when `shared` is given.
         """
         q = jnp.einsum("bcd,dhk->bchk", x, self.q[...].astype(x.dtype))
-        q = apply_rope(q, scope.rotary)
+        q = keep(apply_rope(q, scope.rotary))
         kv = self.keys_values(x, scope) if shared is None else shared
         visible = visibility(scope, None if shared is None else row)
         out = attend(q, kv.k, kv.v, visible, self.implementation)

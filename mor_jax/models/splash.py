@@ -18,6 +18,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import (
 from jax.sharding import PartitionSpec
 
 from mor_jax.models.masks import Visibility, sees_any
+from mor_jax.models.remat import KEPT
 from mor_jax.sharding import RULES
 from mor_jax.types import Array, Float, Int
 
@@ -61,7 +62,9 @@ def _one_device(
     offset = n - c
     mask = MultiHeadMask([CausalMask((queries, keys), offset)] * q.shape[2])
     sizes = _block_sizes(c_block, n_block)
-    kernel = make_splash_mha_single_device(mask, block_sizes=sizes, interpret=interpret)
+    kernel = make_splash_mha_single_device(
+        mask, block_sizes=sizes, interpret=interpret, residual_checkpoint_name=KEPT
+    )
 
     def one_row(q: Array, k: Array, v: Array, ids: SegmentIds | None, index: Array | None):
         return _at_positions(kernel, index)(q, k, v, ids)
