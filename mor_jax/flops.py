@@ -13,6 +13,7 @@ hardware FLOPs; they differ for token-choice routing and under rematerialisation
 """
 
 import dataclasses
+import math
 
 from mor_jax.config import ModelConfig, check
 from mor_jax.models.router import capacity_counts
@@ -27,8 +28,10 @@ from mor_jax.parameters import (
 
 _ITEMSIZE = {"bfloat16": 2, "float32": 4}
 
-_TILE = 64
-"""Queries that a blocked attention kernel handles at once, about; this decides what it skips."""
+
+def _tile(queries: float) -> float:
+    """Queries that blockwise attention handles at once, which decides what it skips."""
+    return queries if queries <= 256 else 64.0 * math.ceil(queries / 512)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -197,7 +200,7 @@ def _stages(
     def stage(name: str, layers: int, load: _Load, router: float = 0.0) -> StageFlops:
         keys = load.keys
         if blocks:
-            keys -= (load.share - min(load.share, _TILE / length)) / 2
+            keys -= (load.share - min(load.share, _tile(load.share * length) / length)) / 2
         linear = load.share * query_output_weights(cfg) + load.fresh * key_value_weights(cfg)
         return StageFlops(
             name=name,
