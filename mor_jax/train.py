@@ -41,16 +41,6 @@ class Run:
     abstract: TrainState
     steps: CompiledSteps
 
-    @property
-    def layout(self) -> data.Layout:
-        """Rows of the global batch that this process reads."""
-        return data.Layout(
-            length=self.cfg.length,
-            batch_size=self.cfg.batch_size,
-            host=jax.process_index(),
-            hosts=jax.process_count(),
-        )
-
 
 class Stopped(RuntimeError):
     """A run that ended before its last step; the message says why and how to go on."""
@@ -77,11 +67,10 @@ def fit(cfg: TrainConfig, directory: epath.PathLike) -> None:
     workdir.claim_workdir(path, cfg)
     with Checkpoints(run.path, cfg.checkpoint) as checkpoints:
         state, position = _start(run, checkpoints)
-        batches = data.train_batches(
-            cfg.data, run.tokenizer, run.layout, seed=cfg.seed, start=position
-        )
+        layout = _layout(cfg, cfg.batch_size)
+        batches = data.train_batches(cfg.data, run.tokenizer, layout, seed=cfg.seed, start=position)
         try:
-            state = _loop(run, state, batches, checkpoints)
+            _loop(run, state, batches, checkpoints)
         finally:
             batches.close()
 
@@ -98,16 +87,17 @@ def _assemble(cfg: TrainConfig, path: epath.Path) -> Run:
     tokenizer = data.load_tokenizer(cfg.data.tokenizer)
     data.check_vocabulary(tokenizer, cfg.model.vocab_size)
     _check_completion(cfg, tokenizer)
-    layout = data.Layout(
-        length=cfg.length,
-        batch_size=cfg.eval.batch_size,
-        host=jax.process_index(),
-        hosts=jax.process_count(),
-    )
+    layout = _layout(cfg, cfg.eval.batch_size)
     heldout = data.heldout_batches(cfg.data, tokenizer, layout, cfg.eval.batches)
     evaluator = Evaluator.of(cfg, [place(mesh, batch) for batch in heldout])
     fingerprint = data.fingerprint(cfg.data, tokenizer)
     return Run(cfg, path, mesh, tokenizer, evaluator, fingerprint, abstract, steps)
+
+
+def _layout(cfg: TrainConfig, rows: int) -> data.Layout:
+    """Global batches of `rows` rows, and the part of them that this process reads."""
+    host, hosts = jax.process_index(), jax.process_count()
+    return data.Layout(length=cfg.length, batch_size=rows, host=host, hosts=hosts)
 
 
 def _check_completion(cfg: TrainConfig, tokenizer: data.Tokenizer) -> None:
@@ -139,7 +129,7 @@ def _fields(state: TrainState) -> dict[str, Any]:
 
 def _loop(
     run: Run, state: TrainState, batches: data.TrainBatches, checkpoints: Checkpoints
-) -> TrainState:
+) -> None:
     cfg, first, began = run.cfg, int(state.step), time.perf_counter()
     meter = _meter(run)
     with (
@@ -160,20 +150,16 @@ def _loop(
                     evaluated = run.evaluator(state.params)
                 metrics.write(step, {f"eval/{name}": v for name, v in evaluated.items()})
             if signals.caught or _due(step, cfg.checkpoint.every, cfg.steps) or step == cfg.steps:
-                checkpoints.save(step, _fields(state), batches.position, cfg.to_dict(), _extra(run))
+                extra = {"fingerprint": run.fingerprint}
+                checkpoints.save(step, _fields(state), batches.position, cfg.to_dict(), extra)
             if signals.caught:
                 raise Stopped(_farewell(run, signals.caught, step))
         evaluated = evaluated or run.evaluator(state.params)
     finish(run, state, evaluated, meter, (first, began))
-    return state
 
 
 def _due(step: int, every: int | None, steps: int) -> bool:
     return every is not None and step % every == 0 and step < steps
-
-
-def _extra(run: Run) -> dict[str, Any]:
-    return {"fingerprint": run.fingerprint}
 
 
 def _meter(run: Run) -> Meter:
