@@ -165,12 +165,16 @@ def _paper_run() -> ConfigDict:
             "loss_chunk": _optional(128),
             "loss_z_coeff": 0.0,
             "seed": 0,
+            "compilation_cache": True,
             "optim": _optim(lr=3e-3, warmup_steps=472, decay_steps=1888),
             "data": _data(("shards:data/fineweb-edu",), "data/fineweb-edu"),
             "eval": _evaluation(every=500, batches=16, batch_size=128),
             "checkpoint": _checkpoint(every=500),
             "log": _log(),
             "mesh": _mesh(data=None, fsdp=1),
+            "sharding": {"gather_shared": _optional(None)},
+            "hosts": {"timeout": 30},
+            "profile": {"steps": _optional(None)},
         }
     )
 
@@ -186,12 +190,16 @@ def _debug_run() -> ConfigDict:
             "loss_chunk": _optional(None),
             "loss_z_coeff": 0.0,
             "seed": 0,
+            "compilation_cache": True,
             "optim": _optim(lr=6e-3, warmup_steps=20, decay_steps=60),
             "data": _data(("stdlib",), "bytes"),
             "eval": _evaluation(every=100, batches=8, batch_size=8),
             "checkpoint": _checkpoint(every=100),
             "log": _log(),
             "mesh": _mesh(data=None, fsdp=1),
+            "sharding": {"gather_shared": _optional(None)},
+            "hosts": {"timeout": 30},
+            "profile": {"steps": _optional(None)},
         }
     )
 
@@ -228,7 +236,7 @@ def _data(sources: tuple[str, ...], tokenizer: str) -> dict[str, Any]:
     }
 
 
-def _optional(value: int | None) -> Any:
+def _optional(value: Any) -> Any:
     """A setting that can be None; `--config.eval.every=None` and `=50` both work on it."""
     reference = placeholder(object)
     reference.set(value)
@@ -250,7 +258,8 @@ def _checkpoint(every: int) -> dict[str, Any]:
 
 
 def _mesh(data: int | None, fsdp: int | None) -> dict[str, Any]:
-    return {"data": _optional(data), "fsdp": _optional(fsdp), "tensor": _optional(1)}
+    axes = {"slice": 1, "data": data, "fsdp": fsdp, "tensor": 1}
+    return {name: _optional(size) for name, size in axes.items()}
 
 
 def _log() -> dict[str, Any]:

@@ -52,3 +52,17 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
     ok = type(value) is hint and value == value
     check(ok, path, value, f"must be a {hint.__name__}", f"Got a {type(value).__name__}")
     return value
+
+
+def positive(path: str, cfg: Any, *names: str) -> None:
+    """Raises `ValueError` unless the settings `names` of the group at `path` are above 0."""
+    for name in names:
+        value = getattr(cfg, name)
+        check(value > 0, f"{path}.{name}", value, "must be greater than 0", "Try a positive value")
+
+
+def not_negative(path: str, cfg: Any, *names: str) -> None:
+    """Raises `ValueError` if one of the settings `names` of the group at `path` is below 0."""
+    for name in names:
+        value = getattr(cfg, name)
+        check(value >= 0, f"{path}.{name}", value, "must not be negative", "Use 0 to switch it off")

@@ -13,11 +13,11 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from mor_jax.config import MeshConfig, check, fail
 from mor_jax.types import Array, Params
 
-AXES = ("data", "fsdp", "tensor")
+AXES = ("slice", "data", "fsdp", "tensor")
 
 # Logical axis of a parameter or of a batch -> mesh axes that cut it; () keeps it whole.
 RULES: dict[str, tuple[str, ...]] = {
-    "batch": ("data", "fsdp"),
+    "batch": ("slice", "data", "fsdp"),
     "embed": ("fsdp",),
     "vocab": ("tensor",),
     "heads": ("tensor",),

@@ -22,7 +22,7 @@ MAX_FILE, MAX_FUNCTION, MAX_ARGUMENTS = 400, 60, 6
 
 # Lowest first. A module may import from its own layer and those below it.
 LAYERS = (
-    {"types", "config", "parsing", "parameters", "chips", "host_memory"},
+    {"types", "config", "model_config", "parsing", "parameters", "chips", "host_memory"},
     {"sharding"},
     {"models"},
     {"losses", "optim", "state"},

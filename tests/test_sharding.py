@@ -122,9 +122,9 @@ def test_what_does_not_divide_is_refused_by_name():
 @pytest.mark.parametrize(
     ("mesh", "shape"),
     [
-        (MeshConfig(), (8, 1, 1)),
-        (MeshConfig(data=2, fsdp=None), (2, 4, 1)),
-        (MeshConfig(data=1, fsdp=4, tensor=2), (1, 4, 2)),
+        (MeshConfig(), (1, 8, 1, 1)),
+        (MeshConfig(data=2, fsdp=None), (1, 2, 4, 1)),
+        (MeshConfig(data=1, fsdp=4, tensor=2), (1, 1, 4, 2)),
     ],
 )
 def test_the_axis_left_open_takes_the_rest(mesh, shape):
