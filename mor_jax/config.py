@@ -127,7 +127,7 @@ class MeshConfig:
 
     slice: copies of the mesh that only the data-centre network joins (TPU slices, or hosts without
     a fast link). data: copies of the parameters inside a slice. fsdp: parts that parameters,
-    optimiser and rows are cut into. tensor: parts that heads, MLP width and vocabulary are cut into.
+    optimiser and rows are cut into. tensor: parts that heads, MLP and vocabulary are cut into.
     """
 
     slice: int | None = 1
@@ -204,7 +204,7 @@ class TrainConfig:
     loss_z_coeff: float = 0.0
     seed: int = 0
     compilation_cache: bool = True
-    model: ModelConfig = ModelConfig()
+    model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
     optim: OptimConfig = OptimConfig()
     data: DataConfig = DataConfig()
     eval: EvalConfig = EvalConfig()

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from mor_jax.config import ModelConfig
 from mor_jax.models.layers import unembed
 from mor_jax.models.routing import Routing
+from mor_jax.sharding import sum_rows
 from mor_jax.types import IGNORE, Array, Batch, Float, Int
 
 
@@ -166,7 +167,9 @@ def router_losses(
     z = sums.z / counts.tokens
     if router.balancing != "loss":
         return router.z_coeff * z, {"router_z": z}
-    share = sums.choice / counts.tokens if counts.share is None else counts.share
+    share = counts.share
+    if share is None:
+        share = sum_rows(jax.lax.stop_gradient(sums.choice)) / counts.tokens
     balance = cfg.recursions * jnp.sum(sums.weight / counts.tokens * jax.lax.stop_gradient(share))
     total = router.balance_coeff * balance + router.z_coeff * z
     return total, {"router_balance": balance, "router_z": z}

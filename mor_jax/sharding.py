@@ -4,12 +4,17 @@ Nothing is replicated silently: an axis that the table does not name, or a size 
 not divide, is an error that names the parameter.
 """
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jax.extend.backend import get_backend
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from mor_jax.chips import CHIPS
 from mor_jax.config import MeshConfig, check, fail
 from mor_jax.types import Array, Params
 
@@ -101,15 +106,137 @@ def state_shardings(mesh: Mesh, abstract: Any, params: Params) -> Any:
     )
 
 
-def constrain(x: Array) -> Array:
-    """`x` [b ...] with its rows where the batch's are, whole otherwise; needs `jax.set_mesh`.
+def row_axes() -> tuple[str, ...]:
+    """The mesh axes over which the surrounding `over_rows` has cut the batch; () outside of it."""
+    manual = jax.sharding.get_abstract_mesh().manual_axes
+    return tuple(axis for axis in RULES["batch"] if axis in manual)
 
-    Without it the compiler may cut activations as the parameters that they meet are cut, and
-    gather the batch. Outside of a mesh `x` itself.
+
+def free_spec(*names: str | None) -> PartitionSpec:
+    """`spec_of` those axes (None: whole) without what `over_rows` has cut already."""
+    manual = jax.sharding.get_abstract_mesh().manual_axes
+    cuts = [() if name is None else RULES[name] for name in names]
+    return PartitionSpec(*(tuple(a for a in cut if a not in manual) or None for cut in cuts))
+
+
+def constrain(x: Array) -> Array:
+    """`x` [b l d] whole on every device of the `tensor` axis, as a layer takes and leaves it.
+
+    Without it the compiler may cut activations as the parameters that they meet are cut. Outside
+    of `over_rows`, or with one such device, `x` itself.
     """
-    if jax.sharding.get_abstract_mesh().empty:
+    mesh = jax.sharding.get_abstract_mesh()
+    if not row_axes() or "tensor" in mesh.manual_axes:
         return x
-    return jax.lax.with_sharding_constraint(x, spec_of(("batch",)))
+    return jax.lax.with_sharding_constraint(x, PartitionSpec())
+
+
+def sum_rows(tree: Any) -> Any:
+    """Sums over all devices' rows; the argument itself outside of `over_rows`."""
+    axes = row_axes()
+    return jax.lax.psum(tree, axes) if axes else tree
+
+
+def over_rows(run: Callable[..., Any], arguments: tuple[Any, ...], results: Any) -> Any:
+    """`run` on each device's own rows and parts of the parameters; exchanges are its own affair.
+
+    arguments, results: trees of the arguments' and results' partitions (`PartitionSpec`); of these
+    only the axes that cut rows count, `tensor` stays with the compiler. Without a mesh, or where
+    nothing is cut, `run` itself.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or all(mesh.shape[axis] == 1 for axis in RULES["batch"]):
+        return run
+    # A kernel that the compiler cannot cut must not see an axis that is the compiler's.
+    manual = RULES["batch"] if mesh.shape["tensor"] > 1 else AXES
+    arguments, results = jax.tree.map(partial(_only, manual), (arguments, results), is_leaf=_spec)
+    return jax.shard_map(
+        run, in_specs=arguments, out_specs=results, axis_names=set(manual), check_vma=False
+    )
+
+
+def _spec(node: Any) -> bool:
+    return isinstance(node, PartitionSpec)
+
+
+def _only(axes: tuple[str, ...], spec: PartitionSpec) -> PartitionSpec:
+    return PartitionSpec(*(tuple(a for a in cut if a in axes) or None for cut in _cuts(spec)))
+
+
+def _cuts(spec: PartitionSpec) -> list[tuple[str, ...]]:
+    # An entry may be None, one mesh axis, or several.
+    return [() if cut is None else (cut,) if isinstance(cut, str) else cut for cut in spec]
+
+
+def whole(x: Array, names: tuple[str, ...], sizes: tuple[int, ...], dtype: Any = None) -> Array:
+    """A parameter gathered from the devices that hold its parts, in `dtype` where it is cut.
+
+    names, sizes: its logical axes, and how long they are when whole. The gradient comes back
+    summed over those devices, each keeping its part. A parameter that is whole stays as it is.
+    """
+    for axis, (name, size) in enumerate(zip(names, sizes, strict=True)):
+        if x.shape[axis] != size:
+            x = x if dtype is None else x.astype(dtype)
+            for cut in reversed(RULES[name]):
+                x = _gather(x, axis, cut)
+    return x
+
+
+def fits_gathered(values: int) -> bool:
+    """Whether parameters that are gathered for a whole step leave three quarters of the memory.
+
+    values: how many. Ten bytes each: a 16-bit copy, its gradient before and after an addition, and
+    a float32 sum over micro-batches. True on devices whose memory is not known here.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    device = mesh.abstract_device
+    chip = None if device is None else CHIPS.get(device.device_kind)
+    return chip is None or 10 * values / mesh.shape["tensor"] <= chip.memory / 4
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _gather(x: Array, axis: int, name: str) -> Array:
+    return jax.lax.all_gather(x, name, axis=axis, tiled=True)
+
+
+def _gather_fwd(x: Array, axis: int, name: str) -> tuple[Array, None]:
+    return _gather(x, axis, name), None
+
+
+def _gather_bwd(axis: int, name: str, _: None, grad: Array) -> tuple[Array]:
+    # XLA's CPU compiler cannot sum 16-bit numbers over devices beside an axis of its own.
+    wide = grad.astype(jnp.float32) if platform() == "cpu" else grad
+    part = jax.lax.psum_scatter(wide, name, scatter_dimension=axis, tiled=True)
+    return (part.astype(grad.dtype),)
+
+
+_gather.defvjp(_gather_fwd, _gather_bwd)
+
+
+def sum_uncut(grads: Params, specs: Params) -> Params:
+    """Gradients of each device's rows -> of all rows, for parameters with the partitions `specs`.
+
+    Along axes that cut a parameter, `whole` has summed already.
+    """
+
+    def total(grad: Array, spec: PartitionSpec) -> Array:
+        cut = set().union(*_cuts(spec))
+        return jax.lax.psum(grad, tuple(axis for axis in row_axes() if axis not in cut))
+
+    return jax.tree.map(total, grads, specs) if row_axes() else grads
+
+
+def platform() -> str:
+    """What the computation is for: `cpu`, `tpu`, `cuda` or `rocm`.
+
+    The devices of the mesh (`jax.set_mesh`) count, which may be a topology that is not here; else
+    this process's own.
+    """
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    name = get_backend().platform if device is None else device.platform
+    if name != "gpu":
+        return name
+    return "rocm" if "rocm" in get_backend().platform_version.lower() else "cuda"
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

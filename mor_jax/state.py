@@ -15,6 +15,7 @@ from mor_jax.config import ModelConfig
 from mor_jax.models.router import Route
 from mor_jax.models.transformer import ModelOutput, Transformer
 from mor_jax.parameters import unique_parameters
+from mor_jax.sharding import row_axes, whole
 from mor_jax.types import Array, Batch, Float, Int, Params
 
 
@@ -94,6 +95,27 @@ def model_of(cfg: ModelConfig, params: Params) -> Transformer:
     filled = jax.tree.map(lambda leaf: leaf, state)
     nnx.replace_by_pure_dict(filled, params)
     return nnx.merge(graph, filled)
+
+
+def gather(cfg: ModelConfig, params: Params, shared: bool) -> Params:
+    """Parameters that every token passes, whole; the block that recursions share if `shared`.
+
+    Under `sharding.over_rows` this, or the layer that uses it, gathers what FSDP has cut: here
+    once, there each time that the layer runs. Matrices come in the model's dtype.
+    """
+    if not row_axes():
+        return params
+    axes, sizes = logical_axes(cfg), abstract_params(cfg)
+    dtype = jnp.dtype(cfg.dtype)
+
+    def one(path: Any, x: Array, names: tuple[str, ...], size: jax.ShapeDtypeStruct) -> Array:
+        top, last = path[0].key, path[-1].key
+        if top in ("layers", "first", "last") or (top == "shared" and not shared):
+            return x
+        narrow = top in ("embed", "head") or (top == "shared" and last != "scale")
+        return whole(x, names, size.shape, dtype if narrow else None)
+
+    return jax.tree_util.tree_map_with_path(one, params, axes, sizes)
 
 
 def forward(

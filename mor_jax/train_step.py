@@ -10,13 +10,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import PartitionSpec
 
 from mor_jax.config import TrainConfig
 from mor_jax.losses import Counts, TextSums, batch_counts, router_losses, text_loss
 from mor_jax.models.router import Route, capacity_counts
 from mor_jax.models.routing import Routing
 from mor_jax.optim import global_norms, schedule
-from mor_jax.state import TrainState, forward, logits_table
+from mor_jax.parameters import layer_weights
+from mor_jax.sharding import fits_gathered, over_rows, spec_of, sum_rows, sum_uncut
+from mor_jax.state import TrainState, forward, gather, logical_axes, logits_table
 from mor_jax.types import Array, Batch, Float, Params
 
 Metrics = dict[str, Array]
@@ -39,12 +42,9 @@ def train_step(spec: StepSpec, state: TrainState, batch: Batch) -> tuple[TrainSt
 
     A loss or gradient that is not finite changes nothing but the counters of skipped steps.
     """
-    cfg, model = spec.cfg, spec.cfg.model
-    kept = spec.kept or capacity_counts(model, cfg.length)
-    route = Route(counts=kept, step=state.step + 1)
-    counts = batch_counts(model, batch, kept)
-    counts = _with_shares(spec, state.params, batch, route, counts)
-    metrics, grads = accumulate(cfg, state.params, batch, route, counts)
+    cfg = spec.cfg
+    kept = spec.kept or capacity_counts(cfg.model, cfg.length)
+    metrics, grads = gradients(cfg, state.params, batch, state.step + 1, kept)
     norms = global_norms(grads)
     ok = jnp.isfinite(metrics["loss"]) & jnp.isfinite(norms.main) & jnp.isfinite(norms.aux)
     updates, opt_state = spec.optimizer.update(grads, state.opt_state, state.params, ok=ok)
@@ -62,6 +62,36 @@ def train_step(spec: StepSpec, state: TrainState, batch: Batch) -> tuple[TrainSt
         state.step + 1, params, opt_state, metrics["skipped"], metrics["skipped_in_a_row"]
     )
     return after, metrics
+
+
+def gradients(
+    cfg: TrainConfig, params: Params, batch: Batch, step: Array, kept: tuple[int, ...]
+) -> tuple[Metrics, Params]:
+    """Metrics and gradients of the global batch; each device works on its own rows.
+
+    Rows never meet: only parameters, gradients and sums are exchanged. step: counted from 1.
+    """
+    cut = jax.tree.map(spec_of, logical_axes(cfg.model), is_leaf=lambda x: isinstance(x, tuple))
+
+    def mine(params: Params, batch: Batch, step: Array) -> tuple[Metrics, Params]:
+        route = Route(counts=kept, step=step)
+        counts = sum_rows(batch_counts(cfg.model, batch, kept))
+        full, back = jax.vjp(lambda params: gather(cfg.model, params, shares_once(cfg)), params)
+        counts = _with_shares(cfg, full, batch, route, counts)
+        metrics, grads = accumulate(cfg, full, batch, route, counts)
+        (grads,) = back(jax.tree.map(lambda grad, x: grad.astype(x.dtype), grads, full))
+        return sum_rows(metrics), sum_uncut(grads, cut)
+
+    rows, everywhere = spec_of(("batch",)), PartitionSpec()
+    over = over_rows(mine, (cut, rows, everywhere), (everywhere, cut))
+    return over(params, batch, step)
+
+
+def shares_once(cfg: TrainConfig) -> bool:
+    """Whether the shared block is gathered once a step, see `config.ShardingConfig`."""
+    if cfg.sharding.gather_shared is not None:
+        return cfg.sharding.gather_shared == "once"
+    return fits_gathered(cfg.model.shared_layers * layer_weights(cfg.model))
 
 
 def loss_fn(
@@ -96,16 +126,14 @@ def accumulate(
     parts = micro_batches(batch, cfg.accumulate)
     first = jax.tree.map(lambda x: x[0], parts)
     shapes = jax.eval_shape(lambda: grad_fn(params, cfg, first, route, counts))
-    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), (shapes[1], shapes[0]))
+    # Gradients of gathered parameters may come in 16 bits, too few to add many of them.
+    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, jnp.float32), (shapes[1], shapes[0]))
     return jax.lax.scan(body, zeros, parts)[0]
 
 
 def micro_batches(batch: Batch, number: int) -> Batch:
-    """[b ...] -> [number, b/number ...]; neighbouring rows go to different micro-batches.
-
-    That keeps each micro-batch spread over all devices that hold the batch.
-    """
-    return jax.tree.map(lambda x: jnp.swapaxes(x.reshape(-1, number, *x.shape[1:]), 0, 1), batch)
+    """[b ...] -> [number, b/number ...]."""
+    return jax.tree.map(lambda x: x.reshape(number, -1, *x.shape[1:]), batch)
 
 
 def eval_step(cfg: TrainConfig, params: Params, batch: Batch, mode: str) -> Metrics:
@@ -113,14 +141,22 @@ def eval_step(cfg: TrainConfig, params: Params, batch: Batch, mode: str) -> Metr
 
     ce, correct, targets: of the text. depth_count: tokens at depth 0 .. Nr (routed models).
     """
-    out = forward(cfg.model, params, batch, Route(mode="causal" if mode == "causal" else "topk"))
-    table = logits_table(cfg.model, params)
-    _, sums = text_loss(out.hidden, table, batch.targets, cfg.loss_chunk)
-    counts = batch_counts(cfg.model, batch, capacity_counts(cfg.model, batch.tokens.shape[1]))
-    metrics = {"ce": sums.ce, "correct": sums.correct, "targets": counts.targets}
-    if out.routing is not None:
-        metrics["depth_count"] = _depth_counts(cfg, out.routing, batch)
-    return metrics
+    cut = jax.tree.map(spec_of, logical_axes(cfg.model), is_leaf=lambda x: isinstance(x, tuple))
+    route = Route(mode="causal" if mode == "causal" else "topk")
+
+    def mine(params: Params, batch: Batch) -> Metrics:
+        full = gather(cfg.model, params, shares_once(cfg))
+        out = forward(cfg.model, full, batch, route)
+        table = logits_table(cfg.model, full)
+        _, sums = text_loss(out.hidden, table, batch.targets, cfg.loss_chunk)
+        counts = batch_counts(cfg.model, batch, capacity_counts(cfg.model, batch.tokens.shape[1]))
+        metrics = {"ce": sums.ce, "correct": sums.correct, "targets": counts.targets}
+        if out.routing is not None:
+            metrics["depth_count"] = _depth_counts(cfg, out.routing, batch)
+        return sum_rows(metrics)
+
+    over = over_rows(mine, (cut, spec_of(("batch",))), PartitionSpec())
+    return over(params, batch)
 
 
 def _text_metrics(sums: TextSums, counts: Counts) -> Metrics:
@@ -152,14 +188,13 @@ def _routing_metrics(cfg: TrainConfig, routing: Routing, batch: Batch, counts: C
 
 
 def _with_shares(
-    spec: StepSpec, params: Params, batch: Batch, route: Route, counts: Counts
+    cfg: TrainConfig, params: Params, batch: Batch, route: Route, counts: Counts
 ) -> Counts:
     """Adds the global choice shares where the balancing loss needs them before the first gradient.
 
     The balancing loss multiplies two means over the batch, so micro-batches must know the global
     one. Only the part of the model before the router is computed here; the rest is dead code.
     """
-    cfg = spec.cfg
     router = cfg.model.router
     if router.kind != "token" or router.balancing != "loss" or cfg.accumulate == 1:
         return counts
@@ -170,7 +205,8 @@ def _with_shares(
         return routing.token.choice
 
     each = jax.lax.map(choices, micro_batches(batch, cfg.accumulate))
-    return dataclasses.replace(counts, share=jnp.sum(each, axis=0) / counts.tokens)
+    share = sum_rows(jnp.sum(each, axis=0)) / counts.tokens
+    return dataclasses.replace(counts, share=share)
 
 
 def _balanced(cfg: TrainConfig, params: Params, metrics: Metrics, step: Array, ok: Array) -> Params:

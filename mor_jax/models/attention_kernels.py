@@ -6,11 +6,11 @@ may be cut over devices, positions are whole.
 
 import jax
 import jax.numpy as jnp
-from jax.extend.backend import get_backend
 
 from mor_jax.config import Attention, check
 from mor_jax.models.blockwise import blockwise_attention
 from mor_jax.models.masks import Visibility, check_visibility, sees_any, visible_keys
+from mor_jax.sharding import platform
 from mor_jax.types import Array, Bool, Float
 
 PATH = "model.attention"
@@ -51,19 +51,6 @@ def attend(
     if chosen == "blockwise":
         return blockwise_attention(q, k, v, visible)
     return dense_attention(q, k, v, visible)
-
-
-def platform() -> str:
-    """What the computation is for: `cpu`, `tpu`, `cuda` or `rocm`.
-
-    The devices of the mesh (`jax.set_mesh`) count, which may be a topology that is not here; else
-    this process's own.
-    """
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    name = get_backend().platform if device is None else device.platform
-    if name != "gpu":
-        return name
-    return "rocm" if "rocm" in get_backend().platform_version.lower() else "cuda"
 
 
 def best_implementation(

@@ -5,7 +5,7 @@ A stack is called once per recursion with the same parameters: that is how weigh
 
 import dataclasses
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,7 @@ from mor_jax.models.attention import Attention, KeyValue, Scope
 from mor_jax.models.layers import Axes, RMSNorm, SwiGLU
 from mor_jax.models.remat import keep as kept_by_remat
 from mor_jax.models.remat import remat
-from mor_jax.sharding import constrain
+from mor_jax.sharding import constrain, row_axes, whole
 from mor_jax.types import Array, Float
 
 Keep = tuple[Literal["kv", "outputs"], ...]
@@ -72,7 +72,8 @@ class Stack(nnx.Module):
 
         def body(x: Array, slot: tuple[nnx.State, KeyValue | None]):
             weights, kv = slot
-            y, used = nnx.merge(graph, weights)._layer(x, scope, recursion, kv, row)
+            layer = nnx.merge(graph, _gathered(weights, x.dtype))
+            y, used = layer._layer(x, scope, recursion, kv, row)
             return y, Kept(used if "kv" in keep else None, y if "outputs" in keep else None)
 
         return self._scan(body, x, (params, shared))
@@ -85,8 +86,9 @@ class Stack(nnx.Module):
 
         def body(x: Array, weights: nnx.State):
             kv, outputs = None, []
+            layer = nnx.merge(graph, _gathered(weights, x.dtype))
             for r in range(self.recursions):
-                x, used = nnx.merge(graph, weights)._layer(x, scope, r, kv, scope)
+                x, used = layer._layer(x, scope, r, kv, scope)
                 kv = used if share_kv else None
                 outputs.append(x)
             return x, Kept(outputs=jnp.stack(outputs) if "outputs" in keep else None)
@@ -111,3 +113,17 @@ class Stack(nnx.Module):
         if self.remat == "full":
             run = jax.checkpoint(run)
         return run(x, slots)
+
+
+def _gathered(weights: nnx.State, dtype: jnp.dtype) -> nnx.State:
+    """The parameters of one layer, whole; matrices that had to be gathered come in `dtype`."""
+    if not row_axes():
+        return weights
+
+    def gather(path: tuple[Any, ...], variable: nnx.Variable) -> nnx.Variable:
+        # The leading axis, over layers, is the scan's.
+        axes, sizes = variable.get_metadata("axes")[1:], variable.get_metadata("sizes")[1:]
+        cast = None if path[-1] == "scale" else dtype
+        return variable.replace(whole(variable[...], axes, sizes, cast))
+
+    return nnx.map_state(gather, weights)

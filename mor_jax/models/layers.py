@@ -30,12 +30,12 @@ class Init:
 def param(rngs: nnx.Rngs, init: Init, axes: Axes, stacked: Axes = ()) -> nnx.Param:
     """A float32 parameter with named axes, after the leading axes of its stack.
 
-    `axes` and `init` stay on it as metadata, for the sharding rules and for `state.init_params`.
+    `axes`, `sizes` and `init` stay on it as metadata, for sharding and for `state.init_params`.
     """
     named = stacked + axes
     shape = tuple(size for _, size in named)
     value = init.mean + init.std * jax.random.normal(rngs.params(), shape, jnp.float32)
-    return nnx.Param(value, axes=tuple(name for name, _ in named), init=init)
+    return nnx.Param(value, axes=tuple(name for name, _ in named), sizes=shape, init=init)
 
 
 def normal(cfg: ModelConfig) -> Init:
@@ -146,6 +146,26 @@ class SwiGLU(nnx.Module):
         return gated_mlp(x, *weights)
 
 
+@jax.custom_vjp
+def look_up(table: Float[Array, "v d"], tokens: Int[Array, "b l"]) -> Float[Array, "b l d"]:
+    """Rows of a table. The gradient of a row is summed over its tokens in float32."""
+    return jnp.take(table, tokens, axis=0)
+
+
+def _look_up_fwd(table: Array, tokens: Array) -> tuple[Array, tuple[Array, Array]]:
+    # Of the table only shape and dtype are read, so the compiler keeps nothing of it.
+    return look_up(table, tokens), (table, tokens)
+
+
+def _look_up_bwd(saved: tuple[Array, Array], grad: Array) -> tuple[Array, None]:
+    table, tokens = saved
+    rows = jnp.zeros(table.shape, jnp.float32).at[tokens].add(grad.astype(jnp.float32))
+    return rows.astype(table.dtype), None
+
+
+look_up.defvjp(_look_up_fwd, _look_up_bwd)
+
+
 class Embed(nnx.Module):
     """A (vocabulary, width) table: token embedding, or the output projection."""
 
@@ -155,7 +175,7 @@ class Embed(nnx.Module):
 
     def __call__(self, tokens: Int[Array, "b l"], dtype: jnp.dtype) -> Float[Array, "b l d"]:
         """Looks tokens up."""
-        return jnp.take(self.weight[...], tokens, axis=0).astype(dtype)
+        return look_up(self.weight[...], tokens).astype(dtype)
 
 
 def unembed(hidden: Float[Array, "... d"], table: Float[Array, "v d"]) -> Float[Array, "... v"]:

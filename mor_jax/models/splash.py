@@ -15,11 +15,10 @@ from jax.experimental.pallas.ops.tpu.splash_attention import (
     SegmentIds,
     make_splash_mha_single_device,
 )
-from jax.sharding import PartitionSpec
 
 from mor_jax.models.masks import Visibility, sees_any
 from mor_jax.models.remat import KEPT
-from mor_jax.sharding import RULES
+from mor_jax.sharding import free_spec
 from mor_jax.types import Array, Float, Int
 
 LANES = 128
@@ -39,13 +38,15 @@ def splash_attention(
         ValueError: the mesh does not divide rows, heads or key heads.
     """
     run = partial(_one_device, interpret=interpret)
-    if jax.sharding.get_abstract_mesh().empty:
+    mesh = jax.sharding.get_abstract_mesh()
+    # Where rows are cut by hand over all axes, this is one device's share already.
+    if mesh.empty or set(mesh.manual_axes) == set(mesh.axis_names):
         return run(q, k, v, visible)
-    heads, keys = (
-        PartitionSpec(RULES["batch"], None, RULES[name]) for name in ("heads", "kv_heads")
-    )
-    specs = (heads, keys, keys, PartitionSpec(RULES["batch"]))
-    return jax.shard_map(run, in_specs=specs, out_specs=heads, check_vma=False)(q, k, v, visible)
+    heads, keys = (free_spec("batch", None, name) for name in ("heads", "kv_heads"))
+    specs = (heads, keys, keys, free_spec("batch"))
+    open_axes = set(mesh.axis_names) - set(mesh.manual_axes)
+    cut = jax.shard_map(run, in_specs=specs, out_specs=heads, axis_names=open_axes, check_vma=False)
+    return cut(q, k, v, visible)
 
 
 def _one_device(
