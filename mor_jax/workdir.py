@@ -1,18 +1,30 @@
-"""The directory of a run: which run it belongs to, and what may change when the run goes on.
+"""The directory of a run: whose it is, who works in it, what may change when the run goes on.
 
 `config.json` in it holds the resolved configuration. A command with another one is refused before
-anything is written, because weights, optimiser and data position would not belong together.
+anything is written, because weights, optimiser and data position would not belong together. A
+second job on the same directory is refused too: `hold` keeps it for one.
 """
 
+import contextlib
+import difflib
 import json
-from typing import Any
+import os
+import socket
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
 
+import jax
 from etils import epath
 
 from mor_jax.config import TrainConfig
 from mor_jax.manifest import write_atomic
 
 CONFIG_FILE = "config.json"
+LOCK_FILE = "lock"
+
+# What a run may leave in a directory before it has recorded its configuration there.
+_EARLY = {LOCK_FILE, f"{CONFIG_FILE}.draft", "compilation_cache", "hosts"}
 
 # What a run may change between two starts: how long it runs, what it reports and keeps, and how
 # the same numbers are computed on the hardware at hand. A trailing dot stands for a whole group.
@@ -36,38 +48,129 @@ _FREE = (
 )
 
 
-def check_workdir(workdir: epath.PathLike, cfg: TrainConfig) -> bool:
-    """Whether `workdir` holds a run of this configuration (True) or is free for one (False).
+class Change(NamedTuple):
+    """A setting that differs from the run's last start, with both values as text."""
 
-    Writes nothing. Raises `ValueError` when it is a file, a directory of something else, or the
-    directory of a run whose configuration differs in more than a continued run may change; the
-    message lists every such setting with both values.
+    setting: str
+    old: str
+    new: str
+
+
+def check_workdir(
+    workdir: epath.PathLike, cfg: TrainConfig, allow: Sequence[str] = ()
+) -> list[Change] | None:
+    """None: `workdir` is free. Else what of `cfg` differs from the run there, all of it allowed.
+
+    allow: settings (`optim.lr`) or groups of them (`optim`) that may differ, beside those that
+    every run may change; only these are returned. Writes nothing. Raises `ValueError` when
+    `workdir` is a file, a directory of something else, not writable, or the directory of a run
+    whose configuration differs in more; the message lists every such setting with both values.
     """
     path = epath.Path(workdir)
+    _check_names(allow, cfg)
+    _check_writable(path)
     if not path.exists():
-        return False
+        return None
     if not path.is_dir():
         raise ValueError(f"workdir={path}: is a file, a run needs a directory. Choose another")
-    if not any(path.iterdir()):
-        return False
+    if {entry.name for entry in path.iterdir()} <= _EARLY:
+        return None
     differing = _differences(_read(path), plain(cfg))
-    if differing:
+    refused = [change for change in differing if not _within(change.setting, allow)]
+    if refused:
         raise ValueError(
             f"workdir={path}: holds a run of another configuration:\n"
-            + "".join(f"  {key}: {old} there, {new} now\n" for key, old, new in differing)
-            + "Choose another --workdir, give the settings of that run, or delete the directory "
-            "to start over"
+            + "".join(f"  {key}: {old} there, {new} now\n" for key, old, new in refused)
+            + "Choose another --workdir, give the settings of that run, name those meant in "
+            f"--allow_changes={','.join(change.setting for change in refused)}, or delete the "
+            "directory to start over"
         )
-    return True
+    return differing
 
 
-def claim_workdir(workdir: epath.PathLike, cfg: TrainConfig) -> bool:
+def claim_workdir(
+    workdir: epath.PathLike, cfg: TrainConfig, allow: Sequence[str] = ()
+) -> list[Change] | None:
     """`check_workdir`, then makes the directory and records `cfg` in it. Returns the same."""
-    exists = check_workdir(workdir, cfg)
+    changes = check_workdir(workdir, cfg, allow)
     path = epath.Path(workdir)
-    path.mkdir(parents=True, exist_ok=True)
-    write_atomic(path / CONFIG_FILE, json.dumps(plain(cfg), indent=2) + "\n")
-    return exists
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        if jax.process_index() == 0:
+            write_atomic(path / CONFIG_FILE, json.dumps(plain(cfg), indent=2) + "\n")
+    except OSError as error:
+        raise _not_writable(path, error) from error
+    return changes
+
+
+@contextlib.contextmanager
+def hold(workdir: epath.PathLike) -> Iterator[None]:
+    """Keeps `workdir` for this job inside the block; makes it, and takes it back if unclaimed.
+
+    The lock belongs to the process: the system drops it however the process ends. Raises
+    `ValueError`, naming host and process, if another job holds the directory. Object stores know
+    no locks: there the heartbeats of a run's processes tell.
+    """
+    path = epath.Path(workdir)
+    if "://" in str(path) or jax.process_index() != 0:
+        yield
+        return
+    local = Path(path)
+    made = [part for part in (local, *local.parents) if not part.exists()]
+    try:
+        local.mkdir(parents=True, exist_ok=True)
+        file = (local / LOCK_FILE).open("a+")
+    except OSError as error:
+        raise _not_writable(path, error) from error
+    with file:
+        _lock(file, path)
+        try:
+            yield
+        finally:
+            if not (local / CONFIG_FILE).exists():
+                _take_back(local, made)
+
+
+def _lock(file: Any, path: epath.Path) -> None:
+    import fcntl
+
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        file.seek(0)
+        owner = file.read().strip() or "another process"
+        raise ValueError(
+            f"workdir={path}: {owner} is training in it. Wait for that run or stop it, or choose "
+            "another --workdir"
+        ) from error
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+    file.flush()
+
+
+def _take_back(path: Path, made: list[Path]) -> None:
+    # A start that was refused leaves things as they were.
+    with contextlib.suppress(OSError):
+        (path / LOCK_FILE).unlink()
+        cache = path / "compilation_cache"
+        for entry in cache.iterdir() if cache.exists() else ():
+            entry.unlink()
+        if cache.exists():
+            cache.rmdir()
+        for part in made:
+            part.rmdir()
+
+
+def _check_writable(path: epath.Path) -> None:
+    if "://" in str(path):
+        return
+    there = next(part for part in (path, *path.parents) if part.exists())
+    if there.is_dir() and not os.access(there, os.W_OK | os.X_OK, effective_ids=True):
+        raise _not_writable(path, f"no permission to write in {there}, or it is read-only")
+
+
+def _not_writable(path: epath.Path, why: object) -> ValueError:
+    return ValueError(f"workdir={path}: cannot be written: {why}. Choose another --workdir")
 
 
 def plain(cfg: TrainConfig) -> dict[str, Any]:
@@ -90,15 +193,27 @@ def _read(path: epath.Path) -> dict[str, Any]:
     return config
 
 
-def _differences(old: dict[str, Any], new: dict[str, Any]) -> list[tuple[str, str, str]]:
+def _differences(old: dict[str, Any], new: dict[str, Any]) -> list[Change]:
     before, after = _flat(old), _flat(new)
     found = []
     for key in sorted(before.keys() | after.keys()):
         pair = [repr(side[key]) if key in side else "absent" for side in (before, after)]
         free = any(key == name or (name[-1] == "." and key.startswith(name)) for name in _FREE)
         if pair[0] != pair[1] and not free:
-            found.append((key, *pair))
+            found.append(Change(key, *pair))
     return found
+
+
+def _within(setting: str, names: Sequence[str]) -> bool:
+    return any(setting == name or setting.startswith(f"{name}.") for name in names)
+
+
+def _check_names(allow: Sequence[str], cfg: TrainConfig) -> None:
+    settings = _flat(plain(cfg))
+    for name in allow:
+        if not any(_within(setting, [name]) for setting in settings):
+            near = difflib.get_close_matches(name, settings, n=1, cutoff=0.0)[0]
+            raise ValueError(f"allow_changes={name}: is no setting. Did you mean {near}?")
 
 
 def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -22,7 +22,17 @@ MAX_FILE, MAX_FUNCTION, MAX_ARGUMENTS = 400, 60, 6
 
 # Lowest first. A module may import from its own layer and those below it.
 LAYERS = (
-    {"types", "config", "model_config", "parsing", "parameters", "chips", "host_memory"},
+    {
+        "types",
+        "config",
+        "model_config",
+        "parsing",
+        "parameters",
+        "chips",
+        "host_memory",
+        "exit_codes",
+        "stopping",
+    },
     {"sharding"},
     {"models"},
     {"losses", "optim", "state"},
@@ -35,6 +45,11 @@ LAYERS = (
         "metrics",
         "workdir",
         "progress",
+        "agreement",
+        "compilation_cache",
+        "events",
+        "goodput",
+        "profiling",
         "flops",
         "evaluate",
         "aot",
@@ -42,7 +57,7 @@ LAYERS = (
         "convert",
         "analysis",
     },
-    {"train", "steps", "finish", "scaling"},
+    {"train", "loop", "feed", "steps", "finish", "scaling"},
 )
 LAYER_OF = {name: depth for depth, names in enumerate(LAYERS) for name in names}
 
