@@ -7,6 +7,11 @@ them, has no peak: every function then answers None, never an estimate.
 Sources. TPU: cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e,tpu7x}; the links of v4 after Jouppi et
 al., "TPU v4" (ISCA 2023), six of 50 GB/s in each direction. NVIDIA: the data sheets of A100
 (nvidia-a100-datasheet), H100, H200, GH200, L4, L40S and HGX B200.
+
+Data-centre network. TPU: the same pages; v5p 50 Gbit/s a chip and TPU7x and v6e 100 Gbit/s ("Data
+center network (DCN) bandwidth per chip", page tpu7x), v5e 6.4 Tbit/s for a pod of 256 chips. For v4
+nothing is published. GPUs that stand eight in a DGX: one network card each, 200 Gbit/s for A100
+(DGX A100 user guide), 400 Gbit/s for H100, H200 and B200 (DGX BasePOD reference architecture).
 """
 
 import dataclasses
@@ -20,23 +25,32 @@ class Chip:
 
     peak: FLOP/s, dense bfloat16. memory: bytes. bandwidth: bytes/s of that memory.
     interconnect: bytes/s to other devices of its kind, both directions summed; None without links
-    of its own (PCIe only).
+    of its own (PCIe only). data_centre: bytes/s in each direction to other slices or nodes; None
+    where nothing is published.
     """
 
     peak: float
     memory: int
     bandwidth: float
     interconnect: float | None
+    data_centre: float | None = None
 
 
-def _chip(tflops: float, gib: float, gb_per_s: float, link_gb_per_s: float | None) -> Chip:
+def _chip(
+    tflops: float,
+    gib: float,
+    gb_per_s: float,
+    link_gb_per_s: float | None,
+    gbit_per_s: float | None = None,
+) -> Chip:
     link = None if link_gb_per_s is None else link_gb_per_s * 1e9
-    return Chip(tflops * 1e12, int(gib * _GIB), gb_per_s * 1e9, link)
+    outside = None if gbit_per_s is None else gbit_per_s * 1e9 / 8
+    return Chip(tflops * 1e12, int(gib * _GIB), gb_per_s * 1e9, link, outside)
 
 
-_V5E = _chip(197.0, 16.0, 819.0, 400.0)
-_V5P = _chip(459.0, 95.0, 2765.0, 1200.0)
-_V6E = _chip(918.0, 32.0, 1638.0, 800.0)
+_V5E = _chip(197.0, 16.0, 819.0, 400.0, 25.0)
+_V5P = _chip(459.0, 95.0, 2765.0, 1200.0, 50.0)
+_V6E = _chip(918.0, 32.0, 1638.0, 800.0, 100.0)
 
 CHIPS: dict[str, Chip] = {
     "TPU v4": _chip(275.0, 32.0, 1200.0, 600.0),
@@ -47,18 +61,18 @@ CHIPS: dict[str, Chip] = {
     "TPU v6 lite": _V6E,
     "TPU v6e": _V6E,
     # JAX sees the two halves of this chip as two devices, so each has half of the published
-    # 2307 TFLOP/s, 192 GiB, 7380 GB/s and 1200 GB/s.
-    "TPU7x": _chip(1153.5, 96.0, 3690.0, 600.0),
-    "NVIDIA A100-SXM4-40GB": _chip(312.0, 40.0, 1555.0, 600.0),
-    "NVIDIA A100-SXM4-80GB": _chip(312.0, 80.0, 2039.0, 600.0),
+    # 2307 TFLOP/s, 192 GiB, 7380 GB/s, 1200 GB/s and 100 Gbit/s.
+    "TPU7x": _chip(1153.5, 96.0, 3690.0, 600.0, 50.0),
+    "NVIDIA A100-SXM4-40GB": _chip(312.0, 40.0, 1555.0, 600.0, 200.0),
+    "NVIDIA A100-SXM4-80GB": _chip(312.0, 80.0, 2039.0, 600.0, 200.0),
     "NVIDIA A100-PCIE-40GB": _chip(312.0, 40.0, 1555.0, None),
     "NVIDIA A100 80GB PCIe": _chip(312.0, 80.0, 1935.0, None),
-    "NVIDIA H100 80GB HBM3": _chip(989.0, 80.0, 3350.0, 900.0),
+    "NVIDIA H100 80GB HBM3": _chip(989.0, 80.0, 3350.0, 900.0, 400.0),
     "NVIDIA H100 PCIe": _chip(756.0, 80.0, 2000.0, None),
     "NVIDIA H100 NVL": _chip(835.0, 94.0, 3900.0, 600.0),
-    "NVIDIA H200": _chip(989.0, 141.0, 4800.0, 900.0),
+    "NVIDIA H200": _chip(989.0, 141.0, 4800.0, 900.0, 400.0),
     "NVIDIA GH200 480GB": _chip(989.0, 96.0, 4000.0, 900.0),
-    "NVIDIA B200": _chip(2250.0, 180.0, 8000.0, 1800.0),
+    "NVIDIA B200": _chip(2250.0, 180.0, 8000.0, 1800.0, 400.0),
     "NVIDIA L4": _chip(121.0, 24.0, 300.0, None),
     "NVIDIA L40S": _chip(362.0, 48.0, 864.0, None),
 }

@@ -53,6 +53,8 @@ LAYERS = (
         "flops",
         "evaluate",
         "aot",
+        "hlo",
+        "plan",
         "serve",
         "convert",
         "analysis",

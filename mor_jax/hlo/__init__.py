@@ -1,0 +1,1 @@
+"""What a compiled program says about itself: traffic counted in its optimised HLO text."""
