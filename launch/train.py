@@ -1,28 +1,57 @@
-"""Trains a model: python launch/train.py --config=configs/mor.py:size=debug --workdir=runs/mor."""
+"""Trains a model: python launch/train.py --config=configs/mor.py:size=debug --workdir=runs/mor.
 
+Exit codes are those of mor_jax/exit_codes.py; docs/faults.md explains them.
+"""
+
+import os
 import sys
 from pathlib import Path
+from typing import NoReturn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from absl import app, flags, logging
 from ml_collections import config_flags
 
+from mor_jax import exit_codes
+from mor_jax.stopping import Diverged, Leave, Signals, Stopped
+
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Configuration, such as configs/mor.py.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run; an existing one goes on.")
+_ALLOW = flags.DEFINE_list(
+    "allow_changes", [], "Settings that may differ from the run's last start, such as optim.lr."
+)
 flags.mark_flags_as_required(["config", "workdir"])
+
+_SIGNALS = Signals()
 
 
 def main(_: list[str]) -> None:
     logging.set_verbosity(logging.WARNING)
+    from mor_jax.checkpoint import WriteFailed
     from mor_jax.config import TrainConfig
-    from mor_jax.train import Stopped, fit
+    from mor_jax.train import fit
 
     try:
-        fit(TrainConfig.from_dict(_CONFIG.value.to_dict()), _WORKDIR.value)
-    except (ValueError, Stopped) as error:
-        sys.exit(f"error: {error}")
+        cfg = TrainConfig.from_dict(_CONFIG.value.to_dict())
+        fit(cfg, _WORKDIR.value, _ALLOW.value, _SIGNALS)
+    except (Stopped, Diverged) as ended:
+        _leave(f"{'stopped' if ended.code == exit_codes.STOPPED else 'error'}: {ended}", ended.code)
+    except (ValueError, WriteFailed) as error:
+        _leave(f"error: {error}", exit_codes.ERROR)
+
+
+def _leave(message: str, code: int) -> NoReturn:
+    # A compiler at work in another thread would outlive the interpreter: nothing waits for it.
+    print(message, file=sys.stderr)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 if __name__ == "__main__":
-    app.run(main)
+    with _SIGNALS:
+        try:
+            app.run(main)
+        except Leave as left:
+            _leave(f"stopped: {left}. The same command starts it again", exit_codes.STOPPED)

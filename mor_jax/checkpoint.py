@@ -30,6 +30,10 @@ _NONE, _DAMAGED = -1, -2
 _log = logging.getLogger(__name__)
 
 
+class WriteFailed(RuntimeError):
+    """A checkpoint could not be written; the message says why, and which one is left."""
+
+
 class Restored(NamedTuple):
     """What a checkpoint gives back. `state` has the structure and placement asked for."""
 
@@ -74,7 +78,7 @@ class Checkpoints:
         state: nested dictionaries of arrays with the parameters under `params`.
         position: index of the next batch of data. config: the resolved configuration.
         extra: further JSON values; `fingerprint` (of the data) is compared by `restore`.
-        Does nothing for the step saved or restored last. Raises `RuntimeError` when this save
+        Does nothing for the step saved or restored last. Raises `WriteFailed` when this save
         could not start or the previous one failed.
         """
         self.wait()
@@ -99,7 +103,7 @@ class Checkpoints:
         self._pending = self._thread.submit(self._finish, response, facts)
 
     def wait(self) -> None:
-        """Blocks until nothing is being written. Raises `RuntimeError` if that save failed."""
+        """Blocks until nothing is being written. Raises `WriteFailed` if that save failed."""
         pending, self._pending = self._pending, None
         if pending is not None:
             pending.result()
@@ -111,14 +115,15 @@ class Checkpoints:
         finally:
             self._thread.shutdown()
 
-    def latest_valid(self) -> int | None:
+    def latest_valid(self, before: int | None = None) -> int | None:
         """The newest step whose files are all as they were written; None if none was ever saved.
 
-        Logs a warning for each damaged step passed over. Raises `ValueError` when there are
-        checkpoints and none is good: a run never starts over by itself.
+        before: looks only at steps below it. Logs a warning for each damaged step passed over.
+        Raises `ValueError` when there are checkpoints and none is good: a run never starts over by
+        itself.
         """
         self.wait()
-        found = self._newest() if jax.process_index() == 0 else _NONE
+        found = self._newest(before) if jax.process_index() == 0 else _NONE
         if jax.process_count() > 1:
             found = int(multihost_utils.broadcast_one_to_all(np.int32(found)))
         if found == _DAMAGED:
@@ -166,8 +171,8 @@ class Checkpoints:
         # Steps completed once; what is being written or deleted does not count.
         return [step for step in self._found() if not (self._path(step) / _INCOMPLETE).exists()]
 
-    def _newest(self) -> int:
-        steps = self._steps()
+    def _newest(self, before: int | None) -> int:
+        steps = [step for step in self._steps() if before is None or step < before]
         for step in reversed(steps):
             problem = self._problem(step)
             if problem is None:
@@ -206,7 +211,7 @@ class Checkpoints:
         except Exception as error:
             raise self._failed(facts, error) from error
 
-    def _failed(self, facts: dict[str, Any], error: Exception) -> RuntimeError:
+    def _failed(self, facts: dict[str, Any], error: Exception) -> WriteFailed:
         step = facts["step"]
         self._delete(step)
         steps = self._steps()
@@ -217,7 +222,7 @@ class Checkpoints:
             sizes = f"{facts['bytes'] / 2**20:.1f} MiB to write, {free / 2**20:.1f} MiB free"
             cause = f"no space left on the disk ({sizes})"
             fix = "Free space or lower checkpoint.keep, then start the same command again"
-        return RuntimeError(f"{self._path(step)}: writing failed: {cause}. {last}. {fix}")
+        return WriteFailed(f"{self._path(step)}: writing failed: {cause}. {last}. {fix}")
 
     def _prune(self, newest: int) -> None:
         complete = self._steps()

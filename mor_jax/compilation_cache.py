@@ -28,12 +28,15 @@ class Cache:
     def __init__(self, path: epath.Path):
         self._path, self._seen = path, {}
 
-    def seal(self) -> None:
-        """Notes the entries that have not grown since the last call as whole."""
+    def seal(self, *, idle: bool = False) -> None:
+        """Notes the entries that have not grown since the last call as whole.
+
+        idle: nothing is being compiled any more, so all are.
+        """
         if jax.process_index() != 0 or not self._path.exists():
             return
         seen = _sizes(self._path)
-        whole = {name: size for name, size in seen.items() if self._seen.get(name) == size}
+        whole = {name: size for name, size in seen.items() if idle or self._seen.get(name) == size}
         if whole != _noted(self._path):
             write_atomic(self._path / _SIZES, json.dumps(whole, indent=1))
         self._seen = seen

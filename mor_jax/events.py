@@ -12,6 +12,7 @@ stall      step: an unusual wait for input, also counted in `steps`
 skipped    step, position            rollback  from_step, step, jumped (first batch, end)
 changed    setting, old, new         memory    bytes by use
 stop       step, reason              end       step
+open       position: the reading of data began    finish    pictures and a sample
 """
 
 import contextlib

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 
 from mor_jax import data
 from mor_jax.analysis import plots
@@ -13,8 +14,8 @@ from mor_jax.data.baselines import LARGEST
 from mor_jax.data.streams import MemoryStream
 from mor_jax.evaluate import complete, token_depths
 from mor_jax.flops import flops
+from mor_jax.loop import Trained
 from mor_jax.parameters import effective, effective_parameters, unique_parameters
-from mor_jax.progress import Meter
 from mor_jax.state import TrainState
 from mor_jax.summary import RunSummary, show
 
@@ -22,15 +23,14 @@ if TYPE_CHECKING:
     from mor_jax.train import Run
 
 
-def finish(
-    run: "Run", state: TrainState, evaluated: dict[str, Any], meter: Meter, began: tuple[int, float]
-) -> None:
+def finish(run: "Run", trained: Trained, began: tuple[int, float]) -> None:
     """Draws the pictures and prints the summary; on the first process only.
 
     began: step and `time.perf_counter` at which this call took the run up.
     """
     first_step, start = began
     seconds = time.perf_counter() - start
+    state, evaluated, meter = trained.state, trained.evaluated, trained.meter
     cfg, params = run.cfg, state.params
     completion = ""
     prompt = run.tokenizer.encode(cfg.eval.prompt)
@@ -86,6 +86,9 @@ def _depths(run: "Run", state: TrainState) -> Any:
     """Colours the first held-out row, which no training step has seen."""
     first = run.evaluator.batches[0].tokens
     row = np.asarray(first.addressable_data(0))[0]
+    if jax.process_count() > 1:
+        # Each process holds other rows, and all have to compute on the same one.
+        row = multihost_utils.broadcast_one_to_all(row)
     depths = token_depths(run.cfg.model, state.params, row)
     path = run.path / "depth.png"
     if jax.process_index() == 0:

@@ -6,10 +6,23 @@ from typing import Any
 
 from mor_jax.progress import duration
 
-# Event that takes time -> where that time went, in the first start of a run.
-_USES = {"eval": "evaluation", "save": "checkpoints", "compile": "compile"}
+# Event that takes time -> where that time went, in the first start of a run. In later ones getting
+# to the first step is all restart.
+_USES = {"eval": "evaluation", "save": "checkpoints", "finish": "finish"}
+_STARTUP = {"assemble": "startup", "fresh": "startup", "open": "startup", "compile": "compile"}
+_STARTUP["restore"] = "startup"
 
-KINDS = ("training steps", "input", "evaluation", "checkpoints", "compile", "restarts", "other")
+KINDS = (
+    "training steps",
+    "input",
+    "evaluation",
+    "checkpoints",
+    "compile",
+    "startup",
+    "restarts",
+    "finish",
+    "other",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -17,8 +30,8 @@ class Goodput:
     """Seconds by use (`KINDS`); together the time in which processes of the run existed.
 
     restarts: what every start but the first did before its first step, and steps done again.
-    other: the first start's reading of data, pictures at the end. starts: how many there were.
-    again: steps that were done more than once.
+    startup: the same of the first start, without compiling. finish: pictures and a sample at the
+    end. starts: how many there were. again: steps that were done more than once.
     """
 
     seconds: dict[str, float]
@@ -53,16 +66,14 @@ def goodput(events: Sequence[dict[str, Any]]) -> Goodput:
         total = max((event["clock"] for event in part), default=0.0)
         found = dict.fromkeys(KINDS, 0.0)
         for event in part:
-            use = _USES.get(event["event"])
-            if use == "compile" and number:
-                use = "restarts"
+            name = event["event"]
+            use = ("restarts" if number else _STARTUP[name]) if name in _STARTUP else None
+            use = use or _USES.get(name)
             if use:
                 found[use] += event["seconds"]
-            elif event["event"] == "steps":
+            elif name == "steps":
                 found["training steps"] += event["seconds"]
                 found["input"] += event["input"]
-            elif number and event["event"] in ("assemble", "restore", "fresh"):
-                found["restarts"] += event["seconds"]
         found["other"] = max(total - sum(found.values()), 0.0)
         for kind, value in found.items():
             seconds[kind] += value

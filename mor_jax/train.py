@@ -1,27 +1,34 @@
-"""`fit`: assembles a run from its configuration, and the loop. No mathematics lives here."""
+"""`fit`: assembles a run from its configuration, starts it, takes it back once if it diverges.
+
+The loop itself is in `loop.py`. No mathematics lives here.
+"""
 
 import dataclasses
-import signal
+import os
+import socket
 import time
+from collections.abc import Sequence
 from functools import partial
-from typing import Any
 
 import jax
 from etils import epath
 from jax.sharding import Mesh
 
 from mor_jax import data, sharding, workdir
+from mor_jax.agreement import Agreement
 from mor_jax.checkpoint import Checkpoints
-from mor_jax.chips import peak_flops
+from mor_jax.compilation_cache import kept_in
 from mor_jax.config import TrainConfig, check
 from mor_jax.evaluate import Evaluator
+from mor_jax.events import FILE, Events, read
+from mor_jax.feed import Feed
 from mor_jax.finish import finish
-from mor_jax.flops import flops
+from mor_jax.goodput import goodput
 from mor_jax.host_memory import keep_freed_memory
-from mor_jax.metrics import Metrics, Record
-from mor_jax.progress import Meter, Progress
+from mor_jax.loop import Desk, Loop, Start, TooManySkipped, fields
 from mor_jax.state import TrainState, abstract_params, logical_axes
 from mor_jax.steps import CompiledSteps, abstract_state, fresh_state
+from mor_jax.stopping import Diverged, Leave, Signals, Stopped
 from mor_jax.types import Batch
 
 
@@ -41,38 +48,102 @@ class Run:
     abstract: TrainState
     steps: CompiledSteps
 
+    def place(self, batch: Batch) -> Batch:
+        """This host's rows -> the global batch on the devices."""
+        return place(self.mesh, batch)
 
-class Stopped(RuntimeError):
-    """A run that ended before its last step; the message says why and how to go on."""
+    def batches(self, position: int) -> data.TrainBatches:
+        """This host's rows of the training batches from number `position` on."""
+        cfg, layout = self.cfg, _layout(self.cfg, self.cfg.batch_size)
+        return data.train_batches(cfg.data, self.tokenizer, layout, seed=cfg.seed, start=position)
 
 
-def fit(cfg: TrainConfig, directory: epath.PathLike) -> None:
+def fit(
+    cfg: TrainConfig,
+    directory: epath.PathLike,
+    allow_changes: Sequence[str] = (),
+    signals: Signals | None = None,
+) -> None:
     """Trains `cfg` in `directory`, from its newest good checkpoint if it has one.
 
     Everything that can be wrong with the settings, the data and the directory is found before the
-    directory is touched. Resuming continues bit for bit.
+    directory is claimed. Resuming continues bit for bit.
+
+    allow_changes: settings that may differ from the run's last start, see `check_workdir`.
+    signals: listens already; by default from now on.
 
     Raises:
         ValueError: a setting, the data or the directory does not fit; nothing was changed.
-        Stopped: too many steps in a row were not finite, or a signal asked the run to end.
+        Stopped: a signal asked the run to end; the same call goes on.
+        Diverged: too many steps in a row were not finite, also after going back once.
+        WriteFailed: a checkpoint could not be written.
     """
+    with signals or Signals() as signals:
+        try:
+            _fit(cfg, workdir.resolved(directory), allow_changes, signals)
+        except Leave as left:
+            raise Stopped(f"{left}. The same command starts it again") from None
+
+
+def _fit(cfg: TrainConfig, path: epath.Path, allow: Sequence[str], signals: Signals) -> None:
     keep_freed_memory()
     jax.config.update("jax_threefry_partitionable", True)
     cfg.validate()
-    path = epath.Path(directory)
-    if "://" not in str(directory):
-        path = path.expanduser().resolve()
-    workdir.check_workdir(path, cfg)
-    run = _assemble(cfg, path)
-    workdir.claim_workdir(path, cfg)
-    with Checkpoints(run.path, cfg.checkpoint) as checkpoints:
-        state, position = _start(run, checkpoints)
-        layout = _layout(cfg, cfg.batch_size)
-        batches = data.train_batches(cfg.data, run.tokenizer, layout, seed=cfg.seed, start=position)
-        try:
-            _loop(run, state, batches, checkpoints)
-        finally:
-            batches.close()
+    workdir.check_workdir(path, cfg, allow)
+    with workdir.hold(path), kept_in(path, cfg.compilation_cache) as cache:
+        run = _assemble(cfg, path)
+        changes = workdir.claim_workdir(path, cfg, allow) or []
+        with (
+            Events(path, signals.since) as events,
+            Checkpoints(path, cfg.checkpoint) as checkpoints,
+        ):
+            _open_log(run, events, changes)
+            agreement = Agreement(run.mesh)
+            desk = Desk(
+                checkpoints=checkpoints,
+                events=events,
+                signals=signals,
+                agreement=agreement,
+                cache=cache,
+            )
+            try:
+                _train(run, desk, _start(run, desk, changes))
+            finally:
+                events.flush()
+                if jax.process_index() == 0:
+                    print(goodput(read(path / FILE)).line(), flush=True)
+
+
+def _open_log(run: Run, events: Events, changes: Sequence[workdir.Change]) -> None:
+    """Notes who starts here, and with which allowed changes."""
+    ready = time.monotonic() - events.began
+    where = {"host": socket.gethostname(), "process": os.getpid(), "devices": jax.device_count()}
+    events.write("start", **where)
+    events.write("assemble", seconds=ready)
+    for setting, old, new in changes:
+        events.write("changed", setting=setting, old=old, new=new)
+        if jax.process_index() == 0:
+            print(f"changed since the last start, as allowed: {setting}: {old} -> {new}")
+
+
+def _train(run: Run, desk: Desk, start: Start) -> None:
+    """Loops, a second time from further back after too many skipped steps; then finishes."""
+    began = int(start.state.step), time.perf_counter()
+    while True:
+        with Feed(run.batches, start.position, start.jumps) as feed:
+            with desk.events.timed("open", position=start.position):
+                feed.open()
+            try:
+                trained = Loop(run, desk, start, feed)()
+                break
+            except TooManySkipped as skipped:
+                problem = skipped
+        start = _roll_back(run, desk, start, problem)
+    with desk.events.timed("finish"):
+        finish(run, trained, began)
+    desk.events.write("end", step=int(trained.state.step))
+    if desk.cache is not None:
+        desk.cache.seal(idle=True)
 
 
 def _assemble(cfg: TrainConfig, path: epath.Path) -> Run:
@@ -114,101 +185,53 @@ def place(mesh: Mesh, batch: Batch) -> Batch:
     return jax.tree.map(partial(jax.make_array_from_process_local_data, rows), batch)
 
 
-def _start(run: Run, checkpoints: Checkpoints) -> tuple[TrainState, int]:
-    """The state to start from and the number of the next batch."""
-    if checkpoints.latest_valid() is None:
-        shardings = jax.tree.map(lambda leaf: leaf.sharding, run.abstract)
-        return jax.jit(partial(fresh_state, run.cfg), out_shardings=shardings)(), 0
-    restored = checkpoints.restore(_fields(run.abstract), fingerprint=run.fingerprint)
-    return TrainState(**restored.state), restored.position
+def _start(run: Run, desk: Desk, changes: Sequence[workdir.Change]) -> Start:
+    """The newest good checkpoint, else a new state."""
+    other_data = any(change.setting.startswith("data.") for change in changes)
+    step = desk.checkpoints.latest_valid()
+    start = _from(run, desk, step, None if other_data else run.fingerprint)
+    # Whoever changed a setting to get past a divergence has the one rollback again.
+    return dataclasses.replace(start, rolled_back=False) if changes else start
 
 
-def _fields(state: TrainState) -> dict[str, Any]:
-    return {field.name: getattr(state, field.name) for field in dataclasses.fields(state)}
+def _from(run: Run, desk: Desk, step: int | None, fingerprint: str | None) -> Start:
+    """The checkpoint of `step`, or a new state for None."""
+    if step is None:
+        with desk.events.timed("fresh", step=0):
+            shardings = jax.tree.map(lambda leaf: leaf.sharding, run.abstract)
+            return Start(state=jax.jit(partial(fresh_state, run.cfg), out_shardings=shardings)())
+    with desk.events.timed("restore", step=step):
+        restored = desk.checkpoints.restore(fields(run.abstract), step, fingerprint)
+    return Start.of(TrainState(**restored.state), restored.position, restored.extra)
 
 
-def _loop(
-    run: Run, state: TrainState, batches: data.TrainBatches, checkpoints: Checkpoints
-) -> None:
-    cfg, first, began = run.cfg, int(state.step), time.perf_counter()
-    meter = _meter(run)
-    with (
-        jax.set_mesh(run.mesh),
-        Metrics(run.path, cfg.log, config=cfg.to_dict(), start_step=first) as metrics,
-        Progress(cfg.steps, meter) as progress,
-        _Signals() as signals,
-    ):
-        evaluated: dict[str, Any] = {}
-        for step in range(first + 1, cfg.steps + 1):
-            state, scalars = run.steps(step)(state, place(run.mesh, next(batches)))
-            host = {"tokens_per_second": meter.tokens_per_second or 0.0}
-            _report(run, progress, metrics.push(step, scalars, host))
-            due = _due(step, cfg.eval.every, cfg.steps)
-            if due or step == cfg.steps:
-                _report(run, progress, metrics.flush())
-                with progress.busy("evaluating"):
-                    evaluated = run.evaluator(state.params)
-                metrics.write(step, {f"eval/{name}": v for name, v in evaluated.items()})
-            if signals.caught or _due(step, cfg.checkpoint.every, cfg.steps) or step == cfg.steps:
-                extra = {"fingerprint": run.fingerprint}
-                checkpoints.save(step, _fields(state), batches.position, cfg.to_dict(), extra)
-            if signals.caught:
-                raise Stopped(_farewell(run, signals.caught, step))
-        evaluated = evaluated or run.evaluator(state.params)
-    finish(run, state, evaluated, meter, (first, began))
-
-
-def _due(step: int, every: int | None, steps: int) -> bool:
-    return every is not None and step % every == 0 and step < steps
-
-
-def _meter(run: Run) -> Meter:
-    peak = peak_flops(jax.devices()[0].device_kind)
-    return Meter(
-        run.cfg.batch_size * run.cfg.length,
-        flops_per_token=flops(run.cfg.model, run.cfg.length).training(),
-        peak_flops=None if peak is None else peak * jax.device_count(),
+def _roll_back(run: Run, desk: Desk, start: Start, problem: TooManySkipped) -> Start:
+    """A start before the skipped steps, without their batches; `Diverged` the second time."""
+    most, first_bad = len(problem.bad), problem.step - len(problem.bad) + 1
+    told = (
+        f"optim.max_skipped_steps={run.cfg.optim.max_skipped_steps}: the loss or gradient was not "
+        f"finite in {most} steps in a row, {first_bad} to {problem.step}, batches "
+        f"{min(problem.bad)} to {max(problem.bad)}"
     )
-
-
-def _report(run: Run, progress: Progress, record: Record | None) -> None:
-    """Shows a fetched step. Raises `Stopped` after too many skipped ones in a row."""
-    if record is None:
-        return
-    shares: Any = record.values.get("depth_share", ())
-    progress.update(record.step, float(record.values["ce"]), shares)
-    skipped, most = record.values["skipped_in_a_row"], run.cfg.optim.max_skipped_steps
-    if skipped:
-        progress.note(f"step {record.step}: loss or gradient not finite, update skipped")
-    if skipped >= most:
-        raise Stopped(
-            f"optim.max_skipped_steps={most}: the loss or gradient was not finite in {skipped:.0f} "
-            f"steps in a row, the last one {record.step}. The checkpoints in {run.path} are as "
-            "before. Lower optim.lr or look at the data around that step"
+    if start.rolled_back:
+        desk.events.write("stop", step=problem.step, reason="diverged")
+        raise Diverged(
+            f"{told}, again after going back once. The checkpoints in {run.path} are from before. "
+            "Look at the data around those batches, or lower optim.lr: "
+            "--config.optim.lr=... --allow_changes=optim.lr goes on from there"
         )
+    checkpoints = desk.checkpoints
+    step = checkpoints.latest_valid(before=first_bad)
+    if step is None:
+        # Only a stop amid skipped steps leaves nothing older, with the same parameters.
+        step = checkpoints.latest_valid()
+    back = _from(run, desk, step, run.fingerprint)
+    jump = (min(problem.bad), max(problem.bad) + 1)
+    desk.events.write("rollback", from_step=problem.step, step=step or 0, jumped=list(jump))
+    if jax.process_index() == 0:
+        print(f"{told}: going back to step {step or 0}, then on without these batches", flush=True)
+    state = dataclasses.replace(back.state, skipped_in_a_row=back.state.skipped_in_a_row * 0)
+    return Start(state=state, position=back.position, jumps=(*back.jumps, jump), rolled_back=True)
 
 
-def _farewell(run: Run, caught: str, step: int) -> str:
-    return f"{caught}: stopped after step {step}, saved in {run.path}. The same command goes on"
-
-
-class _Signals:
-    """Notes SIGINT and SIGTERM, so that a step can be finished and saved first."""
-
-    def __enter__(self) -> "_Signals":
-        self.caught = ""
-        kinds = (signal.SIGINT, signal.SIGTERM)
-        self._before = {kind: signal.signal(kind, self._note) for kind in kinds}
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for kind, handler in self._before.items():
-            signal.signal(kind, handler)
-
-    def _note(self, kind: int, _: Any) -> None:
-        if self.caught:
-            raise KeyboardInterrupt
-        self.caught = signal.Signals(kind).name
-
-
-__all__ = ["Run", "Stopped", "fit", "place"]
+__all__ = ["Diverged", "Run", "Stopped", "fit", "place"]

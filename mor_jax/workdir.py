@@ -8,6 +8,7 @@ second job on the same directory is refused too: `hold` keeps it for one.
 import contextlib
 import difflib
 import json
+import logging
 import os
 import socket
 from collections.abc import Iterator, Sequence
@@ -22,6 +23,8 @@ from mor_jax.manifest import write_atomic
 
 CONFIG_FILE = "config.json"
 LOCK_FILE = "lock"
+
+_log = logging.getLogger(__name__)
 
 # What a run may leave in a directory before it has recorded its configuration there.
 _EARLY = {LOCK_FILE, f"{CONFIG_FILE}.draft", "compilation_cache", "hosts"}
@@ -46,6 +49,12 @@ _FREE = (
     "model.remat",
     "optim.max_skipped_steps",
 )
+
+
+def resolved(directory: epath.PathLike) -> epath.Path:
+    """The absolute path of a local directory; that of an object store as it is."""
+    path = epath.Path(directory)
+    return path if "://" in str(directory) else path.expanduser().resolve()
 
 
 class Change(NamedTuple):
@@ -143,6 +152,8 @@ def _lock(file: Any, path: epath.Path) -> None:
             f"workdir={path}: {owner} is training in it. Wait for that run or stop it, or choose "
             "another --workdir"
         ) from error
+    except OSError as error:
+        _log.warning("%s: no locks there (%s): nothing keeps a second job away", path, error)
     file.truncate(0)
     file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
     file.flush()
