@@ -125,7 +125,7 @@ def plain_model(size: str, routing: str = "none") -> ConfigDict:
             "router": _router(routing),
             "dtype": "bfloat16",
             "attention": "auto",
-            "remat": "block",
+            "remat": "full",
         }
     )
     model.update(SIZES[size])
@@ -149,7 +149,7 @@ def train(model: ConfigDict, size: str) -> ConfigDict:
     cfg.model = model
     if size in ("1.7b", "3b", "7b"):
         # Parameters and optimiser state are cut over all devices, rows with them.
-        cfg.accumulate = 16
+        cfg.accumulate = 1
         cfg.mesh = ConfigDict(_mesh(data=1, fsdp=None))
     return cfg.lock()
 

@@ -153,21 +153,20 @@ def _recomputed(cfg: ModelConfig, stage: StageFlops) -> float:
     """FLOPs per token of the row that the backward pass of `stage` repeats.
 
     Blocked attention makes its scores again; `xla` keeps no more than its inputs, so all of it is
-    made again. `block` runs every checkpointed body again, but for the last product: no gradient
-    needs its result. `full` runs the whole stack once more before that, unless it is one layer.
+    made again. `block` runs the MLP's first two products again. `full` and `offload` run every
+    checkpointed body again, but for the last product: no gradient needs its result.
     """
     last = f"recursion {cfg.recursions - 1}"
     # The sequence schemes checkpoint all recursions of a layer as one body.
     ends_body = not cfg.is_sequence or stage.name in (last, "first", "last")
     down = stage.mlp / 3
     layers = stage.forward(causal=False) - stage.router
-    if cfg.remat == "none":
+    if cfg.remat in ("none", "block"):
         again = stage.attention if cfg.attention == "xla" else 0.0
         again += 0.0 if ends_body else down
+        again += 2 * down if cfg.remat == "block" else 0.0
     else:
         again = layers - (down if ends_body else 0.0)
-    if cfg.remat == "full" and stage.layers > 1:
-        again += layers
     return again + (0.0 if cfg.attention == "xla" else stage.attention / 2)
 
 
@@ -254,12 +253,12 @@ def activation_bytes(cfg: ModelConfig, length: int) -> float:
     With `remat="none"`, per layer and processed token, in the compute dtype: the layer's input and
     its sum with attention (2 d), the MLP's gate and up (2 f), queries and attention's result
     (2 h k), new keys and values (2 g k), and a float32 normaliser per query and head; everything
-    else is made again, by `xla` attention its result and normaliser too. With `block` every layer
-    keeps its input, with `full` every stage does; what one layer (`full`: also the inputs of the
-    largest stage) holds while its gradient is computed is then added once.
+    else is made again, by `xla` attention its result and normaliser too. With `block` the gate and
+    up of one layer at a time; with `full` every layer's input and the rest for one layer at a time;
+    with `offload` the inputs too are on the host.
     Not counted: embedding, head, router scores, copies of gathered tokens, temporaries.
     """
-    e, kept, stage_peak, layer_peak = _ITEMSIZE[cfg.dtype], 0.0, 0.0, 0.0
+    e, kept, peak = _ITEMSIZE[cfg.dtype], 0.0, 0.0
     for load, layers in _layers_of(cfg, length):
         inner = e * load.share * 2 * (cfg.width + cfg.mlp_width)
         inner += load.share * cfg.heads * e * cfg.head_dim
@@ -267,11 +266,12 @@ def activation_bytes(cfg: ModelConfig, length: int) -> float:
         if cfg.attention != "xla":
             inner += load.share * cfg.heads * (e * cfg.head_dim + 4)
         inputs = e * load.share * cfg.width
-        kept += {"none": inner * layers, "block": inputs * layers, "full": inputs}[cfg.remat]
-        layer_peak = max(layer_peak, inner)
-        stage_peak = max(stage_peak, inputs * layers)
-    peaks = {"none": 0.0, "block": layer_peak, "full": stage_peak + layer_peak}
-    return kept + peaks[cfg.remat]
+        wide = e * load.share * 2 * cfg.mlp_width
+        each = {"none": inner, "block": inner - wide, "full": inputs, "offload": 0.0}[cfg.remat]
+        kept += each * layers
+        again = {"none": 0.0, "block": wide, "full": inner, "offload": inner + inputs}[cfg.remat]
+        peak = max(peak, again)
+    return kept + peak
 
 
 def _layers_of(cfg: ModelConfig, length: int) -> list[tuple[_Load, int]]:

@@ -113,7 +113,8 @@ def _loss_fwd(hidden, table, targets, size, z_coeff):
 def _loss_bwd(size, z_coeff, grads, slopes):
     hidden_grad, table_grad = grads
     slope = slopes[0]
-    return (slope * hidden_grad).astype(hidden_grad.dtype), slope * table_grad, None
+    hidden_grad, table_grad = ((slope * g).astype(g.dtype) for g in (hidden_grad, table_grad))
+    return hidden_grad, table_grad, None
 
 
 _chunked_loss.defvjp(_loss_fwd, _loss_bwd)

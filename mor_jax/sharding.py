@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental.mesh_utils import create_device_mesh, create_hybrid_device_mesh
 from jax.extend.backend import get_backend
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -38,8 +39,12 @@ RULES: dict[str, tuple[str, ...]] = {
 def make_mesh(cfg: MeshConfig, devices: list[jax.Device] | None = None) -> Mesh:
     """A mesh with the axes `AXES` over `devices` (default: all of them).
 
+    On TPUs neighbours in the mesh are neighbours in the slice, and axis `slice` runs over slices;
+    elsewhere devices stand in the order of their processes.
+
     Raises:
-        ValueError: the axes do not multiply to the number of devices.
+        ValueError: the axes do not multiply to the number of devices, or `slice` is not the number
+            of TPU slices.
     """
     devices = jax.devices() if devices is None else devices
     sizes = {name: getattr(cfg, name) for name in AXES}
@@ -48,8 +53,18 @@ def make_mesh(cfg: MeshConfig, devices: list[jax.Device] | None = None) -> Mesh:
     fix = "Set one axis to None, which means the rest"
     fits = len(devices) % given == 0 if None in sizes.values() else len(devices) == given
     check(fits, "mesh", sizes, rule, fix)
-    shape = [len(devices) // given if size is None else size for size in sizes.values()]
-    return Mesh(np.asarray(devices).reshape(shape), AXES)
+    shape = tuple(len(devices) // given if size is None else size for size in sizes.values())
+    if devices[0].platform != "tpu":
+        return Mesh(np.asarray(devices).reshape(shape), AXES)
+    # Devices of a topology that is not here only say their slice where there are several.
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if slices == 1:
+        return Mesh(create_device_mesh(shape, devices, allow_split_physical_axes=True), AXES)
+    rule = f"the devices are in {slices} slices, which only the data-centre network joins"
+    check(shape[0] == slices, "mesh.slice", shape[0], rule, f"Set it to {slices}")
+    inside, between = (1, *shape[1:]), (slices, 1, 1, 1)
+    grid = create_hybrid_device_mesh(inside, between, devices, allow_split_physical_axes=True)
+    return Mesh(grid, AXES)
 
 
 def check_rows(mesh: Mesh, path: str, rows: int, parts: int = 1) -> None:
@@ -168,17 +183,24 @@ def _cuts(spec: PartitionSpec) -> list[tuple[str, ...]]:
     return [() if cut is None else (cut,) if isinstance(cut, str) else cut for cut in spec]
 
 
-def whole(x: Array, names: tuple[str, ...], sizes: tuple[int, ...], dtype: Any = None) -> Array:
+def whole(
+    x: Array,
+    names: tuple[str, ...],
+    sizes: tuple[int, ...],
+    dtype: Any = None,
+    label: str = "gather",
+) -> Array:
     """A parameter gathered from the devices that hold its parts, in `dtype` where it is cut.
 
-    names, sizes: its logical axes, and how long they are when whole. The gradient comes back
-    summed over those devices, each keeping its part. A parameter that is whole stays as it is.
+    names, sizes: its logical axes, and how long they are when whole. label: what the exchange is
+    called in the compiled program. The gradient comes back summed over those devices, each keeping
+    its part. A parameter that is whole stays as it is.
     """
     for axis, (name, size) in enumerate(zip(names, sizes, strict=True)):
         if x.shape[axis] != size:
             x = x if dtype is None else x.astype(dtype)
             for cut in reversed(RULES[name]):
-                x = _gather(x, axis, cut)
+                x = _gather(x, axis, cut, label)
     return x
 
 
@@ -194,20 +216,40 @@ def fits_gathered(values: int) -> bool:
     return chip is None or 10 * values / mesh.shape["tensor"] <= chip.memory / 4
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(1, 2))
-def _gather(x: Array, axis: int, name: str) -> Array:
-    return jax.lax.all_gather(x, name, axis=axis, tiled=True)
+@partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
+def _gather(x: Array, axis: int, name: str, label: str) -> Array:
+    with jax.named_scope(label):
+        return jax.lax.all_gather(x, name, axis=axis, tiled=True)
 
 
-def _gather_fwd(x: Array, axis: int, name: str) -> tuple[Array, None]:
-    return _gather(x, axis, name), None
+def _gather_fwd(x: Array, axis: int, name: str, label: str) -> tuple[Array, None]:
+    return _gather(x, axis, name, label), None
 
 
-def _gather_bwd(axis: int, name: str, _: None, grad: Array) -> tuple[Array]:
+def _gather_bwd(axis: int, name: str, label: str, _: None, grad: Array) -> tuple[Array]:
     # XLA's CPU compiler cannot sum 16-bit numbers over devices beside an axis of its own.
     wide = grad.astype(jnp.float32) if platform() == "cpu" else grad
-    part = jax.lax.psum_scatter(wide, name, scatter_dimension=axis, tiled=True)
-    return (part.astype(grad.dtype),)
+    with jax.named_scope(label.replace("gather", "scatter")):
+        return (_scatter(wide, axis, name).astype(grad.dtype),)
+
+
+def _scatter(x: Array, axis: int, name: str) -> Array:
+    """Sums over the devices of a mesh axis; each keeps its part of array axis `axis`.
+
+    On TPUs in two rounds, over strided and over neighbouring devices: the same traffic, while the
+    compiler turns a scatter over a whole slice into a sum of whole arrays, which moves twice that.
+    """
+    devices = jax.lax.axis_size(name)
+    near = 2 ** (devices.bit_length() // 2)
+    if platform() != "tpu" or devices <= 8 or devices % near:
+        return jax.lax.psum_scatter(x, name, scatter_dimension=axis, tiled=True)
+    grid = np.arange(devices).reshape(-1, near)
+    parts = x.reshape(*x.shape[:axis], *grid.shape, -1, *x.shape[axis + 1 :])
+    # In front, so that the parts are not mixed with what a register tile holds.
+    parts = jnp.moveaxis(parts, (axis, axis + 1), (0, 1))
+    for groups in (grid.T, grid):
+        parts = jax.lax.psum_scatter(parts, name, axis_index_groups=groups.tolist())
+    return parts
 
 
 _gather.defvjp(_gather_fwd, _gather_bwd)

@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from mor_jax.config import ModelConfig
@@ -17,6 +18,9 @@ from mor_jax.models.transformer import ModelOutput, Transformer
 from mor_jax.parameters import unique_parameters
 from mor_jax.sharding import row_axes, whole
 from mor_jax.types import Array, Batch, Float, Int, Params
+
+ONE_DRAW = 2**28
+"""Random numbers that may exist at one time on one device, while parameters are made."""
 
 
 @jax.tree_util.register_dataclass
@@ -64,9 +68,6 @@ def _metadata(cfg: ModelConfig, name: str) -> Params:
 def init_params(cfg: ModelConfig, seed: int) -> Params:
     """Fresh float32 parameters; traceable. The count is checked against the formula.
 
-    All random numbers are one draw, cut into the arrays: a generator compiled for each of them
-    would take most of the time from the command to the first step.
-
     Raises:
         ValueError: the configuration does not make a model.
     """
@@ -75,18 +76,31 @@ def init_params(cfg: ModelConfig, seed: int) -> Params:
     stored = sum(shape.size for shape in shapes)
     assert stored == unique_parameters(cfg), (stored, unique_parameters(cfg))
     inits = structure.flatten_up_to(_metadata(cfg, "init"))
-    drawn = [init.std > 0 for init in inits]
-    total = sum(s.size for s, random in zip(shapes, drawn, strict=True) if random)
-    values = jax.random.normal(jax.random.key(seed), (total,), jnp.float32)
-    leaves, start = [], 0
-    for shape, init, random in zip(shapes, inits, drawn, strict=True):
-        if not random:
-            leaves.append(jnp.full(shape.shape, init.mean, jnp.float32))
-            continue
-        part = jax.lax.slice(values, (start,), (start + shape.size,))
-        leaves.append(init.mean + init.std * part.reshape(shape.shape))
-        start += shape.size
-    return structure.unflatten(leaves)
+    sizes = [s.size if init.std > 0 else 0 for s, init in zip(shapes, inits, strict=True)]
+    drawn = iter(_normal(jax.random.key(seed), sizes))
+    return structure.unflatten(
+        init.mean + init.std * next(drawn).reshape(shape.shape)
+        if init.std > 0
+        else jnp.full(shape.shape, init.mean, jnp.float32)
+        for shape, init in zip(shapes, inits, strict=True)
+    )
+
+
+def _normal(key: Array, sizes: list[int]) -> list[Float[Array, "n"]]:
+    """Standard normal numbers, as many arrays as there are sizes that are not 0.
+
+    One draw, cut into arrays: a generator compiled for each of them would take most of the time
+    from the command to the first step. Where that draw would not fit a device, each its own.
+    """
+    sizes = [size for size in sizes if size]
+    if sum(sizes) > ONE_DRAW:
+        keys = jax.random.split(key, len(sizes))
+        return [jax.random.normal(k, (n,), jnp.float32) for k, n in zip(keys, sizes, strict=True)]
+    values = jax.random.normal(key, (sum(sizes),), jnp.float32)
+    ends = np.cumsum(sizes).tolist()
+    return [
+        jax.lax.slice(values, (end - size,), (end,)) for end, size in zip(ends, sizes, strict=True)
+    ]
 
 
 def model_of(cfg: ModelConfig, params: Params) -> Transformer:
@@ -113,7 +127,8 @@ def gather(cfg: ModelConfig, params: Params, shared: bool) -> Params:
         if top in ("layers", "first", "last") or (top == "shared" and not shared):
             return x
         narrow = top in ("embed", "head") or (top == "shared" and last != "scale")
-        return whole(x, names, size.shape, dtype if narrow else None)
+        label = "gather_shared" if top == "shared" else "gather"
+        return whole(x, names, size.shape, dtype if narrow else None, label)
 
     return jax.tree_util.tree_map_with_path(one, params, axes, sizes)
 

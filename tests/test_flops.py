@@ -120,7 +120,8 @@ def _gradient(cfg: ModelConfig, params, tokens):
         ("plain", "xla", "none"),
         ("expert", "xla", "none"),
         ("expert", "blockwise", "block"),
-        ("middle_sequence", "xla", "block"),
+        ("plain", "blockwise", "full"),
+        ("middle_sequence", "xla", "full"),
         ("token_kv", "blockwise", "none"),
     ],
 )
@@ -137,17 +138,17 @@ def test_blockwise_attention_skips_what_no_block_can_see():
     assert counted + flops(cfg, 512).head == pytest.approx(_xla_flops(cfg, _outputs, 512), rel=0.03)
 
 
-def test_full_rematerialisation_runs_deep_stacks_three_times():
-    cfg = dataclasses.replace(WIDE, layers=2)
+def test_rematerialisation_runs_products_again():
     layer = flops(WIDE, LENGTH).computed[0]
-    once = layer.forward(causal=False)
-    counts = [
-        flops(dataclasses.replace(cfg, remat=remat), LENGTH).recomputed
+    down = layer.mlp / 3
+    none, block, full = (
+        flops(dataclasses.replace(WIDE, layers=2, remat=remat), LENGTH).recomputed
         for remat in ("none", "block", "full")
-    ]
-    assert counts[1:] == pytest.approx([2 * once - 2 * layer.mlp / 3, 4 * once - 2 * layer.mlp / 3])
-    # Without it, dense attention is made again from its inputs.
-    assert counts[0] == pytest.approx(2 * layer.attention)
+    )
+    # Without any, dense attention is made again from its inputs.
+    assert none == pytest.approx(2 * layer.attention)
+    assert block == pytest.approx(none + 2 * 2 * down)
+    assert full == pytest.approx(2 * (layer.forward(causal=False) - down))
 
 
 @pytest.mark.parametrize("name", TINY)
@@ -277,17 +278,19 @@ def test_activation_bytes():
     layer = dense + 2 * 960 + 4 * 15
     assert activation_bytes(cfg, 2048) == 32 * layer
     assert activation_bytes(dataclasses.replace(cfg, attention="xla"), 2048) == 32 * dense
+    wide = 2 * 2 * 2560
     block = activation_bytes(dataclasses.replace(cfg, remat="block"), 2048)
-    assert block == 32 * 2 * 960 + layer
-    # One stage only: all its layers' inputs come back at once.
-    assert activation_bytes(dataclasses.replace(cfg, remat="full"), 2048) == block + 2 * 960
+    assert block == 32 * (layer - wide) + wide
+    full = activation_bytes(dataclasses.replace(cfg, remat="full"), 2048)
+    assert full == 32 * 2 * 960 + layer
+    assert activation_bytes(dataclasses.replace(cfg, remat="offload"), 2048) == layer + 2 * 960
     routed = [
         activation_bytes(_mor(n, remat=kind), 2048) for kind in ("none", "full") for n in (2, 3)
     ]
     assert routed[0] > routed[1] > routed[2] > routed[3]
 
 
-@pytest.mark.parametrize("remat", ["none", "block"])
+@pytest.mark.parametrize("remat", ["none", "block", "full"])
 def test_activation_bytes_are_what_the_compiled_step_holds(remat):
     def held(layers: int) -> tuple[float, float]:
         cfg = dataclasses.replace(WIDE, layers=layers, attention="blockwise", remat=remat)

@@ -1,7 +1,6 @@
 """Eight devices compute what one does; parameters lie as the table says; routing stays local."""
 
 import dataclasses
-import re
 from functools import cache
 
 import jax
@@ -13,10 +12,10 @@ from seeded import random_params
 from tiny import TINY, batch, train_config
 
 from mor_jax.config import MeshConfig, ShardingConfig
-from mor_jax.models.router import Route, capacity_counts
+from mor_jax.models.router import capacity_counts
 from mor_jax.optim import make_optimizer
 from mor_jax.sharding import make_mesh, param_shardings, spec_of, state_shardings
-from mor_jax.state import TrainState, abstract_params, forward, logical_axes, new_state
+from mor_jax.state import TrainState, abstract_params, logical_axes, new_state
 from mor_jax.steps import jitted_steps
 from mor_jax.train import place
 

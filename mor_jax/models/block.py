@@ -4,7 +4,6 @@ A stack is called once per recursion with the same parameters: that is how weigh
 """
 
 import dataclasses
-from functools import partial
 from typing import Any, Literal
 
 import jax
@@ -15,7 +14,7 @@ from mor_jax.config import ModelConfig
 from mor_jax.models.attention import Attention, KeyValue, Scope
 from mor_jax.models.layers import Axes, RMSNorm, SwiGLU
 from mor_jax.models.remat import keep as kept_by_remat
-from mor_jax.models.remat import remat
+from mor_jax.models.remat import layer_input, remat
 from mor_jax.sharding import constrain, row_axes, whole
 from mor_jax.types import Array, Float
 
@@ -49,7 +48,7 @@ class Stack(nnx.Module):
         self.mlp = SwiGLU(cfg, rngs=rngs, stacked=stacked)
         self.norm1 = RMSNorm(cfg, rngs=rngs, stacked=norms)
         self.norm2 = RMSNorm(cfg, rngs=rngs, stacked=norms)
-        self.recursions = cfg.recursions
+        self.recurs, self.recursions = recurs, cfg.recursions
         self.remat = cfg.remat
         self.update = cfg.kv == "shared_update"
 
@@ -72,7 +71,7 @@ class Stack(nnx.Module):
 
         def body(x: Array, slot: tuple[nnx.State, KeyValue | None]):
             weights, kv = slot
-            layer = nnx.merge(graph, _gathered(weights, x.dtype))
+            layer = nnx.merge(graph, self._gathered(weights, x.dtype))
             y, used = layer._layer(x, scope, recursion, kv, row)
             return y, Kept(used if "kv" in keep else None, y if "outputs" in keep else None)
 
@@ -86,7 +85,7 @@ class Stack(nnx.Module):
 
         def body(x: Array, weights: nnx.State):
             kv, outputs = None, []
-            layer = nnx.merge(graph, _gathered(weights, x.dtype))
+            layer = nnx.merge(graph, self._gathered(weights, x.dtype))
             for r in range(self.recursions):
                 x, used = layer._layer(x, scope, r, kv, scope)
                 kv = used if share_kv else None
@@ -108,22 +107,21 @@ class Stack(nnx.Module):
         return constrain(hidden + self.mlp(self.norm2(hidden, which))), kv
 
     def _scan(self, body, x: Array, slots):
-        body = remat(body, self.remat)
-        run = partial(jax.lax.scan, body)
-        if self.remat == "full":
-            run = jax.checkpoint(run)
-        return run(x, slots)
+        def from_input(x: Array, slot: Any):
+            return body(layer_input(x), slot)
 
+        return jax.lax.scan(remat(from_input, self.remat), x, slots)
 
-def _gathered(weights: nnx.State, dtype: jnp.dtype) -> nnx.State:
-    """The parameters of one layer, whole; matrices that had to be gathered come in `dtype`."""
-    if not row_axes():
-        return weights
+    def _gathered(self, weights: nnx.State, dtype: jnp.dtype) -> nnx.State:
+        """The parameters of one layer, whole; matrices that had to be gathered come in `dtype`."""
+        if not row_axes():
+            return weights
 
-    def gather(path: tuple[Any, ...], variable: nnx.Variable) -> nnx.Variable:
-        # The leading axis, over layers, is the scan's.
-        axes, sizes = variable.get_metadata("axes")[1:], variable.get_metadata("sizes")[1:]
-        cast = None if path[-1] == "scale" else dtype
-        return variable.replace(whole(variable[...], axes, sizes, cast))
+        def gather(path: tuple[Any, ...], variable: nnx.Variable) -> nnx.Variable:
+            # The leading axis, over layers, is the scan's.
+            axes, sizes = variable.get_metadata("axes")[1:], variable.get_metadata("sizes")[1:]
+            cast = None if path[-1] == "scale" else dtype
+            label = "gather_shared" if self.recurs else "gather"
+            return variable.replace(whole(variable[...], axes, sizes, cast, label))
 
-    return nnx.map_state(gather, weights)
+        return nnx.map_state(gather, weights)

@@ -10,12 +10,13 @@ from typing import Any
 import jax
 from jax.ad_checkpoint import checkpoint_name
 
-from mor_jax.config import Remat
+from mor_jax.config import Remat, check
+from mor_jax.sharding import platform
 from mor_jax.types import Array
 
-KEPT = "kept"
+KEPT, WIDE, INPUT = "kept", "wide", "input"
 
-_named = jax.checkpoint_policies.save_only_these_names(KEPT)
+_POLICIES = jax.checkpoint_policies
 
 
 def keep(x: Array) -> Array:
@@ -23,16 +24,48 @@ def keep(x: Array) -> Array:
     return checkpoint_name(x, KEPT)
 
 
-def _policy(primitive: Any, *args: Any, **params: Any) -> Any:
-    # cuDNN's kernel makes its own residuals, which cannot be marked.
-    fused = primitive.name.startswith("dot_product_attention_fwd")
-    return fused or _named(primitive, *args, **params)
+def keep_wide(x: Array) -> Array:
+    """Marks one of the two widest results, the MLP's, which "block" computes again."""
+    return checkpoint_name(x, WIDE)
+
+
+def layer_input(x: Array) -> Array:
+    """Marks what a layer starts from, which "offload" keeps in the host's memory."""
+    return checkpoint_name(x, INPUT)
 
 
 def remat(layer: Any, how: Remat) -> Any:
-    """`layer` with only what was marked kept for the backward pass; nothing unless how="none".
+    """`layer`, a scan's body, with only some results kept for the backward pass.
 
-    For the body of a scan, which keeps the compiler from undoing the recomputation.
+    none: all that are marked. block: without the wide ones. full: its input. offload: its input, in
+    the memory of the host.
+
+    Raises:
+        ValueError: the platform cannot offload.
     """
-    policy = _policy if how == "none" else None
-    return jax.checkpoint(layer, prevent_cse=False, policy=policy)
+    if how == "offload":
+        rule = "needs a device beside the host, a CPU is the host itself"
+        check(platform() != "cpu", "model.remat", how, rule, "Use 'full'")
+    # A scan's body: the loop keeps the compiler from undoing the recomputation.
+    return jax.checkpoint(layer, prevent_cse=False, policy=_policy(how))
+
+
+def _policy(how: Remat) -> Any:
+    if how == "full":
+        return None
+    if how == "offload":
+        return _POLICIES.save_and_offload_only_these_names(
+            names_which_can_be_saved=[],
+            names_which_can_be_offloaded=[INPUT],
+            offload_src="device",
+            offload_dst="pinned_host",
+        )
+    names = (KEPT, WIDE) if how == "none" else (KEPT,)
+    named = _POLICIES.save_only_these_names(*names)
+
+    def policy(primitive: Any, *args: Any, **params: Any) -> Any:
+        # cuDNN's kernel makes its own residuals, which cannot be marked.
+        fused = primitive.name.startswith("dot_product_attention_fwd")
+        return fused or named(primitive, *args, **params)
+
+    return policy
