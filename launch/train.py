@@ -21,6 +21,17 @@ _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run; an existi
 _ALLOW = flags.DEFINE_list(
     "allow_changes", [], "Settings that may differ from the run's last start, such as optim.lr."
 )
+_DISTRIBUTED = flags.DEFINE_enum(
+    "distributed",
+    "off",
+    ["off", "auto", "manual"],
+    "Several processes: auto asks Slurm, Kubernetes, Open MPI or the TPU pod, manual needs the "
+    "next three.",
+)
+_COORDINATOR = flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0.")
+_PROCESSES = flags.DEFINE_integer("processes", None, "Number of processes.")
+_PROCESS = flags.DEFINE_integer("process", None, "Which of them this is, from 0.")
+_WAIT = flags.DEFINE_integer("distributed_wait", 300, "Seconds for all processes to come.")
 flags.mark_flags_as_required(["config", "workdir"])
 
 _SIGNALS = Signals()
@@ -34,11 +45,28 @@ def main(_: list[str]) -> None:
 
     try:
         cfg = TrainConfig.from_dict(_CONFIG.value.to_dict())
+        _join()
         fit(cfg, _WORKDIR.value, _ALLOW.value, _SIGNALS)
     except (Stopped, Diverged) as ended:
         _leave(f"{'stopped' if ended.code == exit_codes.STOPPED else 'error'}: {ended}", ended.code)
     except (ValueError, WriteFailed) as error:
         _leave(f"error: {error}", exit_codes.ERROR)
+
+
+def _join() -> None:
+    from mor_jax import distributed
+
+    manual = (_COORDINATOR.value, _PROCESSES.value, _PROCESS.value)
+    if _DISTRIBUTED.value == "manual":
+        distributed.initialize(*manual, wait=_WAIT.value)
+    elif any(value is not None for value in manual):
+        given = _DISTRIBUTED.value
+        fix = "Add --distributed=manual, or leave the three out"
+        raise ValueError(
+            f"--distributed={given}: does not take --coordinator, --processes, --process. {fix}"
+        )
+    elif _DISTRIBUTED.value == "auto":
+        distributed.initialize(None, None, None, wait=_WAIT.value)
 
 
 def _leave(message: str, code: int) -> NoReturn:
