@@ -85,12 +85,12 @@ class Tally:
     @property
     def inside(self) -> float:
         """Bytes that a chip receives from its own slice in a step."""
-        return sum(one.inside * runs for one, runs in self.runs.items())
+        return float(sum(one.inside * runs for one, runs in self.runs.items()))
 
     @property
     def between(self) -> float:
         """Bytes that a chip receives from other slices in a step."""
-        return sum(one.between * runs for one, runs in self.runs.items())
+        return float(sum(one.between * runs for one, runs in self.runs.items()))
 
     @property
     def bytes(self) -> float:
@@ -154,7 +154,7 @@ class _Counter:
 
 
 def _weight(found: collections.Counter[Collective]) -> float:
-    return sum(one.bytes * runs for one, runs in found.items())
+    return float(sum(one.bytes * runs for one, runs in found.items()))
 
 
 def _collective(inside: Computation, i: Instruction, network: Network) -> Collective | None:
@@ -162,7 +162,7 @@ def _collective(inside: Computation, i: Instruction, network: Network) -> Collec
     kind = i.opcode.removesuffix("-start")
     if kind not in KINDS or (_ASYNC in i.attributes and not _starts(inside, i)):
         return None
-    size = sum(total_bytes(operand) for operand in inside.operands(i))
+    size = float(sum(total_bytes(operand) for operand in inside.operands(i)))
     types = ", ".join(_shape(operand) for operand in inside.operands(i)[:1])
     if len(i.operands) > 1 and kind != "send":
         types += f" and {len(i.operands) - 1} more"

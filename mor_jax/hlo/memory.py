@@ -105,9 +105,8 @@ class _Meter:
         """Bytes of one result of a fusion."""
         while part.opcode == "bitcast":
             part = body.operands(part)[0]
-        if not _main(result) or part.opcode == "parameter":
-            return 0.0
-        if part.opcode == "get-tuple-element" and _under_way(body.operands(part)[0]):
+        whole = body.operands(part)[0] if part.opcode == "get-tuple-element" else part
+        if not _main(result) or part.opcode == "parameter" or _under_way(whole):
             return 0.0
         if part.opcode == "dynamic-update-slice":
             return _stored(body.instructions[part.operands[1]].arrays)

@@ -1,6 +1,7 @@
 """From a configuration and a topology to the figures of a plan."""
 
 import math
+import re
 import time
 from typing import Any
 
@@ -209,8 +210,8 @@ def _stand_in(cfg: TrainConfig, topology: Topology, found: Tally) -> Tally:
 
 def _scope(one: Collective) -> str:
     """The scope in which the step wrote the exchange; empty if it names none."""
-    parts = one.op_name.split("/")
-    return next((part for part in reversed(parts) if part in SCOPES), "")
+    found = re.findall(rf"[/(]({'|'.join(SCOPES)})\)*/", one.op_name)
+    return found[-1] if found else ""
 
 
 def _what(one: Collective) -> str:
