@@ -117,6 +117,7 @@ class Trial:
 def kill_once(trial: Trial, workdir: Path, aim: str, kind: int, chance: random.Random) -> Kill:
     """Starts the run and ends it at a random moment of the sort `aim`."""
     due = moment(trial, workdir, aim, chance)
+    old = unfinished(workdir)
     began, run = time.monotonic(), trial.start(workdir)
     while run.poll() is None and not due():
         time.sleep(POLL)
@@ -132,7 +133,7 @@ def kill_once(trial: Trial, workdir: Path, aim: str, kind: int, chance: random.R
         code=code,
         doing=logged[-1] if logged else "nothing",
         step=last_step(workdir),
-        cut=bool(unfinished(workdir)),
+        cut=bool(unfinished(workdir) - old),
     )
 
 

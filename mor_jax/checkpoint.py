@@ -25,6 +25,9 @@ from mor_jax.config import CheckpointConfig
 
 DIRECTORY = "checkpoints"
 
+HUNG = 1200.0
+"""Seconds after which a save that does not end counts as failed."""
+
 _INCOMPLETE = "incomplete"
 _NONE, _DAMAGED = -1, -2
 _log = logging.getLogger(__name__)
@@ -106,7 +109,11 @@ class Checkpoints:
         """Blocks until nothing is being written. Raises `WriteFailed` if that save failed."""
         pending, self._pending = self._pending, None
         if pending is not None:
-            pending.result()
+            try:
+                pending.result(HUNG)
+            except concurrent.futures.TimeoutError as error:
+                where = f"{self._path(self._current or 0)}: writing failed"
+                raise WriteFailed(f"{where}: not done after {HUNG:.0f} s") from error
 
     def close(self) -> None:
         """`wait`, then ends the background thread."""
@@ -254,6 +261,9 @@ def _context() -> Any:
     context = _orbax().Context()
     # Compressing trained float32 weights saves 8% of the space and takes four times as long.
     context.array.saving.use_compression = False
+    # Its limits are by the wall clock: a day's jump must not fail a save. Ours are in `wait`.
+    context.async_options.timeout_secs = 10**6
+    context.async_options.create_directories_asynchronously = False
     return context
 
 

@@ -226,7 +226,7 @@ class Loop:
         if jax.process_count() > 1:
             return call()
         made: concurrent.futures.Future[Any] = concurrent.futures.Future()
-        threading.Thread(target=self._settle, args=(made, call), daemon=True).start()
+        threading.Thread(target=self._settle, args=(made, call)).start()
         while True:
             with contextlib.suppress(concurrent.futures.TimeoutError):
                 return made.result(_A_BATCH)

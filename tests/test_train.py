@@ -1,20 +1,25 @@
 """Whole runs: settings refused in time, signals, taking a run up again, steps that go wrong."""
 
 import dataclasses
+import itertools
 import os
 import signal
+import threading
+import time
 
 import jax
 import numpy as np
 import pytest
 from tiny import TINY, train_config
 
-from mor_jax import train
+from mor_jax import data, events, train
 from mor_jax.checkpoint import Checkpoints
 from mor_jax.config import CheckpointConfig, DataConfig, EvalConfig, LogConfig, OptimConfig
+from mor_jax.goodput import goodput
 from mor_jax.metrics import read
 from mor_jax.state import abstract_params
-from mor_jax.train import Stopped, fit
+from mor_jax.train import Diverged, Stopped, fit
+from mor_jax.types import IGNORE
 
 EVAL = EvalConfig(every=None, batches=1, batch_size=8, prompt="", completion_tokens=0)
 
@@ -63,7 +68,12 @@ def records(directory):
     return [{k: v for k, v in r.items() if k not in ("time", "tokens_per_second")} for r in kept]
 
 
-def interrupt(monkeypatch, at, kind):
+def kill_self(kind=signal.SIGTERM):
+    """As a scheduler does it."""
+    os.kill(os.getpid(), kind)
+
+
+def interrupt(monkeypatch, at, kind=signal.SIGTERM):
     """Sends this process a signal when the batch of step `at` is placed on the devices."""
     real, placed = train.place, []
 
@@ -71,33 +81,128 @@ def interrupt(monkeypatch, at, kind):
         placed.append(batch)
         # The first one is the held-out batch.
         if len(placed) == at + 1:
-            os.kill(os.getpid(), kind)
+            kill_self(kind)
         return real(mesh, batch)
 
     monkeypatch.setattr(train, "place", place)
 
 
+def assert_same_run(cfg, one, other):
+    """Both are through, with the same arrays and the same records."""
+    assert records(one) == records(other)
+    (step, a), (_, b) = (saved_state(cfg, directory) for directory in (one, other))
+    assert step == a["step"] == cfg.steps
+    jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
 def test_a_run_taken_up_again_equals_one_never_stopped(corpus, tmp_path, monkeypatch):
-    cfg, kind = routed(corpus), signal.SIGTERM
+    cfg, kind = routed(corpus), signal.SIGUSR1
     fit(cfg, tmp_path / "whole")
     handler = signal.getsignal(kind)
     with monkeypatch.context() as patch:
-        interrupt(patch, at=1, kind=kind)
-        with pytest.raises(Stopped, match=r"SIGTERM: stopped after step 1, saved in"):
+        interrupt(patch, at=2, kind=kind)
+        with pytest.raises(Stopped, match=r"SIGUSR1: stopped after step 2, saved in"):
             fit(cfg, tmp_path / "parts")
     assert signal.getsignal(kind) is handler
-    assert saved_state(cfg, tmp_path / "parts")[0] == 1
+    assert saved_state(cfg, tmp_path / "parts")[0] == 2
     fit(cfg, tmp_path / "parts")
-    assert records(tmp_path / "parts") == records(tmp_path / "whole")
-    (step, whole), (_, parts) = (saved_state(cfg, tmp_path / d) for d in ("whole", "parts"))
-    assert step == whole["step"] == cfg.steps
-    jax.tree.map(np.testing.assert_array_equal, whole, parts)
+    assert_same_run(cfg, tmp_path / "whole", tmp_path / "parts")
     found = records(tmp_path / "whole")
     assert [r["step"] for r in found] == [1, 2, 3, 4, 5, 5]
+    assert [r["position"] for r in found[:5]] == [0, 1, 2, 3, 4]
     # Capacity warm-up: everybody goes all the way in steps 1 and 2, half of them afterwards.
     assert [r["depth_share"] for r in found[:5]] == [[0, 1]] * 2 + [[0.5, 0.5]] * 3
     assert {"eval/loss_topk", "eval/loss_causal"} <= found[-1].keys()
     assert (tmp_path / "whole" / "loss.png").stat().st_size > 1000
+
+
+@pytest.fixture(scope="module")
+def whole(corpus, tmp_path_factory):
+    """A run of six steps that nothing disturbed: its configuration and directory."""
+    cfg = config(corpus, eval=dataclasses.replace(EVAL, every=3))
+    directory = tmp_path_factory.mktemp("whole")
+    fit(cfg, directory)
+    return cfg, directory
+
+
+@pytest.mark.parametrize("at", [0, 1], ids=["assembling", "first step"])
+def test_before_the_first_finished_step_a_signal_ends_the_run_at_once(
+    whole, tmp_path, monkeypatch, at
+):
+    cfg, directory = whole
+    with monkeypatch.context() as patch:
+        interrupt(patch, at)
+        with pytest.raises(Stopped, match=r"SIGTERM: left at once, no step was finished.*again"):
+            fit(cfg, tmp_path / "run")
+    # What was not claimed yet is as before; what was is taken up.
+    assert (tmp_path / "run").exists() == (at == 1)
+    assert not (tmp_path / "run" / "checkpoints").exists()
+    fit(cfg, tmp_path / "run")
+    assert_same_run(cfg, directory, tmp_path / "run")
+
+
+def evaluator(monkeypatch, before_batch):
+    """Calls `before_batch` with the number of each held-out batch that is evaluated, from 1."""
+    real, seen = train.Evaluator.of.__func__, []
+
+    def of(cls, cfg, batches):
+        made = real(cls, cfg, batches)
+
+        def step(*args):
+            seen.append(0)
+            before_batch(len(seen))
+            return made.step(*args)
+
+        return dataclasses.replace(made, step=step)
+
+    monkeypatch.setattr(train.Evaluator, "of", classmethod(of))
+
+
+@pytest.mark.parametrize("stuck", [False, True], ids=["between batches", "stuck in one"])
+def test_an_evaluation_is_left_for_a_signal_and_made_up_for(whole, tmp_path, monkeypatch, stuck):
+    cfg, done = whole[0], threading.Event()
+
+    def before_batch(number):
+        if number == 1:
+            kill_self()
+            # A compilation takes minutes and cannot be interrupted.
+            assert not stuck or done.wait(60)
+
+    cfg = dataclasses.replace(cfg, eval=dataclasses.replace(cfg.eval, batches=2))
+    fit(cfg, tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        evaluator(patch, before_batch)
+        with pytest.raises(Stopped, match=r"SIGTERM: stopped after step 3, saved in"):
+            fit(cfg, tmp_path / "run")
+    done.set()
+    assert saved_state(cfg, tmp_path / "run")[0] == 3
+    assert not any("eval/loss_causal" in record for record in records(tmp_path / "run"))
+    fit(cfg, tmp_path / "run")
+    assert_same_run(cfg, tmp_path / "whole", tmp_path / "run")
+
+
+def test_a_signal_inside_a_save_and_clocks_that_jump(whole, tmp_path, monkeypatch):
+    cfg, directory = whole
+    real, now, jumps = Checkpoints.save, time.time, itertools.cycle([0, 86400, -86400])
+
+    def save(self, step, *args):
+        real(self, step, *args)
+        if step == 2:
+            kill_self()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Checkpoints, "save", save)
+        patch.setattr(time, "time", lambda: now() + next(jumps))
+        with pytest.raises(Stopped, match=r"SIGTERM: stopped after step 3, saved in"):
+            fit(cfg, tmp_path / "run")
+    with monkeypatch.context() as patch:
+        patch.setattr(time, "time", lambda: now() - next(jumps))
+        fit(cfg, tmp_path / "run")
+    assert_same_run(cfg, directory, tmp_path / "run")
+    spent = goodput(events.read(tmp_path / "run" / "events.jsonl"))
+    assert (spent.starts, spent.again) == (2, 0)
+    assert all(seconds >= 0 for seconds in spent.seconds.values())
+    assert spent.total < 600
 
 
 def test_a_finished_run_does_not_train_again(corpus, tmp_path, capsys):
@@ -119,21 +224,101 @@ def test_a_finished_run_does_not_train_again(corpus, tmp_path, capsys):
     assert saved_state(longer, tmp_path / "run")[0] == 7
 
 
-def test_too_many_steps_without_finite_loss_stop_the_run(corpus, tmp_path):
+def spoil(monkeypatch, *numbers):
+    """Takes all targets from these batches: their mean loss is 0/0."""
+    real = data.TrainBatches.__next__
+
+    def spoiled(self):
+        number, batch = self.position, real(self)
+        if number in numbers:
+            batch = dataclasses.replace(batch, targets=np.full_like(batch.targets, IGNORE))
+        return batch
+
+    monkeypatch.setattr(data.TrainBatches, "__next__", spoiled)
+
+
+def bad_data(corpus):
+    """A run of twelve steps that goes back after three skipped ones."""
+    optim = OptimConfig(warmup_steps=1, decay_steps=1, max_skipped_steps=3)
+    return config(corpus, optim=optim, steps=12, checkpoint=CheckpointConfig(every=2, keep=100))
+
+
+def logged(directory, *names):
+    return [e for e in events.read(directory / "events.jsonl") if e["event"] in names]
+
+
+def test_a_single_skipped_step_is_counted_with_its_batch(corpus, tmp_path, monkeypatch):
+    cfg = dataclasses.replace(bad_data(corpus), steps=5)
+    spoil(monkeypatch, 1, 3)
+    fit(cfg, tmp_path / "run")
+    skipped = logged(tmp_path / "run", "skipped")
+    assert [(e["step"], e["position"]) for e in skipped] == [(2, 1), (4, 3)]
+    found = records(tmp_path / "run")[:5]
+    assert [(r["skipped"], r["skipped_in_a_row"]) for r in found] == [
+        (0, 0), (1, 1), (1, 0), (2, 1), (2, 0),
+    ]  # fmt: skip
+    assert [r["position"] for r in found] == [0, 1, 2, 3, 4]
+    # States amid skipped steps are no checkpoints: those due are written one step later.
+    saved = sorted(int(p.name) for p in (tmp_path / "run" / "checkpoints").iterdir())
+    assert saved == [3, 5]
+
+
+def test_bad_data_is_jumped_over_once_also_by_a_run_taken_up_again(corpus, tmp_path, monkeypatch):
+    cfg = bad_data(corpus)
+    spoil(monkeypatch, 5, 6, 7)
+    fit(cfg, tmp_path / "run")
+    (back,) = logged(tmp_path / "run", "rollback")
+    assert (back["from_step"], back["step"], back["jumped"]) == (8, 4, [5, 8])
+    found = records(tmp_path / "run")[:12]
+    assert [r["step"] for r in found] == list(range(1, 13))
+    # Every batch once, but the bad ones; nothing was skipped in the history that counts.
+    assert [r["position"] for r in found] == [0, 1, 2, 3, 4, 8, 9, 10, 11, 12, 13, 14]
+    assert all(r["skipped"] == 0 for r in found)
+    # Stopped amid the skipped steps, and after the rollback.
+    for at in (7, 11):
+        with monkeypatch.context() as patch:
+            interrupt(patch, at)
+            with pytest.raises(Stopped):
+                fit(cfg, tmp_path / f"at{at}")
+        fit(cfg, tmp_path / f"at{at}")
+        assert_same_run(cfg, tmp_path / "run", tmp_path / f"at{at}")
+
+
+def test_the_second_time_the_run_stops_until_somebody_changes_something(
+    corpus, tmp_path, monkeypatch
+):
+    cfg = bad_data(corpus)
+    spoil(monkeypatch, 3, 4, 5, 8, 9, 10)
+    message = r"max_skipped_steps=3: .*3 steps in a row, 6 to 8, batches 8 to 10, again"
+    with pytest.raises(Diverged, match=message) as caught:
+        fit(cfg, tmp_path / "run")
+    assert caught.value.code == 77
+    # The rollback is remembered: the same command ends the same way.
+    with pytest.raises(Diverged):
+        fit(cfg, tmp_path / "run")
+    assert len(logged(tmp_path / "run", "rollback")) == 1
+    lower = dataclasses.replace(cfg, optim=dataclasses.replace(cfg.optim, lr=1e-4))
+    fit(lower, tmp_path / "run", ["optim.lr"])
+    found = records(tmp_path / "run")[:12]
+    assert [r["position"] for r in found] == [0, 1, 2, 6, 7, *range(11, 18)]
+    (changed,) = logged(tmp_path / "run", "changed")
+    assert (changed["setting"], changed["old"], changed["new"]) == ("optim.lr", "0.003", "0.0001")
+
+
+def test_a_run_that_explodes_stops_with_its_checkpoints_whole(corpus, tmp_path):
     # After an update of 1e37 nothing that is computed from the parameters is finite.
     optim = OptimConfig(
         lr=1e37, schedule="constant", warmup_steps=0, weight_decay=0.0, max_skipped_steps=3
     )
     cfg = config(corpus, optim=optim, steps=40, checkpoint=CheckpointConfig(every=1, keep=100))
-    with pytest.raises(Stopped, match=r"optim\.max_skipped_steps=3: .* in 3 steps in a row"):
+    with pytest.raises(Diverged, match=r"optim\.max_skipped_steps=3: .* in 3 steps in a row"):
         fit(cfg, tmp_path / "run")
-    assert [r["skipped_in_a_row"] for r in records(tmp_path / "run")][:4] == [0, 1, 2, 3]
-    _, first = saved_state(cfg, tmp_path / "run", step=1)
+    assert [(e["step"], e["position"]) for e in logged(tmp_path / "run", "skipped")] == [
+        (2, 1), (3, 2), (4, 3), (2, 4), (3, 5), (4, 6),
+    ]  # fmt: skip
     step, last = saved_state(cfg, tmp_path / "run")
-    assert step == last["skipped"] + 1 > 3
-    for tree in ("params", "opt_state"):
-        jax.tree.map(np.testing.assert_array_equal, first[tree], last[tree])
-        assert all(np.all(np.isfinite(x)) for x in jax.tree.leaves(last[tree]))
+    assert step == 1 and last["skipped"] == 0
+    assert all(np.all(np.isfinite(x)) for x in jax.tree.leaves(last))
 
 
 def wrong_settings(corpus):

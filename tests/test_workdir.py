@@ -2,11 +2,17 @@
 
 import dataclasses
 import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
 
 import pytest
 
 from mor_jax.config import LogConfig, MeshConfig, ModelConfig, RouterConfig, TrainConfig
-from mor_jax.workdir import check_workdir, claim_workdir
+from mor_jax.workdir import Change, check_workdir, claim_workdir, hold
 
 MODEL = ModelConfig(
     width=16,
@@ -23,14 +29,14 @@ def snapshot(path):
 
 
 def test_new_and_empty_directories_are_free_and_stay_untouched_by_the_check(tmp_path):
-    assert check_workdir(tmp_path / "new", CFG) is False
-    assert check_workdir(tmp_path, CFG) is False
+    assert check_workdir(tmp_path / "new", CFG) is None
+    assert check_workdir(tmp_path, CFG) is None
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_run_recognises_its_directory(tmp_path):
-    assert claim_workdir(tmp_path / "a" / "run", CFG) is False
-    assert claim_workdir(tmp_path / "a" / "run", CFG) is True
+    assert claim_workdir(tmp_path / "a" / "run", CFG) is None
+    assert claim_workdir(tmp_path / "a" / "run", CFG) == []
     text = (tmp_path / "a" / "run" / "config.json").read_text()
     assert TrainConfig.from_dict(json.loads(text)) == CFG
 
@@ -41,7 +47,7 @@ def test_what_a_continued_run_may_change_is_recorded(tmp_path):
     longer = dataclasses.replace(
         CFG, steps=2000, model=model, log=LogConfig(every=1), mesh=MeshConfig(fsdp=2)
     )
-    assert claim_workdir(tmp_path, longer) is True
+    assert claim_workdir(tmp_path, longer) == []
     assert json.loads((tmp_path / "config.json").read_text())["steps"] == 2000
 
 
@@ -93,3 +99,100 @@ def test_a_file_is_refused(tmp_path):
     file.write_text("mine")
     with pytest.raises(ValueError, match="is a file"):
         claim_workdir(file, CFG)
+
+
+def test_listed_settings_may_differ(tmp_path):
+    claim_workdir(tmp_path, CFG)
+    optim = dataclasses.replace(CFG.optim, lr=1e-4, b1=0.8)
+    other = dataclasses.replace(CFG, optim=optim, seed=3)
+    with pytest.raises(ValueError, match=r"(?s)seed: 0 there, 3 now.*--allow_changes=seed,") as e:
+        check_workdir(tmp_path, other, ["optim.lr", "optim.b1"])
+    assert "optim" not in str(e.value)
+    changes = [
+        Change("optim.b1", "0.9", "0.8"),
+        Change("optim.lr", "0.003", "0.0001"),
+        Change("seed", "0", "3"),
+    ]
+    assert claim_workdir(tmp_path, other, ["optim", "seed"]) == changes
+    assert check_workdir(tmp_path, other) == []
+
+
+@pytest.mark.parametrize("name", ["optim.learning_rate", "opt", "optim."])
+def test_an_allowed_change_must_be_a_setting(tmp_path, name):
+    with pytest.raises(ValueError, match=rf"allow_changes={name}: is no setting.*mean optim\."):
+        check_workdir(tmp_path, CFG, [name])
+
+
+HOLDER = """
+import sys, time
+sys.path.insert(0, sys.argv[1])
+from mor_jax.workdir import hold
+with hold(sys.argv[2]):
+    print("held", flush=True)
+    time.sleep(600)
+"""
+
+
+def test_a_directory_is_held_by_one_process_until_it_ends_however_it_ends(tmp_path):
+    root = str(Path(__file__).parent.parent)
+    holder = subprocess.Popen(
+        [sys.executable, "-c", HOLDER, root, str(tmp_path)], stdout=subprocess.PIPE, text=True
+    )
+    try:
+        assert holder.stdout is not None and holder.stdout.readline() == "held\n"
+        host = os.uname().nodename
+        message = rf"workdir={tmp_path}: process {holder.pid} on {host} is training in it\. .*stop"
+        with pytest.raises(ValueError, match=message), hold(tmp_path):
+            pass
+    finally:
+        holder.send_signal(signal.SIGKILL)
+        holder.wait()
+    with hold(tmp_path):
+        # The same process cannot hold it twice either.
+        with pytest.raises(ValueError, match=f"process {os.getpid()} "), hold(tmp_path):
+            pass
+        claim_workdir(tmp_path, CFG)
+    assert check_workdir(tmp_path, CFG) == []
+
+
+def test_an_unclaimed_directory_is_taken_back_and_a_killed_start_leaves_it_free(tmp_path):
+    run = tmp_path / "a" / "run"
+    with pytest.raises(RuntimeError), hold(run):
+        (run / "compilation_cache").mkdir()
+        (run / "compilation_cache" / "entry-cache").write_text("")
+        raise RuntimeError
+    assert list(tmp_path.iterdir()) == []
+    run.mkdir(parents=True)
+    for name in ("lock", "config.json.draft"):
+        (run / name).touch()
+    (run / "compilation_cache").mkdir()
+    assert check_workdir(run, CFG) is None
+
+
+def as_user(user, call):
+    """`call()` with the rights of another user, where this one may do everything."""
+    if os.geteuid() != 0:
+        return call()
+    os.seteuid(user)
+    try:
+        return call()
+    finally:
+        os.seteuid(0)
+
+
+def test_a_read_only_directory_is_refused():
+    # Not tmp_path: other users may not look into that.
+    with tempfile.TemporaryDirectory() as directory:
+        path = Path(directory)
+        path.chmod(0o755)
+        (path / "run").mkdir()
+        (path / "run").chmod(0o555)
+        for run in (path / "run", path / "run" / "new"):
+            message = rf"workdir={run}: cannot be written: no permission to write in {path / 'run'}"
+            for call in (lambda run=run: check_workdir(run, CFG),):
+                with pytest.raises(ValueError, match=message):
+                    as_user(65534, call)
+        # Where the rights say yes and the file system no, the first write tells.
+        (path / "file").write_text("")
+        with pytest.raises(ValueError, match=r"file/run: cannot be written"):
+            claim_workdir(path / "file" / "run", CFG)

@@ -1,0 +1,115 @@
+"""Signals: noted, obeyed at once where there is nothing to save, also inside calls that block."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import jax
+import pytest
+
+from mor_jax import exit_codes, sharding
+from mor_jax.agreement import Agreement
+from mor_jax.config import MeshConfig
+from mor_jax.stopping import KINDS, Leave, Signals
+
+ROOT = Path(__file__).parent.parent
+
+# Hashing leaves the interpreter, as compiling does: no handler written in Python runs until it is
+# through, which here takes minutes.
+BLOCKED = """
+import hashlib, sys
+sys.path.insert(0, sys.argv[1])
+from mor_jax.stopping import Signals
+with Signals() as signals:
+    signals.on_leaving(lambda reason: print("last word:", reason, flush=True))
+    signals.nothing_new = sys.argv[2]
+    print("ready", flush=True)
+    hashlib.pbkdf2_hmac("sha256", b"", b"", 10**9)
+"""
+
+
+def blocked(nothing_new: str, *signals: tuple[float, int]) -> tuple[int, str]:
+    """Exit code and output of a process that is inside a long call when it gets the signals.
+
+    signals: seconds to wait before, and which.
+    """
+    process = subprocess.Popen(
+        [sys.executable, "-c", BLOCKED, str(ROOT), nothing_new],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n"
+    for wait, kind in signals:
+        time.sleep(wait)
+        process.send_signal(kind)
+    output = process.communicate(timeout=60)[0]
+    return process.returncode, output
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
+def test_with_nothing_to_save_a_run_leaves_at_once_even_inside_a_compiler(kind):
+    code, output = blocked("no step was finished", (0.0, kind))
+    assert code == exit_codes.STOPPED == 75
+    word = f"{kind.name}: left at once, no step was finished"
+    assert output == f"last word: {word}\nstopped: {word}. The same command goes on\n"
+
+
+def test_a_second_signal_leaves_at_once_without_saving():
+    code, output = blocked("", (0.0, signal.SIGTERM), (1.5, signal.SIGTERM))
+    assert code == exit_codes.STOPPED
+    assert "SIGTERM: left at once, without saving" in output
+
+
+def test_the_same_signal_twice_at_once_and_another_kind_are_one_request():
+    with Signals() as signals:
+        signals.nothing_new = ""
+        for kind in (signal.SIGUSR1, signal.SIGUSR1, signal.SIGTERM):
+            os.kill(os.getpid(), kind)
+        assert signals.caught == "SIGUSR1"
+
+
+def test_a_signal_is_noted_where_there_is_something_to_save_and_raised_where_not():
+    before = [signal.getsignal(kind) for kind in KINDS]
+    with Signals() as signals:
+        with signals:
+            signals.nothing_new = ""
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert (signals.number, signals.caught) == (signal.SIGTERM, "SIGTERM")
+        # Leaving the inner block leaves the outer one listening.
+        assert signal.getsignal(signal.SIGTERM) not in before
+    assert [signal.getsignal(kind) for kind in KINDS] == before
+    with Signals(), pytest.raises(Leave, match="SIGINT: left at once, no step was finished"):
+        os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_beside_the_main_thread_there_are_no_signals_and_no_errors():
+    seen = []
+
+    def work():
+        with Signals() as signals:
+            seen.append(signals.caught)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert seen == [""]
+
+
+def test_a_single_process_agrees_with_itself_at_once():
+    mesh = sharding.make_mesh(MeshConfig())
+    agree = Agreement(mesh)
+    assert [agree(0), agree(15), agree(0)] == [0, 15, 0]
+
+
+@pytest.mark.parametrize("shape", [{}, {"data": 2, "fsdp": 2, "tensor": 2}], ids=["8", "2x2x2"])
+def test_several_processes_learn_the_largest_number_one_step_late(shape):
+    mesh = sharding.make_mesh(MeshConfig(**shape))
+    agree = Agreement(mesh, several=True)
+    with jax.set_mesh(mesh):
+        assert [agree(0), agree(15), agree(10), agree(0)] == [0, 0, 15, 10]
