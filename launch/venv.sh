@@ -1,3 +1,4 @@
+# shellcheck shell=bash
 # Sourced by the scripts beside it: makes and fills the project's own .venv.
 # Defines: root (the repository), python (its .venv's interpreter), install FILE...
 
