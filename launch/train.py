@@ -14,7 +14,7 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from mor_jax import exit_codes
-from mor_jax.stopping import Diverged, Leave, Signals, Stopped
+from mor_jax.stopping import Diverged, Leave, Signals, Stopped, StoppedAtOnce
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Configuration, such as configs/mor.py.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run; an existing one goes on.")
@@ -39,16 +39,27 @@ _SIGNALS = Signals()
 
 def main(_: list[str]) -> None:
     logging.set_verbosity(logging.WARNING)
+    from mor_jax import distributed
     from mor_jax.checkpoint import WriteFailed
     from mor_jax.config import TrainConfig
+    from mor_jax.hosts import HostLost
     from mor_jax.train import fit
 
     try:
         cfg = TrainConfig.from_dict(_CONFIG.value.to_dict())
         _join()
         fit(cfg, _WORKDIR.value, _ALLOW.value, _SIGNALS)
-    except (Stopped, Diverged) as ended:
-        _leave(f"{'stopped' if ended.code == exit_codes.STOPPED else 'error'}: {ended}", ended.code)
+        distributed.shutdown()
+    except Stopped as stopped:
+        print(f"stopped: {stopped}", file=sys.stderr)
+        if not isinstance(stopped, StoppedAtOnce):
+            distributed.shutdown()
+        _leave("", stopped.code)
+    except Diverged as diverged:
+        _leave(f"error: {diverged}", diverged.code)
+    except HostLost as lost:
+        # It has said so already.
+        _leave("", lost.code)
     except (ValueError, WriteFailed) as error:
         _leave(f"error: {error}", exit_codes.ERROR)
 
@@ -71,7 +82,8 @@ def _join() -> None:
 
 def _leave(message: str, code: int) -> NoReturn:
     # A compiler at work in another thread would outlive the interpreter: nothing waits for it.
-    print(message, file=sys.stderr)
+    if message:
+        print(message, file=sys.stderr)
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)

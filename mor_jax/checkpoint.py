@@ -37,6 +37,10 @@ class WriteFailed(RuntimeError):
     """A checkpoint could not be written; the message says why, and which one is left."""
 
 
+class DiskFull(WriteFailed):
+    """For want of space."""
+
+
 class Restored(NamedTuple):
     """What a checkpoint gives back. `state` has the structure and placement asked for."""
 
@@ -223,13 +227,15 @@ class Checkpoints:
         self._delete(step)
         steps = self._steps()
         last = f"The last complete one, step {steps[-1]}, is untouched" if steps else "No other yet"
+        kind = WriteFailed
         cause, fix = f"{type(error).__name__}: {error}", "Start the same command again to go on"
         if _disk_full(error):
+            kind = DiskFull
             free = shutil.disk_usage(self._root).free
             sizes = f"{facts['bytes'] / 2**20:.1f} MiB to write, {free / 2**20:.1f} MiB free"
             cause = f"no space left on the disk ({sizes})"
             fix = "Free space or lower checkpoint.keep, then start the same command again"
-        return WriteFailed(f"{self._path(step)}: writing failed: {cause}. {last}. {fix}")
+        return kind(f"{self._path(step)}: writing failed: {cause}. {last}. {fix}")
 
     def _prune(self, newest: int) -> None:
         complete = self._steps()

@@ -18,6 +18,7 @@ from mor_jax.compilation_cache import Cache
 from mor_jax.events import Events
 from mor_jax.feed import Feed, Jump
 from mor_jax.flops import flops
+from mor_jax.hosts import Hosts
 from mor_jax.metrics import Metrics, Record
 from mor_jax.profiling import Profile, memory, memory_line
 from mor_jax.progress import Meter, Progress
@@ -40,6 +41,7 @@ class Desk:
     signals: Signals
     agreement: Agreement
     cache: Cache | None
+    hosts: Hosts
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -143,6 +145,7 @@ class Loop:
 
     def _step(self, step: int, profile: Profile) -> None:
         run, events = self._run, self._desk.events
+        self._desk.hosts.phase(f"step {step}")
         number, batch = self._feed.next()
         if step == self._first + 1:
             with events.timed("compile", step=step):
@@ -196,6 +199,7 @@ class Loop:
 
     def _evaluate(self, step: int) -> int:
         """Evaluates after `step`; returns the signal for which it was left, else 0."""
+        self._desk.hosts.phase(f"evaluation after step {step}")
         self._report(self._metrics.flush())
         asked: list[int] = []
         evaluator = dataclasses.replace(
@@ -255,6 +259,7 @@ class Loop:
             self._start, bad=tuple(self._bad), owes=bool(caught) and self._to_evaluate(step)
         )
         extra = {"fingerprint": self._run.fingerprint} | start.notes()
+        self._desk.hosts.phase(f"save of step {step}")
         state = fields(self._state)
         with self._desk.events.timed("save", step=step):
             self._desk.checkpoints.save(

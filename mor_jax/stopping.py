@@ -32,6 +32,10 @@ class Stopped(RuntimeError):
     code = exit_codes.STOPPED
 
 
+class StoppedAtOnce(Stopped):
+    """Ended where there was nothing to save, without asking other processes of the run."""
+
+
 class Diverged(RuntimeError):
     """A run whose steps were not finite again after its one rollback."""
 
@@ -139,4 +143,4 @@ class Signals:
             call(message)
 
 
-__all__ = ["KINDS", "Diverged", "Leave", "Signals", "Stopped"]
+__all__ = ["KINDS", "Diverged", "Leave", "Signals", "Stopped", "StoppedAtOnce"]

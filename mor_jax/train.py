@@ -3,12 +3,14 @@
 The loop itself is in `loop.py`. No mathematics lives here.
 """
 
+import contextlib
 import dataclasses
 import os
 import socket
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
+from typing import TypeVar, cast
 
 import jax
 from etils import epath
@@ -16,7 +18,7 @@ from jax.sharding import Mesh
 
 from mor_jax import data, sharding, workdir
 from mor_jax.agreement import Agreement
-from mor_jax.checkpoint import Checkpoints
+from mor_jax.checkpoint import Checkpoints, DiskFull
 from mor_jax.compilation_cache import kept_in
 from mor_jax.config import TrainConfig, check
 from mor_jax.evaluate import Evaluator
@@ -25,11 +27,15 @@ from mor_jax.feed import Feed
 from mor_jax.finish import finish
 from mor_jax.goodput import goodput
 from mor_jax.host_memory import keep_freed_memory
+from mor_jax.hosts import Hosts
 from mor_jax.loop import Desk, Loop, Start, TooManySkipped, fields
 from mor_jax.state import TrainState, abstract_params, logical_axes
 from mor_jax.steps import CompiledSteps, abstract_state, fresh_state
-from mor_jax.stopping import Diverged, Leave, Signals, Stopped
+from mor_jax.stopping import Diverged, Leave, Signals, Stopped, StoppedAtOnce
+from mor_jax.together import agree_on_start, gather
 from mor_jax.types import Batch
+
+_T = TypeVar("_T")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,27 +83,33 @@ def fit(
         Stopped: a signal asked the run to end; the same call goes on.
         Diverged: too many steps in a row were not finite, also after going back once.
         WriteFailed: a checkpoint could not be written.
+        HostLost: another process of the run is gone.
     """
     with signals or Signals() as signals:
         try:
             _fit(cfg, workdir.resolved(directory), allow_changes, signals)
         except Leave as left:
-            raise Stopped(f"{left}. The same command starts it again") from None
+            raise StoppedAtOnce(f"{left}. The same command starts it again") from None
 
 
 def _fit(cfg: TrainConfig, path: epath.Path, allow: Sequence[str], signals: Signals) -> None:
     keep_freed_memory()
     jax.config.update("jax_threefry_partitionable", True)
     cfg.validate()
-    workdir.check_workdir(path, cfg, allow)
-    with workdir.hold(path), kept_in(path, cfg.compilation_cache) as cache:
-        run = _assemble(cfg, path)
-        changes = workdir.claim_workdir(path, cfg, allow) or []
-        with (
-            Events(path, signals.since) as events,
-            Checkpoints(path, cfg.checkpoint) as checkpoints,
-        ):
-            _open_log(run, events, changes)
+    agree_on_start(cfg.to_dict())
+    changes = _everywhere(lambda: workdir.check_workdir(path, cfg, allow)) or []
+    with contextlib.ExitStack() as stack:
+        _everywhere(lambda: stack.enter_context(workdir.hold(path)))
+        cache = stack.enter_context(kept_in(path, cfg.compilation_cache))
+        hosts = stack.enter_context(Hosts(path, cfg.hosts.timeout))
+        signals.on_leaving(hosts.stopped)
+        try:
+            hosts.phase("assembling")
+            run = _assemble(cfg, path)
+            if jax.process_index() == 0:
+                workdir.claim_workdir(path, cfg, allow)
+            events = stack.enter_context(Events(path, signals.since))
+            checkpoints = stack.enter_context(Checkpoints(path, cfg.checkpoint))
             agreement = Agreement(run.mesh)
             desk = Desk(
                 checkpoints=checkpoints,
@@ -105,13 +117,45 @@ def _fit(cfg: TrainConfig, path: epath.Path, allow: Sequence[str], signals: Sign
                 signals=signals,
                 agreement=agreement,
                 cache=cache,
+                hosts=hosts,
             )
-            try:
-                _train(run, desk, _start(run, desk, changes))
-            finally:
-                events.flush()
-                if jax.process_index() == 0:
-                    print(goodput(read(path / FILE)).line(), flush=True)
+            _work(run, desk, changes)
+        except Leave as left:
+            hosts.stopped(str(left))
+            raise
+        except (Stopped, Diverged):
+            raise
+        except Exception as error:
+            # Said before anything here waits for other processes, which may wait for this one.
+            lost = None if isinstance(error, DiskFull) else hosts.verdict(error)
+            if lost is not None:
+                raise lost from error
+            hosts.failed(error)
+            raise
+
+
+def _everywhere(call: Callable[[], _T]) -> _T:
+    """`call()` in every process of the run; a `ValueError` of one is raised in all."""
+    found, problem = None, ""
+    try:
+        found = call()
+    except ValueError as error:
+        problem = str(error)
+    problems = [text for text in gather(problem) if text]
+    if problems:
+        raise ValueError(problems[0])
+    return cast(_T, found)
+
+
+def _work(run: Run, desk: Desk, changes: Sequence[workdir.Change]) -> None:
+    """Starts, trains, and tells at the end, however it ends, where the time went."""
+    _open_log(run, desk.events, changes)
+    try:
+        _train(run, desk, _start(run, desk, changes))
+    finally:
+        desk.events.flush()
+        if jax.process_index() == 0:
+            print(goodput(read(run.path / FILE)).line(), flush=True)
 
 
 def _open_log(run: Run, events: Events, changes: Sequence[workdir.Change]) -> None:

@@ -5,6 +5,7 @@ import os
 import jax
 import jax.numpy as jnp
 import pytest
+from etils import epath
 
 from mor_jax.compilation_cache import kept_in
 from mor_jax.config import ProfileConfig
@@ -33,7 +34,7 @@ def entries(path):
 
 def test_programs_are_kept_and_those_cut_by_a_kill_are_replaced(tmp_path, no_cache):
     before = jax.config.jax_compilation_cache_dir
-    with kept_in(tmp_path, True) as cache:
+    with kept_in(epath.Path(tmp_path), True) as cache:
         compile_one()
         cache.seal(idle=True)
     whole = entries(tmp_path)
@@ -43,7 +44,7 @@ def test_programs_are_kept_and_those_cut_by_a_kill_are_replaced(tmp_path, no_cac
     cut = next(iter(whole))
     (tmp_path / "compilation_cache" / cut).write_bytes(whole[cut][:10])
     (tmp_path / "compilation_cache" / "another-cache").write_bytes(b"half of")
-    with kept_in(tmp_path, True):
+    with kept_in(epath.Path(tmp_path), True):
         assert entries(tmp_path).keys() == whole.keys() - {cut}
         compile_one()
     # Compiled anew: an entry holds the time that it took, so its bytes differ a little.
@@ -56,7 +57,7 @@ def test_programs_are_kept_and_those_cut_by_a_kill_are_replaced(tmp_path, no_cac
 def test_an_entry_counts_when_it_has_stopped_growing(tmp_path, no_cache):
     folder = tmp_path / "compilation_cache"
     folder.mkdir()
-    with kept_in(tmp_path, True) as cache:
+    with kept_in(epath.Path(tmp_path), True) as cache:
         (folder / "a-cache").write_bytes(b"1")
         cache.seal()
         (folder / "a-cache").write_bytes(b"12")
@@ -64,16 +65,16 @@ def test_an_entry_counts_when_it_has_stopped_growing(tmp_path, no_cache):
         cache.seal()
         cache.seal()
         (folder / "b-cache").write_bytes(b"123")
-    with kept_in(tmp_path, True):
+    with kept_in(epath.Path(tmp_path), True):
         assert entries(tmp_path) == {"a-cache": b"12"}
 
 
 def test_a_place_named_by_the_user_or_none_is_left_alone(tmp_path, no_cache, monkeypatch):
     before = jax.config.jax_compilation_cache_dir
-    with kept_in(tmp_path, False) as cache:
+    with kept_in(epath.Path(tmp_path), False) as cache:
         assert cache is None
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", os.fspath(tmp_path / "mine"))
-    with kept_in(tmp_path, True) as cache:
+    with kept_in(epath.Path(tmp_path), True) as cache:
         assert cache is None
         assert jax.config.jax_compilation_cache_dir == before
     assert list(tmp_path.iterdir()) == []
@@ -82,7 +83,7 @@ def test_a_place_named_by_the_user_or_none_is_left_alone(tmp_path, no_cache, mon
 @pytest.mark.parametrize("first", [1, 3], ids=["from the start", "taken up inside"])
 def test_the_steps_asked_for_are_traced(tmp_path, first):
     said = []
-    with Profile(tmp_path, ProfileConfig(steps=(2, 3))) as profile:
+    with Profile(epath.Path(tmp_path), ProfileConfig(steps=(2, 3))) as profile:
         for step in range(first, 6):
             profile.before(step)
             said.append(profile.after(step, jnp.sin(jnp.ones(2))))
@@ -93,7 +94,7 @@ def test_the_steps_asked_for_are_traced(tmp_path, first):
 
 
 def test_no_trace_unless_asked_for_and_an_error_ends_it(tmp_path):
-    with Profile(tmp_path, ProfileConfig()) as profile:
+    with Profile(epath.Path(tmp_path), ProfileConfig()) as profile:
         profile.before(1)
         assert profile.after(1, jnp.ones(1)) == ""
     assert list(tmp_path.iterdir()) == []
@@ -101,7 +102,7 @@ def test_no_trace_unless_asked_for_and_an_error_ends_it(tmp_path):
         # A trace left on would refuse the next one.
         with (
             pytest.raises(RuntimeError, match="in the step"),
-            Profile(tmp_path, ProfileConfig(steps=(1, 9))) as profile,
+            Profile(epath.Path(tmp_path), ProfileConfig(steps=(1, 9))) as profile,
         ):
             profile.before(1)
             raise RuntimeError("in the step")
