@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental.layout import Layout, with_layout_constraint
 from jax.experimental.mesh_utils import create_device_mesh, create_hybrid_device_mesh
 from jax.extend.backend import get_backend
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -196,24 +197,34 @@ def whole(
     called in the compiled program. The gradient comes back summed over those devices, each keeping
     its part. A parameter that is whole stays as it is.
     """
+    # Layers of a stack stay in front, since a scan will slice them.
+    lead = int(names[0] == "layers")
     for axis, (name, size) in enumerate(zip(names, sizes, strict=True)):
-        if x.shape[axis] != size:
-            x = x if dtype is None else x.astype(dtype)
-            for cut in reversed(RULES[name]):
-                x = _gather(x, axis, cut, label)
+        if x.shape[axis] == size:
+            continue
+        x = x if dtype is None else x.astype(dtype)
+        # As a matrix [parts, rest]: short axes at the end would be padded on their way.
+        rows = jnp.moveaxis(x, axis, lead)
+        matrix = rows.reshape(*rows.shape[: lead + 1], -1)
+        for cut in reversed(RULES[name]):
+            matrix = _gather(matrix, lead, cut, label)
+        full = matrix.reshape(*matrix.shape[: lead + 1], *rows.shape[lead + 1 :])
+        x = jnp.moveaxis(full, lead, axis)
     return x
 
 
-def fits_gathered(values: int) -> bool:
+def fits_gathered(values: int, accumulates: bool) -> bool:
     """Whether parameters that are gathered for a whole step leave three quarters of the memory.
 
-    values: how many. Ten bytes each: a 16-bit copy, its gradient before and after an addition, and
-    a float32 sum over micro-batches. True on devices whose memory is not known here.
+    values: how many. Each takes a 16-bit copy, the gradient of one pass, and the sum of gradients,
+    of 32 bits where it goes over micro-batches (`accumulates`). True on devices whose memory is not
+    known here.
     """
     mesh = jax.sharding.get_abstract_mesh()
     device = mesh.abstract_device
     chip = None if device is None else CHIPS.get(device.device_kind)
-    return chip is None or 10 * values / mesh.shape["tensor"] <= chip.memory / 4
+    size = values * (8 if accumulates else 6) / mesh.shape["tensor"]
+    return chip is None or size <= chip.memory / 4
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
@@ -233,6 +244,9 @@ def _gather_bwd(axis: int, name: str, label: str, _: None, grad: Array) -> tuple
         return (_scatter(wide, axis, name).astype(grad.dtype),)
 
 
+_gather.defvjp(_gather_fwd, _gather_bwd)
+
+
 def _scatter(x: Array, axis: int, name: str) -> Array:
     """Sums over the devices of a mesh axis; each keeps its part of array axis `axis`.
 
@@ -245,14 +259,12 @@ def _scatter(x: Array, axis: int, name: str) -> Array:
         return jax.lax.psum_scatter(x, name, scatter_dimension=axis, tiled=True)
     grid = np.arange(devices).reshape(-1, near)
     parts = x.reshape(*x.shape[:axis], *grid.shape, -1, *x.shape[axis + 1 :])
-    # In front, so that the parts are not mixed with what a register tile holds.
     parts = jnp.moveaxis(parts, (axis, axis + 1), (0, 1))
     for groups in (grid.T, grid):
+        # Parts that vary fastest in memory would again be summed as whole arrays.
+        parts = with_layout_constraint(parts, Layout(major_to_minor=tuple(range(parts.ndim))))
         parts = jax.lax.psum_scatter(parts, name, axis_index_groups=groups.tolist())
     return parts
-
-
-_gather.defvjp(_gather_fwd, _gather_bwd)
 
 
 def sum_uncut(grads: Params, specs: Params) -> Params:

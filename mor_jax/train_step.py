@@ -91,7 +91,8 @@ def shares_once(cfg: TrainConfig) -> bool:
     """Whether the shared block is gathered once a step, see `config.ShardingConfig`."""
     if cfg.sharding.gather_shared is not None:
         return cfg.sharding.gather_shared == "once"
-    return fits_gathered(cfg.model.shared_layers * layer_weights(cfg.model))
+    values = cfg.model.shared_layers * layer_weights(cfg.model)
+    return fits_gathered(values, cfg.accumulate > 1)
 
 
 def loss_fn(
