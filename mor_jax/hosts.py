@@ -32,8 +32,23 @@ _BEATS = 6
 _NEIGHBOURS = 8
 """Processes that each one watches; what one finds, it tells the others in its own heartbeat."""
 
-_PATIENCE = 10
+_PATIENCE = 5
 """Seconds for a process that knows that its run is over to end by itself."""
+
+_SIGHT = 30
+"""Seconds after which a network file system shows the new files of other machines."""
+
+_STATUSES = tuple(
+    f"{status}:"
+    for status in (
+        "UNKNOWN",
+        "UNAVAILABLE",
+        "INTERNAL",
+        "ABORTED",
+        "CANCELLED",
+        "DEADLINE_EXCEEDED",
+    )
+)
 
 _SIZE = 2048
 """Bytes of a heartbeat: rewritten in place, it takes no new space, so a full disk is no death."""
@@ -117,10 +132,10 @@ class Hosts:
         """
         if isinstance(error, HostLost):
             return error
-        own = str(error).startswith("RESOURCE_EXHAUSTED")
-        if not self._several or own or not isinstance(error, RuntimeError | OSError):
+        if not self._several:
             return None
-        self._known.wait(self._timeout + 3 * self._every)
+        if _from_elsewhere(error):
+            self._known.wait(self._timeout + 3 * self._every)
         if self._lost is not None:
             self._tell()
         return self._lost
@@ -153,8 +168,7 @@ class Hosts:
             )
 
     def _unseen(self) -> list[int]:
-        # Network file systems may show a new file seconds late.
-        until = time.monotonic() + _PATIENCE
+        until = time.monotonic() + _SIGHT
         unseen = list(range(self._count))
         while unseen and time.monotonic() < until:
             unseen = [i for i in unseen if self._read(i) is None]
@@ -256,6 +270,16 @@ class Hosts:
         except (OSError, ValueError):
             return None
         return record if record.get("id") == self._peers[i]["id"] else None
+
+
+def _from_elsewhere(error: BaseException | None) -> bool:
+    # JAX raises what a collective or its coordinator reports as errors of several types; the text
+    # begins with the status. Memory that does not suffice, RESOURCE_EXHAUSTED, is one's own.
+    while error is not None:
+        if str(error).startswith(_STATUSES):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def _exit(code: int) -> None:

@@ -1,0 +1,63 @@
+"""Real processes for tests: started, read, ended whatever happens."""
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent.parent
+
+
+class Process:
+    """A Python process whose output goes to a file, so that it never blocks and can be read."""
+
+    def __init__(self, arguments: list[str], output: Path, **variables: str):
+        self._output = output
+        with output.open("w") as file:
+            self._process = subprocess.Popen(
+                [sys.executable, *arguments],
+                cwd=ROOT,
+                env={**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONUNBUFFERED": "1", **variables},
+                stdout=file,
+                stderr=subprocess.STDOUT,
+            )
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    @property
+    def output(self) -> str:
+        return self._output.read_text()
+
+    def running(self) -> bool:
+        return self._process.poll() is None
+
+    def send(self, number: int) -> None:
+        self._process.send_signal(number)
+
+    def code(self, timeout: float = 60) -> int:
+        """The exit code, once it has one; fails with the output otherwise."""
+        try:
+            return self._process.wait(timeout)
+        except subprocess.TimeoutExpired:
+            raise AssertionError(f"still running after {timeout} s:\n{self.output}") from None
+
+    def end(self) -> None:
+        if self.running():
+            self._process.kill()
+            self._process.wait()
+
+
+def until(ready: Callable[[], Any], processes: list[Process], timeout: float = 60) -> Any:
+    """Waits for `ready()` to be true and returns it; fails when a process ends before."""
+    stop = time.monotonic() + timeout
+    while not (value := ready()):
+        outputs = "\n".join(p.output for p in processes)
+        assert time.monotonic() < stop, f"not ready after {timeout} s:\n{outputs}"
+        assert all(p.running() for p in processes), f"a process ended early:\n{outputs}"
+        time.sleep(0.05)
+    return value
