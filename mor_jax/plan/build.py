@@ -1,12 +1,12 @@
 """From a configuration and a topology to the figures of a plan."""
 
+import dataclasses
 import math
 import re
 import time
 from typing import Any
 
 import jax
-import numpy as np
 from jax.sharding import Mesh
 
 from mor_jax import aot
@@ -31,7 +31,9 @@ SCOPES = {
 _SIZES = {"bfloat16": 2, "float32": 4}
 
 
-def make_plan(cfg: TrainConfig, topology: Topology, budget: float | None = None) -> Plan | TooLarge:
+def make_plan(
+    cfg: TrainConfig, topology: Topology, budget: float | int | None = None
+) -> Plan | TooLarge:
     """Compiles the step and counts; a program that does not fit is an answer, not an error.
 
     budget: tokens of the whole run, the configuration's if None.
@@ -194,17 +196,14 @@ def _numbered(topology: Topology) -> int:
 
 
 def _stand_in(cfg: TrainConfig, topology: Topology, found: Tally) -> Tally:
-    """`found` as GPUs would exchange it: CPUs sum gradients of 16 bits in 32."""
+    """`found` as GPUs exchange parameters: in 16 bits, which the compiler for CPUs widens to 32."""
     if topology.platform == "tpu" or cfg.model.dtype == "float32":
         return found
     runs: dict[Collective, int] = {}
     for one, count in found.runs.items():
-        wide = one.kind in ("reduce-scatter", "all-reduce") and "scatter" in _scope(one)
-        half = 0.5 if wide and one.operand.startswith("f32") else 1.0
-        narrow = Collective(
-            one.kind, one.operand, one.chips, one.inside * half, one.between * half, one.op_name
-        )
-        runs[narrow] = runs.get(narrow, 0) + count
+        if _scope(one) and one.operand.startswith("f32"):
+            one = dataclasses.replace(one, inside=one.inside / 2, between=one.between / 2)
+        runs[one] = runs.get(one, 0) + count
     return Tally(runs, found.unknown_loops)
 
 
@@ -288,9 +287,9 @@ def _notes(
     if topology.platform == "gpu":
         notes.append(
             "No compiler for GPUs is here. Parameters, optimiser, arguments and exchanges are those"
-            " of the step cut over fake CPU devices, gradients counted in 16 bits where GPUs"
-            " exchange them so; temporaries and memory traffic are not known, in their place stands"
-            " what our accounting says about activations, gradients and logits."
+            " of the step cut over fake CPU devices, with parameters and their gradients exchanged"
+            " in the compute dtype. Temporaries and memory traffic are not known; in the place of"
+            " temporaries stands what our accounting says about activations, gradients and logits."
         )
     if cfg.model.dtype == "float32":
         notes.append("The chip's peak is for bfloat16; float32 runs several times slower.")
@@ -301,9 +300,3 @@ def _notes(
     if topology.slices > 1 and topology.chip.data_centre is None and found.between:
         notes.append(f"No data-centre bandwidth is published for {topology.kind}.")
     return tuple(notes)
-
-
-def network_ratio(plan: Plan, other: Plan) -> float:
-    """Bytes over both networks, over those of `other`."""
-    total = other.inside + other.between
-    return (plan.inside + plan.between) / total if total else float(np.nan)

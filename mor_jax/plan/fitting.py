@@ -90,7 +90,7 @@ def try_others(
     cfg: TrainConfig,
     topology: Topology,
     answer: TooLarge,
-    limit: float,
+    limit: float | int,
     report: Callable[[Change, int | None], None] = lambda change, short: None,
 ) -> TooLarge:
     """`answer` with the settings tried, until some fit or `limit` seconds are over.

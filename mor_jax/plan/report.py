@@ -130,12 +130,12 @@ class Plan:
     @property
     def inside(self) -> float:
         """Bytes that a chip receives from its slice."""
-        return sum(row.inside for row in self.exchanges)
+        return float(sum(row.inside for row in self.exchanges))
 
     @property
     def between(self) -> float:
         """Bytes that a chip receives from other slices."""
-        return sum(row.between for row in self.exchanges)
+        return float(sum(row.between for row in self.exchanges))
 
     @property
     def tokens_per_second(self) -> float:
@@ -145,7 +145,7 @@ class Plan:
     @property
     def days(self) -> float:
         """Of the whole run at the ceiling."""
-        return self.budget / self.tokens_per_second / 86400
+        return float(self.budget / self.tokens_per_second / 86400)
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON: the fields, and what follows from them."""

@@ -106,7 +106,7 @@ def _time_rows(plan: Plan) -> list[Row]:
         unit = "FLOP/s" if name == "matrix" else "B/s"
         peak = f"{quantity(done[name] / seconds)}{unit}" if seconds else ""
         mark = "  binds" if name == times.binds else ""
-        rows.append((label, amount, peak, f"{seconds * 1e3:.1f} ms{mark}"))
+        rows.append((label, amount, peak, f"{_short(seconds * 1e3)} ms{mark}"))
     return rows
 
 
@@ -118,10 +118,10 @@ def _ceiling_rows(plan: Plan) -> list[Row]:
         "between": "the network between slices binds",
     }
     return [
-        ("step", f"{plan.times.step * 1e3:.1f} ms", words[plan.times.binds]),
+        ("step", f"{_short(plan.times.step * 1e3)} ms", words[plan.times.binds]),
         ("MFU", f"{plan.mfu:.1%}", f"{quantity(plan.model_flops)}FLOP of the model a chip"),
         ("tokens/s", quantity(plan.tokens_per_second), f"{plan.tokens} tokens a step"),
-        ("days", f"{plan.days:.2f}", f"for {quantity(plan.budget)} tokens"),
+        ("days", _short(plan.days), f"for {quantity(plan.budget)} tokens"),
     ]
 
 
@@ -139,7 +139,7 @@ def compare(plans: Sequence[Plan | TooLarge], console: Console) -> None:
 
 
 def _compared(plans: Sequence[Plan]) -> list[Row]:
-    measures: list[tuple[str, Callable[[Plan], float | None], Callable[[float], str]]] = [
+    measures: list[tuple[str, Callable[[Plan], float | int | None], Callable[[float], str]]] = [
         ("parameters stored", lambda p: p.parameters, quantity),
         ("arguments", lambda p: p.memory.arguments, size),
         ("temporaries", lambda p: p.memory.temporaries, size),
@@ -202,7 +202,7 @@ def _outcome(short: int | None, total: int | None) -> str:
     return f"{size(short)} too much" if short is not None else f"fits, {size(total or 0)}"
 
 
-def size(count: float) -> str:
+def size(count: float | int) -> str:
     """Bytes with a decimal unit: 2.87 GB."""
     for limit, unit in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
         if count >= limit:
@@ -210,8 +210,8 @@ def size(count: float) -> str:
     return f"{count:.0f} B"
 
 
-def _short(value: float) -> str:
-    return f"{value:.4g}"
+def _short(value: float | int) -> str:
+    return f"{value:.3g}" if value < 1000 else f"{value:.0f}"
 
 
 def _line(console: Console, text: str, style: str = "") -> None:
