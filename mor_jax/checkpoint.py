@@ -12,6 +12,7 @@ This module is the only one that knows orbax.
 import concurrent.futures
 import errno
 import logging
+import os
 import shutil
 from typing import Any, NamedTuple
 
@@ -59,12 +60,16 @@ class Checkpoints:
     that is a multiple of `cfg.keep_every`; nothing is deleted before a newer one is complete.
     """
 
-    def __init__(self, workdir: epath.PathLike, cfg: CheckpointConfig):
+    def __init__(self, workdir: epath.PathLike, cfg: CheckpointConfig, *, merged: bool = True):
+        """merged: few files for all arrays (OCDBT), not one or more for each."""
         self._root = epath.Path(workdir) / DIRECTORY
         self._cfg = cfg
         self._thread = concurrent.futures.ThreadPoolExecutor(1, "checkpoint")
         self._pending: concurrent.futures.Future[None] | None = None
         self._current: int | None = None
+        self._merged = merged
+        # While the step compiles there is time for it.
+        self._thread.submit(_orbax)
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -102,7 +107,7 @@ class Checkpoints:
         }
         try:
             self._begin(step)
-            with _context():
+            with _context(self._merged):
                 response = _orbax().save_async(self._path(step) / "arrays", state)
         except Exception as error:
             raise self._failed(facts, error) from error
@@ -165,7 +170,7 @@ class Checkpoints:
         facts = manifest.read(path)
         manifest.check_arrays(facts, abstract_state, path)
         manifest.check_data(facts, fingerprint, path)
-        with _context():
+        with _context(self._merged):
             state = _orbax().load(path / "arrays", jax.tree.map(_placed, abstract_state))
         self._current = step
         return Restored(state, facts["position"], facts["config"], step, facts["extra"])
@@ -224,7 +229,8 @@ class Checkpoints:
 
     def _failed(self, facts: dict[str, Any], error: Exception) -> WriteFailed:
         step = facts["step"]
-        self._delete(step)
+        if jax.process_index() == 0:
+            self._delete(step)
         steps = self._steps()
         last = f"The last complete one, step {steps[-1]}, is untouched" if steps else "No other yet"
         kind = WriteFailed
@@ -263,8 +269,9 @@ def _orbax() -> Any:
     return ocp
 
 
-def _context() -> Any:
+def _context(merged: bool) -> Any:
     context = _orbax().Context()
+    context.array.saving.use_ocdbt = merged
     # Compressing trained float32 weights saves 8% of the space and takes four times as long.
     context.array.saving.use_compression = False
     # Its limits are by the wall clock: a day's jump must not fail a save. Ours are in `wait`.
@@ -280,9 +287,11 @@ def _placed(leaf: Any) -> jax.ShapeDtypeStruct:
 
 def _disk_full(error: BaseException | None) -> bool:
     # The storage library reports the system's error as text, without its number.
-    full = (errno.ENOSPC, errno.EDQUOT)
+    full = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    texts = [os.strerror(number) for number in full]
     while error is not None:
-        if getattr(error, "errno", None) in full or "No space left on device" in str(error):
+        told = any(text in str(error) for text in texts)
+        if getattr(error, "errno", None) in full or told:
             return True
         error = error.__cause__ or error.__context__
     return False

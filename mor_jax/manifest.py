@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import zlib
 from collections.abc import Iterator
 from typing import Any
@@ -98,9 +99,16 @@ def check_data(facts: dict[str, Any], fingerprint: str | None, path: epath.Path)
 
 
 def write_atomic(path: epath.Path, text: str) -> None:
-    """Writes a small text file that is either absent, the old one or complete."""
+    """Writes a small text file that is either absent, the old one or complete.
+
+    On local disks it is also durable when this returns: it outlives the machine's power.
+    """
     draft = path.with_name(f"{path.name}.draft")
-    draft.write_text(text)
+    with draft.open("w") as file:
+        file.write(text)
+        file.flush()
+        if "://" not in str(path):
+            os.fsync(file.fileno())
     draft.replace(path)
 
 

@@ -3,6 +3,10 @@
 import errno
 import json
 import logging
+import os
+import resource
+import shutil
+import threading
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +14,8 @@ import numpy as np
 import orbax.checkpoint.experimental.v1 as ocp
 import pytest
 
-from mor_jax.checkpoint import Checkpoints
+from mor_jax import checkpoint
+from mor_jax.checkpoint import Checkpoints, DiskFull, WriteFailed
 from mor_jax.config import CheckpointConfig
 
 CFG = CheckpointConfig(keep=2)
@@ -148,12 +153,35 @@ def cut_manifest(path):
     file.write_text(file.read_text()[:100])
 
 
+def empty_file(path):
+    largest_file(path / "arrays").write_bytes(b"")
+
+
+def remove_arrays(path):
+    shutil.rmtree(path / "arrays")
+
+
+def remove_everything(path):
+    for entry in path.iterdir():
+        shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+
+
 def edit_manifest(path):
     file = path / "manifest.json"
     file.write_text(file.read_text().replace('"position": 100', '"position": 101'))
 
 
-DAMAGES = [truncate, flip, remove_file, remove_manifest, cut_manifest, edit_manifest]
+DAMAGES = [
+    truncate,
+    flip,
+    empty_file,
+    remove_file,
+    remove_arrays,
+    remove_everything,
+    remove_manifest,
+    cut_manifest,
+    edit_manifest,
+]
 
 
 @pytest.mark.parametrize("damage", DAMAGES, ids=lambda f: f.__name__)
@@ -277,10 +305,61 @@ def test_a_full_disk_is_explained_and_harms_nothing(
     with monkeypatch.context() as patch:
         patch.setattr(ocp, "save_async", writer)
         message = rf"{tmp_path}.*010: writing failed: no space left.*step 5, is untouched.*keep"
-        with pytest.raises(RuntimeError, match=message):
+        with pytest.raises(DiskFull, match=message):
             save(store, state, 10)
     assert not directory(tmp_path, 10).exists()
     assert_same(store.restore(abstract(state)).state, state)
+
+
+def test_a_file_that_the_system_does_not_let_grow_is_an_error_that_harms_nothing(
+    store, state, tmp_path
+):
+    save(store, state, 5)
+    large = {"params": {"w": jax.random.normal(jax.random.key(0), (512, 1024))}}
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, before[1]))
+    try:
+        with pytest.raises(DiskFull, match=r"010: writing failed: no space.*2\.0 MiB to write"):
+            save(store, large, 10)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert not directory(tmp_path, 10).exists()
+    assert_same(store.restore(abstract(state)).state, state)
+    save(store, large, 15)
+    assert_same(store.restore(abstract(large), step=15).state, large)
+
+
+def test_a_save_that_hangs_is_an_error(store, state, monkeypatch):
+    save(store, state, 5)
+    end = threading.Event()
+
+    class Hanging:
+        def result(self):
+            assert end.wait(60)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ocp, "save_async", lambda *_: Hanging())
+        patch.setattr(checkpoint, "HUNG", 0.1)
+        store.save(10, state, 100, CONFIG)
+        with pytest.raises(WriteFailed, match="010: writing failed: not done after 0 s"):
+            store.wait()
+        end.set()
+
+
+def resident():
+    """Bytes of this process in memory."""
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGESIZE")
+
+
+def test_fifty_saves_leave_the_memory_of_the_host_as_it_was(tmp_path):
+    # 4 MiB a save: held back even once in four saves, they would be seen.
+    state = {"params": {"w": jax.random.normal(jax.random.key(0), (1024, 1024))}}
+    with Checkpoints(tmp_path, CFG) as store:
+        save(store, state, *range(1, 11))
+        before = resident()
+        save(store, state, *range(11, 61))
+    assert resident() - before < 48 * 2**20
 
 
 def test_a_failure_in_the_background_is_raised_once_and_saving_goes_on(store, state, monkeypatch):
