@@ -29,6 +29,7 @@ from mor_jax.goodput import goodput
 from mor_jax.host_memory import keep_freed_memory
 from mor_jax.hosts import Hosts
 from mor_jax.loop import Desk, Loop, Start, TooManySkipped, fields
+from mor_jax.readers import reader
 from mor_jax.state import TrainState, abstract_params, logical_axes
 from mor_jax.steps import CompiledSteps, abstract_state, fresh_state
 from mor_jax.stopping import Diverged, Leave, Signals, Stopped, StoppedAtOnce
@@ -60,7 +61,8 @@ class Run:
 
     def batches(self, position: int) -> data.TrainBatches:
         """This host's rows of the training batches from number `position` on."""
-        cfg, layout = self.cfg, _layout(self.cfg, self.cfg.batch_size)
+        cfg = self.cfg
+        layout = _layout(self.mesh, cfg, cfg.batch_size)
         return data.train_batches(cfg.data, self.tokenizer, layout, seed=cfg.seed, start=position)
 
 
@@ -202,16 +204,16 @@ def _assemble(cfg: TrainConfig, path: epath.Path) -> Run:
     tokenizer = data.load_tokenizer(cfg.data.tokenizer)
     data.check_vocabulary(tokenizer, cfg.model.vocab_size)
     _check_completion(cfg, tokenizer)
-    layout = _layout(cfg, cfg.eval.batch_size)
+    layout = _layout(mesh, cfg, cfg.eval.batch_size)
     heldout = data.heldout_batches(cfg.data, tokenizer, layout, cfg.eval.batches)
     evaluator = Evaluator.of(cfg, [place(mesh, batch) for batch in heldout])
     fingerprint = data.fingerprint(cfg.data, tokenizer)
     return Run(cfg, path, mesh, tokenizer, evaluator, fingerprint, abstract, steps)
 
 
-def _layout(cfg: TrainConfig, rows: int) -> data.Layout:
+def _layout(mesh: Mesh, cfg: TrainConfig, rows: int) -> data.Layout:
     """Global batches of `rows` rows, and the part of them that this process reads."""
-    host, hosts = jax.process_index(), jax.process_count()
+    host, hosts = reader(mesh)
     return data.Layout(length=cfg.length, batch_size=rows, host=host, hosts=hosts)
 
 

@@ -35,7 +35,7 @@ LAYERS = (
         "aborts",
         "distributed",
     },
-    {"sharding"},
+    {"sharding", "readers"},
     {"models"},
     {"losses", "optim", "state"},
     {"train_step"},
