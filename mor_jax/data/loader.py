@@ -194,15 +194,20 @@ def heldout_batches(
     check(batches > 0, "batches", batches, "must be greater than 0", "Try 1")
     sources = _open_rows(cfg, tokenizer, "heldout", layout.length)
     wanted = shares_of(_weights(cfg), max(batches * layout.batch_size, len(sources)))
-    chosen: list[Row] = []
+    chosen = []
     for rows, count in zip(sources, wanted, strict=True):
-        chosen += [rows[int(i)] for i in spread(len(rows), int(count))]
-    for i in range(-len(chosen) % layout.batch_size):
-        row = chosen[i % len(chosen)]
-        chosen.append(row | {"targets": np.full_like(row["targets"], IGNORE)})
+        chosen += [(rows, int(i)) for i in spread(len(rows), int(count))]
+    lacking = -len(chosen) % layout.batch_size
+    stop = min(len(chosen) + lacking, batches * layout.batch_size)
     made = []
-    stop = min(len(chosen), batches * layout.batch_size)
     for first in range(layout.host * layout.host_rows, stop, layout.batch_size):
-        part = chosen[first : first + layout.host_rows]
+        part = [_chosen_row(chosen, i) for i in range(first, first + layout.host_rows)]
         made.append(_to_batch({name: np.stack([row[name] for row in part]) for name in part[0]}))
     return made
+
+
+def _chosen_row(chosen: list[tuple[Rows, int]], i: int) -> Row:
+    # Past the end: a repetition without targets.
+    rows, number = chosen[i if i < len(chosen) else (i - len(chosen)) % len(chosen)]
+    row = rows[number]
+    return row if i < len(chosen) else row | {"targets": np.full_like(row["targets"], IGNORE)}
