@@ -277,7 +277,8 @@ def sum_uncut(grads: Params, specs: Params) -> Params:
         cut = set().union(*_cuts(spec))
         return jax.lax.psum(grad, tuple(axis for axis in row_axes() if axis not in cut))
 
-    return jax.tree.map(total, grads, specs) if row_axes() else grads
+    with jax.named_scope("sum_uncut"):
+        return jax.tree.map(total, grads, specs) if row_axes() else grads
 
 
 def platform() -> str:

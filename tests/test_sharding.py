@@ -1,6 +1,7 @@
 """Eight devices compute what one does; parameters lie as the table says; routing stays local."""
 
 import dataclasses
+import re
 from functools import cache
 
 import jax
@@ -12,6 +13,8 @@ from seeded import random_params
 from tiny import TINY, batch, train_config
 
 from mor_jax.config import MeshConfig, ShardingConfig
+from mor_jax.hlo.collectives import Network, tally
+from mor_jax.hlo.text import parse_module
 from mor_jax.models.router import capacity_counts
 from mor_jax.optim import make_optimizer
 from mor_jax.sharding import make_mesh, param_shardings, spec_of, state_shardings
@@ -31,11 +34,11 @@ VARIANTS = ("plain", "middle_cycle", "expert", "expert_kv", "token", "token_kv")
 STEPS = 20
 
 
-def config(name, **changes):
-    """Eight rows a step; the shared block keeps at least two recursions of one layer."""
+def config(name, shared_layers=1, **changes):
+    """Eight rows a step, all recursions."""
     model = TINY[name]
     if model.is_middle:
-        model = dataclasses.replace(model, layers=2 + model.recursions)
+        model = dataclasses.replace(model, layers=2 + shared_layers * model.recursions)
     return train_config(model=model, batch_size=8, steps=STEPS, **changes)
 
 
@@ -135,3 +138,45 @@ def test_the_axis_left_open_takes_the_rest(mesh, shape):
 def test_meshes_that_leave_devices_over_are_refused(mesh):
     with pytest.raises(ValueError, match=r"mesh=.*multiply to \d, but there are 8 devices"):
         make_mesh(mesh)
+
+
+def program(name, mesh=MESHES["fsdp"], **changes):
+    """The optimised HLO of a train step."""
+    return compiled_step(config(name, **changes), make_mesh(mesh)).as_text()
+
+
+def gathered_bytes(name, label, **changes):
+    # Of a scan over a single layer the compiler makes no loop, and sees gathers that are the same.
+    how = ShardingConfig(**changes)
+    module = parse_module(program(name, sharding=how, shared_layers=2))
+    found = tally(module, Network(devices=8, slice_size=8)).runs.items()
+    labelled = [(one, runs) for one, runs in found if re.search(rf"\b{label}\)*/", one.op_name)]
+    return sum(one.bytes * runs for one, runs in labelled if one.kind == "all-gather")
+
+
+@pytest.mark.parametrize("name", ["middle_cycle", "middle_cycle_kv", "expert_kv"])
+def test_the_shared_block_is_gathered_once_whatever_the_recursions(name):
+    cfg = config(name, shared_layers=2).model
+    shared = 4 * 7 / 8 * sum(x.size for x in jax.tree.leaves(abstract_params(cfg)["shared"]))
+    once = gathered_bytes(name, "gather_shared", gather_shared="once")
+    assert once == pytest.approx(shared)
+    again = gathered_bytes(name, "gather_shared", gather_shared="per_recursion")
+    # Forward, and again for the gradient.
+    assert again > (2 * cfg.recursions - 1) * shared
+
+
+@pytest.mark.parametrize("name", ["expert", "expert_kv_update", "token", "token_kv"])
+@pytest.mark.parametrize("mesh", ["data", "fsdp", "slices"])
+def test_only_parameters_gradients_and_sums_leave_a_device(name, mesh):
+    # Rows of 23 tokens, of which recursions keep 15 and 7: no size of a parameter is a multiple.
+    lines = program(name, MESHES[mesh], length=23).splitlines()
+    kinds = r"(all-[a-z]+|reduce-scatter|collective-[a-z]+)(-start)?\("
+    exchanges = [found.group(1) for line in lines if (found := re.search(rf"= (.*) {kinds}", line))]
+    sizes = {
+        int(n)
+        for types in exchanges
+        for dims in re.findall(r"\[([\d,]+)\]", types)
+        for n in dims.split(",")
+    }
+    assert 32 in sizes
+    assert [n for n in sizes if n % 23 == 0 or n % 15 == 0 or n % 7 == 0] == []
