@@ -50,7 +50,7 @@ TINY = {
     "optim.warmup_steps": 2,
     "optim.decay_steps": 2,
     "log.every": 1,
-    "checkpoint.every": 5,
+    "checkpoint.every": 10,
     "eval.every": 60,
     "eval.batches": 1,
     "eval.batch_size": 4,
@@ -88,6 +88,7 @@ class Trial:
     """How the command is run. per_start: the most steps that a start is left to do."""
 
     config: str
+    settings: dict[str, Any]
     steps: int
     per_start: int
     environment: dict[str, str]
@@ -96,7 +97,7 @@ class Trial:
     def start(self, workdir: Path) -> "subprocess.Popen[str]":
         """The training command on `workdir`, its output appended to a file."""
         command = [sys.executable, str(ROOT / "launch" / "train.py"), f"--config={self.config}"]
-        settings = TINY | {"steps": self.steps}
+        settings = self.settings | {"steps": self.steps}
         command += [f"--config.{name}={value}" for name, value in settings.items()]
         with self.output.open("a") as output:
             return subprocess.Popen(
@@ -123,7 +124,7 @@ def kill_once(trial: Trial, workdir: Path, aim: str, kind: int, chance: random.R
         time.sleep(POLL)
         if time.monotonic() - began > PATIENCE:
             raise RuntimeError(f"no moment to kill came:\n{trial.output.read_text()}")
-    time.sleep(chance.uniform(0, 0.02))
+    time.sleep(chance.uniform(0, 0.05 if aim == "steps" else 0.01))
     run.send_signal(kind)
     code = run.wait(PATIENCE)
     logged = [event["event"] for event in events.read(workdir / events.FILE)]
@@ -219,7 +220,7 @@ def run_trial(trial: Trial, root: Path, kills: int, kind: int, seed: int) -> dic
     found = differences(trial, whole, killed)
     spent = goodput(events.read(killed / events.FILE))
     print(spent.line())
-    print("\n".join(found[:20]) or verdict(trial, done))
+    print("\n".join(found[:20]) or verdict(trial, done, spent.again))
     return {
         "steps": trial.steps,
         "kills": len(done),
@@ -231,12 +232,13 @@ def run_trial(trial: Trial, root: Path, kills: int, kind: int, seed: int) -> dic
     }
 
 
-def verdict(trial: Trial, done: list[Kill]) -> str:
+def verdict(trial: Trial, done: list[Kill], again: int) -> str:
     """What it means that nothing differs."""
     return (
-        f"killed {len(done)} times, {sum(kill.cut for kill in done)} of them inside a save: every "
-        f"array of step {trial.steps} and every logged value is bit for bit that of the run never "
-        f"killed; each of the batches 0 to {trial.steps - 1} was used once"
+        f"ended {len(done)} times before its time, {sum(kill.cut for kill in done)} of them inside "
+        f"a save; {again} steps done again. Every array of step {trial.steps} and every logged "
+        f"value is bit for bit that of the run left alone; each of the batches 0 to "
+        f"{trial.steps - 1} counts once"
     )
 
 
@@ -246,17 +248,17 @@ def main() -> None:
     parser.add_argument("--config", default=str(ROOT / "configs" / "mor.py") + ":size=debug")
     parser.add_argument("--kill", choices=KINDS, default="kill", help="SIGKILL or SIGTERM")
     parser.add_argument("--kills", type=int, default=20)
-    parser.add_argument("--steps", type=int, help="by default 20 for each kill")
+    parser.add_argument("--steps", type=int, help="by default 15 for each kill")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--save", action="store_true", help="append to benchmarks/results/")
     args = parser.parse_args()
-    steps = args.steps or 20 * max(args.kills, 1)
+    steps = args.steps or 15 * max(args.kills, 1)
     # Without the variable the run keeps its programs in its own directory, which is under test too.
     environment = {k: v for k, v in os.environ.items() if k != "JAX_COMPILATION_CACHE_DIR"}
     environment["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
     with tempfile.TemporaryDirectory() as directory:
         root = Path(directory)
-        trial = Trial(args.config, steps, 16, environment, root / "output.txt")
+        trial = Trial(args.config, TINY, steps, 24, environment, root / "output.txt")
         record = run_trial(trial, root, args.kills, KINDS[args.kill], args.seed)
     timing.report("chaos", {"kill": args.kill, "seed": args.seed, **record}, args.save)
     sys.exit(bool(record["differences"]))

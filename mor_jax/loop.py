@@ -10,6 +10,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import jax
+from rich.console import Console
 
 from mor_jax.agreement import Agreement
 from mor_jax.checkpoint import Checkpoints
@@ -120,7 +121,7 @@ class Loop:
         with (
             jax.set_mesh(run.mesh),
             Metrics(run.path, cfg.log, config=cfg.to_dict(), start_step=self._first) as metrics,
-            Progress(cfg.steps, self._meter) as progress,
+            Progress(cfg.steps, self._meter, console=_console()) as progress,
             Profile(run.path, cfg.profile) as profile,
         ):
             self._metrics, self._progress = metrics, progress
@@ -283,6 +284,11 @@ def fields(state: TrainState) -> dict[str, Any]:
 
 def _due(step: int, every: int | None, steps: int) -> bool:
     return every is not None and step % every == 0 and step < steps
+
+
+def _console() -> Console:
+    # One process speaks for all.
+    return Console(quiet=jax.process_index() != 0)
 
 
 def _meter(run: "Run") -> Meter:

@@ -28,13 +28,10 @@ LEGS = {
 
 
 def run_config(tmp_path):
-    """Routed, with the learning rate the same however long the run is."""
+    """With the learning rate the same however long the run is."""
     (tmp_path / "text.txt").write_text(" ".join(str(i * i) for i in range(3000)))
     (tmp_path / "more.txt").write_text(" ".join(str(i * 7) for i in range(3000)))
-    router = TINY["expert"].router
-    model = dataclasses.replace(
-        TINY["expert"], vocab_size=256, layers=2, sharing="cycle", recursions=2, router=router
-    )
+    model = dataclasses.replace(TINY["plain"], vocab_size=256, layers=1)
     return train_config(
         steps=8,
         batch_size=8,
@@ -56,6 +53,11 @@ def devices(monkeypatch):
         monkeypatch.setattr(sharding, "make_mesh", lambda cfg: real(cfg, jax.devices()[:count]))
 
     return use
+
+
+def steps_of(directory):
+    """What was logged of each step, without evaluations."""
+    return [record for record in read(directory / "metrics.jsonl") if "ce" in record]
 
 
 def test_a_run_moves_from_mesh_to_mesh_and_its_numbers_stay(tmp_path, devices):
