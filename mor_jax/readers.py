@@ -11,22 +11,27 @@ from jax.sharding import Mesh
 from mor_jax.config import check
 
 
-def reader(mesh: Mesh, process: int | None = None) -> tuple[int, int]:
-    """Which reader `process` (default: this one) is, and how many there are.
+def reader(mesh: Mesh) -> tuple[int, int]:
+    """Which reader this process is, and how many there are. Raises `ValueError` as `share_of`."""
+    processes = np.array([device.process_index for device in mesh.devices.flat])
+    return share_of(jax.process_index(), processes.reshape(-1, mesh.shape["tensor"]))
 
-    Readers have equal shares of the rows. Raises `ValueError` if two processes would hold some
-    rows in common and others not, or unequal shares.
+
+def share_of(process: int, holders: np.ndarray) -> tuple[int, int]:
+    """Which reader `process` is, and how many there are; readers have equal shares of the rows.
+
+    holders: the process of each device, one line for each row of a batch of as many rows as the
+    mesh holds at least, [rows tensor]. Raises `ValueError` if two processes would hold some rows
+    in common and others not, or unequal shares.
     """
-    process = jax.process_index() if process is None else process
-    rows = np.vectorize(lambda device: device.process_index)(mesh.devices)
-    rows = rows.reshape(-1, mesh.shape["tensor"])
     held: dict[int, list[int]] = {}
-    for row, processes in enumerate(rows):
+    for row, processes in enumerate(holders):
         for holder in set(processes.tolist()):
             held.setdefault(holder, []).append(row)
     readers = sorted({tuple(part) for part in held.values()})
     rule = "some rows of a batch would lie on parts of several processes"
     fix = "Use a number that divides the devices of a process, or is a multiple of them"
-    disjoint = sum(map(len, readers)) == len(rows) and len({len(part) for part in readers}) == 1
-    check(disjoint, "mesh.tensor", mesh.shape["tensor"], rule, fix)
+    equal = len({len(part) for part in readers}) == 1
+    disjoint = sum(map(len, readers)) == len(holders)
+    check(equal and disjoint, "mesh.tensor", holders.shape[1], rule, fix)
     return readers.index(tuple(held[process])), len(readers)
