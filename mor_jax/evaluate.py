@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
 from mor_jax.config import ModelConfig, TrainConfig
 from mor_jax.models.router import Route
@@ -69,7 +70,7 @@ def complete(
     length = len(prompt) + number
     row = np.zeros((1, length), np.int32)
     row[0, : len(prompt)] = prompt
-    sample = jax.jit(partial(_extend, cfg), static_argnums=2)
+    sample = jax.jit(partial(_extend, cfg), static_argnums=2, out_shardings=_whole(params))
     done = sample(params, jnp.asarray(row), len(prompt), jax.random.key(seed))
     return np.asarray(done)[0, len(prompt) :]
 
@@ -97,4 +98,11 @@ def token_depths(cfg: ModelConfig, params: Params, tokens: np.ndarray) -> np.nda
         assert routing is not None
         return routing.depth[0]
 
-    return np.asarray(jax.jit(depths)(params, jnp.asarray(tokens, jnp.int32)[None]))
+    found = jax.jit(depths, out_shardings=_whole(params))
+    return np.asarray(found(params, jnp.asarray(tokens, jnp.int32)[None]))
+
+
+def _whole(params: Params) -> NamedSharding | None:
+    # Every process gets all of a result, wherever the parameters are.
+    where = jax.tree.leaves(params)[0].sharding
+    return NamedSharding(where.mesh, PartitionSpec()) if isinstance(where, NamedSharding) else None

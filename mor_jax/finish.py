@@ -18,6 +18,7 @@ from mor_jax.loop import Trained
 from mor_jax.parameters import effective, effective_parameters, unique_parameters
 from mor_jax.state import TrainState
 from mor_jax.summary import RunSummary, show
+from mor_jax.together import gather
 
 if TYPE_CHECKING:
     from mor_jax.train import Run
@@ -85,7 +86,8 @@ def bigram_loss(cfg: TrainConfig, tokenizer: data.Tokenizer) -> float | None:
 def _depths(run: "Run", state: TrainState) -> Any:
     """Colours the first held-out row, which no training step has seen."""
     first = run.evaluator.batches[0].tokens
-    row = np.asarray(first.addressable_data(0))[0]
+    # Every process holds other rows: all compute with that of process 0.
+    row = np.array(gather(np.asarray(first.addressable_data(0))[0].tolist())[0], np.int32)
     if jax.process_count() > 1:
         # Each process holds other rows, and all have to compute on the same one.
         row = multihost_utils.broadcast_one_to_all(row)

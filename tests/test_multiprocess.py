@@ -65,7 +65,13 @@ def config(name, corpus, **changes):
         steps=STEPS,
         batch_size=ROWS,
         data=corpus,
-        eval=EvalConfig(every=None, batches=1, batch_size=ROWS, prompt="", completion_tokens=0),
+        eval=EvalConfig(
+            every=None,
+            batches=1,
+            batch_size=ROWS,
+            prompt="Text",
+            completion_tokens=2 if name == "expert" else 0,
+        ),
         log=LogConfig(every=1),
         checkpoint=CheckpointConfig(every=2, keep=5),
         **changes,
@@ -131,6 +137,12 @@ def together(corpus, alone, tmp_path_factory):
 @pytest.mark.parametrize("name", RUNS)
 def test_two_processes_give_the_losses_of_one(name, alone, together):
     same(losses(together / name), losses(alone / name))
+
+
+def test_process_0_draws_and_completes(together):
+    assert "completion of 'Text'" in (together / "output0").read_text()
+    assert "completion of" not in (together / "output1").read_text()
+    assert (together / "expert" / "depth.png").exists()
 
 
 def test_two_processes_go_on_with_a_run_of_one(alone, together):
