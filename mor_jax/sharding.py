@@ -25,6 +25,7 @@ AXES = ("slice", "data", "fsdp", "tensor")
 # Logical axis of a parameter or of a batch -> mesh axes that cut it; () keeps it whole.
 RULES: dict[str, tuple[str, ...]] = {
     "batch": ("slice", "data", "fsdp"),
+    "length": ("tensor",),
     "embed": ("fsdp",),
     "vocab": ("tensor",),
     "heads": ("tensor",),
@@ -78,6 +79,15 @@ def check_rows(mesh: Mesh, path: str, rows: int, parts: int = 1) -> None:
     rule = f"must be a multiple of {unit}: {cut} devices (mesh axes {RULES['batch']}) hold as many"
     rule += f" rows of each of {parts} micro-batches" if parts > 1 else " rows each"
     check(rows % unit == 0, path, rows, rule, f"Try {-(-rows // unit) * unit}")
+
+
+def check_length(mesh: Mesh, length: int) -> None:
+    """Raises `ValueError` unless the devices of a row can each hold a part of its `length`."""
+    cut = int(np.prod([mesh.shape[axis] for axis in RULES["length"]]))
+    rule = (
+        f"must be a multiple of {cut}, the devices (mesh axes {RULES['length']}) that share a row"
+    )
+    check(length % cut == 0, "length", length, rule, f"Try {-(-length // cut) * cut}")
 
 
 def spec_of(axes: tuple[str, ...]) -> PartitionSpec:
@@ -135,16 +145,19 @@ def free_spec(*names: str | None) -> PartitionSpec:
     return PartitionSpec(*(tuple(a for a in cut if a not in manual) or None for cut in cuts))
 
 
-def constrain(x: Array) -> Array:
-    """`x` [b l d] whole on every device of the `tensor` axis, as a layer takes and leaves it.
+def constrain(x: Array, length: bool) -> Array:
+    """`x` [b l d] as layers hand it on; where `length`, cut along it over the `tensor` axis.
 
-    Without it the compiler may cut activations as the parameters that they meet are cut. Outside
-    of `over_rows`, or with one such device, `x` itself.
+    Between layers nothing but the residual stream is kept, and no position needs another, so each
+    device holds its share. Routed tokens are whole: choosing and gathering them must not exchange
+    anything. Without this the compiler may cut activations as the parameters that they meet are
+    cut. Outside of `over_rows`, or with one such device, `x` itself.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if not row_axes() or "tensor" in mesh.manual_axes:
         return x
-    return jax.lax.with_sharding_constraint(x, PartitionSpec())
+    spec = PartitionSpec(None, RULES["length"]) if length else PartitionSpec()
+    return jax.lax.with_sharding_constraint(x, spec)
 
 
 def sum_rows(tree: Any) -> Any:
@@ -206,11 +219,28 @@ def whole(
         # As a matrix [parts, rest]: short axes at the end would be padded on their way.
         rows = jnp.moveaxis(x, axis, lead)
         matrix = rows.reshape(*rows.shape[: lead + 1], -1)
+        others = [other for other in names[lead:] if other != name]
         for cut in reversed(RULES[name]):
-            matrix = _gather(matrix, lead, cut, label)
+            gather = partial(_gather, axis=lead, name=cut, label=label)
+            matrix = _on_own_part(others, lead, gather)(matrix)
         full = matrix.reshape(*matrix.shape[: lead + 1], *rows.shape[lead + 1 :])
         x = jnp.moveaxis(full, lead, axis)
     return x
+
+
+def _on_own_part(
+    others: list[str], lead: int, run: Callable[[Array], Array]
+) -> Callable[[Array], Array]:
+    """`run` on this device's part of [.. parts, rest]; `others`, the rest, is cut over `tensor`.
+
+    Left to the compiler, an exchange over other axes would gather `tensor` as well.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    left = set(RULES[others[0]] if others else ()) - set(mesh.manual_axes)
+    if not left:
+        return run
+    spec = PartitionSpec(*[None] * (lead + 1), tuple(left))
+    return jax.shard_map(run, in_specs=spec, out_specs=spec, axis_names=left, check_vma=False)
 
 
 def fits_gathered(values: int, accumulates: bool) -> bool:
@@ -222,7 +252,9 @@ def fits_gathered(values: int, accumulates: bool) -> bool:
     """
     mesh = jax.sharding.get_abstract_mesh()
     device = mesh.abstract_device
-    chip = None if device is None else CHIPS.get(device.device_kind)
+    if mesh.empty or device is None:
+        return True
+    chip = CHIPS.get(device.device_kind)
     size = values * (8 if accumulates else 6) / mesh.shape["tensor"]
     return chip is None or size <= chip.memory / 4
 

@@ -196,6 +196,7 @@ def _assemble(cfg: TrainConfig, path: epath.Path) -> Run:
     mesh = sharding.make_mesh(cfg.mesh)
     sharding.check_rows(mesh, "batch_size", cfg.batch_size, cfg.accumulate)
     sharding.check_rows(mesh, "eval.batch_size", cfg.eval.batch_size)
+    sharding.check_length(mesh, cfg.length)
     placement = sharding.param_shardings(mesh, logical_axes(cfg.model), abstract_params(cfg.model))
     abstract = abstract_state(cfg, mesh, placement)
     steps = CompiledSteps(cfg, mesh, abstract)

@@ -50,6 +50,8 @@ class Stack(nnx.Module):
         self.norm2 = RMSNorm(cfg, rngs=rngs, stacked=norms)
         self.recurs, self.recursions = recurs, cfg.recursions
         self.remat = cfg.remat
+        # Routed tokens are gathered from anywhere in their row.
+        self.cuts_length = not (recurs and cfg.router.kind != "none")
         self.update = cfg.kv == "shared_update"
 
     def __call__(
@@ -104,7 +106,7 @@ class Stack(nnx.Module):
             shared = self.attention.updated(normed, scope, shared)
         mixed, kv = self.attention(normed, scope, shared, row)
         hidden = kept_by_remat(x + mixed)
-        return constrain(hidden + self.mlp(self.norm2(hidden, which))), kv
+        return constrain(hidden + self.mlp(self.norm2(hidden, which)), self.cuts_length), kv
 
     def _scan(self, body, x: Array, slots):
         def from_input(x: Array, slot: Any):

@@ -72,12 +72,15 @@ class Transformer(nnx.Module):
             ValueError: rows longer than `max_length`, or a route that does not fit the model.
         """
         row = self._row(batch)
-        embedded = constrain(self.embed(batch.tokens, jnp.dtype(self.cfg.dtype)))
+        stack = self.layers or self.first or self.shared
+        embedded = constrain(self.embed(batch.tokens, jnp.dtype(self.cfg.dtype)), stack.cuts_length)
         x, before = _through(self.layers or self.first, embedded, row, trace)
+        if self.router is not None:
+            x = constrain(x, length=False)
         x, routing, within = self._recur(x, row, route or Route(), trace)
         x, after = _through(self.last, x, row, trace)
         kept = Trace(embedded, (*before, *within, *after)) if trace else None
-        return ModelOutput(constrain(self.norm(x)), routing, kept)
+        return ModelOutput(constrain(self.norm(x), length=False), routing, kept)
 
     def _row(self, batch: Batch) -> Scope:
         length, longest = batch.tokens.shape[1], self.cfg.max_length
