@@ -143,7 +143,7 @@ def moment(trial: Trial, workdir: Path, aim: str, chance: random.Random) -> Call
     began, first, old = time.monotonic(), last_step(workdir), unfinished(workdir)
     ahead, wait = first + chance.randint(1, trial.per_start), chance.uniform(0.5, 8)
     if aim == "start":
-        return lambda: time.monotonic() - began > wait
+        return lambda: time.monotonic() - began > wait or last_step(workdir) > first + 1
     if aim == "steps":
         return lambda: last_step(workdir) >= ahead
     return lambda: last_step(workdir) > first and bool(unfinished(workdir) - old)

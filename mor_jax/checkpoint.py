@@ -266,7 +266,15 @@ def _orbax() -> Any:
     # Imported late: loading it takes a third of a second, better spent while the step compiles.
     import orbax.checkpoint.experimental.v1 as ocp
 
+    logger = logging.getLogger("absl")
+    if _is_news not in logger.filters:
+        logger.addFilter(_is_news)
     return ocp
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    # The storage library logs the errors of its threads at length and raises them as well.
+    return record.levelno < logging.ERROR or "orbax" not in record.pathname
 
 
 def _context(merged: bool) -> Any:

@@ -120,7 +120,13 @@ class Loop:
         cfg, run = self._run.cfg, self._run
         with (
             jax.set_mesh(run.mesh),
-            Metrics(run.path, cfg.log, config=cfg.to_dict(), start_step=self._first) as metrics,
+            Metrics(
+                run.path,
+                cfg.log,
+                config=cfg.to_dict(),
+                start_step=self._first,
+                again="eval/" if self._start.owes else None,
+            ) as metrics,
             Progress(cfg.steps, self._meter, console=_console()) as progress,
             Profile(run.path, cfg.profile) as profile,
         ):

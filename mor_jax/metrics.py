@@ -55,11 +55,13 @@ class Metrics:
         *,
         config: dict[str, Any] | None = None,
         start_step: int = 0,
+        again: str | None = None,
     ):
         """Opens the trackers. Records of steps after `start_step` are dropped from the file.
 
-        config: the resolved configuration, shown by Weights & Biases. Raises `ValueError` when a
-        tracker asked for is not installed.
+        again: so are those of `start_step` itself whose names begin with this, since they will be
+        written again. config: the resolved configuration, shown by Weights & Biases. Raises
+        `ValueError` when a tracker asked for is not installed.
         """
         self._every = cfg.every
         self._pending: tuple[int, Any, dict[str, Any]] | None = None
@@ -71,7 +73,7 @@ class Metrics:
             self._trackers.append(_Wandb(path, cfg.wandb_project, config or {}))
         if cfg.tensorboard:
             self._trackers.append(_TensorBoard(path, start_step))
-        self._trackers.append(_Jsonl(path, start_step))
+        self._trackers.append(_Jsonl(path, start_step, again))
 
     def __enter__(self) -> "Metrics":
         return self
@@ -143,11 +145,13 @@ def read(path: epath.PathLike) -> list[dict[str, Any]]:
 
 
 class _Jsonl:
-    def __init__(self, workdir: epath.Path, start_step: int):
+    def __init__(self, workdir: epath.Path, start_step: int, again: str | None):
         path = workdir / FILE
         if path.exists():
-            kept = [_line(record) for record in read(path) if record["step"] <= start_step]
-            write_atomic(path, "".join(kept))
+            kept = [record for record in read(path) if record["step"] <= start_step]
+            if again is not None:
+                kept = [r for r in kept if r["step"] < start_step or not _has(r, again)]
+            write_atomic(path, "".join(map(_line, kept)))
         self._file = path.open("a")
 
     def write(self, record: Record) -> None:
@@ -225,6 +229,10 @@ def _scalars(values: dict[str, Value]) -> dict[str, float]:
         else:
             flat[name] = value
     return flat
+
+
+def _has(record: dict[str, Any], prefix: str) -> bool:
+    return any(name.startswith(prefix) for name in record)
 
 
 def _plain(value: Any) -> Value:

@@ -177,6 +177,12 @@ def test_an_evaluation_is_left_for_a_signal_and_made_up_for(whole, tmp_path, mon
     done.set()
     assert saved_state(cfg, tmp_path / "run")[0] == 3
     assert not any("eval/loss_causal" in record for record in records(tmp_path / "run"))
+    for _ in range(2):
+        # Taken up twice from there, it has the evaluation once.
+        with monkeypatch.context() as patch:
+            interrupt(patch, at=2)
+            with pytest.raises(Stopped, match="no step was finished"):
+                fit(cfg, tmp_path / "run")
     fit(cfg, tmp_path / "run")
     assert_same_run(cfg, tmp_path / "whole", tmp_path / "run")
 
