@@ -12,9 +12,9 @@ import jax
 import jax.numpy as jnp
 
 from mor_jax.config import ModelConfig
+from mor_jax.exchange import sum_rows
 from mor_jax.models.layers import unembed
 from mor_jax.models.routing import Routing
-from mor_jax.sharding import sum_rows
 from mor_jax.types import IGNORE, Array, Batch, Float, Int
 
 

@@ -13,10 +13,10 @@ import numpy as np
 from flax import nnx
 
 from mor_jax.config import ModelConfig
+from mor_jax.exchange import row_axes, whole
 from mor_jax.models.router import Route
 from mor_jax.models.transformer import ModelOutput, Transformer
 from mor_jax.parameters import unique_parameters
-from mor_jax.sharding import row_axes, whole
 from mor_jax.types import Array, Batch, Float, Int, Params
 
 ONE_DRAW = 2**28
@@ -114,7 +114,7 @@ def model_of(cfg: ModelConfig, params: Params) -> Transformer:
 def gather(cfg: ModelConfig, params: Params, shared: bool) -> Params:
     """Parameters that every token passes, whole; the block that recursions share if `shared`.
 
-    Under `sharding.over_rows` this, or the layer that uses it, gathers what FSDP has cut: here
+    Under `exchange.over_rows` this, or the layer that uses it, gathers what FSDP has cut: here
     once, there each time that the layer runs. Matrices come in the model's dtype.
     """
     if not row_axes():

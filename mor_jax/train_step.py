@@ -13,12 +13,13 @@ import optax
 from jax.sharding import PartitionSpec
 
 from mor_jax.config import TrainConfig
+from mor_jax.exchange import fits_gathered, over_rows, sum_rows, sum_uncut
 from mor_jax.losses import Counts, TextSums, batch_counts, router_losses, text_loss
 from mor_jax.models.router import Route, capacity_counts
 from mor_jax.models.routing import Routing
 from mor_jax.optim import global_norms, schedule
 from mor_jax.parameters import layer_weights
-from mor_jax.sharding import fits_gathered, over_rows, spec_of, sum_rows, sum_uncut
+from mor_jax.sharding import spec_of
 from mor_jax.state import TrainState, forward, gather, logical_axes, logits_table
 from mor_jax.types import Array, Batch, Float, Params
 

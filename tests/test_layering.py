@@ -35,7 +35,7 @@ LAYERS = (
         "aborts",
         "distributed",
     },
-    {"sharding", "readers"},
+    {"sharding", "exchange", "readers"},
     {"models"},
     {"losses", "optim", "state"},
     {"train_step"},

@@ -16,9 +16,9 @@ from jax.experimental.pallas.ops.tpu.splash_attention import (
     make_splash_mha_single_device,
 )
 
+from mor_jax.exchange import free_spec
 from mor_jax.models.masks import Visibility, sees_any
 from mor_jax.models.remat import KEPT
-from mor_jax.sharding import free_spec
 from mor_jax.types import Array, Float, Int
 
 LANES = 128

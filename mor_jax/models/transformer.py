@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from mor_jax.config import ModelConfig, check
+from mor_jax.exchange import constrain
 from mor_jax.models.attention import Scope
 from mor_jax.models.block import Stack
 from mor_jax.models.layers import Embed, RMSNorm, unembed
@@ -14,7 +15,6 @@ from mor_jax.models.recursion import Stage, run_expert, run_plain, run_token
 from mor_jax.models.rope import rotary
 from mor_jax.models.router import Route, Routers, check_route
 from mor_jax.models.routing import Routing
-from mor_jax.sharding import constrain
 from mor_jax.types import Array, Batch, Float
 
 
