@@ -9,6 +9,8 @@
 # SIGUSR1 go to all of them.
 set -uo pipefail
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+# shellcheck source=launch/processes.sh
+source "$root/launch/processes.sh"
 
 usage() {
   echo "usage: $0 N [--devices=K] -- flags of launch/train.py" >&2
@@ -41,47 +43,17 @@ port="$("$python" -c 'import socket; s = socket.create_server(("127.0.0.1", 0));
   usage "$python: is not a Python that works. Name one: PYTHON=/path/to/python $0 ..."
 
 pids=()
-# shellcheck disable=SC2329 # called by the traps
+# shellcheck disable=SC2329 # called by await_all
 forward() {
   # Quiet about those that ended meanwhile.
   kill -s "$1" "${pids[@]}" 2>/dev/null
 }
-trap 'forward INT' INT
-trap 'forward TERM' TERM
-trap 'forward USR1' USR1
 
 for ((i = 0; i < processes; i++)); do
   JAX_PLATFORMS=cpu JAX_NUM_CPU_DEVICES="$devices" PYTHONUNBUFFERED=1 \
     "$python" "$root/launch/train.py" --distributed=manual --coordinator="127.0.0.1:$port" \
-    --processes="$processes" --process="$i" "$@" > >(sed -u "s/^/[$i] /") 2>&1 &
+    --processes="$processes" --process="$i" "$@" > >(trap '' INT; exec sed -u "s/^/[$i] /") 2>&1 &
   pids+=($!)
 done
 
-# The first that fails decides the exit code; the others end because of it.
-first=0 failed=0 asked=0 left=("${pids[@]}")
-while ((${#left[@]})); do
-  running=()
-  for pid in "${left[@]}"; do
-    if kill -0 "$pid" 2>/dev/null; then
-      running+=("$pid")
-      continue
-    fi
-    wait "$pid"
-    code=$?
-    if ((code && !first)); then first=$code failed=$SECONDS; fi
-  done
-  left=("${running[@]+"${running[@]}"}")
-  ((${#left[@]})) || break
-  # One that was refused at the start, by code 1 or 2, leaves the others waiting for it to come.
-  if ((first == 1 || first == 2)) && ((!asked && SECONDS - failed > 10)); then
-    asked=1
-    forward TERM
-  elif ((first && SECONDS - failed > 90)); then
-    echo "killed, since they did not end by themselves: processes ${left[*]}" >&2
-    kill -s KILL "${left[@]}" 2>/dev/null
-  fi
-  sleep 0.2
-done
-# The last lines of output.
-wait
-exit "$first"
+await_all forward "${pids[@]}"
