@@ -15,7 +15,9 @@ import itertools
 import math
 import os
 import re
+import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, Literal
 
 import jax
@@ -186,7 +188,17 @@ def abstract(cfg: TrainConfig, mesh: Mesh) -> tuple[Any, Any]:
     return steps.abstract_state(cfg, mesh, placement), steps.abstract_batch(cfg, mesh)
 
 
-def compile_step(cfg: TrainConfig, mesh: Mesh) -> jax.stages.Compiled:
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """A compiled step. text: its optimised HLO. largest: bytes and types of its temporaries, the
+    largest first, types that share a place together; empty where the compiler does not say."""
+
+    compiled: jax.stages.Compiled
+    text: str
+    largest: tuple[tuple[int, str], ...] = ()
+
+
+def compile_step(cfg: TrainConfig, mesh: Mesh) -> Program:
     """The train step of the end of a run, when capacities are final.
 
     Raises:
@@ -194,13 +206,43 @@ def compile_step(cfg: TrainConfig, mesh: Mesh) -> jax.stages.Compiled:
     """
     state, batch = abstract(cfg, mesh)
     step = steps.jitted_steps(cfg)(capacity_counts(cfg.model, cfg.length))
+    tpu = mesh.devices.flat[0].platform == "tpu"
     try:
-        with jax.set_mesh(mesh):
-            return step.lower(state, batch).compile()
+        with jax.set_mesh(mesh), tempfile.TemporaryDirectory() as folder:
+            # libtpu writes down what it made, in its own words: it may be newer than the reader of
+            # its programs that JAX comes with.
+            options = {"xla_dump_to": folder} if tpu else None
+            compiled = step.lower(state, batch).compile(options)
+            return _read(compiled, Path(folder))
     except jax.errors.JaxRuntimeError as error:
         if (found := out_of_memory(str(error))) is None:
             raise
         raise found from error
+
+
+def _read(compiled: jax.stages.Compiled, folder: Path) -> Program:
+    texts = sorted(folder.glob("*.after_optimizations.txt"))
+    reports = sorted(folder.glob("*.after_optimizations-memory-usage-report.txt"))
+    text = texts[-1].read_text() if texts else compiled.as_text()
+    largest = tuple(temporaries(reports[-1].read_text())) if reports else ()
+    return Program(compiled, text or "", largest)
+
+
+_PLACE = re.compile(r"^[^;]*;\s*([\d.]+)([KMGT]?)i?B;[^;]*;[^;]*;\s*(.*)$", re.MULTILINE)
+
+
+def temporaries(report: str, most: int = 8) -> list[tuple[int, str]]:
+    """The largest places in the chip's main memory, from the compiler's report of its use.
+
+    Places of equal use are added up: `2 x bf16[4,2048,960]`.
+    """
+    main = re.split(r"^Memory Space: ", report, flags=re.MULTILINE)[1:2]
+    places: dict[tuple[int, str], int] = {}
+    for number, unit, types in _PLACE.findall("".join(main)):
+        place = (_bytes(number, unit), types)
+        places[place] = places.get(place, 0) + 1
+    whole = [(each * count, f"{count} x {types}") for (each, types), count in places.items()]
+    return sorted(whole, reverse=True)[:most]
 
 
 _UNITS = {"": 1, "B": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}

@@ -185,6 +185,27 @@ def test_messages_of_the_compiler():
     )
 
 
+def test_places_in_memory_are_read_from_the_compilers_report():
+    report = """Memory Space: default (color=0)
+Total bytes: 152 (152B)
+  cumulative_size;       size;       offset; used_by_n_values; shapes_list
+  ------------------------------------------------------------
+   64.00MiB(  5%);   64.00MiB;     58146816;                2; f32[4], 2\u00d7bf16[2,16,256,4096]
+  128.00MiB( 11%);   64.00MiB;    125255680;                2; f32[4], 2\u00d7bf16[2,16,256,4096]
+  128.50MiB( 14%);  512.00KiB;    226705408;                1; f32[131072]
+
+Memory Space: vmem (color=1)
+  ------------------------------------------------------------
+  128.00MiB( 14%);  128.00MiB;            0;                1; f32[1]
+"""
+    assert aot.temporaries(report) == [
+        (128 * 2**20, "2 x f32[4], 2\u00d7bf16[2,16,256,4096]"),
+        (2**19, "1 x f32[131072]"),
+    ]
+    assert aot.temporaries(report, most=1) == aot.temporaries(report)[:1]
+    assert aot.temporaries("nothing of the kind") == []
+
+
 def test_another_error_is_not_taken_for_memory():
     assert out_of_memory("INVALID_ARGUMENT: needs 20G of 15G") is None
     assert out_of_memory("RESOURCE_EXHAUSTED: too many open files") is None
@@ -357,7 +378,7 @@ def test_the_step_compiled_for_a_tpu():
     assert done.returncode == 0, done.stderr[-3000:]
     plan = json.loads(done.stdout)
     assert plan["variant"] == "recursive" and plan["fits"] and plan["chips"] == 4
-    assert plan["memory"]["temporaries"] > 0
+    assert plan["memory"]["temporaries"] > plan["memory"]["largest"][0][0] > 0
     # Tiles of 8 x 128 make the arguments larger than their values.
     by_shapes = sum(plan["memory"][name] for name in ("parameters", "optimizer", "batch"))
     assert by_shapes < plan["memory"]["arguments"] < 20 * by_shapes

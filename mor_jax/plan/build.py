@@ -10,7 +10,7 @@ import jax
 from jax.sharding import Mesh
 
 from mor_jax import aot
-from mor_jax.aot import OutOfMemory, Topology
+from mor_jax.aot import OutOfMemory, Program, Topology
 from mor_jax.config import TrainConfig
 from mor_jax.flops import activation_bytes, flops
 from mor_jax.hlo.collectives import Collective, Network, Tally, tally
@@ -44,14 +44,14 @@ def make_plan(
     start = time.perf_counter()
     mesh = aot.mesh_of(cfg, topology)
     try:
-        compiled = aot.compile_step(cfg, mesh)
+        program = aot.compile_step(cfg, mesh)
     except OutOfMemory as error:
         return too_large(cfg, topology, mesh, error, time.perf_counter() - start)
-    module = parse_module(compiled.as_text())
+    module = parse_module(program.text)
     network = Network(_numbered(topology), topology.slice_size, topology.slices)
     tallied = _stand_in(cfg, topology, tally(module, network))
     moved = traffic(module) if topology.platform == "tpu" else None
-    memory = _memory(cfg, topology, mesh, compiled)
+    memory = _memory(cfg, topology, mesh, program)
     tokens = cfg.batch_size * cfg.length
     report = flops(cfg.model, cfg.length)
     model = report.training() * tokens / topology.devices
@@ -166,10 +166,8 @@ def _activations(cfg: TrainConfig, mesh: Mesh) -> int:
     return int(activation_bytes(cfg.model, cfg.length) * rows * cfg.length)
 
 
-def _memory(
-    cfg: TrainConfig, topology: Topology, mesh: Mesh, compiled: jax.stages.Compiled
-) -> Memory:
-    stats = compiled.memory_analysis()
+def _memory(cfg: TrainConfig, topology: Topology, mesh: Mesh, program: Program) -> Memory:
+    stats = program.compiled.memory_analysis()
     parameters, optimizer, batch = _by_shapes(cfg, mesh)
     here = topology.platform == "tpu"
     # Outputs that take no argument's place stand beside the arguments.
@@ -187,6 +185,7 @@ def _memory(
         available=topology.chip.memory,
         # Gradients are float32 sums, one for each parameter.
         estimate=_activations(cfg, mesh) + parameters + 2 * rows * logits,
+        largest=program.largest,
     )
 
 
@@ -216,7 +215,7 @@ def _scope(one: Collective) -> str:
 def _what(one: Collective) -> str:
     scope = _scope(one)
     if not scope:
-        return "all else"
+        return "all else" if one.op_name else "not named"
     return SCOPES[scope] + (", gradients" if scope.startswith("scatter") else "")
 
 
@@ -250,7 +249,12 @@ def _split(cfg: TrainConfig) -> tuple[Any, Any]:
 
 
 def _gathered(cfg: TrainConfig, mesh: Mesh, found: Tally) -> tuple[Gathered, ...]:
-    """Times that each class of parameters is gathered, from the bytes of its all-gathers."""
+    """Times that each class of parameters is gathered, from the bytes of its all-gathers.
+
+    Nothing where the program does not say what its exchanges are for.
+    """
+    if not any(_scope(one) for one in found.runs):
+        return ()
     parts = mesh.shape["fsdp"]
     rows = []
     for what, leaves in zip(("shared block", "other parameters"), _split(cfg), strict=True):
@@ -290,6 +294,11 @@ def _notes(
             " of the step cut over fake CPU devices, with parameters and their gradients exchanged"
             " in the compute dtype. Temporaries and memory traffic are not known; in the place of"
             " temporaries stands what our accounting says about activations, gradients and logits."
+        )
+    if found.runs and not any(_scope(one) for one in found.runs):
+        notes.append(
+            "The compiler drops names from programs for several slices, so which exchange carries"
+            " what is not told apart."
         )
     if cfg.model.dtype == "float32":
         notes.append("The chip's peak is for bfloat16; float32 runs several times slower.")

@@ -126,7 +126,7 @@ def _attempt(cfg: TrainConfig, topology: Topology, change: Change) -> Attempt | 
     except ValueError:
         return None
     try:
-        stats = aot.compile_step(other, mesh).memory_analysis()
+        stats = aot.compile_step(other, mesh).compiled.memory_analysis()
     except OutOfMemory as error:
         short = error.needed - error.available
         return Attempt(settings=change, short=short, seconds=time.perf_counter() - start)

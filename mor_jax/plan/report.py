@@ -12,7 +12,7 @@ class Memory:
     them, with the padding of their tiles. temporaries: beside them while the step runs; None where
     no compiler for the device is here. program: the code itself. host: in the host's memory, for
     one chip. available: the chip's memory. estimate: activations that wait for the backward pass,
-    gradients and logits, by our accounting.
+    gradients and logits, by our accounting. largest: bytes and types of the largest temporaries.
     """
 
     parameters: int
@@ -24,6 +24,7 @@ class Memory:
     host: int
     available: int
     estimate: int
+    largest: tuple[tuple[int, str], ...] = ()
 
     @property
     def total(self) -> int:

@@ -22,6 +22,9 @@ def show(plan: Plan | TooLarge, console: Console) -> None:
     _line(console, _settings(plan))
     console.print()
     _table(console, ("memory of a chip", "bytes", ""), _memory_rows(plan))
+    if plan.memory.largest:
+        rows = [(_cut(what), size(count)) for count, what in plan.memory.largest]
+        _table(console, ("largest temporaries", "bytes"), rows)
     _table(
         console,
         ("received by a chip in a step", "what", "times", "inside a slice", "between slices"),
@@ -192,6 +195,10 @@ def _too_large(plan: TooLarge, console: Console) -> None:
         _line(console, "nothing that fits in the time given; --try_seconds gives more")
     elif plan.attempts:
         _line(console, "nothing that was tried fits: more chips, or chips with more memory")
+
+
+def _cut(text: str, most: int = 70) -> str:
+    return text if len(text) <= most else f"{text[: most - 4]} ..."
 
 
 def _change(settings: dict) -> str:
