@@ -56,7 +56,9 @@ def main(_: list[str]) -> None:
             distributed.shutdown()
         _leave("", stopped.code)
     except Diverged as diverged:
-        _leave(f"error: {diverged}", diverged.code)
+        print(f"error: {diverged}", file=sys.stderr)
+        distributed.shutdown()
+        _leave("", diverged.code)
     except HostLost as lost:
         # It has said so already.
         _leave("", lost.code)

@@ -136,6 +136,10 @@ class Loop:
             if self._start.owes and (caught := self._evaluate(self._first)):
                 self._stop(self._first, caught)
             for step in range(self._first + 1, cfg.steps + 1):
+                if not self._compiled(step):
+                    number = self._desk.signals.number
+                    self._save(step - 1, number)
+                    self._stop(step - 1, number)
                 self._step(step, profile)
                 caught = self._desk.agreement(self._desk.signals.number)
                 if not caught and self._to_evaluate(step):
@@ -154,11 +158,7 @@ class Loop:
         run, events = self._run, self._desk.events
         self._desk.hosts.phase(f"step {step}")
         number, batch = self._feed.next()
-        if step == self._first + 1:
-            with events.timed("compile", step=step):
-                program = run.steps(step)
-        else:
-            program = run.steps(step)
+        program = run.steps(step)
         profile.before(step)
         self._state, scalars = program(self._state, run.place(batch))
         if step == self._first + 1:
@@ -169,6 +169,22 @@ class Loop:
         events.step(step, self._feed.waited)
         if done := profile.after(step, scalars):
             self._progress.note(done)
+
+    def _compiled(self, step: int) -> bool:
+        """Waits for the program of `step`; False if a signal came first and there is a state."""
+        made = self._run.steps.prepare(step)
+        if made.done():
+            return True
+        self._desk.hosts.phase(f"compilation for step {step}")
+        with self._desk.events.timed("compile", step=step):
+            while True:
+                with contextlib.suppress(concurrent.futures.TimeoutError):
+                    made.exception(_A_BATCH)
+                    return True
+                # Several processes would have to agree; they wait for their compilers instead.
+                saveable = step > self._first + 1 and jax.process_count() == 1
+                if saveable and self._desk.signals.number:
+                    return False
 
     def _under_way(self, program: Any) -> None:
         # From here on there is something to save.

@@ -125,7 +125,11 @@ def _fit(cfg: TrainConfig, path: epath.Path, allow: Sequence[str], signals: Sign
         except Leave as left:
             hosts.stopped(str(left))
             raise
-        except (Stopped, Diverged):
+        except Stopped:
+            raise
+        except Diverged:
+            # So do all the others, at the same step.
+            hosts.finished()
             raise
         except Exception as error:
             # Said before anything here waits for other processes, which may wait for this one.

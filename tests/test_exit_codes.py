@@ -16,7 +16,7 @@ from mor_jax.stopping import Diverged, Stopped, StoppedAtOnce
 ENDS = [
     (Stopped("SIGTERM: saved"), exit_codes.STOPPED, "stopped: SIGTERM: saved\n", True),
     (StoppedAtOnce("nothing lost"), exit_codes.STOPPED, "stopped: nothing lost\n", False),
-    (Diverged("again"), exit_codes.DIVERGED, "error: again\n", False),
+    (Diverged("again"), exit_codes.DIVERGED, "error: again\n", True),
     # Hosts print their message themselves, also where the main thread hangs.
     (HostLost("process 1"), exit_codes.HOST_LOST, "", False),
     (HostLost("process 1 failed", exit_codes.ERROR), exit_codes.ERROR, "", False),

@@ -1,5 +1,6 @@
 """Whole runs: settings refused in time, signals, taking a run up again, steps that go wrong."""
 
+import concurrent.futures
 import dataclasses
 import itertools
 import os
@@ -185,6 +186,25 @@ def test_an_evaluation_is_left_for_a_signal_and_made_up_for(whole, tmp_path, mon
                 fit(cfg, tmp_path / "run")
     fit(cfg, tmp_path / "run")
     assert_same_run(cfg, tmp_path / "whole", tmp_path / "run")
+
+
+def test_a_later_program_that_is_being_compiled_is_not_waited_for(whole, tmp_path, monkeypatch):
+    cfg, directory = whole
+    real = train.CompiledSteps.prepare
+
+    def prepare(self, step):
+        if step == 3:
+            kill_self()
+            # A compilation that takes for ever.
+            return concurrent.futures.Future()
+        return real(self, step)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train.CompiledSteps, "prepare", prepare)
+        with pytest.raises(Stopped, match=r"SIGTERM: stopped after step 2, saved in"):
+            fit(cfg, tmp_path / "run")
+    fit(cfg, tmp_path / "run")
+    assert_same_run(cfg, directory, tmp_path / "run")
 
 
 def test_a_signal_inside_a_save_and_clocks_that_jump(whole, tmp_path, monkeypatch):
