@@ -19,6 +19,7 @@ import jax
 from etils import epath
 
 from mor_jax.config import TrainConfig
+from mor_jax.lease import Held, Lease
 from mor_jax.manifest import write_atomic
 
 CONFIG_FILE = "config.json"
@@ -116,14 +117,25 @@ def claim_workdir(
 def hold(workdir: epath.PathLike) -> Iterator[None]:
     """Keeps `workdir` for this job inside the block; makes it, and takes it back if unclaimed.
 
-    The lock belongs to the process: the system drops it however the process ends. Raises
-    `ValueError`, naming host and process, if another job holds the directory. Object stores know
-    no locks: there the heartbeats of a run's processes tell.
+    The lock belongs to the process: the system drops it however the process ends. In an object
+    store, which knows no locks, signs of life take its place. Raises `ValueError`, naming host and
+    process, if another job holds the directory.
     """
     path = epath.Path(workdir)
-    if "://" in str(path) or jax.process_index() != 0:
+    if jax.process_index() != 0:
         yield
-        return
+    elif "://" in str(path):
+        with contextlib.ExitStack() as stack:
+            try:
+                stack.enter_context(Lease(path / LOCK_FILE, _me()))
+            except Held as held:
+                raise _in_use(path, str(held)) from held
+            yield
+    else:
+        yield from _hold_local(path)
+
+
+def _hold_local(path: epath.Path) -> Iterator[None]:
     local = Path(path)
     made = [part for part in (local, *local.parents) if not part.exists()]
     try:
@@ -147,16 +159,23 @@ def _lock(file: Any, path: epath.Path) -> None:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
         file.seek(0)
-        owner = file.read().strip() or "another process"
-        raise ValueError(
-            f"workdir={path}: {owner} is training in it. Wait for that run or stop it, or choose "
-            "another --workdir"
-        ) from error
+        raise _in_use(path, file.read().strip()) from error
     except OSError as error:
         _log.warning("%s: no locks there (%s): nothing keeps a second job away", path, error)
     file.truncate(0)
-    file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+    file.write(f"{_me()}\n")
     file.flush()
+
+
+def _me() -> str:
+    return f"process {os.getpid()} on {socket.gethostname()}"
+
+
+def _in_use(path: epath.Path, owner: str) -> ValueError:
+    return ValueError(
+        f"workdir={path}: {owner or 'another process'} is training in it. Wait for that run or "
+        "stop it, or choose another --workdir"
+    )
 
 
 def _take_back(path: Path, made: list[Path]) -> None:

@@ -53,6 +53,7 @@ LAYERS = (
         "compilation_cache",
         "events",
         "goodput",
+        "lease",
         "profiling",
         "flops",
         "evaluate",

@@ -74,14 +74,16 @@ def kill_self(kind=signal.SIGTERM):
     os.kill(os.getpid(), kind)
 
 
-def interrupt(monkeypatch, at, kind=signal.SIGTERM):
-    """Sends this process a signal when the batch of step `at` is placed on the devices."""
+def interrupt(monkeypatch, at, kind=signal.SIGTERM, heldout=1):
+    """Sends this process a signal when the batch of step `at` is placed on the devices.
+
+    heldout: batches that are placed there before.
+    """
     real, placed = train.place, []
 
     def place(mesh, batch):
         placed.append(batch)
-        # The first one is the held-out batch.
-        if len(placed) == at + 1:
+        if len(placed) == at + heldout:
             kill_self(kind)
         return real(mesh, batch)
 
@@ -120,7 +122,7 @@ def test_a_run_taken_up_again_equals_one_never_stopped(corpus, tmp_path, monkeyp
 @pytest.fixture(scope="module")
 def whole(corpus, tmp_path_factory):
     """A run of six steps that nothing disturbed: its configuration and directory."""
-    cfg = config(corpus, eval=dataclasses.replace(EVAL, every=3))
+    cfg = config(corpus, eval=dataclasses.replace(EVAL, every=3, batches=2))
     directory = tmp_path_factory.mktemp("whole")
     fit(cfg, directory)
     return cfg, directory
@@ -132,7 +134,7 @@ def test_before_the_first_finished_step_a_signal_ends_the_run_at_once(
 ):
     cfg, directory = whole
     with monkeypatch.context() as patch:
-        interrupt(patch, at)
+        interrupt(patch, at, heldout=2)
         with pytest.raises(Stopped, match=r"SIGTERM: left at once, no step was finished.*again"):
             fit(cfg, tmp_path / "run")
     # What was not claimed yet is as before; what was is taken up.
@@ -161,7 +163,7 @@ def evaluator(monkeypatch, before_batch):
 
 @pytest.mark.parametrize("stuck", [False, True], ids=["between batches", "stuck in one"])
 def test_an_evaluation_is_left_for_a_signal_and_made_up_for(whole, tmp_path, monkeypatch, stuck):
-    cfg, done = whole[0], threading.Event()
+    (cfg, directory), done = whole, threading.Event()
 
     def before_batch(number):
         if number == 1:
@@ -169,8 +171,6 @@ def test_an_evaluation_is_left_for_a_signal_and_made_up_for(whole, tmp_path, mon
             # A compilation takes minutes and cannot be interrupted.
             assert not stuck or done.wait(60)
 
-    cfg = dataclasses.replace(cfg, eval=dataclasses.replace(cfg.eval, batches=2))
-    fit(cfg, tmp_path / "whole")
     with monkeypatch.context() as patch:
         evaluator(patch, before_batch)
         with pytest.raises(Stopped, match=r"SIGTERM: stopped after step 3, saved in"):
@@ -178,14 +178,14 @@ def test_an_evaluation_is_left_for_a_signal_and_made_up_for(whole, tmp_path, mon
     done.set()
     assert saved_state(cfg, tmp_path / "run")[0] == 3
     assert not any("eval/loss_causal" in record for record in records(tmp_path / "run"))
-    for _ in range(2):
-        # Taken up twice from there, it has the evaluation once.
+    for _ in range(0 if stuck else 2):
+        # Taken up again and again from there, it has the evaluation once.
         with monkeypatch.context() as patch:
-            interrupt(patch, at=2)
+            interrupt(patch, at=1, heldout=2)
             with pytest.raises(Stopped, match="no step was finished"):
                 fit(cfg, tmp_path / "run")
     fit(cfg, tmp_path / "run")
-    assert_same_run(cfg, tmp_path / "whole", tmp_path / "run")
+    assert_same_run(cfg, directory, tmp_path / "run")
 
 
 def test_a_later_program_that_is_being_compiled_is_not_waited_for(whole, tmp_path, monkeypatch):
