@@ -225,8 +225,12 @@ def _line(console: Console, text: str, style: str = "") -> None:
     console.print(Text(text, style=style), soft_wrap=True)
 
 
+def _number(cell: str) -> bool:
+    return cell[:1].isdigit() or cell in ("", "unknown")
+
+
 def _table(console: Console, head: Row, rows: Sequence[Row]) -> None:
-    right = [all(row[i][:1] in "0123456789u" for row in rows) for i in range(len(head))]
+    right = [i > 0 and all(_number(row[i]) for row in rows) for i in range(len(head))]
     if console.is_terminal:
         table = Table(box=box.SIMPLE_HEAD, header_style="bold", pad_edge=False)
         for title, number in zip(head, right, strict=True):

@@ -1,0 +1,158 @@
+"""What do the models need on pods, and where do recursion and routing save? Plans of shipped sizes.
+
+    python benchmarks/pod_plans.py --save
+    python benchmarks/pod_plans.py --only=network
+
+Every plan is one run of launch/plan.py in a process of its own. Prints a table and two answers: the
+memory of MoR beside plain without rematerialisation, and the network bytes of a recursive model
+whose shared block is gathered once beside plain. With --save each plan is appended to
+benchmarks/results/pod_plans.jsonl, and the table replaces benchmarks/results/pod_plans.md.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import timing
+
+from mor_jax.plan.show import size
+
+ROOT = Path(__file__).resolve().parent.parent
+PLAIN, RECURSIVE, MOR = "vanilla:", "recursive:recursions=3,", "mor:recursions=3,"
+MOR_2 = "mor:recursions=2,"
+ONCE = {"sharding.gather_shared": "once"}
+EACH = {"sharding.gather_shared": "per_recursion"}
+
+SMALL = {"batch_size": 64, "accumulate": 1, "mesh.fsdp": 16, "mesh.data": 1, "model.remat": "full"}
+FREE = SMALL | {"model.remat": "none"}
+POD = {"mesh.fsdp": 256, "mesh.data": 1, "accumulate": 1}
+TWO = POD | {"mesh.slice": 2, "batch_size": 2048}
+CUBE = {"mesh.fsdp": 512, "mesh.data": 1, "accumulate": 1}
+
+# Question -> (model, size, topology, settings) of its plans. The first of each is the yardstick.
+QUESTIONS: dict[str, list[tuple[str, str, str, dict]]] = {
+    "360m": [(model, "360m", "v5e:4x4", SMALL) for model in (PLAIN, RECURSIVE, MOR)],
+    "memory": [(model, "360m", "v5e:4x4", FREE) for model in (PLAIN, MOR_2)],
+    "network": [
+        (PLAIN, "1.7b", "v5e:16x16", POD),
+        (RECURSIVE, "1.7b", "v5e:16x16", POD | ONCE),
+        (RECURSIVE, "1.7b", "v5e:16x16", POD | EACH),
+        (MOR, "1.7b", "v5e:16x16", POD | ONCE),
+    ],
+    "two slices": [(m, "1.7b", "2xv5e:16x16", TWO) for m in (PLAIN, RECURSIVE, MOR)],
+    "v6e": [(m, "1.7b", "v6e:16x16", POD) for m in (PLAIN, MOR)],
+    "7b": [(m, "7b", "v5p:8x8x8", CUBE) for m in (PLAIN, RECURSIVE, MOR)],
+}
+
+
+def parse_args() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", default=",".join(QUESTIONS), help="comma-separated questions")
+    parser.add_argument("--save", action="store_true", help="write to benchmarks/results/")
+    return parser.parse_args()
+
+
+def command(model: str, size: str, topology: str, settings: dict) -> list[str]:
+    """The command line of one plan."""
+    name, _, choices = model.partition(":")
+    config = f"--config=configs/{name}.py:{choices}size={size}"
+    changes = [f"--config.{key}={value}" for key, value in settings.items()]
+    return ["python", "launch/plan.py", config, f"--topology={topology}", *changes]
+
+
+def plan(line: list[str]) -> dict:
+    """The answer of one command. Raises `RuntimeError` with its last words if there is none."""
+    run = [sys.executable, *line[1:], "--json", "--try_seconds=0"]
+    done = subprocess.run(run, cwd=ROOT, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(line)}: {done.stderr[-500:]}")
+    return json.loads(done.stdout)
+
+
+def row(question: str, answer: dict, first: dict) -> list[str]:
+    """One line of the table; first: the answer that ratios are to."""
+    settings = answer["settings"]
+    recursions = f"-{settings['recursions']}" if settings["recursions"] > 1 else ""
+    name = f"{answer['variant']}{recursions}"
+    name += f", {settings['gather_shared']}" if settings["gather_shared"] else ""
+    cells = [question, name, answer["topology"], settings["remat"]]
+    took = f"{answer['command_seconds']:.0f} s, {size(answer['host_peak'])}"
+    if not answer["fits"] or "memory" not in answer:
+        return [*cells, f"needs {size(answer['needed'])}", *("",) * 6, took]
+    same = answer is first or "memory" not in first
+
+    def beside(key: str) -> str:
+        ratio = "" if same or not first[key] else f" ({answer[key] / first[key]:.2f})"
+        return size(answer[key]) + ratio
+
+    return [
+        *cells,
+        size(answer["memory"]["temporaries"]),
+        beside("memory_total"),
+        beside("network_inside"),
+        beside("network_between"),
+        answer["binds"],
+        f"{answer['mfu']:.0%}",
+        f"{answer['tokens_per_second'] / 1e6:.2f}M",
+        took,
+    ]
+
+
+HEAD = (
+    *("question", "model", "topology", "remat", "temporaries", "memory"),
+    *("inside a slice", "between slices", "binds", "MFU", "tokens/s", "command"),
+)
+
+
+def table(rows: list[list[str]]) -> str:
+    """Markdown."""
+    lines = [HEAD, ["---"] * len(HEAD), *rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def verdicts(answers: dict[str, list[dict]]) -> dict[str, float]:
+    """The two ratios, where their plans were made."""
+    found = {}
+    if "memory" in answers:
+        plain, routed = answers["memory"]
+        found["memory of MoR-2 over plain, no remat"] = (
+            routed["memory_total"] / plain["memory_total"]
+        )
+    if "network" in answers:
+        plain, once = (a["network_inside"] + a["network_between"] for a in answers["network"][:2])
+        found["network of recursive-3 gathered once over plain"] = once / plain
+    return found
+
+
+def main() -> None:
+    """Plans, prints, saves."""
+    args = parse_args()
+    rows: list[list[str]] = []
+    answers: dict[str, list[dict]] = {}
+    for question in args.only.split(","):
+        for one in QUESTIONS[question]:
+            line = command(*one)
+            print(" ".join(line), file=sys.stderr, flush=True)
+            answer = plan(line)
+            answers.setdefault(question, []).append(answer)
+            rows.append(row(question, answer, answers[question][0]))
+            print("  " + "  ".join(rows[-1]), file=sys.stderr, flush=True)
+            record = {"question": question, "command": " ".join(line), **answer}
+            timing.report("pod_plans", record, args.save)
+    print(table(rows))
+    found = verdicts(answers)
+    for name, ratio in found.items():
+        print(f"{name}: {ratio:.3f}")
+    if args.save:
+        notes = "".join(f"\n{name}: {ratio:.3f}\n" for name, ratio in found.items())
+        text = f"# Plans on pods\n\n`{' '.join(['python', *sys.argv])}`\n\n{table(rows)}{notes}"
+        (timing.RESULTS / "pod_plans.md").write_text(text)
+
+
+if __name__ == "__main__":
+    main()
