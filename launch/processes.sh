@@ -19,7 +19,10 @@ await_all() {
       fi
       wait "$pid"
       code=$?
-      if ((code && !first)); then first=$code failed=$SECONDS; fi
+      if ((code && !first)); then
+        first=$code failed=$SECONDS
+        echo "system process $pid was the first to fail, with exit code $code" >&2
+      fi
     done
     left=("${running[@]+"${running[@]}"}")
     ((${#left[@]})) || break

@@ -2,9 +2,9 @@
 settings is complete.
 
 Every line of a ```bash block and every ```python block of README.md, CONTRIBUTING.md and docs/ is
-run in a copy of the repository in which a tiny quickstart has been trained. Lines that start
-launch/train.py or launch/quickstart.sh get `TINY_RUN` appended; all others run as they stand. A
-block that cannot run here says why: ```bash skip: needs a GPU.
+run in a copy of the repository in which a tiny quickstart has been trained. Lines that train get
+`TINY_RUN` appended; all others run as they stand. A block that cannot run here says why:
+```bash skip: needs a GPU.
 """
 
 import ast
@@ -29,14 +29,17 @@ PAGE_IDS = [str(page.relative_to(ROOT)) for page in PAGES]
 # Any shipped configuration at a size that trains in seconds; structure stays as it was chosen.
 TINY_RUN = """\
 --config.steps=3 --config.optim.warmup_steps=1 --config.optim.decay_steps=1 \
---config.batch_size=4 --config.length=64 --config.accumulate=1 --config.loss_chunk=None \
+--config.batch_size=8 --config.length=64 --config.accumulate=1 --config.loss_chunk=None \
 --config.model.width=32 --config.model.heads=4 --config.model.kv_heads=2 \
 --config.model.head_dim=8 --config.model.mlp_width=64 --config.model.vocab_size=256 \
 --config.model.max_length=256 \
 --config.data.sources=stdlib --config.data.tokenizer=bytes \
---config.eval.every=None --config.eval.batches=1 --config.eval.batch_size=2 \
+--config.eval.every=None --config.eval.batches=1 --config.eval.batch_size=8 \
 --config.eval.completion_tokens=4 --config.checkpoint.every=None \
 --config.mesh.data=None --config.mesh.fsdp=1 --config.mesh.tensor=1"""
+
+
+TRAINING = ("launch/train.py", "launch/quickstart.sh", "launch/local_multiprocess.sh")
 
 
 class Block(NamedTuple):
@@ -113,7 +116,7 @@ WITH_PYTHON = [p for p in PAGES if runnable(p, "python")]
 def test_commands_run(page, copy):
     for text in runnable(page, "bash"):
         for command in commands(text):
-            trains = "launch/train.py" in command or "launch/quickstart.sh" in command
+            trains = any(name in command for name in TRAINING) and "--dry_run" not in command
             execute(f"{command} {TINY_RUN}" if trains else command, copy)
 
 
