@@ -150,7 +150,14 @@ def fits_gathered(values: int, accumulates: bool) -> bool:
 @partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
 def _gather(x: Array, axis: int, name: str, label: str) -> Array:
     with jax.named_scope(label):
-        return jax.lax.all_gather(x, name, axis=axis, tiled=True)
+        grid = _grid(name)
+        if grid is None:
+            return jax.lax.all_gather(x, name, axis=axis, tiled=True)
+        parts = x
+        for groups in (grid, grid.T):
+            parts = jax.lax.all_gather(parts, name, axis_index_groups=groups.tolist())
+        parts = jnp.moveaxis(parts, (0, 1), (axis, axis + 1))
+        return parts.reshape(*x.shape[:axis], -1, *x.shape[axis + 1 :])
 
 
 def _gather_fwd(x: Array, axis: int, name: str, label: str) -> tuple[Array, None]:
@@ -167,21 +174,28 @@ def _gather_bwd(axis: int, name: str, label: str, _: None, grad: Array) -> tuple
 _gather.defvjp(_gather_fwd, _gather_bwd)
 
 
-def _scatter(x: Array, axis: int, name: str) -> Array:
-    """Sums over the devices of a mesh axis; each keeps its part of array axis `axis`.
+def _grid(name: str) -> np.ndarray | None:
+    """Devices of a mesh axis in rows of neighbours, for exchanges in two rounds; None: in one.
 
-    On TPUs in two rounds, over strided and over neighbouring devices: the same traffic, while the
-    compiler turns a scatter over a whole slice into a sum of whole arrays, which moves twice that.
+    Two rounds, one along the rows and one along the columns, move as much as one. The TPU compiler
+    turns one over a whole slice into a sum of whole arrays, which moves twice as much.
     """
     devices = jax.lax.axis_size(name)
     near = 2 ** (devices.bit_length() // 2)
     if platform() != "tpu" or devices <= 8 or devices % near:
+        return None
+    return np.arange(devices).reshape(-1, near)
+
+
+def _scatter(x: Array, axis: int, name: str) -> Array:
+    """Sums over the devices of a mesh axis; each keeps its part of array axis `axis`."""
+    grid = _grid(name)
+    if grid is None:
         return jax.lax.psum_scatter(x, name, scatter_dimension=axis, tiled=True)
-    grid = np.arange(devices).reshape(-1, near)
     parts = x.reshape(*x.shape[:axis], *grid.shape, -1, *x.shape[axis + 1 :])
     parts = jnp.moveaxis(parts, (axis, axis + 1), (0, 1))
     for groups in (grid.T, grid):
-        # Parts that vary fastest in memory would again be summed as whole arrays.
+        # Parts that vary fastest in memory would be summed as whole arrays again.
         parts = with_layout_constraint(parts, Layout(major_to_minor=tuple(range(parts.ndim))))
         parts = jax.lax.psum_scatter(parts, name, axis_index_groups=groups.tolist())
     return parts
