@@ -63,7 +63,9 @@ def main(_: list[str]) -> None:
         # It has said so already.
         _leave("", lost.code)
     except (ValueError, WriteFailed) as error:
-        _leave(f"error: {error}", exit_codes.ERROR)
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        distributed.linger()
+        _leave("", exit_codes.ERROR)
 
 
 def _join() -> None:

@@ -24,6 +24,7 @@ WAIT = 300
 """Seconds for which the processes of a run wait for each other at the start."""
 
 _SHUTDOWN = 120
+_LINGER = 3
 
 _asked: int | None = None
 
@@ -70,6 +71,15 @@ def shutdown() -> None:
     """Leaves the run; waits for the others to do the same. Nothing if it was not joined."""
     if jax.distributed.is_initialized():
         jax.distributed.shutdown()
+
+
+def linger() -> None:
+    """Lets the others speak before a process with an error ends; nothing if it was not joined.
+
+    Process 0 hosts JAX's coordinator: its end aborts the others, in the middle of saying the same.
+    """
+    if jax.distributed.is_initialized() and jax.process_index() == 0:
+        time.sleep(_LINGER)
 
 
 def asked_processes() -> int | None:
@@ -178,4 +188,4 @@ def _is_loopback(address: str) -> bool:
     return address == "localhost" or address == "::1" or address.startswith("127.")
 
 
-__all__ = ["HEARTBEAT", "WAIT", "asked_processes", "free_port", "initialize", "shutdown"]
+__all__ = ["HEARTBEAT", "WAIT", "asked_processes", "free_port", "initialize", "linger", "shutdown"]

@@ -30,13 +30,18 @@ _BEATS = 6
 """Signs of life within `hosts.timeout`."""
 
 _NEIGHBOURS = 8
-"""Processes that each one watches; what one finds, it tells the others in its own heartbeat."""
+"""Processes that each one watches; what one finds, all read in `_END`."""
+
+_END = "end.json"
+"""Why the run ends; beside the heartbeats, written by the first who knows."""
 
 _PATIENCE = 5
 """Seconds for a process that knows that its run is over to end by itself."""
 
 _SIGHT = 30
 """Seconds after which a network file system shows the new files of other machines."""
+
+_AGAIN = "Start the same command again to go on from the last checkpoint"
 
 _STATUSES = tuple(
     f"{status}:"
@@ -145,6 +150,8 @@ class Hosts:
             return
         self._last_word = {"state": state, "code": code, "text": text[:600]}
         self._beat()
+        if state != "finished":
+            self._publish(self._told_by(self._index, self._last_word | {"phase": self._phase}))
 
     def _meet(self) -> None:
         """The first heartbeats; everybody sees everybody's or all raise `ValueError`."""
@@ -195,32 +202,55 @@ class Hosts:
                 if lost := self._judge(i, record or {}, silent[i]):
                     self._end(lost)
                     return
+            if published := self._published():
+                self._end(published)
+                return
 
     def _judge(self, i: int, record: dict[str, Any], silent: float) -> HostLost | None:
         state = record.get("state", "running")
         if state == "finished":
             return None
-        where = f"in phase {record.get('phase', 'start')!r}"
-        mine = f"Process {self._index} was in phase {self._phase!r}"
-        again = "Start the same command again to go on from the last checkpoint"
         if state == "lost":
             return HostLost(record["text"], record["code"])
-        if state == "stopped":
-            text = f"stopped: {self._who(i)} was stopped {where}: {record['text']}. {mine}."
-            return HostLost(f"{text} {again}", record["code"])
-        if state == "failed":
-            text = f"host failed: {self._who(i)} ended {where}: {record['text']}. {mine}"
-            return HostLost(text, record["code"])
+        if state in ("stopped", "failed"):
+            return self._told_by(i, record)
         if silent < self._timeout:
             return None
         why = f"has given no sign of life for {silent:.0f} s (hosts.timeout={self._timeout})"
-        return HostLost(f"host lost: {self._who(i)} {why}; last {where}. {mine}. {again}")
+        where = f"last in phase {record.get('phase', 'start')!r}"
+        mine = f"Process {self._index} was in phase {self._phase!r}"
+        return HostLost(f"host lost: {self._who(i)} {why}; {where}. {mine}. {_AGAIN}")
+
+    def _told_by(self, i: int, record: dict[str, Any]) -> HostLost:
+        """The end of a process that left word."""
+        what = "stopped: " if record["state"] == "stopped" else "host failed: "
+        text = f"{what}{self._who(i)} ended in phase {record['phase']!r}: {record['text']}"
+        again = f". {_AGAIN}" if record["state"] == "stopped" else ""
+        return HostLost(text + again, record["code"])
+
+    def _publish(self, lost: HostLost) -> None:
+        """Tells all processes, also those that do not watch this one; the first word stays."""
+        if self._published() is None:
+            end = {"run": self._peers[0]["id"], "text": str(lost), "code": lost.code}
+            try:
+                write_atomic(self._directory / _END, json.dumps(end))
+            except OSError as error:
+                # The neighbours read it in the heartbeat.
+                print(f"process {self._index}: {_END} not written: {error}", file=sys.stderr)
+
+    def _published(self) -> HostLost | None:
+        try:
+            end = json.loads((self._directory / _END).read_text())
+        except (OSError, ValueError):
+            return None
+        return HostLost(end["text"], end["code"]) if end["run"] == self._peers[0]["id"] else None
 
     def _end(self, lost: HostLost) -> None:
         """Tells the others, gives the main thread time to end the process, then ends it."""
         self._lost = lost
         self._last_word = {"state": "lost", "code": lost.code, "text": str(lost)}
         self._beat()
+        self._publish(lost)
         self._known.set()
         self._tell()
         if not self._ended.wait(_PATIENCE):

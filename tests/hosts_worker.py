@@ -92,6 +92,7 @@ def main() -> None:
         os._exit(lost.code)
     except Exception as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
+        distributed.linger()
         os._exit(exit_codes.ERROR)
     distributed.shutdown()
 

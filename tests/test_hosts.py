@@ -5,16 +5,18 @@ Real processes over loopback, without a model: those with one are in test_multip
 
 import contextlib
 import json
+import queue
 import signal
 import socket
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from etils import epath
 from processes import Process, until
 
-from mor_jax import distributed, exit_codes
+from mor_jax import distributed, exit_codes, hosts
 from mor_jax.hosts import Hosts
 
 HERE = socket.gethostname()
@@ -167,8 +169,32 @@ def test_flags_that_do_not_fit_are_named(arguments, message):
         distributed.initialize(*arguments)
 
 
+def test_word_of_the_end_reaches_those_who_do_not_watch(tmp_path, monkeypatch):
+    """Twenty processes, of which this one, the first, watches eight; the others beat on."""
+    peers = [{"host": f"node{i}", "pid": i, "id": f"id{i}"} for i in range(20)]
+    monkeypatch.setattr(hosts.jax, "process_count", lambda: 20)
+    monkeypatch.setattr(hosts, "gather", lambda mine: peers if isinstance(mine, dict) else [""])
+    monkeypatch.setattr(hosts, "Aborts", lambda before: SimpleNamespace(catch=list, release=list))
+    codes = queue.Queue()
+    monkeypatch.setattr(hosts, "_PATIENCE", 0)
+    monkeypatch.setattr(hosts, "_exit", codes.put)
+    folder = tmp_path / hosts.DIRECTORY
+    folder.mkdir()
+    for i, peer in enumerate(peers):
+        (folder / f"{i}.json").write_text(json.dumps(peer | {"state": "running"}))
+    end = {"run": "another run", "text": "of an earlier run", "code": 1}
+    (folder / "end.json").write_text(json.dumps(end))
+    with Hosts(epath.Path(tmp_path), 2) as watch:
+        with pytest.raises(queue.Empty):
+            codes.get(timeout=1)
+        end = {"run": "id0", "text": "host lost: process 15", "code": exit_codes.HOST_LOST}
+        (folder / "end.json").write_text(json.dumps(end))
+        assert codes.get(timeout=5) == exit_codes.HOST_LOST
+        assert str(watch.verdict(RuntimeError("of its own"))) == "host lost: process 15"
+
+
 def test_a_single_process_costs_nothing(tmp_path):
-    with Hosts(epath.Path(tmp_path), 30) as hosts:
-        hosts.phase("step 1")
-        assert hosts.verdict(RuntimeError("of its own")) is None
+    with Hosts(epath.Path(tmp_path), 30) as watch:
+        watch.phase("step 1")
+        assert watch.verdict(RuntimeError("of its own")) is None
     assert not list(tmp_path.iterdir())
