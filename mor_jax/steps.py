@@ -81,8 +81,8 @@ class CompiledSteps:
         kept = capacity_counts(self._cfg.model, self._cfg.length, step)
         if kept not in self._made:
             made = self._made[kept] = concurrent.futures.Future()
-            # A daemon: a run that is refused meanwhile need not wait for its compiler.
-            threading.Thread(target=self._compile, args=(kept, made), daemon=True).start()
+            # No daemon: an interpreter that ends while one compiles takes the process down with it.
+            threading.Thread(target=self._compile, args=(kept, made)).start()
         return self._made[kept]
 
     def __call__(self, step: int) -> Step:
