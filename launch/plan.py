@@ -64,9 +64,10 @@ def _plans() -> list:
     topology = parse_topology(_TOPOLOGY.value)
     configs = [_CONFIG.value]
     if _COMPARE.value:
-        name = config_flags.get_config_filename(flags.FLAGS["config"])
-        overrides = config_flags.get_override_values(flags.FLAGS["config"])
-        configs = siblings(_argument(), Path(name).resolve().parent, overrides)
+        flag = flags.FLAGS["config"]
+        file, _, choices = config_flags.get_config_filename(flag).partition(":")
+        overrides = config_flags.get_override_values(flag)
+        configs = siblings(choices, Path(file).resolve().parent, overrides)
     plans = []
     for values in configs:
         cfg = TrainConfig.from_dict(values.to_dict())
@@ -76,12 +77,6 @@ def _plans() -> list:
             plan = try_others(cfg, topology, plan, _TRY.value, _tell_attempt)
         plans.append(plan)
     return plans
-
-
-def _argument() -> str:
-    """What stands behind the colon of --config=FILE:..."""
-    given = [a for a in sys.argv if a.startswith(("--config=", "-config="))]
-    return given[-1].partition("=")[2].partition(":")[2] if given else ""
 
 
 def _print(plans: list) -> None:

@@ -390,6 +390,19 @@ def test_the_step_compiled_for_a_tpu():
     assert plan["command_seconds"] > 0 and plan["host_peak"] > 1e8
 
 
+def test_three_variants_side_by_side():
+    config = f"--config={ROOT}/configs/mor.py:recursions=2"
+    done = command(config, "--topology=h100:4", "--compare", *TINY)
+    assert done.returncode == 0, done.stderr[-3000:]
+    lines = [line.split() for line in done.stdout.splitlines()]
+    assert ["plain", "recursive", "mor"] in lines
+    (stored,) = [line for line in lines if line[:2] == ["parameters", "stored"]]
+    ratios = [float(word.strip("()")) for word in stored if word.startswith("(")]
+    # Two unshared layers and one shared of plain's four; the tables weigh something too.
+    assert all(0.7 < ratio < 0.9 for ratio in ratios) and len(ratios) == 2
+    assert done.stdout.rstrip().splitlines()[-1].startswith("this command: ")
+
+
 def test_a_step_too_large_for_a_tpu():
     """The compiler's own message, whatever form it has in this version, is understood."""
     cfg = dataclasses.replace(on("plain", 2**16, fsdp=4), length=64, loss_chunk=None)
