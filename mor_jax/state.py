@@ -5,12 +5,14 @@ Outside `models/` a model is its configuration and a nested dictionary of float3
 
 import dataclasses
 import functools
+import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import PartitionSpec
 
 from mor_jax.config import ModelConfig
 from mor_jax.exchange import row_axes, whole
@@ -76,30 +78,34 @@ def init_params(cfg: ModelConfig, seed: int) -> Params:
     stored = sum(shape.size for shape in shapes)
     assert stored == unique_parameters(cfg), (stored, unique_parameters(cfg))
     inits = structure.flatten_up_to(_metadata(cfg, "init"))
-    sizes = [s.size if init.std > 0 else 0 for s, init in zip(shapes, inits, strict=True)]
-    drawn = iter(_normal(jax.random.key(seed), sizes))
+    random = [s.shape for s, init in zip(shapes, inits, strict=True) if init.std > 0]
+    drawn = iter(_normal(jax.random.key(seed), random))
     return structure.unflatten(
-        init.mean + init.std * next(drawn).reshape(shape.shape)
+        init.mean + init.std * next(drawn)
         if init.std > 0
         else jnp.full(shape.shape, init.mean, jnp.float32)
         for shape, init in zip(shapes, inits, strict=True)
     )
 
 
-def _normal(key: Array, sizes: list[int]) -> list[Float[Array, "n"]]:
-    """Standard normal numbers, as many arrays as there are sizes that are not 0.
+def _normal(key: Array, shapes: list[tuple[int, ...]]) -> list[Float[Array, "..."]]:
+    """Standard normal numbers in arrays of these shapes.
 
     One draw, cut into arrays: a generator compiled for each of them would take most of the time
     from the command to the first step. Where that draw would not fit a device, each its own.
     """
-    sizes = [size for size in sizes if size]
+    sizes = [math.prod(shape) for shape in shapes]
     if sum(sizes) > ONE_DRAW:
-        keys = jax.random.split(key, len(sizes))
-        return [jax.random.normal(k, (n,), jnp.float32) for k, n in zip(keys, sizes, strict=True)]
+        keys = jax.random.split(key, len(shapes))
+        return [jax.random.normal(k, s, jnp.float32) for k, s in zip(keys, shapes, strict=True)]
     values = jax.random.normal(key, (sum(sizes),), jnp.float32)
+    if not jax.sharding.get_abstract_mesh().empty:
+        # Whole on every device, which then keeps its part: cut, its pieces would have to move.
+        values = jax.lax.with_sharding_constraint(values, PartitionSpec())
     ends = np.cumsum(sizes).tolist()
     return [
-        jax.lax.slice(values, (end - size,), (end,)) for end, size in zip(ends, sizes, strict=True)
+        jax.lax.slice(values, (end - size,), (end,)).reshape(shape)
+        for end, size, shape in zip(ends, sizes, shapes, strict=True)
     ]
 
 

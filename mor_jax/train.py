@@ -248,7 +248,7 @@ def _start(run: Run, desk: Desk, changes: Sequence[workdir.Change]) -> Start:
 def _from(run: Run, desk: Desk, step: int | None, fingerprint: str | None) -> Start:
     """The checkpoint of `step`, or a new state for None."""
     if step is None:
-        with desk.events.timed("fresh", step=0):
+        with desk.events.timed("fresh", step=0), jax.set_mesh(run.mesh):
             shardings = jax.tree.map(lambda leaf: leaf.sharding, run.abstract)
             return Start(state=jax.jit(partial(fresh_state, run.cfg), out_shardings=shardings)())
     with desk.events.timed("restore", step=step):
