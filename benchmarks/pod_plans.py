@@ -4,9 +4,10 @@
     python benchmarks/pod_plans.py --only=network
 
 Every plan is one run of launch/plan.py in a process of its own. Prints a table and two answers: the
-memory of MoR beside plain without rematerialisation, and the network bytes of a recursive model
-whose shared block is gathered once beside plain. With --save each plan is appended to
-benchmarks/results/pod_plans.jsonl, and the table replaces benchmarks/results/pod_plans.md.
+memory of MoR beside plain without rematerialisation (four chips, a copy of the model on each), and
+the network bytes of a recursive model whose shared block is gathered once beside plain. With --save
+each plan is appended to benchmarks/results/pod_plans.jsonl, and benchmarks/results/pod_plans.md is
+made anew from the newest of each.
 """
 
 import argparse
@@ -32,6 +33,7 @@ EACH = {"sharding.gather_shared": "per_recursion"}
 
 SMALL = {"batch_size": 64, "accumulate": 1, "mesh.fsdp": 16, "mesh.data": 1, "model.remat": "full"}
 FREE = SMALL | {"model.remat": "none"}
+COPIES = FREE | {"batch_size": 16, "mesh.fsdp": 1, "mesh.data": 4}
 POD = {"mesh.fsdp": 256, "mesh.data": 1, "accumulate": 1}
 TWO = POD | {"mesh.slice": 2, "batch_size": 2048}
 CUBE = {"mesh.fsdp": 512, "mesh.data": 1, "accumulate": 1}
@@ -39,7 +41,12 @@ CUBE = {"mesh.fsdp": 512, "mesh.data": 1, "accumulate": 1}
 # Question -> (model, size, topology, settings) of its plans. The first of each is the yardstick.
 QUESTIONS: dict[str, list[tuple[str, str, str, dict]]] = {
     "360m": [(model, "360m", "v5e:4x4", SMALL) for model in (PLAIN, RECURSIVE, MOR)],
-    "memory": [(model, "360m", "v5e:4x4", FREE) for model in (PLAIN, MOR_2)],
+    "memory": [(model, "360m", "v5e:2x2", COPIES) for model in (PLAIN, MOR_2)],
+    "memory, cut": [
+        (PLAIN, "360m", "v5e:4x4", FREE),
+        (MOR_2, "360m", "v5e:4x4", FREE | ONCE),
+        (MOR_2, "360m", "v5e:4x4", FREE | EACH),
+    ],
     "network": [
         (PLAIN, "1.7b", "v5e:16x16", POD),
         (RECURSIVE, "1.7b", "v5e:16x16", POD | ONCE),
@@ -55,7 +62,7 @@ QUESTIONS: dict[str, list[tuple[str, str, str, dict]]] = {
 def parse_args() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--only", default=",".join(QUESTIONS), help="comma-separated questions")
+    parser.add_argument("--only", choices=tuple(QUESTIONS), help="one question instead of all")
     parser.add_argument("--save", action="store_true", help="write to benchmarks/results/")
     return parser.parse_args()
 
@@ -132,29 +139,34 @@ def verdicts(answers: dict[str, list[dict]]) -> dict[str, float]:
     return found
 
 
+def document(records: list[dict]) -> str:
+    """The table and the answers that follow from plans; of equal commands the last one counts."""
+    newest = {(r["question"], r["command"]): r for r in records}
+    answers: dict[str, list[dict]] = {question: [] for question in QUESTIONS}
+    for question, plans in QUESTIONS.items():
+        lines = [" ".join(command(*one)) for one in plans]
+        answers[question] = [newest[question, line] for line in lines if (question, line) in newest]
+    rows = [row(question, one, found[0]) for question, found in answers.items() for one in found]
+    complete = {q: found for q, found in answers.items() if len(found) == len(QUESTIONS[q])}
+    return table(rows) + "".join(f"\n{n}: {r:.3f}\n" for n, r in verdicts(complete).items())
+
+
 def main() -> None:
     """Plans, prints, saves."""
     args = parse_args()
-    rows: list[list[str]] = []
-    answers: dict[str, list[dict]] = {}
-    for question in args.only.split(","):
+    made: list[dict] = []
+    for question in [args.only] if args.only else QUESTIONS:
         for one in QUESTIONS[question]:
-            line = command(*one)
-            print(" ".join(line), file=sys.stderr, flush=True)
-            answer = plan(line)
-            answers.setdefault(question, []).append(answer)
-            rows.append(row(question, answer, answers[question][0]))
-            print("  " + "  ".join(rows[-1]), file=sys.stderr, flush=True)
-            record = {"question": question, "command": " ".join(line), **answer}
-            timing.report("pod_plans", record, args.save)
-    print(table(rows))
-    found = verdicts(answers)
-    for name, ratio in found.items():
-        print(f"{name}: {ratio:.3f}")
+            line = " ".join(command(*one))
+            print(line, file=sys.stderr, flush=True)
+            made.append({"question": question, "command": line, **plan(line.split())})
+            timing.report("pod_plans", made[-1], args.save)
+    print(document(made))
     if args.save:
-        notes = "".join(f"\n{name}: {ratio:.3f}\n" for name, ratio in found.items())
-        text = f"# Plans on pods\n\n`{' '.join(['python', *sys.argv])}`\n\n{table(rows)}{notes}"
-        (timing.RESULTS / "pod_plans.md").write_text(text)
+        lines = (timing.RESULTS / "pod_plans.jsonl").read_text().splitlines()
+        text = document([json.loads(line) for line in lines])
+        head = "# Plans on pods\n\n`python benchmarks/pod_plans.py --save`\n\n"
+        (timing.RESULTS / "pod_plans.md").write_text(head + text)
 
 
 if __name__ == "__main__":
