@@ -36,6 +36,7 @@ FREE = SMALL | {"model.remat": "none"}
 COPIES = FREE | {"batch_size": 16, "mesh.fsdp": 1, "mesh.data": 4}
 POD = {"mesh.fsdp": 256, "mesh.data": 1, "accumulate": 1}
 TWO = POD | {"mesh.slice": 2, "batch_size": 2048}
+LONG = {"length": 32768, "model.max_length": 32768, "mesh.data": 1, "accumulate": 1}
 CUBE = {"mesh.fsdp": 512, "mesh.data": 1, "accumulate": 1}
 
 # Question -> (model, size, topology, settings) of its plans. The first of each is the yardstick.
@@ -54,6 +55,11 @@ QUESTIONS: dict[str, list[tuple[str, str, str, dict]]] = {
         (MOR, "1.7b", "v5e:16x16", POD | ONCE),
     ],
     "two slices": [(m, "1.7b", "2xv5e:16x16", TWO) for m in (PLAIN, RECURSIVE, MOR)],
+    # A row on one chip, then on as many chips as `tensor` says: one row each.
+    "length": [
+        (PLAIN, "1.7b", "v5e:4x4", LONG | {"batch_size": b, "mesh.fsdp": b, "mesh.tensor": t})
+        for b, t in ((16, 1), (4, 4), (2, 8))
+    ],
     "v6e": [(m, "1.7b", "v6e:16x16", POD) for m in (PLAIN, MOR)],
     "7b": [(m, "7b", "v5p:8x8x8", CUBE) for m in (PLAIN, RECURSIVE, MOR)],
 }
