@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from mor_jax import exit_codes
+from mor_jax import exit_codes, platforms
 from mor_jax.stopping import Diverged, Leave, Signals, Stopped, StoppedAtOnce
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Configuration, such as configs/mor.py.")
@@ -39,6 +39,7 @@ _SIGNALS = Signals()
 
 def main(_: list[str]) -> None:
     logging.set_verbosity(logging.WARNING)
+    platforms.skip_absent()
     from mor_jax import distributed
     from mor_jax.checkpoint import WriteFailed
     from mor_jax.config import TrainConfig

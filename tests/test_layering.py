@@ -30,6 +30,7 @@ LAYERS = (
         "parameters",
         "chips",
         "host_memory",
+        "platforms",
         "exit_codes",
         "stopping",
         "aborts",
