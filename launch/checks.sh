@@ -9,6 +9,30 @@ fail() {
   exit 2
 }
 
+# read_flags FLAGS ARGUMENTS...: as far as --, sets the variable NAME to VALUE for --NAME=VALUE, and
+# to 1 for --NAME. FLAGS names those of the script with spaces between, as --NAME= or --NAME.
+# The caller gives the variables their defaults before, and drops `taken` arguments afterwards.
+read_flags() {
+  local flags=" $1 "
+  shift
+  taken=0
+  while (($#)); do
+    ((taken += 1))
+    [[ "$1" != -- ]] || return 0
+    [[ "$1" =~ ^--([a-z_]+)(=|$) && "$flags" == *" ${BASH_REMATCH[0]} "* ]] ||
+      fail "$1: is not a flag of this script. Put flags of launch/train.py after --"
+    case "${BASH_REMATCH[0]}" in
+      --help)
+        usage
+        exit 0
+        ;;
+      *=) printf -v "${BASH_REMATCH[1]}" %s "${1#*=}" ;;
+      *) printf -v "${BASH_REMATCH[1]}" 1 ;;
+    esac
+    shift
+  done
+}
+
 # matching FLAG VALUE PATTERN RULE: fails unless VALUE is as the regular expression says.
 matching() {
   [[ "$2" =~ ^($3)$ ]] || fail "$1=$2: $4"

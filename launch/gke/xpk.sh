@@ -24,47 +24,25 @@ launch/gke/xpk.sh [flags] -- flags of launch/train.py
 EOF
 }
 
-cluster="" workload="" type="" slices=1 image="" project="" zone="" restarts=10 grace=120
+cluster="" workload="" tpu_type="" slices=1 image="" project="" zone="" restarts=10 grace=120
 priority=medium dry_run=0
-while (($#)); do
-  case "$1" in
-    --cluster=*) cluster="${1#*=}" ;;
-    --workload=*) workload="${1#*=}" ;;
-    --tpu_type=*) type="${1#*=}" ;;
-    --slices=*) slices="${1#*=}" ;;
-    --image=*) image="${1#*=}" ;;
-    --project=*) project="${1#*=}" ;;
-    --zone=*) zone="${1#*=}" ;;
-    --restarts=*) restarts="${1#*=}" ;;
-    --grace=*) grace="${1#*=}" ;;
-    --priority=*) priority="${1#*=}" ;;
-    --dry_run) dry_run=1 ;;
-    --help)
-      usage
-      exit 0
-      ;;
-    --)
-      shift
-      break
-      ;;
-    *) fail "$1: is not a flag of this script. Put flags of launch/train.py after --" ;;
-  esac
-  shift
-done
+read_flags "--cluster= --workload= --tpu_type= --slices= --image= --project= --zone= --restarts= \
+  --grace= --priority= --dry_run --help" "$@"
+shift "$taken"
 required --cluster "$cluster" my-cluster
 required --workload "$workload" mor-360m
-required --tpu_type "$type" v5litepod-256
+required --tpu_type "$tpu_type" v5litepod-256
 required --image "$image" us-docker.pkg.dev/my-project/mor/mor_jax:tpu
 matching --workload "$workload" '[a-z]([a-z0-9-]{0,38}[a-z0-9])?' \
   "must be up to 40 lower case letters, digits and -"
-matching --tpu_type "$type" '(v5litepod|v5p|v6e)-[1-9][0-9]*' "must be like v5litepod-256"
+matching --tpu_type "$tpu_type" '(v5litepod|v5p|v6e)-[1-9][0-9]*' "must be like v5litepod-256"
 matching --slices "$slices" '[1-9][0-9]*' "must be a positive number. Try 2"
 matching --restarts "$restarts" '[0-9]+' "must be a number. Try 10"
 matching --grace "$grace" '[1-9][0-9]*' "must be a number of seconds. Try 120"
 matching --priority "$priority" '(very-)?(low|high)|medium' "must be as --help lists"
 flags_of_training "$@"
 
-command=(xpk workload create --cluster="$cluster" --workload="$workload" --tpu-type="$type"
+command=(xpk workload create --cluster="$cluster" --workload="$workload" --tpu-type="$tpu_type"
   --num-slices="$slices" --docker-image="$image" --priority="$priority"
   --max-restarts="$restarts" --restart-on-exit-codes="75,76"
   --termination-grace-period-seconds="$grace")

@@ -25,26 +25,8 @@ EOF
 }
 
 hosts="" directory="" address="" port=8476 restarts=10 dry_run=0
-while (($#)); do
-  case "$1" in
-    --hosts=*) hosts="${1#*=}" ;;
-    --directory=*) directory="${1#*=}" ;;
-    --address=*) address="${1#*=}" ;;
-    --port=*) port="${1#*=}" ;;
-    --restarts=*) restarts="${1#*=}" ;;
-    --dry_run) dry_run=1 ;;
-    --help)
-      usage
-      exit 0
-      ;;
-    --)
-      shift
-      break
-      ;;
-    *) fail "$1: is not a flag of this script. Put flags of launch/train.py after --" ;;
-  esac
-  shift
-done
+read_flags "--hosts= --directory= --address= --port= --restarts= --dry_run --help" "$@"
+shift "$taken"
 required --hosts "$hosts" node0,node1
 required --directory "$directory" /shared/mor_jax
 matching --hosts "$hosts" '[A-Za-z0-9_.@-]+(,[A-Za-z0-9_.@-]+)*' "must be names with commas between"

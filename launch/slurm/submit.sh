@@ -25,46 +25,23 @@ launch/slurm/submit.sh [flags] -- flags of launch/train.py
 EOF
 }
 
-nodes=1 gpus=8 cpus=8 time=1-00:00:00 name=mor_jax partition="" account="" qos="" grace=120
-logs=slurm-logs setup="" dry_run=0
-while (($#)); do
-  case "$1" in
-    --nodes=*) nodes="${1#*=}" ;;
-    --gpus_per_node=*) gpus="${1#*=}" ;;
-    --cpus_per_gpu=*) cpus="${1#*=}" ;;
-    --time=*) time="${1#*=}" ;;
-    --name=*) name="${1#*=}" ;;
-    --partition=*) partition="${1#*=}" ;;
-    --account=*) account="${1#*=}" ;;
-    --qos=*) qos="${1#*=}" ;;
-    --grace=*) grace="${1#*=}" ;;
-    --logs=*) logs="${1#*=}" ;;
-    --setup=*) setup="${1#*=}" ;;
-    --dry_run) dry_run=1 ;;
-    --help)
-      usage
-      exit 0
-      ;;
-    --)
-      shift
-      break
-      ;;
-    *) fail "$1: is not a flag of this script. Put flags of launch/train.py after --" ;;
-  esac
-  shift
-done
+nodes=1 gpus_per_node=8 cpus_per_gpu=8 time=1-00:00:00 name=mor_jax partition="" account="" qos=""
+grace=120 logs=slurm-logs setup="" dry_run=0
+read_flags "--nodes= --gpus_per_node= --cpus_per_gpu= --time= --name= --partition= --account= \
+  --qos= --grace= --logs= --setup= --dry_run --help" "$@"
+shift "$taken"
 matching --nodes "$nodes" '[1-9][0-9]*' "must be a positive number. Try 2"
-matching --gpus_per_node "$gpus" '[1-9][0-9]*' "must be a positive number. Try 8"
-matching --cpus_per_gpu "$cpus" '[1-9][0-9]*' "must be a positive number. Try 8"
+matching --gpus_per_node "$gpus_per_node" '[1-9][0-9]*' "must be a positive number. Try 8"
+matching --cpus_per_gpu "$cpus_per_gpu" '[1-9][0-9]*' "must be a positive number. Try 8"
 matching --grace "$grace" '[1-9][0-9]*' "must be a number of seconds. Try 120"
 matching --time "$time" '([0-9]+-)?[0-9]+(:[0-9]{2}){0,2}' "must be a time limit. Try 1-00:00:00"
 matching --name "$name" '[A-Za-z0-9_.-]+' "must be letters, digits, _ . -. Try mor_jax"
 [[ -z "$setup" || -r "$setup" ]] || fail "--setup=$setup: cannot be read. Name a shell script"
 flags_of_training "$@"
 
-command=(sbatch --job-name="$name" --nodes="$nodes" --ntasks-per-node="$gpus"
-  --gpus-per-node="$gpus" --cpus-per-task="$cpus" --time="$time" --signal="B:USR1@$grace"
-  --output="$logs/%x-%j.out" --chdir="$root")
+command=(sbatch --job-name="$name" --nodes="$nodes" --ntasks-per-node="$gpus_per_node"
+  --gpus-per-node="$gpus_per_node" --cpus-per-task="$cpus_per_gpu" --time="$time"
+  --signal="B:USR1@$grace" --output="$logs/%x-%j.out" --chdir="$root")
 [[ -z "$partition" ]] || command+=(--partition="$partition")
 [[ -z "$account" ]] || command+=(--account="$account")
 [[ -z "$qos" ]] || command+=(--qos="$qos")

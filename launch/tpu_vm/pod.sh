@@ -38,29 +38,11 @@ action="${1:-}"
 [[ "$action" =~ ^(create|setup|run|stop|delete)$ ]] ||
   fail "'$action': must be create, setup, run, stop or delete"
 shift
-name="" zone="" project="" type="" version="" slices=1 spot=0 repository="" commit="" restarts=10
-dry_run=0
-while (($#)); do
-  case "$1" in
-    --name=*) name="${1#*=}" ;;
-    --zone=*) zone="${1#*=}" ;;
-    --project=*) project="${1#*=}" ;;
-    --accelerator_type=*) type="${1#*=}" ;;
-    --runtime_version=*) version="${1#*=}" ;;
-    --slices=*) slices="${1#*=}" ;;
-    --spot) spot=1 ;;
-    --repository=*) repository="${1#*=}" ;;
-    --commit=*) commit="${1#*=}" ;;
-    --restarts=*) restarts="${1#*=}" ;;
-    --dry_run) dry_run=1 ;;
-    --)
-      shift
-      break
-      ;;
-    *) fail "$1: is not a flag of this script. Put flags of launch/train.py after --" ;;
-  esac
-  shift
-done
+name="" zone="" project="" accelerator_type="" runtime_version="" slices=1 spot=0 repository=""
+commit="" restarts=10 dry_run=0
+read_flags "--name= --zone= --project= --accelerator_type= --runtime_version= --slices= --spot \
+  --repository= --commit= --restarts= --dry_run" "$@"
+shift "$taken"
 required --name "$name" my-pod
 required --zone "$zone" us-west4-b
 matching --name "$name" '[a-z]([a-z0-9-]*[a-z0-9])?' "must be lower case letters, digits and -"
@@ -70,17 +52,20 @@ where=(--zone="$zone")
 [[ -z "$project" ]] || where+=(--project="$project")
 
 create() {
-  required --accelerator_type "$type" v5litepod-256
-  if [[ -z "$version" ]]; then
-    case "$type" in
-      v5litepod-*) version=v2-alpha-tpuv5-lite ;;
-      v5p-*) version=v2-alpha-tpuv5 ;;
-      v6e-*) version=v2-alpha-tpuv6e ;;
-      *) fail "--accelerator_type=$type: its runtime is not known here. Add --runtime_version" ;;
+  required --accelerator_type "$accelerator_type" v5litepod-256
+  if [[ -z "$runtime_version" ]]; then
+    case "$accelerator_type" in
+      v5litepod-*) runtime_version=v2-alpha-tpuv5-lite ;;
+      v5p-*) runtime_version=v2-alpha-tpuv5 ;;
+      v6e-*) runtime_version=v2-alpha-tpuv6e ;;
+      *)
+        fail "--accelerator_type=$accelerator_type: its runtime is not known here. \
+Add --runtime_version"
+        ;;
     esac
   fi
   local command=(gcloud compute tpus queued-resources create "$name" "${where[@]}"
-    --accelerator-type="$type" --runtime-version="$version")
+    --accelerator-type="$accelerator_type" --runtime-version="$runtime_version")
   if ((slices == 1)); then
     command+=(--node-id="$name")
   else
