@@ -96,7 +96,8 @@ def row(question: str, answer: dict, first: dict) -> list[str]:
     recursions = f"-{settings['recursions']}" if settings["recursions"] > 1 else ""
     name = f"{answer['variant']}{recursions}"
     name += f", {settings['gather_shared']}" if settings["gather_shared"] else ""
-    cells = [question, name, answer["topology"], settings["remat"]]
+    axes = " ".join(f"{axis}={parts}" for axis, parts in answer["mesh"].items() if parts > 1)
+    cells = [question, name, f"{answer['topology']}, {axes}", settings["remat"]]
     took = f"{answer['command_seconds']:.0f} s, {size(answer['host_peak'])}"
     if not answer["fits"] or "memory" not in answer:
         return [*cells, f"needs {size(answer['needed'])}", *("",) * 6, took]
@@ -120,7 +121,7 @@ def row(question: str, answer: dict, first: dict) -> list[str]:
 
 
 HEAD = (
-    *("question", "model", "topology", "remat", "temporaries", "memory"),
+    *("question", "model", "topology and mesh", "remat", "temporaries", "memory"),
     *("inside a slice", "between slices", "binds", "MFU", "tokens/s", "command"),
 )
 
