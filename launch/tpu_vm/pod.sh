@@ -40,7 +40,7 @@ action="${1:-}"
 shift
 name="" zone="" project="" accelerator_type="" runtime_version="" slices=1 spot=0 repository=""
 commit="" restarts=10 dry_run=0
-read_flags "--name= --zone= --project= --accelerator_type= --runtime_version= --slices= --spot \
+read_flags "--help --name= --zone= --project= --accelerator_type= --runtime_version= --slices= --spot \
   --repository= --commit= --restarts= --dry_run" "$@"
 shift "$taken"
 required --name "$name" my-pod
