@@ -6,7 +6,6 @@ import json
 import os
 import re
 import shlex
-import shutil
 import signal
 import subprocess
 import sys
@@ -17,6 +16,8 @@ import pytest
 import yaml
 
 ROOT = Path(__file__).parent.parent
+# Beside the interpreter, whether or not its environment is active.
+SHELLCHECK = Path(sys.executable).parent / "shellcheck"
 SCRIPTS = sorted(
     path
     for path in (ROOT / "launch").rglob("*")
@@ -59,7 +60,7 @@ def trained(words: list[str]) -> list[str]:
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_scripts_satisfy_shellcheck(path):
-    done = execute("shellcheck", "--external-sources", "-P", "SCRIPTDIR", "-P", ROOT, path)
+    done = execute(SHELLCHECK, "--external-sources", "-P", "SCRIPTDIR", "-P", ROOT, path)
     assert done.returncode == 0, done.stdout
     assert os.access(path, os.X_OK) == path.read_text().startswith("#!"), path
 
@@ -257,7 +258,7 @@ def test_bad_flags_are_named(script, command, message):
 
 
 # A stand-in for Python: process 1 ends as it is told to, the others wait for a signal.
-WORKER = f"""#!{sys.executable}
+WORKER = """
 import os, signal, sys, time
 
 if sys.argv[1] == "-c":
@@ -267,13 +268,13 @@ process = next(word for word in sys.argv if word.startswith("--process="))[-1]
 
 def stop(kind, _):
     # Not by print, which a second signal must not enter while it is at work.
-    os.write(1, f"got {{signal.Signals(kind).name}}\\n".encode())
+    os.write(1, f"got {signal.Signals(kind).name}\\n".encode())
     os._exit(75)
 
 
 for kind in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
     signal.signal(kind, stop)
-print(f"devices {{os.environ['JAX_NUM_CPU_DEVICES']}}:", *sys.argv[1:], flush=True)
+print(f"devices {os.environ['JAX_NUM_CPU_DEVICES']}:", *sys.argv[1:], flush=True)
 if process == "1" and "CODE" in os.environ:
     sys.exit(int(os.environ["CODE"]))
 time.sleep(30)
@@ -290,8 +291,10 @@ def wait_for(ready, timeout: float = 30):
 @pytest.fixture
 def launched(tmp_path):
     """Starts local_multiprocess.sh with the stand-in; gives the process and its output file."""
-    worker = tmp_path / "python"
-    worker.write_text(WORKER)
+    script, worker = tmp_path / "worker.py", tmp_path / "python"
+    script.write_text(WORKER)
+    # Not a first line with the interpreter: that may hold no space, the path of a checkout may.
+    worker.write_text(f'#!/bin/sh\nexec "{sys.executable}" "{script}" "$@"\n')
     worker.chmod(0o755)
     started = []
 
@@ -404,4 +407,3 @@ def test_dockerfiles_copy_what_exists(path):
 
 def test_both_dockerfiles_are_there():
     assert [path.name for path in DOCKERFILES] == ["gpu.Dockerfile", "tpu.Dockerfile"]
-    assert shutil.which("shellcheck")
