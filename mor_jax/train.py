@@ -29,6 +29,7 @@ from mor_jax.goodput import goodput
 from mor_jax.host_memory import keep_freed_memory
 from mor_jax.hosts import Hosts
 from mor_jax.loop import Desk, Loop, Start, TooManySkipped, fields
+from mor_jax.models.remat import check_remat
 from mor_jax.readers import reader
 from mor_jax.state import TrainState, abstract_params, logical_axes
 from mor_jax.steps import CompiledSteps, abstract_state, fresh_state
@@ -201,6 +202,7 @@ def _assemble(cfg: TrainConfig, path: epath.Path) -> Run:
     sharding.check_rows(mesh, "batch_size", cfg.batch_size, cfg.accumulate)
     sharding.check_rows(mesh, "eval.batch_size", cfg.eval.batch_size)
     sharding.check_length(mesh, cfg.length)
+    check_remat(cfg.model.remat)
     placement = sharding.param_shardings(mesh, logical_axes(cfg.model), abstract_params(cfg.model))
     abstract = abstract_state(cfg, mesh, placement)
     steps = CompiledSteps(cfg, mesh, abstract)

@@ -43,11 +43,16 @@ def remat(layer: Any, how: Remat) -> Any:
     Raises:
         ValueError: the platform cannot offload.
     """
-    if how == "offload":
-        rule = "needs a device beside the host, a CPU is the host itself"
-        check(platform() != "cpu", "model.remat", how, rule, "Use 'full'")
+    check_remat(how)
     # A scan's body: the loop keeps the compiler from undoing the recomputation.
     return jax.checkpoint(layer, prevent_cse=False, policy=_policy(how))
+
+
+def check_remat(how: Remat) -> None:
+    """Raises `ValueError` where the platform cannot do it."""
+    rule = "needs a device beside the host, a CPU is the host itself"
+    ok = how != "offload" or platform() != "cpu"
+    check(ok, "model.remat", how, rule, "Use 'full'")
 
 
 def _policy(how: Remat) -> Any:
