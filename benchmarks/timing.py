@@ -22,10 +22,12 @@ from mor_jax.config import TrainConfig
 from mor_jax.host_memory import keep_freed_memory
 from mor_jax.models.router import capacity_counts
 from mor_jax.optim import make_optimizer
+from mor_jax.platforms import skip_absent
 from mor_jax.state import init_params, new_state
 from mor_jax.steps import jitted_steps
 from mor_jax.types import IGNORE, Batch, Params
 
+skip_absent()
 RESULTS = Path(__file__).resolve().parent / "results"
 
 

@@ -12,9 +12,12 @@ def skip_absent(devices: Path = Path("/dev")) -> None:
     """Keeps JAX to the CPU where there is no device file of an accelerator.
 
     Otherwise libtpu, which a plan for a pod needs installed, looks for its TPU and complains at
-    length. What JAX_PLATFORMS says goes first. To be called before JAX is imported.
+    length. What JAX_PLATFORMS says goes first. To be called before JAX looks for its devices.
     """
     if sys.platform != "linux" or os.environ.get("JAX_PLATFORMS"):
         return
     if not any(found for pattern in _DEVICES for found in devices.glob(pattern)):
         os.environ["JAX_PLATFORMS"] = "cpu"
+        if "jax" in sys.modules:
+            # It has read the environment already.
+            sys.modules["jax"].config.update("jax_platforms", "cpu")
