@@ -19,6 +19,9 @@ from mor_jax.chips import CHIPS
 from mor_jax.sharding import AXES, RULES, platform
 from mor_jax.types import Array, Params
 
+ONE_ROUND = 8
+"""Devices up to which the TPU compiler gathers and scatters as it is told."""
+
 
 def row_axes() -> tuple[str, ...]:
     """The mesh axes over which the surrounding `over_rows` has cut the batch; () outside of it."""
@@ -182,7 +185,7 @@ def _grid(name: str) -> np.ndarray | None:
     """
     devices = jax.lax.axis_size(name)
     near = 2 ** (devices.bit_length() // 2)
-    if platform() != "tpu" or devices <= 8 or devices % near:
+    if platform() != "tpu" or devices <= ONE_ROUND or devices % near:
         return None
     return np.arange(devices).reshape(-1, near)
 

@@ -12,6 +12,7 @@ from jax.sharding import PartitionSpec
 from seeded import random_params
 from tiny import TINY, batch, train_config
 
+from mor_jax import exchange
 from mor_jax.config import MeshConfig, ShardingConfig
 from mor_jax.hlo.collectives import Network, tally
 from mor_jax.hlo.text import parse_module
@@ -180,3 +181,31 @@ def test_only_parameters_gradients_and_sums_leave_a_device(name, mesh):
     }
     assert 32 in sizes
     assert [n for n in sizes if n % 23 == 0 or n % 15 == 0 or n % 7 == 0] == []
+
+
+@pytest.mark.parametrize(
+    ("names", "sizes"), [(("embed", "mlp"), (16, 6)), (("layers", "heads", "embed"), (2, 3, 16))]
+)
+def test_two_rounds_exchange_what_one_does(names, sizes, monkeypatch):
+    x = jax.random.normal(jax.random.key(0), sizes)
+    weights = jax.random.normal(jax.random.key(1), (8, *sizes))
+    cut = spec_of(names)
+
+    def mine(x, weights):
+        full, back = jax.vjp(lambda x: exchange.whole(x, names, sizes), x)
+        return full[None], back(weights[0])[0]
+
+    def exchanged():
+        rows = spec_of(("batch",))
+        with jax.set_mesh(make_mesh(MESHES["fsdp"])):
+            return jax.jit(exchange.over_rows(mine, (cut, rows), (rows, cut)))(x, weights)
+
+    one = exchanged()
+    # As on TPUs, where a slice is larger.
+    monkeypatch.setattr(exchange, "platform", lambda: "tpu")
+    monkeypatch.setattr(exchange, "ONE_ROUND", 2)
+    two = exchanged()
+    np.testing.assert_array_equal(two[0], np.broadcast_to(x, (8, *sizes)))
+    np.testing.assert_array_equal(two[0], one[0])
+    np.testing.assert_allclose(two[1], weights.sum(0), rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(one[1], weights.sum(0), rtol=1e-5, atol=1e-5)
