@@ -43,12 +43,13 @@ port="$("$python" -c 'import socket; s = socket.create_server(("127.0.0.1", 0));
   usage "$python: is not a Python that works. Name one: PYTHON=/path/to/python $0 ..."
 
 pids=()
-# shellcheck disable=SC2329 # called by await_all
+# shellcheck disable=SC2329 # called by what processes.sh sets up
 forward() {
   # Quiet about those that ended meanwhile.
   kill -s "$1" "${pids[@]}" 2>/dev/null
 }
 
+pass_signals forward
 for ((i = 0; i < processes; i++)); do
   JAX_PLATFORMS=cpu JAX_NUM_CPU_DEVICES="$devices" PYTHONUNBUFFERED=1 \
     "$python" "$root/launch/train.py" --distributed=manual --coordinator="127.0.0.1:$port" \

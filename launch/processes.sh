@@ -1,15 +1,19 @@
 # shellcheck shell=bash
 # Sourced by launchers that start processes themselves and wait for them.
 
+# pass_signals FORWARD: calls FORWARD SIGNAL for what this script gets; before it starts anything, so
+# that no signal ends it and leaves its processes behind.
+pass_signals() {
+  # shellcheck disable=SC2064 # the name as it is now
+  trap "$1 INT" INT && trap "$1 TERM" TERM && trap "$1 USR1" USR1
+}
+
 # await_all FORWARD PID...: waits for all; the exit code is that of the first that fails. FORWARD
-# SIGNAL is called for what this script gets itself, and to end those that wait for one that was
-# refused at its start. Those left 90 seconds after a failure are killed.
+# SIGNAL is called to end those that wait for one that was refused at its start. Those left 90 seconds after a failure are killed.
 await_all() {
   local forward=$1 first=0 failed=0 asked=0 pid code running
   shift
   local left=("$@")
-  # shellcheck disable=SC2064 # the name as it is now
-  trap "$forward INT" INT && trap "$forward TERM" TERM && trap "$forward USR1" USR1
   while ((${#left[@]})); do
     running=()
     for pid in "${left[@]}"; do

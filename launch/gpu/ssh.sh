@@ -49,6 +49,7 @@ forward() {
   done
 }
 
+pass_signals forward
 for i in "${!machines[@]}"; do
   training="$(quoted .venv/bin/python launch/train.py --distributed=manual \
     --coordinator="$address:$port" --processes="${#machines[@]}" --process="$i" "$@")"
