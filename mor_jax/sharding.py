@@ -93,6 +93,11 @@ def spec_of(axes: tuple[str, ...]) -> PartitionSpec:
     return PartitionSpec(*(RULES[axis] or None for axis in axes))
 
 
+def param_specs(axes: Params) -> Params:
+    """The partition of every parameter, from the tree of its logical axes."""
+    return jax.tree.map(spec_of, axes, is_leaf=lambda names: isinstance(names, tuple))
+
+
 def param_shardings(mesh: Mesh, axes: Params, shapes: Params) -> Params:
     """A sharding for every parameter, from its logical axes and its shape.
 

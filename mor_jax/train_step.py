@@ -19,7 +19,7 @@ from mor_jax.models.router import Route, capacity_counts
 from mor_jax.models.routing import Routing
 from mor_jax.optim import global_norms, schedule
 from mor_jax.parameters import layer_weights
-from mor_jax.sharding import spec_of
+from mor_jax.sharding import param_specs, spec_of
 from mor_jax.state import TrainState, forward, gather, logical_axes, logits_table
 from mor_jax.types import Array, Batch, Float, Params
 
@@ -72,7 +72,7 @@ def gradients(
 
     Rows never meet: only parameters, gradients and sums are exchanged. step: counted from 1.
     """
-    cut = jax.tree.map(spec_of, logical_axes(cfg.model), is_leaf=lambda x: isinstance(x, tuple))
+    cut = param_specs(logical_axes(cfg.model))
 
     def mine(params: Params, batch: Batch, step: Array) -> tuple[Metrics, Params]:
         route = Route(counts=kept, step=step)
@@ -143,7 +143,7 @@ def eval_step(cfg: TrainConfig, params: Params, batch: Batch, mode: str) -> Metr
 
     ce, correct, targets: of the text. depth_count: tokens at depth 0 .. Nr (routed models).
     """
-    cut = jax.tree.map(spec_of, logical_axes(cfg.model), is_leaf=lambda x: isinstance(x, tuple))
+    cut = param_specs(logical_axes(cfg.model))
     route = Route(mode="causal" if mode == "causal" else "topk")
 
     def mine(params: Params, batch: Batch) -> Metrics:
