@@ -1,0 +1,73 @@
+"""Named arrays that are read one at a time: what every conversion reads from and writes from.
+
+A conversion never holds a model. Files, checkpoints and the views that rename or rearrange are all
+`Lazy`: their names, shapes and dtypes are known at once, their values come when asked for.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Protocol
+
+import numpy as np
+
+
+@dataclasses.dataclass(frozen=True)
+class Spec:
+    """Shape of an array, and the dtype that it is stored in (`float32`, `bfloat16`, `Q4_1`)."""
+
+    shape: tuple[int, ...]
+    dtype: str = "float32"
+
+
+class Lazy(Protocol):
+    """Named arrays. where: file or directory, for messages. specs: in the order to read them in."""
+
+    @property
+    def where(self) -> str: ...
+
+    @property
+    def specs(self) -> Mapping[str, Spec]: ...
+
+    def read(self, name: str) -> np.ndarray:
+        """The values in float32, whatever they are stored in; raises `ValueError` if damaged."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class View:
+    """A `Lazy` made of its parts. reader: name -> values."""
+
+    where: str
+    specs: Mapping[str, Spec]
+    reader: Callable[[str], np.ndarray]
+
+    def read(self, name: str) -> np.ndarray:
+        """The values in float32."""
+        return self.reader(name)
+
+
+def held(arrays: Mapping[str, Any], where: str = "memory") -> Lazy:
+    """Arrays that are in memory already (anything that `numpy.asarray` takes)."""
+    specs = {name: Spec(np.shape(value)) for name, value in arrays.items()}
+    return View(where, specs, lambda name: np.asarray(arrays[name], np.float32))
+
+
+def nested(arrays: Lazy) -> dict[str, Any]:
+    """All of it, as nested dictionaries along the dots of the names."""
+    tree: dict[str, Any] = {}
+    for name in arrays.specs:
+        *groups, leaf = name.split(".")
+        node = tree
+        for group in groups:
+            node = node.setdefault(group, {})
+        node[leaf] = arrays.read(name)
+    return tree
+
+
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted name, leaf) of nested dictionaries, in their order."""
+    for name, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from flatten(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
