@@ -107,6 +107,18 @@ def _router(routing: str) -> ConfigDict:
     )
 
 
+def _rope_scaling() -> ConfigDict:
+    return ConfigDict(
+        {
+            "kind": "none",
+            "factor": 1.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_length": 8192,
+        }
+    )
+
+
 def plain_model(size: str, routing: str = "none") -> ConfigDict:
     """The plain decoder of one of `SIZES`, with the settings of one of `ROUTERS`."""
     model = ConfigDict(
@@ -115,6 +127,7 @@ def plain_model(size: str, routing: str = "none") -> ConfigDict:
             "layers": LAYERS[size]["plain"],
             "max_length": 2048,
             "rope_theta": 10000.0,
+            "rope_scaling": _rope_scaling(),
             "norm_eps": 1e-5,
             "init_std": 0.02,
             "tie_embeddings": True,

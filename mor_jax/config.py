@@ -8,7 +8,15 @@ rule and a fix. Values that follow from others are properties, never stored twic
 import dataclasses
 from typing import Any, Literal
 
-from mor_jax.model_config import Attention, KVMode, ModelConfig, Remat, RouterConfig, Sharing
+from mor_jax.model_config import (
+    Attention,
+    KVMode,
+    ModelConfig,
+    Remat,
+    RopeScaling,
+    RouterConfig,
+    Sharing,
+)
 from mor_jax.parsing import check, fail, not_negative, parse, positive
 
 
@@ -258,6 +266,7 @@ __all__ = [
     "OptimConfig",
     "ProfileConfig",
     "Remat",
+    "RopeScaling",
     "RouterConfig",
     "ShardingConfig",
     "Sharing",

@@ -79,6 +79,34 @@ class RouterConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class RopeScaling:
+    """How the rotary embedding is stretched to rows longer than a model was first trained on.
+
+    `linear`: every position is divided by `factor`. `llama3` (Llama 3.1): frequencies that turn
+    fewer than `low_freq_factor` times in `original_max_length` tokens are divided by `factor`,
+    those that turn more than `high_freq_factor` times stay, those between are mixed linearly.
+    """
+
+    kind: Literal["none", "linear", "llama3"] = "none"
+    factor: float = 1.0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_max_length: int = 8192
+
+    def validate(self, path: str) -> None:
+        """Raises `ValueError` on a setting out of range."""
+        if self.kind == "none":
+            return
+        rule = "must be at least 1: scaling stretches positions, it does not squeeze them"
+        check(self.factor >= 1, f"{path}.factor", self.factor, rule, "Try 8.0")
+        if self.kind == "llama3":
+            positive(path, self, "low_freq_factor", "original_max_length")
+            rule = f"must be greater than low_freq_factor={self.low_freq_factor}"
+            ok = self.high_freq_factor > self.low_freq_factor
+            check(ok, f"{path}.high_freq_factor", self.high_freq_factor, rule, "Try 4.0")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """A Llama-style decoder whose middle may be one block applied `recursions` times.
 
@@ -94,6 +122,7 @@ class ModelConfig:
     mlp_width: int = 704
     max_length: int = 2048
     rope_theta: float = 10000.0
+    rope_scaling: RopeScaling = RopeScaling()
     norm_eps: float = 1e-5
     init_std: float = 0.02
     tie_embeddings: bool = True
@@ -138,6 +167,7 @@ class ModelConfig:
         check(ok, f"{path}.kv_heads", self.kv_heads, rule, f"Try {nearest}")
         rule = "must be even: the rotary embedding turns pairs of channels"
         check(self.head_dim % 2 == 0, f"{path}.head_dim", self.head_dim, rule, "Try 64")
+        self.rope_scaling.validate(f"{path}.rope_scaling")
         self._validate_sharing(path)
         self.router.validate(f"{path}.router", self.recursions)
 

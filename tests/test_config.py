@@ -117,6 +117,20 @@ WRONG = [
         "positive",
     ),
     # Optimiser, data, evaluation, checkpoints, log, mesh.
+    (
+        nested("model.rope_scaling", {"kind": "linear", "factor": 0.5}),
+        "model.rope_scaling.factor",
+        "0.5",
+        "at least 1",
+        "8.0",
+    ),
+    (
+        nested("model.rope_scaling", {"kind": "llama3", "low_freq_factor": 4.0}),
+        "model.rope_scaling.high_freq_factor",
+        "4.0",
+        "greater than low_freq_factor=4.0",
+        "4.0",
+    ),
     (nested("optim.lr", 0.0), "optim.lr", "0.0", "greater than 0", "positive"),
     (nested("optim.b2", 1.0), "optim.b2", "1.0", "[0, 1)", "0.9"),
     (nested("steps", 200), "optim.warmup_steps", "100", "(300) must fit", "decay_steps=40"),

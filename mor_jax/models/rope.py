@@ -1,10 +1,12 @@
 """Rotary position embedding, rotate-half convention (Su et al. 2021, as Llama lays it out)."""
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
 
+from mor_jax.config import RopeScaling
 from mor_jax.types import Array, Float, Int
 
 
@@ -17,10 +19,34 @@ class Rotary:
     sin: Float[Array, "_ l half"]
 
 
-def rotary(positions: Int[Array, "b l"], head_dim: int, theta: float) -> Rotary:
-    """Tables for `positions`: angle_i = position * theta^(-2i / head_dim), i < head_dim / 2."""
+UNSCALED = RopeScaling()
+
+
+def frequencies(
+    head_dim: int, theta: float, scaling: RopeScaling = UNSCALED
+) -> Float[Array, "half"]:
+    """Angle per position of every channel pair, float32: theta^(-2i / head_dim), scaled."""
     exponent = jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim
-    angle = positions[..., None].astype(jnp.float32) * (theta**-exponent)[None, None, :]
+    plain = theta**-exponent
+    if scaling.kind == "none":
+        return plain
+    if scaling.kind == "linear":
+        return plain / scaling.factor
+    turns = plain * (scaling.original_max_length / (2 * math.pi))
+    low, high = scaling.low_freq_factor, scaling.high_freq_factor
+    kept = jnp.clip((turns - low) / (high - low), 0.0, 1.0)
+    return (1.0 - kept) * (plain / scaling.factor) + kept * plain
+
+
+def rotary(
+    positions: Int[Array, "b l"],
+    head_dim: int,
+    theta: float,
+    scaling: RopeScaling = UNSCALED,
+) -> Rotary:
+    """Tables for `positions`: angle_i = position * frequency_i, i < head_dim / 2."""
+    frequency = frequencies(head_dim, theta, scaling)
+    angle = positions[..., None].astype(jnp.float32) * frequency[None, None, :]
     return Rotary(jnp.cos(angle), jnp.sin(angle))
 
 

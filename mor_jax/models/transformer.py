@@ -89,7 +89,9 @@ class Transformer(nnx.Module):
         positions = batch.positions
         if positions is None:
             positions = jnp.arange(length, dtype=jnp.int32)[None]
-        return Scope(rotary(positions, self.cfg.head_dim, self.cfg.rope_theta), batch.segments)
+        cfg = self.cfg
+        tables = rotary(positions, cfg.head_dim, cfg.rope_theta, cfg.rope_scaling)
+        return Scope(tables, batch.segments)
 
     def _recur(
         self, x: Float[Array, "b l d"], row: Scope, route: Route, trace: bool

@@ -5,8 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from mor_jax.config import RopeScaling
 from mor_jax.models.layers import gated_mlp, rms_norm, unembed
-from mor_jax.models.rope import apply_rope, rotary
+from mor_jax.models.rope import apply_rope, frequencies, rotary
 
 
 def test_rms_norm_works_in_float32_and_scales_in_the_dtype_of_its_input():
@@ -71,6 +72,30 @@ def test_rotary_embedding_keeps_norms_and_sees_only_distances():
     turned = at(jnp.zeros((1, 1, 1, 8)).at[0, 0, 0, 0].set(1.0), 1)
     np.testing.assert_allclose(turned[0, 0, 0, 4], np.sin(1.0), rtol=1e-6)
     assert at(q.astype(jnp.bfloat16), 3).dtype == jnp.bfloat16
+
+
+@pytest.mark.parametrize("factor", [8.0, 32.0])
+def test_llama3_scaling_divides_the_slow_frequencies_only(factor):
+    scaling = RopeScaling(kind="llama3", factor=factor, original_max_length=8192)
+    plain = 500000.0 ** (-np.arange(64) / 64)
+    expected = []
+    for frequency in plain:
+        wavelength = 2 * np.pi / frequency
+        if wavelength < 8192 / 4:
+            expected.append(frequency)
+        elif wavelength > 8192:
+            expected.append(frequency / factor)
+        else:
+            smooth = (8192 / wavelength - 1) / (4 - 1)
+            expected.append((1 - smooth) * frequency / factor + smooth * frequency)
+    got = frequencies(128, 500000.0, scaling)
+    np.testing.assert_allclose(got, expected, rtol=1e-5)
+    assert 0 < np.sum(~np.isclose(got, plain) & ~np.isclose(got, plain / factor)) < 64
+
+
+def test_linear_scaling_divides_positions():
+    stretched = rotary(jnp.array([[12]]), 8, 10000.0, RopeScaling(kind="linear", factor=4.0))
+    np.testing.assert_allclose(stretched.sin, rotary(jnp.array([[3]]), 8, 10000.0).sin, rtol=1e-6)
 
 
 def test_logits_are_summed_in_float32():
