@@ -43,6 +43,7 @@ LAYERS = (
     {
         "data",
         "checkpoint",
+        "initial",
         "manifest",
         "summary",
         "metrics",
