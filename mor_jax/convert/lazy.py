@@ -6,7 +6,7 @@ A conversion never holds a model. Files, checkpoints and the views that rename o
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
@@ -19,37 +19,27 @@ class Spec:
     dtype: str = "float32"
 
 
-class Lazy(Protocol):
-    """Named arrays. where: file or directory, for messages. specs: in the order to read them in."""
-
-    @property
-    def where(self) -> str: ...
-
-    @property
-    def specs(self) -> Mapping[str, Spec]: ...
-
-    def read(self, name: str) -> np.ndarray:
-        """The values in float32, whatever they are stored in; raises `ValueError` if damaged."""
-        ...
-
-
 @dataclasses.dataclass(frozen=True)
-class View:
-    """A `Lazy` made of its parts. reader: name -> values."""
+class Lazy:
+    """Named arrays.
+
+    where: file or directory that they come from, for messages. specs: by name, in the order to
+    read them in. reader: name -> values in float32; raises `ValueError` if they are damaged.
+    """
 
     where: str
     specs: Mapping[str, Spec]
     reader: Callable[[str], np.ndarray]
 
     def read(self, name: str) -> np.ndarray:
-        """The values in float32."""
+        """The values of one of them in float32, whatever they are stored in."""
         return self.reader(name)
 
 
 def held(arrays: Mapping[str, Any], where: str = "memory") -> Lazy:
     """Arrays that are in memory already (anything that `numpy.asarray` takes)."""
     specs = {name: Spec(np.shape(value)) for name, value in arrays.items()}
-    return View(where, specs, lambda name: np.asarray(arrays[name], np.float32))
+    return Lazy(where, specs, lambda name: np.asarray(arrays[name], np.float32))
 
 
 def nested(arrays: Lazy) -> dict[str, Any]:

@@ -1,16 +1,18 @@
-"""The one map between the reference's state-dict names and the paths of our parameter tree.
+"""The one map between names in foreign checkpoints and the paths of our parameter tree.
 
 A row says: this tensor of the state dict is that array of the tree (at that place of a stack),
-with its axes arranged so. Both directions, the aliases of shared weights, Hugging Face names of
-plain models and the shapes a checkpoint must have all follow from the same rows.
+with its axes arranged so. Both directions, the aliases of shared weights and the shapes that a
+checkpoint must have follow from the rows. Three tables of them differ in names alone: the
+reference's (`entries`), that of our own Hugging Face export (`mor_entries`), and that of a plain
+Llama (`llama_entries`).
 """
 
 import dataclasses
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
-from mor_jax.config import ModelConfig
+from mor_jax.config import ModelConfig, check
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
@@ -61,6 +63,11 @@ class Entry:
     pattern: str
     canonical: str
 
+    @classmethod
+    def own(cls, name: str, path: str, index: tuple[int, ...], pattern: str) -> "Entry":
+        """A tensor that repeats no other."""
+        return cls(name, path, index, pattern, name)
+
     @property
     def is_alias(self) -> bool:
         """Whether the tensor repeats weights that another name holds."""
@@ -69,16 +76,68 @@ class Entry:
 
 def entries(cfg: ModelConfig) -> tuple[Entry, ...]:
     """Every tensor of the state dict of a model, aliases included, in the model's order."""
-    rows = [Entry(EMBEDDING, "embed.weight", (), "v d -> v d", EMBEDDING)]
+    rows = []
     for layer in _layers(cfg):
         rows.extend(_layer_entries(cfg, layer))
-    rows.extend(_router_entries(cfg))
-    rows.append(Entry("model.norm.weight", "norm.scale", (), "d -> d", "model.norm.weight"))
+    return _with_ends(cfg, [*rows, *_router_entries(cfg)])
+
+
+def mor_entries(cfg: ModelConfig) -> tuple[Entry, ...]:
+    """The tensors of our own Hugging Face export: each weight once, under the name of its place.
+
+    A tied unembedding is listed as an alias: it may be there, and need not.
+    """
+    rows = []
+    for stack, slot in _slots(cfg):
+        inside = f"{slot}." if stack in ("layers", "shared") else ""
+        prefix = f"model.{stack}.{inside}"
+        apart = stack == "shared" and not cfg.share_norms
+        for suffix, (path, pattern) in (ATTENTION | MLP | NORMS).items():
+            for r in range(cfg.recursions) if apart and suffix in NORMS else [None]:
+                name = suffix if r is None else suffix.replace(".weight", f".{r}.weight")
+                index = (slot,) if r is None else (slot, r)
+                rows.append(Entry.own(prefix + name, f"{stack}.{path}", index, pattern))
+    return _with_ends(cfg, [*rows, *_mor_routers(cfg)])
+
+
+def llama_entries(cfg: ModelConfig) -> tuple[Entry, ...]:
+    """The tensors of the plain Llama that computes the same; recursions are written out.
+
+    Shared weights stand there once for each layer that uses them: nothing but a tied unembedding
+    is an alias.
+
+    Raises:
+        ValueError: the model routes tokens or shares keys and values, which no Llama does.
+    """
+    rule = "tokens leave at different depths, and every layer of a Llama runs for every token"
+    fix = "Use --to=hf, whose modeling_mor.py routes"
+    check(cfg.router.kind == "none", "model.router.kind", cfg.router.kind, rule, fix)
+    rule = "later recursions attend to keys and values of the first, and a Llama's layers do not"
+    check(cfg.kv == "recursion", "model.kv", cfg.kv, rule, "Use --to=hf")
+    rows = []
+    for layer in _layers(cfg):
+        for row in _layer_entries(cfg, layer):
+            rows.append(Entry.own(row.name, row.path, row.index, row.pattern))
+    return _with_ends(cfg, rows)
+
+
+def _with_ends(cfg: ModelConfig, rows: list[Entry]) -> tuple[Entry, ...]:
+    first = Entry.own(EMBEDDING, "embed.weight", (), "v d -> v d")
+    norm = Entry.own("model.norm.weight", "norm.scale", (), "d -> d")
+    head = Entry.own(HEAD, "head.weight", (), "v d -> v d")
     if cfg.tie_embeddings:
-        rows.append(Entry(HEAD, "embed.weight", (), "v d -> v d", EMBEDDING))
-    else:
-        rows.append(Entry(HEAD, "head.weight", (), "v d -> v d", HEAD))
-    return tuple(rows)
+        head = Entry(HEAD, "embed.weight", (), "v d -> v d", EMBEDDING)
+    return (first, *rows, norm, head)
+
+
+def _slots(cfg: ModelConfig) -> Iterator[tuple[str, int]]:
+    # Every layer that is stored: its stack and its place there.
+    if cfg.is_middle:
+        yield "first", 0
+    for slot in range(cfg.shared_layers):
+        yield "layers" if cfg.sharing == "none" else "shared", slot
+    if cfg.is_middle:
+        yield "last", 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,6 +209,25 @@ def _router_entries(cfg: ModelConfig) -> Iterator[Entry]:
         yield Entry(name, "router.bias", (), "r -> r", name)
 
 
+def _mor_routers(cfg: ModelConfig) -> Iterator[Entry]:
+    router = cfg.router
+    if router.kind == "none":
+        return
+    rows = ROUTERS[router.kind, router.arch].items()
+    if router.kind == "token":
+        for suffix, (leaf, pattern) in rows:
+            yield Entry.own(f"model.router.{suffix}", f"router.main.{leaf}", (), pattern)
+        if router.balancing == "loss_free":
+            yield Entry.own("model.router_bias", "router.bias", (), "r -> r")
+        return
+    networks = {"routers": "main"} | ({"aux_routers": "aux"} if router.aux == "aux_router" else {})
+    for network, ours in networks.items():
+        for r in range(cfg.recursions):
+            for suffix, (leaf, pattern) in rows:
+                name = f"model.{network}.{r}.{suffix}"
+                yield Entry.own(name, f"router.{ours}.{leaf}", (r,), pattern)
+
+
 def sizes(cfg: ModelConfig) -> dict[str, int]:
     """What the letters of the patterns stand for."""
     return {
@@ -164,8 +242,30 @@ def sizes(cfg: ModelConfig) -> dict[str, int]:
     }
 
 
-def reference_shape(cfg: ModelConfig, entry: Entry) -> tuple[int, ...]:
+def torch_shape(cfg: ModelConfig, entry: Entry) -> tuple[int, ...]:
     """Shape of the tensor in the state dict (torch layout)."""
+    return _shape(cfg, entry.pattern.split("->")[0])
+
+
+def place_shape(cfg: ModelConfig, entry: Entry) -> tuple[int, ...]:
+    """Shape of the tensor's place in our array, without the leading axes of a stack."""
+    return _shape(cfg, entry.pattern.split("->")[1])
+
+
+def _shape(cfg: ModelConfig, side: str) -> tuple[int, ...]:
     letters = sizes(cfg) | {"1": 1}
-    axes = re.findall(r"\(([^)]*)\)|(\S+)", entry.pattern.split("->")[0])
+    axes = re.findall(r"\(([^)]*)\)|(\S+)", side)
     return tuple(math.prod(letters[x] for x in (group or axis).split()) for group, axis in axes)
+
+
+def array_shapes(cfg: ModelConfig, table: Sequence[Entry]) -> dict[str, tuple[int, ...]]:
+    """Shape of every array of our tree, by path, in the order of `table`."""
+    places: dict[str, list[tuple[int, ...]]] = {}
+    inner: dict[str, tuple[int, ...]] = {}
+    for entry in table:
+        places.setdefault(entry.path, []).append(entry.index)
+        inner[entry.path] = place_shape(cfg, entry)
+    return {
+        path: tuple(1 + max(at) for at in zip(*indices, strict=True)) + inner[path]
+        for path, indices in places.items()
+    }

@@ -1,0 +1,190 @@
+"""Foreign tensors seen as our parameters, and our parameters seen as foreign tensors.
+
+Both are views along the rows of a table of `names`: nothing is read before it is asked for, and no
+more than one array of ours is held. Nothing is dropped or guessed: what does not fit is listed
+whole, with their names and ours, before the first value is read.
+"""
+
+import difflib
+import re
+from collections.abc import Sequence
+
+import numpy as np
+from einops import rearrange
+
+from mor_jax.config import ModelConfig, fail
+from mor_jax.convert.lazy import Lazy, Spec
+from mor_jax.convert.names import HEAD, Entry, array_shapes, sizes, torch_shape
+from mor_jax.parameters import unique_parameters
+
+# Buffers that older checkpoints carry and that follow from the configuration.
+DERIVED = re.compile(r"\.rotary_emb\.(inv_freq|cos_cached|sin_cached)$")
+
+_ROWS = 16
+"""Rows turned at one time: so many cache lines stay in reach while columns are written."""
+
+
+def as_params(cfg: ModelConfig, table: Sequence[Entry], tensors: Lazy) -> Lazy:
+    """Tensors in torch layout, named as in `table` -> arrays of our tree by dotted path, float32.
+
+    A shared weight may appear under any or all of its names; reading it compares the copies.
+
+    Raises:
+        ValueError: here, a list of every tensor that is missing, unknown or of another shape;
+            on reading, copies of one shared weight that differ, or values that are not finite.
+    """
+    _check_fit(cfg, table, tensors)
+    places: dict[str, dict[tuple[int, ...], list[Entry]]] = {}
+    for entry in table:
+        if entry.name in tensors.specs:
+            places.setdefault(entry.path, {}).setdefault(entry.index, []).append(entry)
+    specs = {path: Spec(shape) for path, shape in array_shapes(cfg, table).items()}
+    _check_count(cfg, specs)
+
+    def read(path: str) -> np.ndarray:
+        out = np.empty(specs[path].shape, np.float32)
+        for index, (first, *copies) in places[path].items():
+            value = tensors.read(first.name)
+            _check_finite(tensors.where, first.name, value)
+            for copy in copies:
+                _check_copy(tensors.where, copy, first, (tensors.read(copy.name), value))
+            turn(rearrange(value, first.pattern, **_axes(cfg, first)), out[index])
+        return out
+
+    return Lazy(tensors.where, specs, read)
+
+
+def as_tensors(cfg: ModelConfig, table: Sequence[Entry], params: Lazy) -> Lazy:
+    """Arrays of our tree by dotted path -> tensors in torch layout, named as in `table`.
+
+    Aliases are left out. Tensors of one array follow each other: read in that order, every array
+    is read once.
+
+    Raises:
+        ValueError: here, a list of every path that is missing, unknown or of another shape; on
+            reading, values that are not finite.
+    """
+    shapes = array_shapes(cfg, table)
+    lines = [
+        f"  {path}: {_shown(params, path)}, expected {shapes.get(path, 'no such parameter')}"
+        for path in [*shapes, *(path for path in params.specs if path not in shapes)]
+        if path not in shapes or params.specs.get(path, Spec(())).shape != shapes[path]
+    ]
+    _raise_list(params.where, "does not hold the parameters of this configuration", lines)
+    rows = {entry.name: entry for entry in table if not entry.is_alias}
+    order = {path: number for number, path in enumerate(shapes)}
+    names = sorted(rows, key=lambda name: order[rows[name].path])
+    held: dict[str, np.ndarray] = {}
+
+    def read(name: str) -> np.ndarray:
+        entry = rows[name]
+        if entry.path not in held:
+            # The one before goes first, so that two are never held.
+            held.clear()
+            held[entry.path] = params.read(entry.path)
+            _check_finite(params.where, entry.path, held[entry.path])
+        left, right = entry.pattern.split("->")
+        place = held[entry.path][entry.index]
+        out = np.empty(torch_shape(cfg, entry), np.float32)
+        inverse = f"{left} -> {right}"
+        turn(place, rearrange(out, inverse, **_axes(cfg, entry)))
+        return out
+
+    return Lazy(params.where, {name: Spec(torch_shape(cfg, rows[name])) for name in names}, read)
+
+
+def _axes(cfg: ModelConfig, entry: Entry) -> dict[str, int]:
+    return {letter: size for letter, size in sizes(cfg).items() if letter in entry.pattern}
+
+
+def turn(source: np.ndarray, target: np.ndarray) -> None:
+    """Copies `source` into `target`: views of one shape whose axes lie differently in memory.
+
+    A few of the source's slowest rows at a time, which is seven times as fast as all at once.
+    """
+    source, target = _merged(source, target)
+    if source.ndim == 0:
+        target[...] = source
+        return
+    axis = int(np.argmax(source.strides))
+    source, target = np.moveaxis(source, axis, 0), np.moveaxis(target, axis, 0)
+    for start in range(0, len(source), _ROWS):
+        target[start : start + _ROWS] = source[start : start + _ROWS]
+
+
+def _merged(*views: np.ndarray) -> tuple[np.ndarray, ...]:
+    # Axes that lie one inside the other in all of them, such as heads and channels, become one.
+    shape = list(views[0].shape)
+    for i in reversed(range(len(shape) - 1)):
+        if all(view.strides[i] == view.strides[i + 1] * shape[i + 1] for view in views):
+            shape[i : i + 2] = [shape[i] * shape[i + 1]]
+            views = tuple(view.reshape(shape) for view in views)
+    return views
+
+
+def _check_fit(cfg: ModelConfig, table: Sequence[Entry], tensors: Lazy) -> None:
+    known = {entry.name: entry for entry in table}
+    lines, lacking = [], {}
+    for entry in table:
+        lacking.setdefault(entry.canonical, []).append(entry)
+    for canonical, group in lacking.items():
+        if not any(entry.name in tensors.specs for entry in group):
+            shape = torch_shape(cfg, group[0])
+            lines.append(f"  missing     {canonical} {shape} ({_ours(group[0])})")
+    for name, spec in tensors.specs.items():
+        if name not in known:
+            if not DERIVED.search(name):
+                near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
+                lines.append(f"  unexpected  {name} {spec.shape} (the nearest name is {near})")
+        elif spec.shape != (shape := torch_shape(cfg, known[name])):
+            ours = _ours(known[name])
+            lines.append(f"  misshapen   {name} {spec.shape}, expected {shape} ({ours})")
+    told = f"these tensors do not make a model with sharing={cfg.sharing!r}, layers={cfg.layers}"
+    _raise_list(tensors.where, told, lines)
+
+
+def _raise_list(where: str, told: str, lines: list[str]) -> None:
+    if lines:
+        fix = "Check layers, width, heads, sharing, recursions, router, tie_embeddings"
+        raise ValueError(f"{where}: {told}:\n" + "\n".join(lines) + f"\n{fix}")
+
+
+def _ours(entry: Entry) -> str:
+    return f"our {entry.path}{list(entry.index) if entry.index else ''}"
+
+
+def _shown(params: Lazy, path: str) -> str:
+    return str(params.specs[path].shape) if path in params.specs else "missing"
+
+
+def _check_finite(where: str, name: str, value: np.ndarray) -> None:
+    if not np.isfinite(value).all():
+        bad = int(value.size - np.isfinite(value).sum())
+        rule = f"{where} holds {bad} values there that are NaN or infinite"
+        fail(name, value.shape, rule, "Take an earlier checkpoint, from before the run diverged")
+
+
+def _check_copy(
+    where: str, copy: Entry, first: Entry, values: tuple[np.ndarray, np.ndarray]
+) -> None:
+    if np.array_equal(*values):
+        return
+    rule = f"in {where} differs from {first.name}, but both must hold the same weights"
+    fix = "Set share_norms=False to keep one pair of norms per effective layer"
+    if copy.name == HEAD:
+        fix = "Set tie_embeddings=False; the reference's recursive class never ties them"
+    elif ".self_attn." in copy.name:
+        rule += (
+            "; attention that differs between recursions comes from an older version of the"
+            " reference, which rebuilt the attention of each recursion instead of sharing it"
+        )
+        fix = "Such a checkpoint is no recursive model: train it again with shared attention"
+    elif ".mlp." in copy.name:
+        fix = "Check sharing and recursions; as a plain model it needs sharing='none'"
+    fail(copy.name, f"max difference {np.max(np.abs(values[0] - values[1])):.3g}", rule, fix)
+
+
+def _check_count(cfg: ModelConfig, specs: dict[str, Spec]) -> None:
+    # Weight sharing that silently came apart would show here first.
+    count = sum(int(np.prod(spec.shape)) for spec in specs.values())
+    assert count == unique_parameters(cfg), (count, unique_parameters(cfg))
