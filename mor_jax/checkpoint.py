@@ -160,20 +160,43 @@ class Checkpoints:
         `abstract_state` (each difference is listed), or if `fingerprint` is given and is not
         that of the data at the time of saving.
         """
+        facts = self.facts(step)
+        path = self._path(facts["step"])
+        manifest.check_arrays(facts, abstract_state, path)
+        manifest.check_data(facts, fingerprint, path)
+        with _context(self._merged):
+            state = _orbax().load(path / "arrays", jax.tree.map(_placed, abstract_state))
+        self._current = facts["step"]
+        return Restored(state, facts["position"], facts["config"], facts["step"], facts["extra"])
+
+    def facts(self, step: int | None = None) -> dict[str, Any]:
+        """The manifest of a checkpoint, by default the newest good one, once its files are checked.
+
+        Raises `ValueError` if there is no checkpoint, or if the step asked for is damaged.
+        """
         if step is None:
             step = self.latest_valid()
         elif problem := self._problem(step):
             raise ValueError(f"{self._path(step)}: {problem}. Complete steps: {self._steps()}")
         if step is None:
             raise ValueError(f"{self._root}: holds no checkpoint. Train with this workdir first")
+        return manifest.read(self._path(step))
+
+    def parameters(self, abstract: Any, step: int) -> Any:
+        """Parameters without the rest of the state, all or some of them, bit for bit.
+
+        abstract: the parameter tree, or a part of it, as `jax.ShapeDtypeStruct`s; where they carry
+        a sharding, arrays arrive with it. Nothing else is read, so the files are not checked:
+        `facts` does that, once for any number of calls. Raises `ValueError` if the checkpoint has
+        other parameters than `abstract`.
+        """
         path = self._path(step)
-        facts = manifest.read(path)
-        manifest.check_arrays(facts, abstract_state, path)
-        manifest.check_data(facts, fingerprint, path)
-        with _context(self._merged):
-            state = _orbax().load(path / "arrays", jax.tree.map(_placed, abstract_state))
-        self._current = step
-        return Restored(state, facts["position"], facts["config"], step, facts["extra"])
+        manifest.check_parameters(manifest.read(path), abstract, path)
+        context = _context(self._merged)
+        context.pytree.loading.partial_load = True
+        with context:
+            wanted = {"params": jax.tree.map(_placed, abstract)}
+            return _orbax().load(path / "arrays", wanted)["params"]
 
     def _path(self, step: int) -> epath.Path:
         return self._root / f"{step:08d}"

@@ -160,11 +160,7 @@ def _check_shapes(found: dict[str, str], cfg: ModelConfig, where: str, fix: str)
 
 
 def _check_same(found: dict[str, str], wanted: dict[str, str], where: str, fix: str) -> None:
-    lines = [
-        f"  {name}: {found.get(name, 'absent')} there, {wanted.get(name, 'absent')} in the model"
-        for name in sorted(found.keys() | wanted.keys())
-        if found.get(name) != wanted.get(name)
-    ]
+    lines = manifest.differences(found, wanted, "there")
     if lines:
         raise ValueError(
             f"{where}: holds another model's weights:\n" + "\n".join(lines) + f"\n{fix}"

@@ -71,13 +71,7 @@ def describe(tree: Any) -> dict[str, str]:
 
 def check_arrays(facts: dict[str, Any], abstract_state: Any, path: epath.Path) -> None:
     """Raises `ValueError` unless the checkpoint at `path` holds the arrays of `abstract_state`."""
-    saved, wanted = facts["arrays"], describe(abstract_state)
-    lines = [
-        f"  {name}: {saved.get(name, 'absent')} in the checkpoint, {wanted.get(name, 'absent')} "
-        "in the model"
-        for name in sorted(saved.keys() | wanted.keys())
-        if saved.get(name) != wanted.get(name)
-    ]
+    lines = differences(facts["arrays"], describe(abstract_state), "in the checkpoint")
     count = count_parameters(abstract_state["params"])
     if lines or count != facts["parameters"]:
         raise ValueError(
@@ -85,6 +79,27 @@ def check_arrays(facts: dict[str, Any], abstract_state: Any, path: epath.Path) -
             + "\n".join(lines)
             + "\nRestore it with the configuration that it was saved with (in its manifest)"
         )
+
+
+def check_parameters(facts: dict[str, Any], abstract: Any, path: epath.Path) -> None:
+    """Raises `ValueError` unless the checkpoint at `path` holds all parameters of `abstract`."""
+    wanted = {f"params.{name}": text for name, text in describe(abstract).items()}
+    saved = {name: text for name, text in facts["arrays"].items() if name in wanted}
+    if lines := differences(saved, wanted, "in the checkpoint"):
+        fix = "Read it with the configuration that it was saved with (in its manifest)"
+        raise ValueError(f"{path}: holds other parameters:\n" + "\n".join([*lines, fix]))
+
+
+def differences(found: dict[str, str], wanted: dict[str, str], where: str) -> list[str]:
+    """A line for every array that two results of `describe` do not have alike.
+
+    wanted: of the model. where: what `found` describes, such as "in the checkpoint".
+    """
+    return [
+        f"  {name}: {found.get(name, 'absent')} {where}, {wanted.get(name, 'absent')} in the model"
+        for name in sorted(found.keys() | wanted.keys())
+        if found.get(name) != wanted.get(name)
+    ]
 
 
 def check_data(facts: dict[str, Any], fingerprint: str | None, path: epath.Path) -> None:

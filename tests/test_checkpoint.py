@@ -122,6 +122,38 @@ def test_restores_to_another_number_of_devices(store):
         assert got["params"]["w"].sharding == over(count)
 
 
+def test_parameters_are_read_without_the_rest_from_any_number_of_devices(store, state):
+    mesh = jax.sharding.Mesh(np.array(jax.devices()), "x")
+    over = jax.device_put(state["params"], jax.NamedSharding(mesh, jax.P("x")))
+    save(store, {**state, "params": over}, 5)
+    assert_same(store.parameters(abstract(state["params"]), 5), state["params"])
+    some = store.parameters({"norm": abstract(state["params"]["norm"])}, 5)
+    assert_same(some, {"norm": state["params"]["norm"]})
+    assert all(len(leaf.devices()) == 1 for leaf in jax.tree.leaves(some))
+    half = jax.NamedSharding(jax.sharding.Mesh(mesh.devices[:4], "x"), jax.P(None, "x"))
+    embed = store.parameters({"embed": abstract(state["params"]["embed"], half)}, 5)["embed"]
+    assert_same(embed, state["params"]["embed"])
+    assert embed["weight"].sharding == half
+
+
+def test_parameters_of_another_model_are_listed(store, state):
+    save(store, state, 5)
+    wanted = abstract({"embed": {"weight": jnp.zeros((16, 4))}, "head": {"weight": jnp.zeros(3)}})
+    message = r"(?s)embed.weight: float32\[16, 8\] in .*, float32\[16, 4\].*head.weight: absent in"
+    with pytest.raises(ValueError, match=message):
+        store.parameters(wanted, 5)
+
+
+def test_facts_are_those_of_a_checked_checkpoint(store, state, tmp_path):
+    with pytest.raises(ValueError, match="holds no checkpoint"):
+        store.facts()
+    save(store, state, 5, 10)
+    flip(directory(tmp_path, 10))
+    assert (store.facts()["step"], store.facts()["config"]) == (5, CONFIG)
+    with pytest.raises(ValueError, match=r"other bytes than were written.*Complete steps"):
+        store.facts(10)
+
+
 def test_without_any_checkpoint_there_is_none(store, state, tmp_path):
     assert store.latest_valid() is None
     with pytest.raises(ValueError, match=f"{tmp_path}.*holds no checkpoint"):
