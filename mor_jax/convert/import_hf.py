@@ -1,0 +1,72 @@
+"""A Hugging Face directory, or a repository of the hub -> our parameters.
+
+Plain Llama models, and what our own export wrote.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mor_jax.config import ModelConfig
+from mor_jax.convert.hf_config import CONFIG, llama_config, mor_config, read_config
+from mor_jax.convert.imported import Imported, facts_of, tokenizer_beside
+from mor_jax.convert.lazy import Lazy
+from mor_jax.convert.names import EMBEDDING, HEAD, llama_entries, mor_entries
+from mor_jax.convert.sources import open_weights
+from mor_jax.convert.sources.hub import located
+from mor_jax.convert.views import as_params
+
+
+def import_hf(path: str, weights: str | None = None) -> Imported:
+    """The model in directory `path`, or of the hub's repository `owner/name[@revision]`.
+
+    weights: where the tensors lie, if not beside config.json: a file or a directory, such as one
+    of a trainer.
+
+    Raises:
+        ValueError: no model, another architecture than Llama or ours, options that we do not have,
+            or tensors that do not make the model that config.json describes.
+    """
+    directory = located(path)
+    directory = directory if directory.is_dir() else directory.parent
+    hf = read_config(directory)
+    found = open_weights(Path(weights).expanduser() if weights else _weights(path, directory))
+    tied, note = are_tied(found.tensors, hf)
+    cfg, table = _model(hf, str(directory / CONFIG), tied)
+    params = as_params(cfg, table, found.tensors)
+    facts = facts_of(found, architecture=hf.get("model_type", "llama"), notes=note)
+    return Imported(cfg, params, tokenizer_beside(directory, cfg.vocab_size), facts)
+
+
+def _weights(path: str, directory: Path) -> Path:
+    # A file that was named is read even where others lie beside it.
+    named = Path(path).expanduser()
+    return named if named.is_file() and named.name != CONFIG else directory
+
+
+def _model(hf: Mapping[str, Any], where: str, tied: bool) -> tuple[ModelConfig, Any]:
+    if hf.get("model_type") == "mor":
+        cfg = mor_config(hf, where, tied=tied)
+        return cfg, mor_entries(cfg)
+    cfg = llama_config(hf, where, tied=tied)
+    return cfg, llama_entries(cfg)
+
+
+def are_tied(tensors: Lazy, hf: Mapping[str, Any]) -> tuple[bool, tuple[str, ...]]:
+    """Whether the unembedding repeats the embedding, and a note where config.json says otherwise.
+
+    The tensors decide where both are there; without an unembedding it is as config.json says.
+    """
+    told = bool(hf.get("tie_word_embeddings", False))
+    specs = tensors.specs
+    if HEAD not in specs or EMBEDDING not in specs:
+        return told, ()
+    alike = specs[HEAD].shape == specs[EMBEDDING].shape
+    tied = alike and np.array_equal(tensors.read(HEAD), tensors.read(EMBEDDING))
+    if tied == told:
+        return tied, ()
+    words = ("are one", "differ") if tied else ("differ", "are one")
+    note = f"embedding and unembedding {words[0]}, though config.json says that they {words[1]}"
+    return tied, (note,)

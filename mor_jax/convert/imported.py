@@ -1,0 +1,99 @@
+"""What every import gives: a configuration, weights to be read one at a time, a tokenizer."""
+
+import dataclasses
+import json
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from mor_jax.config import ModelConfig, check, fail
+from mor_jax.convert.lazy import Lazy
+from mor_jax.convert.sources import Weights
+from mor_jax.data.optional import need
+
+# Files that make up a tokenizer, or say how a model wants to be prompted.
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+    "generation_config.json",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Imported:
+    """A foreign model.
+
+    cfg: in float32. params: our parameters by dotted path. tokenizer: its files by name, None
+    where there was none. facts: what the report of a conversion says about the source.
+    """
+
+    cfg: ModelConfig
+    params: Lazy
+    tokenizer: Mapping[str, bytes] | None
+    facts: Mapping[str, Any]
+
+
+def facts_of(weights: Weights, tensors: Lazy | None = None, **more: Any) -> dict[str, Any]:
+    """The report's lines on a source: where, format, tensors by stored dtype, notes, and `more`."""
+    specs = (tensors or weights.tensors).specs
+    stored = Counter(spec.dtype for spec in specs.values())
+    notes = (*weights.notes, *more.pop("notes", ()))
+    return {
+        "source": weights.tensors.where,
+        "format": weights.format,
+        "tensors": dict(stored.most_common()),
+        **more,
+        "notes": list(notes),
+    }
+
+
+def tokenizer_beside(directory: Path, vocab_size: int) -> dict[str, bytes] | None:
+    """The tokenizer's files in `directory`, None if there is no tokenizer.json nor .model.
+
+    Raises:
+        ValueError: a damaged file, or a tokenizer with more tokens than the model has.
+    """
+    paths = [directory / name for name in TOKENIZER_FILES]
+    files = {path.name: path.read_bytes() for path in paths if path.is_file()}
+    if not {"tokenizer.json", "tokenizer.model"} & files.keys():
+        return None
+    check_tokenizer(files, vocab_size, str(directory))
+    return files
+
+
+def check_tokenizer(files: Mapping[str, bytes], vocab_size: int, where: str) -> None:
+    """Raises `ValueError` unless every token of the tokenizer has a row of the embedding."""
+    name = "tokenizer.json" if "tokenizer.json" in files else "tokenizer.model"
+    largest = _largest(files[name], f"{where}/{name}")
+    rule = f"has a token {largest}, but the model embeds {vocab_size} tokens, 0 to {vocab_size - 1}"
+    fix = "Take the tokenizer that the model was trained with, or remove the added tokens beyond"
+    check(largest < vocab_size, f"{where}/{name}", largest + 1, rule, fix)
+
+
+def _largest(contents: bytes, where: str) -> int:
+    """The largest token number of a tokenizer.json or SentencePiece model."""
+    if where.endswith(".model"):
+        sentencepiece = need("sentencepiece", "path", where)
+        pieces = sentencepiece.SentencePieceProcessor()
+        try:
+            pieces.LoadFromSerializedProto(contents)
+        except RuntimeError as error:
+            fail(where, f"{len(contents)} bytes", f"is no SentencePiece model ({error})", "Copy it")
+        return pieces.vocab_size() - 1
+    try:
+        told = json.loads(contents)
+        vocabulary = told["model"]["vocab"]
+        ids = list(vocabulary.values()) if isinstance(vocabulary, dict) else range(len(vocabulary))
+        added = [token["id"] for token in told.get("added_tokens") or ()]
+        return max([*ids, *added])
+    except (ValueError, KeyError, TypeError) as error:
+        rule = f"is damaged or no Hugging Face tokenizer ({error!r})"
+        fail(where, f"{len(contents)} bytes", rule, "Copy or download it again")

@@ -1,0 +1,75 @@
+"""Safetensors files: one, or several with an index. Sixteen-bit floats widen without loss."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+
+from mor_jax.config import fail
+from mor_jax.convert.lazy import Lazy, Spec
+from mor_jax.convert.sources.shards import open_shards
+from mor_jax.data.optional import need
+
+# Name in the file -> our name and what the bytes are read as.
+_DTYPES = {
+    "F64": ("float64", "<f8"),
+    "F32": ("float32", "<f4"),
+    "F16": ("float16", "<f2"),
+    "BF16": ("bfloat16", "<u2"),
+}
+
+
+def open_safetensors(path: Path) -> Lazy:
+    """The tensors of one file. Values are read when asked for, one tensor at a time.
+
+    Raises:
+        ValueError: the file is torn or none, or holds numbers that are no floats.
+    """
+    _check_whole(path)
+    with path.open("rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+    header.pop("__metadata__", None)
+    other = [
+        f"{name} ({row['dtype']})" for name, row in header.items() if row["dtype"] not in _DTYPES
+    ]
+    if other:
+        rule = f"holds tensors that are no plain floats ({', '.join(_DTYPES)})"
+        fail(str(path), other[:10], rule, "Take the unquantized files of this model")
+    specs = {
+        name: Spec(tuple(row["shape"]), _DTYPES[row["dtype"]][0]) for name, row in header.items()
+    }
+
+    def read(name: str) -> np.ndarray:
+        spec, raw = specs[name], _DTYPES[header[name]["dtype"]][1]
+        start, end = header[name]["data_offsets"]
+        count = (end - start) // np.dtype(raw).itemsize
+        values = np.fromfile(path, raw, count, offset=8 + size + start)
+        if values.size != count:
+            fail(str(path), name, "the file was cut while it was read", "Copy it again")
+        return widened(values, spec.dtype).reshape(spec.shape)
+
+    return Lazy(str(path), specs, read)
+
+
+def open_sharded_safetensors(index: Path) -> Lazy:
+    """The tensors of all files that `index` (`model.safetensors.index.json`) lists."""
+    return open_shards(index, open_safetensors)
+
+
+def widened(values: np.ndarray, dtype: str) -> np.ndarray:
+    """Floats of any width in float32; bfloat16 comes as its bits, uint16."""
+    if dtype == "bfloat16":
+        return (values.astype(np.uint32) << 16).view(np.float32)
+    return values.astype(np.float32, copy=False)
+
+
+def _check_whole(path: Path) -> None:
+    # The library checks what a header may say: ranges inside of the file, without gaps or overlaps.
+    safetensors = need("safetensors", "path", str(path))
+    try:
+        with safetensors.safe_open(path, "numpy"):
+            pass
+    except (safetensors.SafetensorError, OSError) as error:
+        rule = f"is damaged or no safetensors file ({error})"
+        fail(str(path), f"{path.stat().st_size} bytes", rule, "Copy or download it again")

@@ -1,0 +1,158 @@
+"""Files of `torch.save`: one, several with an index, or DeepSpeed's. No code in them is run."""
+
+import pickle
+import re
+import zipfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mor_jax.config import check, fail
+from mor_jax.convert.lazy import Lazy, Spec
+from mor_jax.convert.sources.shards import open_shards
+from mor_jax.data.optional import need
+
+# Where trainers put the state dict among other things.
+_INSIDE = ("module", "model", "state_dict", "model_state_dict")
+# What wrappers of modules leave inside of names; `module.` only counts in front of all of them.
+_WRAPPERS = re.compile(r"(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+_FLOATS = ("float64", "float32", "float16", "bfloat16")
+
+
+def open_torch(path: Path) -> Lazy:
+    """The tensors of one file, memory-mapped. A nested state dict and wrappers' names are undone.
+
+    Raises:
+        ValueError: the file is damaged, needs code to be executed, or holds no state dict.
+    """
+    return _lazy(path, load_safely(path))
+
+
+def open_sharded_torch(index: Path) -> Lazy:
+    """The tensors of all files that `index` (`pytorch_model.bin.index.json`) lists."""
+    return open_shards(index, open_torch)
+
+
+def open_deepspeed(path: Path) -> tuple[Lazy, str, tuple[str, ...]]:
+    """A DeepSpeed checkpoint of ZeRO stage 0 to 2: tensors, format and notes.
+
+    path: the directory with `latest`, or one of a step.
+
+    Raises:
+        ValueError: files that are missing, or weights cut over processes (ZeRO-3, tensor or
+            pipeline parallel), which only DeepSpeed's own script joins.
+    """
+    step = path
+    if (path / "latest").is_file():
+        step = path / (path / "latest").read_text().strip()
+        rule = f"'latest' names {step.name}, which is not there"
+        check(step.is_dir() and step != path, "path", str(path), rule, "Copy that directory too")
+    fix = (
+        f"Join them first with the script that DeepSpeed left there: python zero_to_fp32.py {path}"
+    )
+    fix += " OUTPUT, and convert OUTPUT"
+    cut = sorted(file.name for file in step.glob("zero_pp_rank_*_model_states.pt"))
+    rule = "ZeRO-3: every process has stored its own part of each weight"
+    check(not cut, str(step), cut[:3], rule, fix)
+    files = sorted(file.name for file in step.glob("*_model_states.pt"))
+    layers = sorted(file.name for file in step.glob("layer_*-model_*_model_states.pt"))
+    rule = (
+        "must hold the one file mp_rank_00_model_states.pt; weights are cut by tensor or pipeline"
+    )
+    whole = files == ["mp_rank_00_model_states.pt"] and not layers
+    check(whole, str(step), files[:5], rule, "Save them whole in the reference's trainer")
+    tensors = open_torch(step / files[0])
+    notes: tuple[str, ...] = ()
+    if any(spec.dtype != "float32" for spec in tensors.specs.values()):
+        notes = ("16-bit copies; zero_to_fp32.py gives the float32 weights of the optimiser",)
+    return tensors, f"DeepSpeed ({step.name})", notes
+
+
+def load_safely(path: Path) -> Any:
+    """What `torch.save` wrote to `path`, tensors memory-mapped.
+
+    Raises:
+        ValueError: the file is damaged, or loading it would execute code.
+    """
+    torch = need("torch", "path", str(path))
+    with path.open("rb") as file:
+        is_zip = file.read(2) == b"PK"
+    rule = "is damaged: it lacks its end"
+    size = f"{path.stat().st_size} bytes"
+    whole = not is_zip or zipfile.is_zipfile(path)
+    check(whole, str(path), size, rule, "Copy or download it again")
+    try:
+        # The format before torch 1.6 cannot be mapped: it is read whole.
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
+    except pickle.UnpicklingError as error:
+        reason = _reason(str(error))
+        rule = (
+            f"only tensors are loaded from a file, and this one holds more, or is damaged; {reason}"
+        )
+        fix = (
+            "Loading it could execute anything: whoever made it should save the state dict alone, "
+        )
+        fix += "torch.save(model.state_dict(), ...) or save_pretrained(...)"
+        fail(str(path), size, rule, fix)
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+        rule = f"is damaged or no file of torch.save ({_reason(str(error))})"
+        fail(str(path), size, rule, "Copy or download it again")
+
+
+def _reason(message: str) -> str:
+    # The library's advice to load unsafely does not belong into ours.
+    found = re.search(r"Unsupported \w+|GLOBAL [\w.]+|global [\w.]+|invalid load key[^.]*", message)
+    global_ = re.search(r"GLOBAL ([\w.]+)", message)
+    if global_:
+        return f"it asks for {global_[1]}"
+    return found[0] if found else message.strip().splitlines()[0][:200]
+
+
+def _lazy(path: Path, loaded: Any) -> Lazy:
+    torch = need("torch", "path", str(path))
+    state = _state_dict(path, loaded, torch)
+    names = _unwrapped(path, list(state))
+    tensors = dict(zip(names, state.values(), strict=True))
+    other = [f"{name} ({dtype})" for name, dtype in _dtypes(tensors) if dtype not in _FLOATS]
+    rule = f"holds tensors that are no plain floats ({', '.join(_FLOATS)})"
+    check(not other, str(path), other[:10], rule, "Take the unquantized weights of this model")
+    specs = {name: Spec(tuple(tensors[name].shape), dtype) for name, dtype in _dtypes(tensors)}
+
+    def read(name: str) -> np.ndarray:
+        return tensors[name].detach().to(torch.float32).numpy()
+
+    return Lazy(str(path), specs, read)
+
+
+def _dtypes(tensors: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    for name, tensor in tensors.items():
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        yield name, dtype if str(tensor.layout) == "torch.strided" else str(tensor.layout)
+
+
+def _state_dict(path: Path, loaded: Any, torch: Any) -> Mapping[str, Any]:
+    while isinstance(loaded, Mapping):
+        if any(isinstance(value, torch.Tensor) for value in loaded.values()):
+            odd = [str(k) for k, v in loaded.items() if not isinstance(v, torch.Tensor)]
+            rule = "holds entries among its tensors that are none"
+            check(not odd, str(path), odd[:10], rule, "Save the state dict of the model alone")
+            return loaded
+        inside = [key for key in _INSIDE if isinstance(loaded.get(key), Mapping)]
+        if not inside:
+            break
+        loaded = loaded[inside[0]]
+    found = sorted(map(str, loaded))[:10] if isinstance(loaded, Mapping) else type(loaded).__name__
+    rule = f"holds no state dict, neither at the top nor under one of {_INSIDE}"
+    fail(str(path), found, rule, "Save the state dict of the model alone")
+
+
+def _unwrapped(path: Path, names: list[str]) -> list[str]:
+    names = [_WRAPPERS.sub("", name) for name in names]
+    while names and all(name.startswith("module.") for name in names):
+        names = [_WRAPPERS.sub("", name.removeprefix("module.")) for name in names]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    rule = "names that differ in wrappers of modules only"
+    check(not twice, str(path), twice[:5], rule, "Save the state dict of the unwrapped model")
+    return names
