@@ -103,7 +103,7 @@ def turn(source: np.ndarray, target: np.ndarray) -> None:
     A few of the source's slowest rows at a time, which is seven times as fast as all at once.
     """
     source, target = _merged(source, target)
-    if source.ndim == 0:
+    if source.ndim < 2:
         target[...] = source
         return
     axis = int(np.argmax(source.strides))
