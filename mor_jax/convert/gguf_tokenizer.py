@@ -1,0 +1,146 @@
+"""The tokenizer inside a GGUF file -> tokenizer.json and tokenizer_config.json.
+
+The file holds the vocabulary and names the rule by which texts are cut before tokens are looked up.
+Only rules that are known exactly are rebuilt.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers, processors
+
+from mor_jax.config import check, fail
+from mor_jax.convert.sentencepiece_json import Kind, Pieces, around, files_of, tokenizer_of
+from mor_jax.convert.sources.gguf_file import Metadata
+
+_LLAMA3 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+# tokenizer.ggml.pre -> how text is cut: GPT-2's way, so with digits apart, or Llama 3's.
+CUTS = {
+    "gpt-2": "gpt2",
+    "smollm": "digits",
+    "starcoder": "digits",
+    "llama-bpe": "llama3",
+    "llama-v3": "llama3",
+    "llama3": "llama3",
+}
+_OTHER = "Give the tokenizer's Hugging Face files with --tokenizer=DIR"
+_SPECIALS = {
+    "bos_token": "bos_token_id",
+    "eos_token": "eos_token_id",
+    "unk_token": "unknown_token_id",
+    "pad_token": "padding_token_id",
+}
+
+
+def tokenizer_files(fields: Metadata) -> dict[str, bytes]:
+    """Files of the tokenizer, by name.
+
+    Raises:
+        ValueError: the file holds none, or one that cannot be rebuilt exactly.
+    """
+    key = "tokenizer.ggml.model"
+    builders = {"gpt2": _byte_level, "llama": _sentencepiece}
+    kind = fields.get(key)
+    rule = f"only {sorted(builders)} are rebuilt"
+    check(kind in builders, f"{fields.where}: {key}", kind, rule, _OTHER)
+    texts = fields.need("tokenizer.ggml.tokens")
+    twice = len(texts) - len(set(texts))
+    rule = "tokens of the same text cannot be told apart"
+    check(not twice, f"{fields.where}: tokenizer.ggml.tokens", twice, rule, _OTHER)
+    kinds = fields.get("tokenizer.ggml.token_type") or [Kind.NORMAL] * len(texts)
+    rule = "must be as many as there are tokens"
+    ok = len(kinds) == len(texts)
+    check(ok, f"{fields.where}: tokenizer.ggml.token_type", len(kinds), rule, "Copy it again")
+    tokenizer = builders[kind](fields, texts, kinds)
+    names = {name: _text(fields, texts, key) for name, key in _SPECIALS.items()}
+    always = kind == "llama" or _cut(fields) == "llama3"
+    first = fields.get("tokenizer.ggml.add_bos_token", always)
+    last = fields.get("tokenizer.ggml.add_eos_token", False)
+    around(tokenizer, names["bos_token"] if first else None, names["eos_token"] if last else None)
+    more = {"chat_template": _chat(fields), "model_max_length": fields.get("llama.context_length")}
+    return files_of(tokenizer, {**names, **more})
+
+
+def _cut(fields: Metadata) -> str | None:
+    return CUTS.get(fields.get("tokenizer.ggml.pre"))
+
+
+def _text(fields: Metadata, texts: Sequence[str], key: str) -> str | None:
+    key = f"tokenizer.ggml.{key}"
+    number = fields.get(key)
+    if number is None:
+        return None
+    ok = 0 <= number < len(texts)
+    check(ok, f"{fields.where}: {key}", number, f"there are {len(texts)} tokens", "Copy it again")
+    return texts[number]
+
+
+def _chat(fields: Metadata) -> Any:
+    """One template, or several by name."""
+    template, named = fields.get("tokenizer.chat_template"), fields.get("tokenizer.chat_templates")
+    if not named:
+        return template
+    rows = [("default", template)] if template else []
+    rows += [(name, fields.need(f"tokenizer.chat_template.{name}")) for name in named]
+    return [{"name": name, "template": text} for name, text in rows]
+
+
+def _byte_level(
+    fields: Metadata, texts: Sequence[str], kinds: Sequence[int]
+) -> tokenizers.Tokenizer:
+    pre, cut = fields.get("tokenizer.ggml.pre"), _cut(fields)
+    rule = f"of the rules to cut text, {sorted(CUTS)} are known exactly"
+    check(cut is not None, f"{fields.where}: tokenizer.ggml.pre", pre, rule, _OTHER)
+    merges = [tuple(merge.split(" ")) for merge in fields.need("tokenizer.ggml.merges")]
+    vocabulary = {text: number for number, text in enumerate(texts)}
+    odd = [m for m in merges if len(m) != 2 or "".join(m) not in vocabulary]
+    rule = "must be pairs of tokens whose join is a token"
+    check(not odd, f"{fields.where}: tokenizer.ggml.merges", odd[:5], rule, _OTHER)
+    model = models.BPE(vocabulary, merges, fuse_unk=False, ignore_merges=cut == "llama3")
+    tokenizer = tokenizers.Tokenizer(model)
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=cut != "llama3")
+    before: dict[str, list[Any]] = {
+        "gpt2": [],
+        "digits": [pre_tokenizers.Digits(individual_digits=True)],
+        "llama3": [pre_tokenizers.Split(tokenizers.Regex(_LLAMA3), "isolated")],
+    }
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*before[cut], byte_level])
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
+    pairs = list(zip(texts, kinds, strict=True))
+    tokenizer.add_special_tokens(_added(pairs, Kind.CONTROL, True))
+    tokenizer.add_tokens(_added(pairs, Kind.USER_DEFINED, False))
+    return tokenizer
+
+
+def _added(
+    pairs: Sequence[tuple[str, int]], wanted: Kind, special: bool
+) -> list[tokenizers.AddedToken]:
+    return [
+        tokenizers.AddedToken(text, normalized=False, special=special)
+        for text, kind in pairs
+        if kind == wanted
+    ]
+
+
+def _sentencepiece(
+    fields: Metadata, texts: Sequence[str], kinds: Sequence[int]
+) -> tokenizers.Tokenizer:
+    scores = fields.need("tokenizer.ggml.scores")
+    if len(scores) != len(texts):
+        where = f"{fields.where}: tokenizer.ggml.scores"
+        fail(where, len(scores), "must be as many as there are tokens", "Copy it again")
+    return tokenizer_of(
+        Pieces(
+            "bpe",
+            texts,
+            scores,
+            kinds,
+            prefix=fields.get("tokenizer.ggml.add_space_prefix", True),
+            squeeze=fields.get("tokenizer.ggml.remove_extra_whitespaces", False),
+        )
+    )

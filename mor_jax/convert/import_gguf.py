@@ -1,0 +1,191 @@
+"""A GGUF file of the architecture llama -> our parameters, dequantized, and its tokenizer.
+
+llama.cpp turns neighbouring channels of a head where Llama turns halves, so its files hold the rows
+of query and key projections in another order; it is undone here.
+"""
+
+import math
+import re
+from pathlib import Path
+
+import numpy as np
+
+from mor_jax.config import ModelConfig, RopeScaling, check, fail
+from mor_jax.convert.gguf_tokenizer import tokenizer_files
+from mor_jax.convert.imported import Imported, check_tokenizer, facts_of, tokenizer_beside
+from mor_jax.convert.lazy import Lazy
+from mor_jax.convert.names import EMBEDDING, HEAD, llama_entries
+from mor_jax.convert.sources import Weights
+from mor_jax.convert.sources.gguf_file import Metadata, open_gguf
+from mor_jax.convert.sources.hub import located
+from mor_jax.convert.views import as_params
+
+ROPE_FACTORS = "rope_freqs.weight"
+_ENDS = {
+    "token_embd.weight": EMBEDDING,
+    "output_norm.weight": "model.norm.weight",
+    "output.weight": HEAD,
+}
+_LAYER = {
+    "attn_norm": "input_layernorm",
+    "ffn_norm": "post_attention_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+# Metadata of llama models that compute something else, with the value that changes nothing.
+_NEUTRAL = {
+    "expert_count": 0,
+    "expert_used_count": 0,
+    "logit_scale": 1.0,
+    "residual_scale": 1.0,
+    "embedding_scale": 1.0,
+    "attention.scale": 0.0,
+    "attention.sliding_window": 0,
+    "attention.clamp_kqv": 0.0,
+    "use_parallel_residual": False,
+}
+
+
+def import_gguf(path: str, tokenizer: str | None = None) -> Imported:
+    """The model in the GGUF file `path`, or of the hub: `owner/name/FILE.gguf`.
+
+    tokenizer: directory of tokenizer files to take instead of the one inside the file.
+
+    Raises:
+        ValueError: a damaged file, another architecture, settings that our models do not have,
+            tensors that do not fit, or a tokenizer that cannot be rebuilt exactly.
+    """
+    file = located(path)
+    raw, fields = open_gguf(file)
+    cfg = _config(raw, fields)
+    params = as_params(cfg, llama_entries(cfg), _renamed(raw, cfg))
+    if tokenizer is None:
+        files = tokenizer_files(fields)
+        check_tokenizer(files, cfg.vocab_size, str(file))
+    else:
+        files = tokenizer_beside(Path(tokenizer).expanduser(), cfg.vocab_size)
+    notes: tuple[str, ...] = ()
+    if any(spec.dtype not in ("F32", "F16", "BF16") for spec in raw.specs.values()):
+        notes = ("weights were quantized in the file; these are its numbers, not the original's",)
+    weights = Weights(raw, "GGUF", notes)
+    name = fields.get("general.name")
+    return Imported(cfg, params, files, facts_of(weights, architecture="llama", name=name))
+
+
+def _config(raw: Lazy, fields: Metadata) -> ModelConfig:
+    kind = fields.need("general.architecture")
+    where = f"{fields.where}: general.architecture"
+    check(kind == "llama", where, kind, "only llama is read", "Take a model of type llama")
+    for key, neutral in _NEUTRAL.items():
+        value = fields.get(f"llama.{key}", neutral)
+        rule = f"our models compute as with {neutral}"
+        fix = "This model cannot be converted exactly"
+        check(value == neutral, f"{fields.where}: llama.{key}", value, rule, fix)
+    width, heads = _number(fields, "embedding_length"), _number(fields, "attention.head_count")
+    kv_heads = _number(fields, "attention.head_count_kv", heads)
+    head_dim = _number(fields, "attention.key_length", width // heads)
+    for key in ("rope.dimension_count", "attention.value_length"):
+        value = _number(fields, key, head_dim)
+        rule = f"must be the width of a head, {head_dim}"
+        check(value == head_dim, f"{fields.where}: llama.{key}", value, rule, "No other is read")
+    embedding = raw.specs.get("token_embd.weight")
+    check(embedding is not None, str(raw.where), None, "lacks token_embd.weight", "Copy it again")
+    theta = float(fields.get("llama.rope.freq_base", 10000.0))
+    cfg = ModelConfig(
+        vocab_size=embedding.shape[0],
+        width=width,
+        layers=_number(fields, "block_count"),
+        heads=heads,
+        kv_heads=kv_heads,
+        head_dim=head_dim,
+        mlp_width=_number(fields, "feed_forward_length"),
+        max_length=_number(fields, "context_length"),
+        rope_theta=theta,
+        rope_scaling=_scaling(raw, fields, head_dim, theta),
+        norm_eps=_shortest(fields.need("llama.attention.layer_norm_rms_epsilon")),
+        tie_embeddings="output.weight" not in raw.specs,
+        dtype="float32",
+    )
+    cfg.validate(fields.where)
+    return cfg
+
+
+def _number(fields: Metadata, key: str, default: int | None = None) -> int:
+    """A size that may be told once or for every layer. Raises `ValueError` if layers differ."""
+    key = f"llama.{key}"
+    value = fields.need(key) if default is None else fields.get(key, default)
+    values = set(value) if isinstance(value, list) else {value}
+    rule = "differs between layers; our layers are alike"
+    check(len(values) == 1, f"{fields.where}: {key}", value, rule, "It cannot be converted")
+    return int(values.pop())
+
+
+def _shortest(value: float) -> float:
+    # Stored as float32: 1e-05 comes back as 9.99999974e-06, which rounds to the same float32.
+    return float(str(np.float32(value)))
+
+
+def _scaling(raw: Lazy, fields: Metadata, head_dim: int, theta: float) -> RopeScaling:
+    key = "llama.rope.scaling.type"
+    kind = fields.get(key, "none")
+    factor = fields.get("llama.rope.scaling.factor", fields.get("llama.rope.scale_linear", 1.0))
+    ok = kind in ("none", "linear")
+    rule = "only linear and Llama 3.1's scaling are computed here"
+    check(ok, f"{fields.where}: {key}", kind, rule, "It cannot be converted exactly")
+    if ROPE_FACTORS in raw.specs:
+        check(kind == "none", f"{fields.where}: {key}", kind, f"{ROPE_FACTORS} scales too", rule)
+        return _llama3(raw, fields, head_dim, theta)
+    if factor == 1.0 or (kind == "none" and key in fields.fields):
+        return RopeScaling()
+    return RopeScaling(kind="linear", factor=_shortest(factor))
+
+
+def _llama3(raw: Lazy, fields: Metadata, head_dim: int, theta: float) -> RopeScaling:
+    """Scaling whose divisors of the frequencies the file holds, one for each channel pair."""
+    divisors = np.asarray(raw.read(ROPE_FACTORS), np.float64)
+    check(divisors.shape == (head_dim // 2,), ROPE_FACTORS, divisors.shape, "has no such shape", "")
+    if np.all(divisors == 1.0):
+        return RopeScaling()
+    turns = theta ** (-np.arange(0, head_dim, 2) / head_dim) / (2 * math.pi)
+    factor, low, high = _shortest(divisors.max()), 1.0, 4.0
+    told = fields.get("llama.rope.scaling.original_context_length")
+    # A file seldom tells the length; the published models all have powers of two.
+    for length in [int(told)] if told else [2**n for n in range(10, 21)]:
+        kept = np.clip((turns * length - low) / (high - low), 0.0, 1.0)
+        if np.allclose(divisors, 1.0 / ((1.0 - kept) / factor + kept), rtol=1e-4):
+            return RopeScaling(kind="llama3", factor=factor, original_max_length=length)
+    rule = "holds divisors of the rotary frequencies that are not those of Llama 3.1"
+    fail(
+        f"{fields.where}: {ROPE_FACTORS}", divisors.tolist(), rule, "It cannot be converted exactly"
+    )
+
+
+def _renamed(raw: Lazy, cfg: ModelConfig) -> Lazy:
+    """Names and row order of Hugging Face. Unknown names stay as they are, to be told as such."""
+    names = {_hf_name(name): name for name in raw.specs if name != ROPE_FACTORS}
+    turned = {"self_attn.q_proj.weight": cfg.heads, "self_attn.k_proj.weight": cfg.kv_heads}
+
+    def read(name: str) -> np.ndarray:
+        values = raw.read(names[name])
+        heads = turned.get(".".join(name.split(".")[-3:]))
+        return values if heads is None else _halves(values, heads)
+
+    return Lazy(raw.where, {hf: raw.specs[name] for hf, name in names.items()}, read)
+
+
+def _hf_name(name: str) -> str:
+    found = re.fullmatch(r"blk\.(\d+)\.(\w+)\.weight", name)
+    if found and found[2] in _LAYER:
+        return f"model.layers.{found[1]}.{_LAYER[found[2]]}.weight"
+    return _ENDS.get(name, name)
+
+
+def _halves(rows: np.ndarray, heads: int) -> np.ndarray:
+    """Rows of neighbouring channels (0, 1), (2, 3) .. -> halves: all the first, all the second."""
+    pairs = rows.reshape(heads, -1, 2, rows.shape[-1])
+    return pairs.swapaxes(1, 2).reshape(rows.shape)
