@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from mor_jax.config import Attention, KVMode, ModelConfig, RouterConfig, Sharing, check, fail
+from mor_jax.convert.hf_config import llama_config
 
 Options = dict[str, Any]
 
@@ -58,14 +59,6 @@ DEFAULTS: Options = {
         "sharing": None,
         "update_cache": False,
     },
-}
-# Llama options for which the reference's models have one value only.
-FIXED = {
-    "hidden_act": ("silu",),
-    "attention_bias": (False,),
-    "mlp_bias": (False,),
-    "attention_dropout": (0, 0.0),
-    "rope_scaling": (None,),
 }
 
 
@@ -122,32 +115,23 @@ def model_config(
     Raises:
         ValueError: an option that we do not support, or values that do not fit together.
     """
-    _check_llama(hf)
     recursive, mor = options["recursive"], options["mor"]
     shared = bool(recursive["enable"])
     if tied is None:
         never = shared and not mor["enable"]
         tied = bool(hf.get("tie_word_embeddings", False)) and not never
-    heads, width = hf["num_attention_heads"], hf["hidden_size"]
-    cfg = ModelConfig(
-        vocab_size=hf["vocab_size"],
-        width=width,
-        layers=layers or fitted_layers(hf["num_hidden_layers"], recursive),
-        heads=heads,
-        kv_heads=hf.get("num_key_value_heads") or heads,
-        head_dim=hf.get("head_dim") or width // heads,
-        mlp_width=hf["intermediate_size"],
-        max_length=hf.get("max_position_embeddings", 2048),
-        rope_theta=_rope_theta(hf),
-        norm_eps=hf.get("rms_norm_eps", 1e-6),
-        init_std=hf.get("initializer_range", 0.02),
-        tie_embeddings=tied,
+    plain = llama_config(hf, "hf_config", tied=tied)
+    rule = "the reference's models turn positions as they are"
+    scaling = plain.rope_scaling.kind
+    check(scaling == "none", "hf_config: rope_scaling", scaling, rule, "Use rope_theta alone")
+    cfg = dataclasses.replace(
+        plain,
+        layers=layers or fitted_layers(plain.layers, recursive),
         sharing=_sharing(recursive),
         recursions=recursive["num_recursion"] if shared else 1,
         share_norms=bool(recursive["ln_share"]) if shared else True,
         kv=_kv_mode(options),
         router=_router(options),
-        dtype="float32",
         attention=attention,
     )
     cfg.validate()
@@ -174,28 +158,6 @@ def _sharing(recursive: Options) -> Sharing:
         return "none"
     allowed = ("cycle", "sequence", "middle_cycle", "middle_sequence")
     return _choice(recursive["sharing"], allowed, "recursive.sharing")
-
-
-def _check_llama(hf: Mapping[str, Any]) -> None:
-    for name, allowed in FIXED.items():
-        value = hf.get(name, allowed[0])
-        if name == "rope_scaling" and isinstance(value, Mapping):
-            value = _rope_kind(value)
-        rule = f"the reference's Llama has {allowed[0]!r}, and so do our models"
-        check(value in allowed, f"hf_config.{name}", value, rule, "No other is supported")
-    rope = hf.get("rope_parameters") or {}
-    rule = "only the plain rotary embedding is supported"
-    check(_rope_kind(rope) is None, "hf_config.rope_parameters", rope, rule, "Use rope_theta alone")
-
-
-def _rope_kind(rope: Mapping[str, Any]) -> str | None:
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    return None if kind == "default" else kind
-
-
-def _rope_theta(hf: Mapping[str, Any]) -> float:
-    nested = (hf.get("rope_parameters") or {}).get("rope_theta", 10000.0)
-    return float(hf.get("rope_theta", nested))
 
 
 def _kv_mode(options: Options) -> KVMode:

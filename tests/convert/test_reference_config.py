@@ -56,7 +56,7 @@ def test_llama_options_are_read():
     ],
 )
 def test_other_llamas_are_refused_by_name(hf):
-    with pytest.raises(ValueError, match=f"hf_config.{next(iter(hf))}"):
+    with pytest.raises(ValueError, match=f"hf_config: {next(iter(hf))}"):
         build(hf=hf)
 
 

@@ -1,7 +1,9 @@
 """Where a model lies: a path, or a name on the Hugging Face hub that is fetched first."""
 
 import re
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from mor_jax.config import fail
 from mor_jax.data.optional import need
@@ -11,11 +13,12 @@ _NAME = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
 _BESIDE = ("*.json", "*.jinja", "*.model", "*.txt", "*.yaml")
 
 
-def located(name: str) -> Path:
+def located(name: str, weights: bool = True) -> Path:
     """The path `name`, or the local copy of the repository `owner/name[@revision]`.
 
-    Only files that an import reads are fetched: safetensors if there are any, else torch files.
-    `owner/name/FILE.gguf` fetches that file alone. What is in the local cache is not fetched again.
+    Only files that an import reads are fetched: configuration, tokenizer and, with `weights`,
+    safetensors if there are any, else torch files. `owner/name/FILE.gguf` fetches that file alone.
+    What is in the local cache is not fetched again.
 
     Raises:
         ValueError: neither a path nor a repository that can be reached.
@@ -26,40 +29,37 @@ def located(name: str) -> Path:
     owner, _, rest = name.partition("/")
     repository, _, file = rest.partition("/")
     if file.endswith(".gguf") and _NAME.fullmatch(f"{owner}/{repository}"):
-        return _fetched(f"{owner}/{repository}", file)
+        return _fetched(name, lambda hub: hub.hf_hub_download(f"{owner}/{repository}", file))
     if not _NAME.fullmatch(name):
         rule = "is neither an existing path nor a name of the hub (owner/name[@revision])"
         fail("path", name, rule, "Check the path")
-    return _fetched(name, None)
-
-
-def _fetched(name: str, file: str | None) -> Path:
-    hub = need("huggingface_hub", "path", name)
     repository, _, revision = name.partition("@")
-    told = "is no existing path, and the hub does not give it"
-    fix = "Check path and network, or fetch it elsewhere and give its directory"
+    return _fetched(name, lambda hub: _snapshot(hub, repository, revision or None, weights))
+
+
+def _fetched(name: str, fetch: Callable[[Any], str]) -> Path:
+    hub = need("huggingface_hub", "path", name)
     try:
-        if file is not None:
-            return Path(hub.hf_hub_download(repository, file, revision=revision or None))
-        return _snapshot(hub, repository, revision or None)
+        return Path(fetch(hub))
     # Whatever the network, the client and the repository's owner may answer.
     except Exception as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ValueError(f"path={name!r}: {told} ({reason}). {fix}") from error
+        reason = str(error).strip().splitlines()[:1] or [type(error).__name__]
+        told = f"is no existing path, and the hub does not give it ({reason[0]})"
+        fix = "Check path and network, or fetch it elsewhere and give its directory"
+        raise ValueError(f"path={name!r}: {told}. {fix}") from error
 
 
-def _snapshot(hub: object, repository: str, revision: str | None) -> Path:
-    try:
-        names = hub.list_repo_files(repository, revision=revision)
-    except Exception:
-        # Without network a copy in the cache still serves; if there is none, this raises again.
-        return Path(hub.snapshot_download(repository, revision=revision, local_files_only=True))
-    safe = any(name.endswith(".safetensors") and "/" not in name for name in names)
-    weights = "*.safetensors" if safe else "*.bin"
-    patterns = [*_BESIDE, weights]
-    # Other formats of the same weights lie in directories of their own.
-    return Path(
-        hub.snapshot_download(
-            repository, revision=revision, allow_patterns=patterns, ignore_patterns=["*/*"]
-        )
+def _snapshot(hub: Any, repository: str, revision: str | None, weights: bool) -> str:
+    patterns = list(_BESIDE)
+    if weights:
+        try:
+            names = hub.list_repo_files(repository, revision=revision)
+        except Exception:
+            # Without network a copy in the cache may serve; if there is none, this tells it.
+            return hub.snapshot_download(repository, revision=revision, local_files_only=True)
+        safe = any(name.endswith(".safetensors") and "/" not in name for name in names)
+        patterns.append("*.safetensors" if safe else "*.bin")
+    # Directories inside hold other formats of the same weights.
+    return hub.snapshot_download(
+        repository, revision=revision, allow_patterns=patterns, ignore_patterns=["*/*"]
     )

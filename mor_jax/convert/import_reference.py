@@ -1,0 +1,104 @@
+"""A checkpoint of the paper authors' code -> our parameters.
+
+Their checkpoints hold tensors only; what model they make, the YAML file of the training run says:
+the shape of a Llama (the config.json of the base model, changed by `model_config`) and the blocks
+`recursive`, `mor` and `kv_sharing`.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from mor_jax.config import check, fail
+from mor_jax.convert.hf_config import CONFIG, read_config
+from mor_jax.convert.import_hf import are_tied
+from mor_jax.convert.imported import Imported, facts_of, tokenizer_beside
+from mor_jax.convert.names import entries
+from mor_jax.convert.reference import DEFAULTS, merge_options, model_config
+from mor_jax.convert.sources import open_weights
+from mor_jax.convert.sources.hub import located
+from mor_jax.convert.views import as_params
+from mor_jax.data.optional import need
+
+_BASE, _CHANGES = "model_name_or_path", "model_config"
+
+
+def import_reference(path: str, reference_config: str) -> Imported:
+    """The model at `path`, trained by the paper authors' code with the YAML `reference_config`.
+
+    path: the directory of a checkpoint, or the file with its tensors. The Llama's config.json is
+    taken from there, else from the base model that the YAML names.
+
+    Raises:
+        ValueError: files that are missing or damaged, options that our models do not have, tensors
+            that do not make the model, or attention that differs between recursions.
+    """
+    source, yaml_file = Path(path).expanduser(), Path(reference_config).expanduser()
+    settings = read_yaml(yaml_file)
+    found = open_weights(source)
+    directory = _shape_of(source if source.is_dir() else source.parent, settings, yaml_file)
+    hf = read_config(directory) | dict(settings.get(_CHANGES) or {})
+    tied, notes = are_tied(found.tensors, hf)
+    options = merge_options(settings)
+    cfg = model_config(hf, options, tied=tied)
+    if cfg.layers != hf["num_hidden_layers"]:
+        told = f"{hf['num_hidden_layers']} layers became {cfg.layers} to fit the sharing scheme"
+        notes = (*notes, told)
+    params = as_params(cfg, entries(cfg), found.tensors)
+    tokenizer = tokenizer_beside(source, cfg.vocab_size) if source.is_dir() else None
+    tokenizer = tokenizer or tokenizer_beside(directory, cfg.vocab_size)
+    facts = facts_of(found, architecture="reference", notes=notes, name=settings.get("name"))
+    return Imported(cfg, params, tokenizer, facts)
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The settings of a training run of the reference.
+
+    Raises:
+        ValueError: no YAML, none of the reference, or one that takes values from elsewhere.
+    """
+    yaml = need("yaml", "reference_config", str(path))
+    check(path.is_file(), "reference_config", str(path), "is no file", "Check the path")
+    try:
+        settings = yaml.safe_load(path.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        fail("reference_config", str(path), f"is no YAML file ({error})", "Check the file")
+    ok = isinstance(settings, Mapping) and any(key in settings for key in (*DEFAULTS, _BASE))
+    rule = f"has none of the settings {[*DEFAULTS, _BASE]}"
+    check(ok, "reference_config", str(path), rule, "Give the YAML file of the training run")
+    open_ = [place for place, value in _leaves(settings) if "${" in str(value)]
+    rule = f"takes these values from elsewhere: {open_[:5]}"
+    fix = "Write the values out, or give the resolved file that the run has saved"
+    check(not open_, "reference_config", str(path), rule, fix)
+    return dict(settings)
+
+
+def _leaves(settings: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    """Settings that say something about the model, by dotted name."""
+    found = []
+    for key, value in settings.items():
+        if not prefix and key not in (*DEFAULTS, _BASE, _CHANGES):
+            continue
+        if isinstance(value, Mapping):
+            found += _leaves(value, f"{prefix}{key}.")
+        else:
+            found.append((f"{prefix}{key}", value))
+    return found
+
+
+def _shape_of(beside: Path, settings: Mapping[str, Any], yaml_file: Path) -> Path:
+    """The directory whose config.json gives the Llama's shape."""
+    if (beside / CONFIG).is_file():
+        return beside
+    base = settings.get(_BASE)
+    rule = f"names no base model, and there is no {CONFIG} in {beside}"
+    fix = f"Copy the base model's {CONFIG} there"
+    check(bool(base), f"{yaml_file}: {_BASE}", base, rule, fix)
+    # A path inside of the authors' tree counts from where the YAML lies, too.
+    for place in (Path(base).expanduser(), yaml_file.parent / base):
+        if (place / CONFIG).is_file():
+            return place
+    try:
+        return located(str(base), weights=False)
+    except ValueError as error:
+        raise ValueError(f"{yaml_file}: {_BASE}: {error}. Or: {fix}") from error
