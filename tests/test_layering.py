@@ -17,6 +17,10 @@ CODE = sorted(
 )
 IDS = [str(path.relative_to(ROOT)) for path in CODE]
 
+# Copied into every export and run there: it has to hold everything, its imports are those of that
+# place, and the library that calls it decides on its arguments.
+EXPORTED = ROOT / "mor_jax" / "convert" / "hf" / "modeling_mor.py"
+
 OWN = {"mor_jax", "configs", "launch"}
 MAX_FILE, MAX_FUNCTION, MAX_ARGUMENTS = 400, 60, 6
 
@@ -149,7 +153,7 @@ def test_no_private_jax(path):
 @pytest.mark.parametrize("path", CODE, ids=IDS)
 def test_files_and_names(path):
     lines = len(path.read_text().splitlines())
-    assert lines <= MAX_FILE, f"{lines} lines: split it (hard limit {MAX_FILE})"
+    assert lines <= MAX_FILE or path == EXPORTED, f"{lines} lines: split it (hard limit {MAX_FILE})"
     assert path.stem not in ("utils", "util", "helpers", "misc"), "name it after what it owns"
     assert not (set(path.relative_to(ROOT).parts[:-1]) & {"common", "utils"})
 
@@ -176,7 +180,9 @@ def test_functions_fit_on_a_screen(path):
         assert length <= MAX_FUNCTION, f"{node.name} has {length} lines (limit {MAX_FUNCTION})"
         arguments = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
         names = [a.arg for a in arguments if a.arg not in ("self", "cls")]
-        assert len(names) <= MAX_ARGUMENTS, f"{node.name} takes {len(names)}: {names}"
+        assert len(names) <= MAX_ARGUMENTS or path == EXPORTED, (
+            f"{node.name} takes {len(names)}: {names}"
+        )
 
 
 def package(name: str) -> str:
@@ -214,6 +220,8 @@ def test_third_party_imports_are_declared(path):
     extra in pyproject.toml."""
     tree = tree_of(path)
     top = third_party(tree.body)
-    assert not top - required(), f"add to requirements.txt: {sorted(top - required())}"
+    assert path == EXPORTED or not top - required(), (
+        f"add to requirements.txt: {sorted(top - required())}"
+    )
     missing = third_party(ast.walk(tree)) - required() - optional()
     assert not missing, f"add to an extra in pyproject.toml: {sorted(missing)}"

@@ -1,0 +1,122 @@
+"""Converts checkpoints: what this project trains for other programs, and theirs for it.
+
+    python launch/convert.py export --to=hf --workdir=runs/mor --output=exports/mor
+    python launch/convert.py export --to=llama --workdir=runs/recursive --output=DIR --unroll
+    python launch/convert.py export --to=reference --workdir=runs/mor --output=DIR
+    python launch/convert.py import --from=hf --source=PATH_OR_NAME --workdir=runs/smollm2
+    python launch/convert.py import --from=gguf --source=FILE.gguf --workdir=runs/smollm2 \\
+        --upcycle=recursions=3,sharing=middle_cycle,init=stepwise
+    python launch/convert.py import --from=reference --source=DIR --workdir=runs/theirs
+
+What is written is complete or absent, and an existing directory is refused. docs/conversion.md.
+"""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+# Nothing is computed on a device; accelerators of this machine stay free.
+os.environ["JAX_PLATFORMS"] = "cpu"
+
+from mor_jax import exit_codes
+
+
+def main(argv: list[str] | None = None) -> int:
+    options = _parser().parse_args(argv)
+    try:
+        return options.run(options)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return exit_codes.ERROR
+
+
+def _parser() -> argparse.ArgumentParser:
+    about, _, more = (__doc__ or "").partition("\n")
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=about, epilog=more, formatter_class=raw)
+    commands = parser.add_subparsers(required=True, metavar="export|import")
+    out = commands.add_parser("export", help="a run's weights for other programs")
+    out.set_defaults(run=_export)
+    out.add_argument("--to", required=True, choices=("hf", "llama", "reference"))
+    out.add_argument("--workdir", required=True, help="run to read")
+    out.add_argument("--output", required=True, help="directory to write")
+    out.add_argument("--step", type=int, help="checkpoint; default: the newest good one")
+    out.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
+    out.add_argument("--max_shard_size", default="2GB", help="largest safetensors file")
+    out.add_argument("--unroll", action="store_true", help="write recursions out (--to=llama)")
+    out.add_argument("--overwrite", action="store_true", help="replace an existing directory")
+    inn = commands.add_parser("import", help="foreign weights as a run")
+    inn.set_defaults(run=_import)
+    inn.add_argument("--from", required=True, dest="origin", choices=("hf", "reference", "gguf"))
+    inn.add_argument("--source", required=True, help="file, directory, or (hf) name on the hub")
+    inn.add_argument("--workdir", required=True, help="directory of the run to make")
+    inn.add_argument(
+        "--dtype",
+        default="float32",
+        choices=("float32", "bfloat16"),
+        help="that training computes in; weights stay float32",
+    )
+    inn.add_argument("--tokenizer", help="bytes, or a path; default: the source's own")
+    inn.add_argument("--upcycle", metavar="KEY=VALUE,...", help="recursions=3,sharing=...,init=...")
+    inn.add_argument("--reference_config", help="YAML of the reference's run")
+    inn.add_argument("--overwrite", action="store_true", help="replace an existing directory")
+    return parser
+
+
+def _export(options: argparse.Namespace) -> int:
+    from mor_jax.convert.exports import ExportOptions, export
+    from mor_jax.convert.run_source import open_run
+    from mor_jax.convert.shards import parse_size
+
+    chosen = ExportOptions(
+        output=Path(options.output),
+        dtype=options.dtype,
+        shard_bytes=parse_size(options.max_shard_size),
+        unroll=options.unroll,
+        replace=options.overwrite,
+    )
+    chosen.validate()
+    run = open_run(options.workdir, options.step)
+    written = export(run, options.to, chosen)
+    rate = written.size / written.seconds / 1e9
+    print(f"{run.params.where} -> {written.output}")
+    print(
+        f"{written.stored:,} numbers in {options.dtype}, {written.size / 1e6:,.1f} MB "
+        f"in {written.seconds:.1f} s ({rate:.2f} GB/s)"
+    )
+    print("files: " + " ".join(written.files))
+    return exit_codes.OK
+
+
+def _import(options: argparse.Namespace) -> int:
+    from mor_jax.convert.importing import ImportOptions, import_run
+
+    chosen = ImportOptions(
+        workdir=Path(options.workdir),
+        dtype=options.dtype,
+        tokenizer=options.tokenizer,
+        upcycle=options.upcycle,
+        config=options.reference_config,
+        replace=options.overwrite,
+    )
+    written = import_run(options.origin, options.source, chosen)
+    model = written.cfg.model
+    print(f"{options.source} -> {written.workdir}")
+    print(
+        f"{written.stored:,} parameters, {model.layers} layers of width {model.width}, "
+        f"sharing={model.sharing}, router={model.router.kind}, in {written.seconds:.1f} s"
+    )
+    for note in written.notes:
+        print(f"note: {note}")
+    print(
+        "train from it: python launch/train.py "
+        f"--config=configs/from_workdir.py:{options.workdir} --workdir={options.workdir}"
+    )
+    return exit_codes.OK
+
+
+if __name__ == "__main__":
+    sys.exit(main())

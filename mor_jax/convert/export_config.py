@@ -1,0 +1,151 @@
+"""Our configuration in other programs' words: config.json of Hugging Face, the reference's YAML."""
+
+import dataclasses
+from typing import Any
+
+from mor_jax.config import ModelConfig, RouterConfig, check
+
+Plain = dict[str, Any]
+
+
+def llama_config(cfg: ModelConfig) -> Plain:
+    """config.json of a `LlamaForCausalLM` with `cfg.layers` layers."""
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        **_shape(cfg),
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "mlp_bias": False,
+    }
+
+
+def mor_config(cfg: ModelConfig) -> Plain:
+    """config.json of our own export, which `modeling_mor.py` reads."""
+    module = "modeling_mor"
+    return {
+        "architectures": ["MoRForCausalLM"],
+        "model_type": "mor",
+        "auto_map": {
+            "AutoConfig": f"{module}.MoRConfig",
+            "AutoModelForCausalLM": f"{module}.MoRForCausalLM",
+        },
+        **_shape(cfg),
+        "sharing": cfg.sharing,
+        "num_recursions": cfg.recursions,
+        "share_norms": cfg.share_norms,
+        "kv_mode": cfg.kv,
+        "router": dataclasses.asdict(cfg.router),
+        "routing": "causal",
+        "thresholds": None,
+    }
+
+
+def _shape(cfg: ModelConfig) -> Plain:
+    return {
+        "vocab_size": cfg.vocab_size,
+        "hidden_size": cfg.width,
+        "intermediate_size": cfg.mlp_width,
+        "num_hidden_layers": cfg.layers,
+        "num_attention_heads": cfg.heads,
+        "num_key_value_heads": cfg.kv_heads,
+        "head_dim": cfg.head_dim,
+        "hidden_act": "silu",
+        "max_position_embeddings": cfg.max_length,
+        "rms_norm_eps": cfg.norm_eps,
+        "rope_theta": cfg.rope_theta,
+        "rope_scaling": _rope_scaling(cfg),
+        "initializer_range": cfg.init_std,
+        "tie_word_embeddings": cfg.tie_embeddings,
+        "use_cache": True,
+    }
+
+
+def _rope_scaling(cfg: ModelConfig) -> Plain | None:
+    scaling = cfg.rope_scaling
+    if scaling.kind == "none":
+        return None
+    found: Plain = {"rope_type": scaling.kind, "factor": scaling.factor}
+    if scaling.kind == "llama3":
+        found |= {
+            "low_freq_factor": scaling.low_freq_factor,
+            "high_freq_factor": scaling.high_freq_factor,
+            "original_max_position_embeddings": scaling.original_max_length,
+        }
+    return found
+
+
+def reference_options(cfg: ModelConfig) -> Plain:
+    """The blocks `recursive`, `mor` and `kv_sharing` with which the reference builds this model.
+
+    Raises:
+        ValueError: the reference's code has no such model.
+    """
+    shared = cfg.sharing != "none"
+    rule = "the reference replaces keys and values under expert-choice with middle_cycle alone"
+    expert = cfg.router.kind == "expert" and cfg.sharing == "middle_cycle"
+    check(cfg.kv != "shared_update" or expert, "model.kv", cfg.kv, rule, "Use --to=hf")
+    rule = "the reference shares keys and values in cycle, sequence and middle_cycle only"
+    known = cfg.kv == "recursion" or cfg.sharing != "middle_sequence"
+    check(known, "model.sharing", cfg.sharing, rule, "Use --to=hf")
+    sharing = {"num_recursion": cfg.recursions, "sharing": cfg.sharing} if shared else {}
+    return {
+        "recursive": {
+            "enable": shared,
+            "base_depth": None,
+            **(sharing or {"num_recursion": 2, "sharing": "middle_cycle"}),
+            "ln_share": cfg.share_norms,
+            "initialization": "random",
+        },
+        "kv_sharing": {
+            "enable": cfg.kv != "recursion",
+            "base_depth": None,
+            "num_recursion": None,
+            "sharing": None,
+            **(sharing if cfg.kv != "recursion" else {}),
+            "update_cache": cfg.kv == "shared_update",
+        },
+        "relaxation": {"enable": False},
+        "mor": _mor(cfg.router, cfg.recursions),
+    }
+
+
+def _mor(router: RouterConfig, recursions: int) -> Plain:
+    if router.kind == "none":
+        return {"enable": False}
+    common = {
+        "enable": True,
+        "type": router.kind,
+        "rand_router": False,
+        "router_type": router.arch,
+        "z_loss": router.z_coeff > 0,
+        "z_coeff": router.z_coeff or 1e-5,
+        "temp": router.temperature,
+        "capacity": None,
+    }
+    score = None if router.score == "none" else router.score
+    if router.kind == "expert":
+        shares = router.shares(recursions)
+        return common | {
+            "capacity": ",".join(str(share) for share in shares),
+            "expert": {
+                "cap_warmup_step": router.capacity_warmup_steps,
+                "router_func": score,
+                "alpha": router.alpha,
+                "sampling": None if router.aux == "none" else router.aux,
+                "include_first": True,
+                "coeff": router.aux_coeff,
+                "gating": router.gating,
+            },
+        }
+    return common | {
+        "token": {
+            "bal_warmup_step": router.balance_warmup_steps,
+            "router_func": score,
+            "alpha": router.alpha,
+            "balancing": None if router.balancing == "none" else router.balancing,
+            "coeff": router.balance_coeff,
+            "u": router.bias_rate,
+            "gating": router.gating,
+        },
+    }

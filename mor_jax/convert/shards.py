@@ -1,0 +1,111 @@
+"""Tensors into safetensors files as Hugging Face lays them out: one file, or shards with an index.
+
+A shard is gathered in memory and written at once; the disk takes it while the next one is gathered.
+"""
+
+from pathlib import Path
+from typing import Literal, get_args
+
+import jax.numpy as jnp
+import numpy as np
+from safetensors.numpy import save_file
+
+from mor_jax.config import check, fail
+from mor_jax.convert.lazy import Lazy
+
+Dtype = Literal["float32", "bfloat16", "float16"]
+DTYPES: tuple[Dtype, ...] = get_args(Dtype)
+
+ONE_FILE, INDEX = "model.safetensors", "model.safetensors.index.json"
+DEFAULT_SHARD = 2 * 10**9
+"""Bytes of a shard: few files, and a conversion that needs little memory."""
+
+_NUMPY = {"float32": np.float32, "bfloat16": jnp.bfloat16, "float16": np.float16}
+
+
+def write_shards(
+    directory: Path, tensors: Lazy, dtype: Dtype = "float32", shard_bytes: int = DEFAULT_SHARD
+) -> list[str]:
+    """Writes `tensors`, in their order, to files of at most `shard_bytes`; returns their names.
+
+    A tensor larger than that has a file of its own. Memory: one shard, and what reading a tensor
+    takes.
+
+    Raises:
+        ValueError: a value is too large for `dtype`, and what reading `tensors` raises.
+    """
+    check(dtype in DTYPES, "dtype", dtype, f"must be one of {DTYPES}", "Try 'float32'")
+    plan = list(plan_shards(tensors, np.dtype(_NUMPY[dtype]).itemsize, shard_bytes))
+    files = [f"model-{i + 1:05d}-of-{len(plan):05d}.safetensors" for i in range(len(plan))]
+    files = [ONE_FILE] if len(plan) == 1 else files
+    with concurrent.futures.ThreadPoolExecutor(1, "settle") as thread:
+        for file, names in zip(files, plan, strict=True):
+            arrays = {name: narrow(tensors.read(name), dtype, name) for name in names}
+            # Readers in PyTorch ask for the framework that the tensors are for.
+            save_file(arrays, directory / file, {"format": "pt"})
+            # The disk takes it while the next one is gathered.
+            thread.submit(_settle, directory / file)
+            del arrays
+    if len(plan) > 1:
+        _write_index(directory, tensors, dict(zip(files, plan, strict=True)), dtype)
+    return files
+
+
+def plan_shards(tensors: Lazy, itemsize: int, shard_bytes: int) -> Iterator[list[str]]:
+    """Names of each shard's tensors, in their order."""
+    rule = "must be at least a megabyte"
+    check(shard_bytes >= 10**6, "max_shard_size", shard_bytes, rule, "Try 2GB")
+    names: list[str] = []
+    filled = 0
+    for name, spec in tensors.specs.items():
+        size = math.prod(spec.shape) * itemsize
+        if names and filled + size > shard_bytes:
+            yield names
+            names, filled = [], 0
+        names.append(name)
+        filled += size
+    if names:
+        yield names
+
+
+def narrow(value: np.ndarray, dtype: Dtype, name: str) -> np.ndarray:
+    """float32 values in `dtype`, rounded to nearest. Raises `ValueError` where that overflows."""
+    if dtype == "float32":
+        return np.ascontiguousarray(value, np.float32)
+    largest = float(jnp.finfo(_NUMPY[dtype]).max)
+    reach = float(np.max(np.abs(value), initial=0.0))
+    rule = f"{name} reaches {reach:.3g}, more than {dtype} holds"
+    check(reach <= largest, "dtype", dtype, rule, "Use 'bfloat16' or 'float32'")
+    return value.astype(_NUMPY[dtype])
+
+
+def parse_size(text: str) -> int:
+    """`2GB`, `500MB` or a plain number -> bytes. Raises `ValueError` on anything else."""
+    units = {"GB": 10**9, "MB": 10**6, "KB": 10**3}
+    number, unit = text.strip().upper(), 1
+    for suffix, factor in units.items():
+        if number.endswith(suffix):
+            number, unit = number.removesuffix(suffix), factor
+    try:
+        return int(float(number) * unit)
+    except (ValueError, OverflowError) as error:
+        rule = f"must be a number of bytes, such as 2GB or 500MB ({error})"
+        fail("max_shard_size", text, rule, "Try 2GB")
+
+
+def _write_index(
+    directory: Path, tensors: Lazy, shards: dict[str, list[str]], dtype: Dtype
+) -> None:
+    itemsize = np.dtype(_NUMPY[dtype]).itemsize
+    total = sum(math.prod(spec.shape) for spec in tensors.specs.values()) * itemsize
+    where = {name: file for file, names in shards.items() for name in names}
+    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(where.items()))}
+    (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _settle(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
