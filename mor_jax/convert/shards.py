@@ -3,6 +3,11 @@
 A shard is gathered in memory and written at once; the disk takes it while the next one is gathered.
 """
 
+import concurrent.futures
+import json
+import math
+import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal, get_args
 
