@@ -108,9 +108,6 @@ def mor_config(hf: Mapping[str, Any], where: str = CONFIG, *, tied: bool) -> Mod
     missing = [name for name in names.values() if hf.get(name) is None]
     check(not missing, where, missing, "lacks these settings of our export", "Export it again")
     values = {ours: hf[name] for ours, name in names.items()}
-    values["router"] = dataclasses.asdict(
-        parse(RouterConfig, dict(hf["router"]), f"{where}: router.")
-    )
     fixed = {"rope_theta": theta, "tie_embeddings": tied, "dtype": "float32"}
     cfg = parse(ModelConfig, values | fixed, f"{where}: ")
     cfg = dataclasses.replace(cfg, rope_scaling=scaling)
