@@ -11,7 +11,6 @@ This module is the only one that knows orbax.
 
 import concurrent.futures
 import errno
-import json
 import logging
 import os
 import shutil
@@ -23,7 +22,8 @@ from etils import epath
 from jax.experimental import multihost_utils
 
 from mor_jax import manifest
-from mor_jax.config import CheckpointConfig, check
+from mor_jax.checkpoint_parts import Parts
+from mor_jax.config import CheckpointConfig
 
 DIRECTORY = "checkpoints"
 
@@ -207,27 +207,9 @@ class Checkpoints:
             wanted = {"params": jax.tree.map(_placed, abstract)}
             return _orbax().load(path / "arrays", wanted)["params"]
 
-    def parameter(self, name: str, step: int) -> np.ndarray:
-        """One parameter by its dotted path, in host memory; needs little more than its own size.
-
-        Raises `ValueError` if the checkpoint has no such parameter.
-        """
-        path = self._path(step)
-        described = manifest.read(path)["arrays"].get(f"params.{name}")
-        rule = "the checkpoint has no such parameter"
-        check(described is not None, str(path), name, rule, "Check the configuration")
-        dtype, _, shape = described.partition("[")
-        # Only shape and type of this are looked at. A device array would be filled by a copy.
-        wanted: Any = np.empty(json.loads(f"[{shape}"), dtype)
-        for key in reversed(name.split(".")):
-            wanted = {key: wanted}
-        context = _context(self._merged)
-        context.pytree.loading.partial_load = True
-        with context:
-            found = _orbax().load(path / "arrays", {"params": wanted})["params"]
-        for key in name.split("."):
-            found = found[key]
-        return found
+    def parts(self, step: int) -> Parts:
+        """Reads parameters of a checkpoint layer by layer. As with `parameters`, see `facts`."""
+        return Parts(self._path(step) / "arrays")
 
     def _path(self, step: int) -> epath.Path:
         return self._root / f"{step:08d}"
@@ -346,7 +328,7 @@ def _context(merged: bool) -> Any:
 def _cut(_: Any, leaf: Any) -> Any:
     """Cuts large stacks between their layers.
 
-    Reading one whole then needs its size in memory, not twice that, and half the time.
+    Reading one layer then costs one layer (`Parts`).
     """
     if leaf.ndim < 3 or leaf.nbytes <= _LARGE:
         return None

@@ -47,6 +47,7 @@ LAYERS = (
     {
         "data",
         "checkpoint",
+        "checkpoint_parts",
         "initial",
         "manifest",
         "summary",

@@ -191,5 +191,5 @@ the best tokens of the whole row and so looks ahead, is there on request:
 `model(**ids, routing="topk", use_cache=False)`."""
 
 _REFERENCE_USE = """For the code of the paper's authors: put `{name}.yaml` into its `conf/pretrain/`
-and this directory where its configuration expects checkpoints. `pytorch_model.bin` is their state dict,
-shared weights tied; `config.json` is the base model that `model_name_or_path` names."""
+and this directory where its configuration expects checkpoints. `pytorch_model.bin` is their state
+dict, shared weights tied; `config.json` is the base model that `model_name_or_path` names."""

@@ -4,11 +4,16 @@ A conversion never holds a model. Files, checkpoints and the views that rename o
 `Lazy`: their names, shapes and dtypes are known at once, their values come when asked for.
 """
 
+import collections
+import concurrent.futures
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+
+_READERS = 2
+"""Arrays read at one time: one waits for the disk while another is turned."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,22 +29,50 @@ class Lazy:
     """Named arrays.
 
     where: file or directory that they come from, for messages. specs: by name, in the order to
-    read them in. reader: name -> values in float32; raises `ValueError` if they are damaged.
+    read them in. reader: name -> values in float32; raises `ValueError` if they are damaged; may
+    be called from several threads. slicer: (name, index of the leading axes) -> that part, where a
+    part can be read alone.
     """
 
     where: str
     specs: Mapping[str, Spec]
     reader: Callable[[str], np.ndarray]
+    slicer: Callable[[str, tuple[int, ...]], np.ndarray] | None = None
 
     def read(self, name: str) -> np.ndarray:
         """The values of one of them in float32, whatever they are stored in."""
         return self.reader(name)
 
 
+def ahead(arrays: Lazy, names: Sequence[str]) -> Iterator[tuple[str, np.ndarray]]:
+    """(name, values) in the order of `names`; the next ones are read meanwhile.
+
+    Holds up to three arrays beside the one that was given out last.
+    """
+    with concurrent.futures.ThreadPoolExecutor(_READERS, "read") as threads:
+        waiting: collections.deque = collections.deque()
+        try:
+            for name in names:
+                waiting.append((name, threads.submit(arrays.read, name)))
+                if len(waiting) > _READERS:
+                    first, value = waiting.popleft()
+                    yield first, value.result()
+            while waiting:
+                first, value = waiting.popleft()
+                yield first, value.result()
+        finally:
+            for _, value in waiting:
+                value.cancel()
+
+
 def held(arrays: Mapping[str, Any], where: str = "memory") -> Lazy:
     """Arrays that are in memory already (anything that `numpy.asarray` takes)."""
     specs = {name: Spec(np.shape(value)) for name, value in arrays.items()}
-    return Lazy(where, specs, lambda name: np.asarray(arrays[name], np.float32))
+
+    def part(name: str, index: tuple[int, ...]) -> np.ndarray:
+        return np.asarray(arrays[name], np.float32)[index]
+
+    return Lazy(where, specs, lambda name: part(name, ()), part)
 
 
 def nested(arrays: Lazy) -> dict[str, Any]:

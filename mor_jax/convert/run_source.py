@@ -66,7 +66,7 @@ def open_run(directory: epath.PathLike, step: int | None = None) -> RunSource:
         found = facts["step"]
         source = initial.facts(path)["source"] if given else None
         where = f"{path} at step {found}"
-        params = _lazy(cfg, where, _reader(checkpoints, found, where))
+        params = _lazy(cfg, where, checkpoints.parts(found).read)
     tokenizer = None
     if found or source is None or source["tokenizer"] is not None:
         tokenizer = data.load_tokenizer(cfg.data.tokenizer)
@@ -74,20 +74,10 @@ def open_run(directory: epath.PathLike, step: int | None = None) -> RunSource:
     return RunSource(cfg, found, params, tokenizer, source, _evaluated(path, found))
 
 
-def _lazy(cfg: TrainConfig, where: str, reader: Callable[[str], np.ndarray]) -> Lazy:
+def _lazy(cfg: TrainConfig, where: str, part: Callable[..., np.ndarray]) -> Lazy:
+    # part: name, and an index of the leading axes or nothing.
     shapes = array_shapes(cfg.model, entries(cfg.model))
-    return Lazy(where, {name: Spec(shape) for name, shape in shapes.items()}, reader)
-
-
-def _reader(checkpoints: Checkpoints, step: int, where: str) -> Callable[[str], np.ndarray]:
-    def read(name: str) -> np.ndarray:
-        try:
-            return checkpoints.parameter(name, step)
-        except (OSError, FileNotFoundError) as error:
-            rule = f"cannot be read any more ({error}); a run that goes on deletes old checkpoints"
-            fail("workdir", where, rule, "Start the same command again for the newest one")
-
-    return read
+    return Lazy(where, {name: Spec(shape) for name, shape in shapes.items()}, part, part)
 
 
 def _evaluated(path: epath.Path, step: int) -> dict[str, Any]:

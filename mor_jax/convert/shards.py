@@ -16,7 +16,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from mor_jax.config import check, fail
-from mor_jax.convert.lazy import Lazy
+from mor_jax.convert.lazy import Lazy, ahead
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 DTYPES: tuple[Dtype, ...] = get_args(Dtype)
@@ -45,7 +45,8 @@ def write_shards(
     files = [ONE_FILE] if len(plan) == 1 else files
     with concurrent.futures.ThreadPoolExecutor(1, "settle") as thread:
         for file, names in zip(files, plan, strict=True):
-            arrays = {name: narrow(tensors.read(name), dtype, name) for name in names}
+            read = ahead(tensors, names)
+            arrays = {name: narrow(value, dtype, name) for name, value in read}
             # Readers in PyTorch ask for the framework that the tensors are for.
             save_file(arrays, directory / file, {"format": "pt"})
             # The disk takes it while the next one is gathered.

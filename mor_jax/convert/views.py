@@ -7,7 +7,8 @@ whole, with their names and ours, before the first value is read.
 
 import difflib
 import re
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from einops import rearrange
@@ -41,14 +42,18 @@ def as_params(cfg: ModelConfig, table: Sequence[Entry], tensors: Lazy) -> Lazy:
     specs = {path: Spec(shape) for path, shape in array_shapes(cfg, table).items()}
     _check_count(cfg, specs)
 
+    def part(path: str, index: tuple[int, ...]) -> np.ndarray:
+        first, *copies = places[path][index]
+        value = tensors.read(first.name)
+        _check_finite(tensors.where, first.name, value)
+        for copy in copies:
+            _check_copy(tensors.where, copy, first, (tensors.read(copy.name), value))
+        return rearrange(value, first.pattern, **_axes(cfg, first))
+
     def read(path: str) -> np.ndarray:
         out = np.empty(specs[path].shape, np.float32)
-        for index, (first, *copies) in places[path].items():
-            value = tensors.read(first.name)
-            _check_finite(tensors.where, first.name, value)
-            for copy in copies:
-                _check_copy(tensors.where, copy, first, (tensors.read(copy.name), value))
-            turn(rearrange(value, first.pattern, **_axes(cfg, first)), out[index])
+        for index in places[path]:
+            turn(part(path, index), out[index])
         return out
 
     return Lazy(tensors.where, specs, read)
@@ -58,7 +63,7 @@ def as_tensors(cfg: ModelConfig, table: Sequence[Entry], params: Lazy) -> Lazy:
     """Arrays of our tree by dotted path -> tensors in torch layout, named as in `table`.
 
     Aliases are left out. Tensors of one array follow each other: read in that order, every array
-    is read once.
+    is read once, layer by layer where `params` can.
 
     Raises:
         ValueError: here, a list of every path that is missing, unknown or of another shape; on
@@ -74,23 +79,34 @@ def as_tensors(cfg: ModelConfig, table: Sequence[Entry], params: Lazy) -> Lazy:
     rows = {entry.name: entry for entry in table if not entry.is_alias}
     order = {path: number for number, path in enumerate(shapes)}
     names = sorted(rows, key=lambda name: order[rows[name].path])
-    held: dict[str, np.ndarray] = {}
+    part = params.slicer or _whole_first(params)
 
     def read(name: str) -> np.ndarray:
         entry = rows[name]
-        if entry.path not in held:
-            # The one before goes first, so that two are never held.
-            held.clear()
-            held[entry.path] = params.read(entry.path)
-            _check_finite(params.where, entry.path, held[entry.path])
+        place = part(entry.path, entry.index)
+        _check_finite(params.where, entry.path, place)
         left, right = entry.pattern.split("->")
-        place = held[entry.path][entry.index]
         out = np.empty(torch_shape(cfg, entry), np.float32)
-        inverse = f"{left} -> {right}"
-        turn(place, rearrange(out, inverse, **_axes(cfg, entry)))
+        turn(place, rearrange(out, f"{left} -> {right}", **_axes(cfg, entry)))
         return out
 
     return Lazy(params.where, {name: Spec(torch_shape(cfg, rows[name])) for name in names}, read)
+
+
+def _whole_first(params: Lazy) -> Callable[[str, tuple[int, ...]], np.ndarray]:
+    """Parts of arrays that can only be read whole; one of them is held."""
+    held: dict[str, np.ndarray] = {}
+    lock = threading.Lock()
+
+    def part(path: str, index: tuple[int, ...]) -> np.ndarray:
+        with lock:
+            if path not in held:
+                # The one before goes first, so that two are never held.
+                held.clear()
+                held[path] = params.read(path)
+            return held[path][index]
+
+    return part
 
 
 def _axes(cfg: ModelConfig, entry: Entry) -> dict[str, int]:
