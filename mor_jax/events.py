@@ -5,7 +5,7 @@ start), `time` (the wall clock, for people: nothing is computed from it, so it m
 of its own. Spans of time carry `seconds`:
 
 start      host, process, devices    assemble  from the command to a run that is ready
-restore    step, position            fresh     a new state was made instead
+restore    step, position            fresh     weights: a new state was made instead, of these
 compile    step                      steps     first, last, input (seconds waited for batches)
 eval       step                      save      step: what the loop waited for, not the writing
 stall      step: an unusual wait for input, also counted in `steps`

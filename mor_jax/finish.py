@@ -7,7 +7,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from mor_jax import data
+from mor_jax import data, initial
 from mor_jax.analysis import plots
 from mor_jax.config import TrainConfig
 from mor_jax.data.baselines import LARGEST
@@ -50,6 +50,7 @@ def finish(run: "Run", trained: Trained, began: tuple[int, float]) -> None:
             steps=int(state.step),
             seconds=seconds,
             first_step=first_step,
+            started_from=initial.origin(run.path),
             unique_parameters=unique_parameters(cfg.model),
             effective_parameters=effective_parameters(cfg.model),
             flops_per_token=flops(cfg.model, cfg.length).training(),

@@ -36,7 +36,7 @@ def write(
     """Writes `params`, one array in memory at a time; returns `<workdir>/initial`.
 
     params: the arrays of `cfg` by their dotted paths. source: JSON values that say where they come
-    from. What is there is complete once this returns: until then it has no manifest.
+    from; `from` names it for people. The manifest is written last: without it nothing counts.
 
     Raises:
         ValueError: the directory exists, or `params` are not the arrays of `cfg` (each difference
@@ -64,6 +64,18 @@ def write(
 def present(workdir: epath.PathLike) -> bool:
     """Whether a run in `workdir` starts from weights that were given to it."""
     return (epath.Path(workdir) / DIRECTORY).exists()
+
+
+def origin(workdir: epath.PathLike) -> str:
+    """`imported weights of ...`, for people; empty where the run starts from random ones."""
+    if not present(workdir):
+        return ""
+    try:
+        found = facts(workdir)["source"].get("from")
+    except ValueError:
+        # Only a name is missing then: whoever needs the weights themselves finds it out.
+        found = None
+    return f"imported weights of {found}" if found else "imported weights"
 
 
 def facts(workdir: epath.PathLike) -> dict[str, Any]:
@@ -111,6 +123,15 @@ def load(workdir: epath.PathLike, abstract: Params) -> Params:
     )
 
 
+def array(workdir: epath.PathLike, name: str) -> np.ndarray:
+    """One whole parameter by its dotted path, float32, in host memory.
+
+    Raises `ValueError` if there is none of that name, or its file cannot be read.
+    """
+    arrays = epath.Path(workdir) / DIRECTORY / _ARRAYS
+    return _File(arrays / f"{name}.safetensors", name)((...,))
+
+
 class _File:
     """One array of float32 values in a file. The last part read stays, for the next device."""
 
@@ -118,12 +139,12 @@ class _File:
         self._path, self._name = path, name
         self._last: tuple[str, np.ndarray] | None = None
 
-    def __call__(self, index: tuple[slice, ...]) -> np.ndarray:
+    def __call__(self, index: tuple[Any, ...]) -> np.ndarray:
         if self._last is None or self._last[0] != repr(index):
             self._last = repr(index), self._read(index)
         return self._last[1]
 
-    def _read(self, index: tuple[slice, ...]) -> np.ndarray:
+    def _read(self, index: tuple[Any, ...]) -> np.ndarray:
         try:
             if _remote(self._path):
                 return np.ascontiguousarray(unpack(self._path.read_bytes())[self._name][index])
@@ -167,4 +188,4 @@ def _check_same(found: dict[str, str], wanted: dict[str, str], where: str, fix: 
         )
 
 
-__all__ = ["DIRECTORY", "facts", "load", "present", "verify", "write"]
+__all__ = ["DIRECTORY", "array", "facts", "load", "origin", "present", "verify", "write"]

@@ -41,8 +41,12 @@ def jitted_steps(cfg: TrainConfig) -> Callable[[tuple[int, ...]], Any]:
 
 
 def fresh_state(cfg: TrainConfig) -> TrainState:
-    """The state before the first step; traceable."""
-    params = init_params(cfg.model, cfg.seed)
+    """The state before the first step, of random parameters; traceable."""
+    return first_state(cfg, init_params(cfg.model, cfg.seed))
+
+
+def first_state(cfg: TrainConfig, params: Params) -> TrainState:
+    """The state before the first step, of these parameters; traceable."""
     optimizer = make_optimizer(cfg.optim, cfg.steps, abstract_params(cfg.model))
     return new_state(params, optimizer.init(params))
 

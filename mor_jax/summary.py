@@ -21,7 +21,8 @@ Row = tuple[str, ...]
 class RunSummary:
     """Values of the last page. Losses are nats per token on held-out text.
 
-    seconds: of this call, which took the run on from `first_step`.
+    seconds: of this call, which took the run on from `first_step`. started_from: the weights
+    before step 1, if they were not random.
     unique_parameters: numbers stored. effective_parameters: those of the plain model of the same
     depth. flops_per_token, plain_flops_per_token: of one training step, of this and of that model.
     loss_causal: under routing that looks at no later token, or of a model that routes nothing.
@@ -34,6 +35,7 @@ class RunSummary:
     steps: int
     seconds: float
     first_step: int = 0
+    started_from: str = ""
     unique_parameters: int
     effective_parameters: int
     flops_per_token: float
@@ -92,6 +94,8 @@ def _run(summary: RunSummary) -> str:
         parts.append(f"MFU {summary.mfu:.1%}")
     if summary.skipped_steps:
         parts.append(f"{summary.skipped_steps} skipped (loss or gradient not finite)")
+    if summary.started_from:
+        parts.append(f"started from {summary.started_from}")
     return ", ".join(parts)
 
 

@@ -16,9 +16,9 @@ import jax
 from etils import epath
 from jax.sharding import Mesh
 
-from mor_jax import data, sharding, workdir
+from mor_jax import data, initial, sharding, workdir
 from mor_jax.agreement import Agreement
-from mor_jax.checkpoint import Checkpoints, DiskFull
+from mor_jax.checkpoint import Checkpoints, DiskFull, any_complete
 from mor_jax.compilation_cache import kept_in
 from mor_jax.config import TrainConfig, check
 from mor_jax.evaluate import Evaluator
@@ -32,7 +32,7 @@ from mor_jax.loop import Desk, Loop, Start, TooManySkipped, fields
 from mor_jax.models.remat import check_remat
 from mor_jax.readers import reader
 from mor_jax.state import TrainState, abstract_params, logical_axes
-from mor_jax.steps import CompiledSteps, abstract_state, fresh_state
+from mor_jax.steps import CompiledSteps, abstract_state, first_state, fresh_state
 from mor_jax.stopping import Diverged, Leave, Signals, Stopped, StoppedAtOnce
 from mor_jax.together import agree_on_start, gather
 from mor_jax.types import Batch
@@ -109,6 +109,7 @@ def _fit(cfg: TrainConfig, path: epath.Path, allow: Sequence[str], signals: Sign
         try:
             hosts.phase("assembling")
             run = _assemble(cfg, path)
+            _everywhere(partial(_check_initial, run))
             if jax.process_index() == 0:
                 workdir.claim_workdir(path, cfg, allow)
             events = stack.enter_context(Events(path, signals.since))
@@ -250,12 +251,30 @@ def _start(run: Run, desk: Desk, changes: Sequence[workdir.Change]) -> Start:
 def _from(run: Run, desk: Desk, step: int | None, fingerprint: str | None) -> Start:
     """The checkpoint of `step`, or a new state for None."""
     if step is None:
-        with desk.events.timed("fresh", step=0), jax.set_mesh(run.mesh):
-            shardings = jax.tree.map(lambda leaf: leaf.sharding, run.abstract)
-            return Start(state=jax.jit(partial(fresh_state, run.cfg), out_shardings=shardings)())
+        return Start(state=_new_state(run, desk))
     with desk.events.timed("restore", step=step):
         restored = desk.checkpoints.restore(fields(run.abstract), step, fingerprint)
     return Start.of(TrainState(**restored.state), restored.position, restored.extra)
+
+
+def _check_initial(run: Run) -> None:
+    """Raises `ValueError` if the weights that the run is to start from are damaged or another's."""
+    if jax.process_index() == 0 and initial.present(run.path) and not any_complete(run.path):
+        initial.verify(run.path, run.cfg.model)
+
+
+def _new_state(run: Run, desk: Desk) -> TrainState:
+    """The state before the first step: with the weights that came with the directory, or random."""
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, run.abstract)
+    given = initial.origin(run.path)
+    with desk.events.timed("fresh", step=0, weights=given or "random"), jax.set_mesh(run.mesh):
+        if not given:
+            return jax.jit(partial(fresh_state, run.cfg), out_shardings=shardings)()
+        if jax.process_index() == 0:
+            print(f"starts from {given}", flush=True)
+        params = initial.load(run.path, run.abstract.params)
+        make = partial(first_state, run.cfg)
+        return jax.jit(make, out_shardings=shardings, donate_argnums=0)(params)
 
 
 def _roll_back(run: Run, desk: Desk, start: Start, problem: TooManySkipped) -> Start:

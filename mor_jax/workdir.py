@@ -2,7 +2,9 @@
 
 `config.json` in it holds the resolved configuration. A command with another one is refused before
 anything is written, because weights, optimiser and data position would not belong together. A
-second job on the same directory is refused too: `hold` keeps it for one.
+second job on the same directory is refused too: `hold` keeps it for one. A directory that a
+conversion made, with weights to start from (`initial.py`), has a configuration before its first
+run: until there is a checkpoint, only what those weights and their tokens mean stands firm in it.
 """
 
 import contextlib
@@ -18,6 +20,7 @@ from typing import Any, NamedTuple
 import jax
 from etils import epath
 
+from mor_jax import checkpoint, initial
 from mor_jax.config import TrainConfig
 from mor_jax.lease import Held, Lease
 from mor_jax.manifest import write_atomic
@@ -50,6 +53,23 @@ _FREE = (
     "model.remat",
     "optim.max_skipped_steps",
 )
+
+# What decides on the meaning of weights that were imported, and what of it is only about training.
+_MEANING = ("model", "data.tokenizer")
+_RECIPE = (
+    "model.dtype",
+    "model.init_std",
+    "model.router.z_coeff",
+    "model.router.capacity_warmup_steps",
+    "model.router.capacity_warmup_levels",
+    "model.router.aux_coeff",
+    "model.router.balance_coeff",
+    "model.router.balance_warmup_steps",
+    "model.router.bias_rate",
+)
+
+# Settings that older versions did not have. Their runs did what the defaults say.
+_LATER = ("model.rope_scaling",)
 
 
 def resolved(directory: epath.PathLike) -> epath.Path:
@@ -86,16 +106,31 @@ def check_workdir(
     if {entry.name for entry in path.iterdir()} <= _EARLY:
         return None
     differing = _differences(_read(path), plain(cfg))
+    if unused := initial.present(path) and not checkpoint.any_complete(path):
+        differing = [change for change in differing if _is_meaning(change.setting)]
     refused = [change for change in differing if not _within(change.setting, allow)]
     if refused:
-        raise ValueError(
-            f"workdir={path}: holds a run of another configuration:\n"
-            + "".join(f"  {key}: {old} there, {new} now\n" for key, old, new in refused)
-            + "Choose another --workdir, give the settings of that run, name those meant in "
-            f"--allow_changes={','.join(change.setting for change in refused)}, or delete the "
-            "directory to start over"
-        )
+        raise _refusal(path, refused, unused)
     return differing
+
+
+def _is_meaning(setting: str) -> bool:
+    return _within(setting, _MEANING) and not _within(setting, _RECIPE)
+
+
+def _refusal(path: epath.Path, refused: Sequence[Change], unused: bool) -> ValueError:
+    # unused: there is no run yet, only imported weights.
+    held, giver = "a run of another configuration", "give the settings of that run"
+    end = ", or delete the directory to start over"
+    if unused:
+        held, end = "imported weights of another model", ""
+        giver = f"take them from there with --config=configs/from_workdir.py:{path}"
+    return ValueError(
+        f"workdir={path}: holds {held}:\n"
+        + "".join(f"  {key}: {old} there, {new} now\n" for key, old, new in refused)
+        + f"Choose another --workdir, {giver}, name those meant in "
+        f"--allow_changes={','.join(change.setting for change in refused)}{end}"
+    )
 
 
 def claim_workdir(
@@ -225,6 +260,8 @@ def _read(path: epath.Path) -> dict[str, Any]:
 
 def _differences(old: dict[str, Any], new: dict[str, Any]) -> list[Change]:
     before, after = _flat(old), _flat(new)
+    defaults = _flat(plain(TrainConfig()))
+    before = {key: value for key, value in defaults.items() if _within(key, _LATER)} | before
     found = []
     for key in sorted(before.keys() | after.keys()):
         pair = [repr(side[key]) if key in side else "absent" for side in (before, after)]

@@ -1,8 +1,10 @@
 """The shipped configurations: keys, choices, overrides from the command line, golden values."""
 
 import ast
+import dataclasses
 import importlib
 import itertools
+import json
 from pathlib import Path
 
 import pytest
@@ -11,9 +13,12 @@ from ml_collections import ConfigDict, config_flags
 
 from configs import common, mor, recursive, vanilla
 from mor_jax.config import TrainConfig
+from mor_jax.workdir import check_workdir, claim_workdir
 
 ROOT = Path(__file__).parent.parent
-NAMES = sorted(p.stem for p in (ROOT / "configs").glob("[!_]*.py") if p.stem != "common")
+NAMES = sorted(
+    p.stem for p in (ROOT / "configs").glob("[!_]*.py") if p.stem not in ("common", "from_workdir")
+)
 REAL_SIZES = [size for size in common.SIZES if size != "debug"]
 
 
@@ -170,6 +175,54 @@ def test_an_unknown_override_names_the_nearest():
         from_flags(f"--config={ROOT / 'configs/mor.py'}", "--config.optim.lrr=1")
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_a_run_is_its_own_configuration(name, tmp_path):
+    cfg = typed(get(name))
+    router = dataclasses.replace(cfg.model.router, capacities=(1.0,) * cfg.model.recursions)
+    model = dataclasses.replace(cfg.model, router=router)
+    given = dataclasses.replace(cfg, model=model, loss_chunk=None, steps=77777)
+    claim_workdir(tmp_path, given)
+    config = f"--config={ROOT / 'configs/from_workdir.py'}:{tmp_path}"
+    assert typed(from_flags(config)) == given
+    changes = ("loss_chunk=64", "eval.every=None", "eval.batches=3", "mesh.data=2")
+    got = typed(from_flags(config, *(f"--config.{change}" for change in changes)))
+    assert (got.loss_chunk, got.eval.every, got.eval.batches, got.mesh.data) == (64, None, 3, 2)
+    with pytest.raises(AttributeError, match='Did you mean "lr"'):
+        from_flags(config, "--config.optim.lrr=1")
+
+
+def test_settings_that_an_older_run_did_not_have_keep_their_defaults(tmp_path):
+    cfg = typed(get("mor"))
+    claim_workdir(tmp_path, cfg)
+    file = tmp_path / "config.json"
+    settings = json.loads(file.read_text())
+    del settings["model"]["rope_scaling"]
+    file.write_text(json.dumps(settings))
+    assert typed(get("from_workdir", str(tmp_path))) == cfg
+    assert check_workdir(tmp_path, cfg) == []
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, r"there is no file .*config\.json\. Write --config="),
+        ('{"model": ', "is damaged"),
+        ('{"architectures": ["LlamaForCausalLM"]}', "is another program's"),
+        ("[1]", "is another program's"),
+    ],
+)
+def test_a_directory_without_a_run_is_no_configuration(content, message, tmp_path):
+    if content is not None:
+        (tmp_path / "config.json").write_text(content)
+    with pytest.raises(ValueError, match=message):
+        get("from_workdir", str(tmp_path))
+
+
+def test_a_configuration_from_nowhere_is_refused():
+    with pytest.raises(ValueError, match="config argument '': there is no file"):
+        get("from_workdir")
+
+
 def test_configs_import_nothing_but_ml_collections():
     for path in (ROOT / "configs").glob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
@@ -179,7 +232,7 @@ def test_configs_import_nothing_but_ml_collections():
                 names = [node.module]
             else:
                 continue
-            allowed = {"ml_collections", "configs", "difflib", "types", "typing"}
+            allowed = {"ml_collections", "configs", "difflib", "json", "pathlib", "types", "typing"}
             assert {n.split(".")[0] for n in names} <= allowed, (path, names)
 
 

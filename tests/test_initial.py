@@ -60,6 +60,17 @@ def test_one_device_gets_all_of_it(written):
     assert all(len(leaf.devices()) == 1 for leaf in jax.tree.leaves(made))
 
 
+def test_one_array_is_read_alone(written):
+    params = random_params(CFG)
+    for name, wanted in (
+        ("shared.mlp.up", params["shared"]["mlp"]["up"]),
+        ("norm.scale", params["norm"]["scale"]),
+    ):
+        np.testing.assert_array_equal(initial.array(written, name), wanted)
+    with pytest.raises(ValueError, match=r"arrays/head\.weight\.safetensors': cannot be read"):
+        initial.array(written, "head.weight")
+
+
 def test_says_what_it_is_and_whence(written):
     assert initial.present(written) and not initial.present(written / "elsewhere")
     found = initial.verify(written, CFG)

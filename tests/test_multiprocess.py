@@ -13,18 +13,24 @@ import subprocess
 import time
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from fit_worker import record_rows
 from processes import ROOT, Process, until
+from seeded import random_params
 from tiny import TINY, train_config
 
-from mor_jax import data, distributed, exit_codes
+from mor_jax import data, distributed, events, exit_codes, initial
+from mor_jax.checkpoint import Checkpoints
 from mor_jax.config import CheckpointConfig, DataConfig, EvalConfig, LogConfig, MeshConfig
+from mor_jax.convert.lazy import flatten, held
 from mor_jax.data.rows import Rows
 from mor_jax.metrics import read
 from mor_jax.readers import share_of
+from mor_jax.state import abstract_params
 from mor_jax.train import fit
+from mor_jax.workdir import claim_workdir
 
 STEPS, ROWS = 4, 8
 
@@ -78,6 +84,15 @@ def config(name, corpus, **changes):
     )
 
 
+def import_weights(name, corpus, workdir):
+    """What a run of this name starts from: both runs of "token" from the same imported weights."""
+    if name == "token":
+        cfg = config(name, corpus)
+        claim_workdir(workdir, cfg)
+        params = held(dict(flatten(random_params(cfg.model))))
+        initial.write(workdir, cfg.model, params, {"from": "a test"})
+
+
 def losses(workdir):
     """Training losses by step, then the last evaluation."""
     records = read(Path(workdir) / "metrics.jsonl")
@@ -106,6 +121,7 @@ def alone(corpus, tmp_path_factory):
         rows = record_rows()
         for name in RUNS:
             rows.clear()
+            import_weights(name, corpus, folder / name)
             fit(config(name, corpus), folder / name)
             (folder / f"{name}.rows.json").write_text(json.dumps(rows))
     return folder
@@ -117,6 +133,8 @@ def together(corpus, alone, tmp_path_factory):
     folder = tmp_path_factory.mktemp("together")
     taken_back(alone / "expert", folder / "continued")
     names = {name: name for name in RUNS} | {"continued": "expert"}
+    for name in RUNS:
+        import_weights(name, corpus, folder / name)
     runs = [[str(folder / own), config(name, corpus).to_dict()] for own, name in names.items()]
     (folder / "runs.json").write_text(json.dumps(runs))
     port = str(distributed.free_port())
@@ -137,6 +155,24 @@ def together(corpus, alone, tmp_path_factory):
 @pytest.mark.parametrize("name", RUNS)
 def test_two_processes_give_the_losses_of_one(name, alone, together):
     same(losses(together / name), losses(alone / name))
+
+
+def test_two_processes_start_from_imported_weights(corpus, together):
+    (fresh,) = [
+        e for e in events.read(together / "token" / "events.jsonl") if e["event"] == "fresh"
+    ]
+    assert fresh["weights"] == "imported weights of a test"
+    assert (together / "output0").read_text().count("starts from imported weights") == 1
+    assert "starts from" not in (together / "output1").read_text()
+
+
+@pytest.mark.parametrize("name", ["expert", "token"])
+def test_parameters_that_two_processes_saved_are_read_on_one_device(name, corpus, together):
+    cfg = config(name, corpus)
+    with Checkpoints(together / name, cfg.checkpoint) as checkpoints:
+        params = checkpoints.parameters(abstract_params(cfg.model), STEPS)
+    assert all(len(leaf.devices()) == 1 for leaf in jax.tree.leaves(params))
+    assert all(np.all(np.isfinite(leaf)) and np.any(leaf) for leaf in jax.tree.leaves(params))
 
 
 def test_process_0_draws_and_completes(together):

@@ -100,6 +100,11 @@ def test_skipped_steps_are_told():
     assert "2 skipped (loss or gradient not finite)" in text
 
 
+def test_where_the_run_started_is_told():
+    text = printed(dataclasses.replace(SUMMARY, started_from="imported weights of a"), False)
+    assert row(text, "300 steps").endswith(", started from imported weights of a")
+
+
 def test_what_the_model_wrote_cannot_command_the_terminal():
     wild = dataclasses.replace(SUMMARY, completion="[bold]x\x1b[31m\x07\r[/bold]", name="[red]n")
     text = printed(wild, terminal=False)
