@@ -16,13 +16,17 @@ change it; it is the one for scoring and generating text. `routing="topk"` is th
 the best `capacities[r]` of a row's tokens go on, which looks at the whole row. Padding is never
 chosen, attended to or counted, but the room of a recursion is a share of the padded row's length,
 as in training: pad as little as possible, or score rows of one length, where that matters.
+
+Fine-tuning under `routing="topk"` adds the losses of the routers to the loss, with the weights of
+the configuration; what depends on the step number (warm-up of capacities and of balancing, the
+moves of the `loss_free` bias) is left as training ended it.
 """
 
 import dataclasses
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -43,9 +47,12 @@ ROUTER = {
     "alpha": 0.1,
     "temperature": 1.0,
     "gating": "weighted",
+    "z_coeff": 0.0,
     "capacities": None,
     "aux": "aux_loss",
+    "aux_coeff": 0.001,
     "balancing": "loss",
+    "balance_coeff": 0.1,
     "capacity_factor": None,
 }
 
@@ -68,7 +75,12 @@ class MoRConfig(PretrainedConfig):
     """
 
     model_type = "mor"
-    keys_to_ignore_at_inference = ("past_key_values", "hidden_states", "depths")
+    keys_to_ignore_at_inference: ClassVar[list[str]] = [
+        "past_key_values",
+        "hidden_states",
+        "depths",
+        "router_loss",
+    ]
     # Newer releases have a property of this name that rewrites it; here it is a plain value.
     rope_scaling = None
 
@@ -265,8 +277,7 @@ def _put_slots(old: Tensor, new: Tensor, place: Tensor) -> Tensor:
     return room.scatter(2, index, new)
 
 
-@dataclasses.dataclass
-class Scope:
+class Scope(NamedTuple):
     """The tokens that a layer is run on, as attention sees them.
 
     cos, sin: tables of the rotary embedding, (b or 1, c, head_dim / 2), float32.
@@ -512,7 +523,7 @@ class MoRPreTrainedModel(PreTrainedModel):
     config_class = MoRConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
-    _no_split_modules = ("MoRLayer",)
+    _no_split_modules: ClassVar[list[str]] = ["MoRLayer"]
     _supports_sdpa = True
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -523,23 +534,31 @@ class MoRPreTrainedModel(PreTrainedModel):
 
 @dataclasses.dataclass
 class MoRModelOutput(ModelOutput):
-    """depths: recursions that each token went through, (b, l); 0 for padding. None: no router."""
+    """depths: recursions that each token went through, (b, l); 0 for padding. None: no router.
+
+    router_loss: weighted sum of the losses of the routers, under top-k routing; else None.
+    """
 
     last_hidden_state: Tensor | None = None
     past_key_values: MoRCache | None = None
     hidden_states: tuple[Tensor, ...] | None = None
     depths: Tensor | None = None
+    router_loss: Tensor | None = None
 
 
 @dataclasses.dataclass
 class MoROutput(ModelOutput):
-    """depths: recursions that each token went through, (b, l); 0 for padding. None: no router."""
+    """depths: recursions that each token went through, (b, l); 0 for padding. None: no router.
+
+    router_loss: weighted sum of the losses of the routers, under top-k routing; else None.
+    """
 
     loss: Tensor | None = None
     logits: Tensor | None = None
     past_key_values: MoRCache | None = None
     hidden_states: tuple[Tensor, ...] | None = None
     depths: Tensor | None = None
+    router_loss: Tensor | None = None
 
 
 class MoRModel(MoRPreTrainedModel):
@@ -616,16 +635,16 @@ class MoRModel(MoRPreTrainedModel):
         for i, layer in enumerate(self.layers or ([] if self.first is None else [self.first])):
             x, _, _ = layer(x, None, None, row.scope, _layer_name(f"first{i}"))
         states.append(x)
-        depths = None
+        depths = router_loss = None
         if self.shared is not None:
-            x, depths = self._recur(x, row, routing, states)
+            x, depths, router_loss = self._recur(x, row, routing, states)
         if self.last is not None:
             x, _, _ = self.last(x, None, None, row.scope, _layer_name("last"))
             states.append(x)
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
         hidden_states = tuple(states) if output_hidden_states else None
-        out = MoRModelOutput(self.norm(x), cache, hidden_states, depths)
+        out = MoRModelOutput(self.norm(x), cache, hidden_states, depths, router_loss)
         return_dict = self.config.return_dict if return_dict is None else return_dict
         return out if return_dict else out.to_tuple()
 
@@ -687,11 +706,11 @@ class MoRModel(MoRPreTrainedModel):
 
     def _recur(
         self, x: Tensor, row: Row, routing: str, states: list[Tensor]
-    ) -> tuple[Tensor, Tensor | None]:
-        """The recursion stage: its output and the depth of each token."""
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """The recursion stage: its output, the depth of each token, the loss of the routers."""
         kind = self.config.router["kind"]
         if kind == "none":
-            return self._recur_all(x, row, states), None
+            return self._recur_all(x, row, states), None, None
         recur = self._recur_expert if kind == "expert" else self._recur_token
         return recur(x, row, routing, states)
 
@@ -712,10 +731,10 @@ class MoRModel(MoRPreTrainedModel):
 
     def _recur_expert(
         self, x: Tensor, row: Row, routing: str, states: list[Tensor]
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Expert-choice: x + gate * block(x) for the tokens that each recursion chooses."""
         router, depths = self.config.router, x.new_zeros(x.shape[:2], dtype=torch.long)
-        active, kept = row.real, None
+        active, kept, losses = row.real, None, []
         for r in range(self.config.num_recursions):
             logits = self.routers[r](x.float() / router["temperature"])[..., 0]
             score = _expert_score(router, logits)
@@ -723,6 +742,8 @@ class MoRModel(MoRPreTrainedModel):
             if self.aux_routers is not None:
                 trained = self.aux_routers[r](x.detach())[..., 0]
             level = self._choose(active, score, trained, r, routing)
+            if routing == "topk":
+                losses.append(_expert_loss(router, (logits, trained), active, level.chosen))
             active = level.chosen
             depths = depths + (1 if active is None else active.long())
             here, out, kept = self._block(x, level, row, r, kept)
@@ -731,7 +752,7 @@ class MoRModel(MoRPreTrainedModel):
                     out = level.take(score[..., None]).to(out.dtype) * out
                 x = level.put(x, here, here + out)
             states.append(x)
-        return x, depths
+        return x, depths, sum(losses) if losses else None
 
     def _choose(
         self, active: Tensor | None, score: Tensor, trained: Tensor, r: int, routing: str
@@ -749,7 +770,7 @@ class MoRModel(MoRPreTrainedModel):
 
     def _recur_token(
         self, x: Tensor, row: Row, routing: str, states: list[Tensor]
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Token-choice: each token runs to its depth and leaves as x + weight * block output."""
         router, nr, length = self.config.router, self.config.num_recursions, x.shape[1]
         logits = self.router(x.float() / router["temperature"])
@@ -776,7 +797,9 @@ class MoRModel(MoRPreTrainedModel):
             y = gate.to(y.dtype) * y
         x = torch.where((depths > 0)[..., None], x + y, x)
         states[-1] = x
-        return x, depths
+        if routing == "causal":
+            return x, depths, None
+        return x, depths, _token_loss(router, logits, weights, choice, row.real)
 
     def _block(
         self, x: Tensor, level: Level, row: Row, r: int, kept: list | None
@@ -886,6 +909,38 @@ def _expert_score(router: dict[str, Any], logits: Tensor) -> Tensor:
     return router["alpha"] * logits.tanh() if router["score"] == "tanh" else logits
 
 
+def _expert_loss(
+    router: dict[str, Any],
+    logits: tuple[Tensor, Tensor],
+    candidates: Tensor | None,
+    chosen: Tensor | None,
+) -> Tensor:
+    """Weighted losses of one recursion's router, a mean over its candidates.
+
+    logits: of the main router, and those that learn to predict the choice.
+    """
+    main, trained = logits
+    here = torch.ones_like(main) if candidates is None else candidates.float()
+    target = torch.ones_like(main) if chosen is None else chosen.float()
+    weight = {"aux_loss": router["aux_coeff"], "aux_router": 1.0, "none": 0.0}[router["aux"]]
+    bce = F.binary_cross_entropy_with_logits(trained, target, reduction="none")
+    return ((weight * bce + router["z_coeff"] * main.square()) * here).sum() / here.sum()
+
+
+def _token_loss(
+    router: dict[str, Any], logits: Tensor, weights: Tensor, choice: Tensor, real: Tensor | None
+) -> Tensor:
+    """Weighted losses of token-choice's router, means over all tokens."""
+    here = torch.ones_like(weights[..., 0]) if real is None else real.float()
+    loss = router["z_coeff"] * (logits.logsumexp(-1).square() * here).sum() / here.sum()
+    if router["balancing"] != "loss":
+        return loss
+    nr, here = weights.shape[-1], here[..., None]
+    score = (weights * here).sum((0, 1)) / here.sum()
+    share = (F.one_hot(choice, nr) * here).sum((0, 1)) / here.sum()
+    return loss + router["balance_coeff"] * nr * (score * share).sum()
+
+
 def _best(scores: Tensor, room: int, active: Tensor | None) -> Tensor:
     """(b, l): the `room` active tokens with the highest scores; of equal ones the earlier."""
     scores = scores.detach()
@@ -910,6 +965,11 @@ def _admit(active: Tensor | None, choice: Tensor, gate: Tensor, r: int, room: in
     if active is not None:
         wanted = wanted & active
     return Level.of(wanted if room == length else _best(gate, room, wanted))
+
+
+def _weight(labels: Tensor, items: Tensor | int | None) -> Tensor | float:
+    """Share of this batch in the optimiser step, where the loss is divided by all its targets."""
+    return 1.0 if items is None else (labels != -100).sum() / items
 
 
 class MoRForCausalLM(MoRPreTrainedModel, GenerationMixin):
@@ -961,7 +1021,8 @@ class MoRForCausalLM(MoRPreTrainedModel, GenerationMixin):
     ) -> MoROutput | tuple:
         """As `MoRModel.forward`, and logits and loss.
 
-        labels: (b, l) unshifted, -100 where there is no loss: position i learns label i + 1.
+        labels: (b, l) unshifted, -100 where there is no loss: position i learns label i + 1. In
+            training mode under top-k routing the loss includes that of the routers.
         logits_to_keep: how many of the last positions, or which ones, get logits; 0: all.
         """
         out = self.model(
@@ -981,7 +1042,16 @@ class MoRForCausalLM(MoRPreTrainedModel, GenerationMixin):
         if labels is not None:
             size = self.config.vocab_size
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=size, **kwargs)
-        made = MoROutput(loss, logits, out.past_key_values, out.hidden_states, out.depths)
+            if self.training and out.router_loss is not None:
+                loss = loss + out.router_loss * _weight(labels, kwargs.get("num_items_in_batch"))
+        made = MoROutput(
+            loss,
+            logits,
+            out.past_key_values,
+            out.hidden_states,
+            out.depths,
+            out.router_loss,
+        )
         return_dict = self.config.return_dict if return_dict is None else return_dict
         return made if return_dict else made.to_tuple()
 
