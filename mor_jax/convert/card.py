@@ -1,5 +1,7 @@
 """The model card of an export: what the model is, what it was trained on, how good it is."""
 
+from pathlib import Path
+
 from mor_jax.config import ModelConfig
 from mor_jax.convert.run_source import RunSource
 from mor_jax.flops import flops
@@ -89,7 +91,7 @@ def _training_rows(run: RunSource) -> list[tuple[str, str]]:
         ("steps", f"{run.step:,} of {cfg.steps:,}"),
         ("tokens", f"{quantity(run.step * per_step)} ({cfg.batch_size} rows of {cfg.length})"),
         ("data", ", ".join(cfg.data.sources)),
-        ("tokenizer", cfg.data.tokenizer),
+        ("tokenizer", Path(cfg.data.tokenizer).name),
         ("learning rate", f"{cfg.optim.lr:g}, {cfg.optim.schedule}"),
         ("seed", str(cfg.seed)),
     ]

@@ -77,7 +77,11 @@ def _alive(draft: Path) -> bool:
 
 def _settle(directory: Path) -> None:
     # A rename must not come before the bytes: after a power cut the name would promise them.
+    # Some writers make files that nobody else may read.
+    mode = directory.stat().st_mode & 0o666
     for path in [*directory.rglob("*"), directory]:
+        if path.is_file():
+            path.chmod(mode)
         handle = os.open(path, os.O_RDONLY)
         try:
             os.fsync(handle)

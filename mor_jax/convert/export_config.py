@@ -4,6 +4,7 @@ import dataclasses
 from typing import Any
 
 from mor_jax.config import ModelConfig, RouterConfig, check
+from mor_jax.convert.reference import merge_options
 
 Plain = dict[str, Any]
 
@@ -89,7 +90,7 @@ def reference_options(cfg: ModelConfig) -> Plain:
     known = cfg.kv == "recursion" or cfg.sharing != "middle_sequence"
     check(known, "model.sharing", cfg.sharing, rule, "Use --to=hf")
     sharing = {"num_recursion": cfg.recursions, "sharing": cfg.sharing} if shared else {}
-    return {
+    blocks = {
         "recursive": {
             "enable": shared,
             "base_depth": None,
@@ -105,9 +106,10 @@ def reference_options(cfg: ModelConfig) -> Plain:
             **(sharing if cfg.kv != "recursion" else {}),
             "update_cache": cfg.kv == "shared_update",
         },
-        "relaxation": {"enable": False},
         "mor": _mor(cfg.router, cfg.recursions),
     }
+    # Their code looks up every option, also those of what is switched off.
+    return {**merge_options(blocks), "relaxation": {"enable": False}}
 
 
 def _mor(router: RouterConfig, recursions: int) -> Plain:

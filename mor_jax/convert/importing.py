@@ -13,7 +13,7 @@ from mor_jax import data, initial, workdir
 from mor_jax.config import DataConfig, EvalConfig, ModelConfig, OptimConfig, TrainConfig, check
 from mor_jax.convert.directory import check_target, fresh_directory
 from mor_jax.convert.imported import Imported
-from mor_jax.convert.upcycle import parse_upcycle, upcycle, upcycled_config
+from mor_jax.convert.lazy import Lazy
 
 Origin = Literal["hf", "reference", "gguf"]
 ORIGINS: tuple[Origin, ...] = get_args(Origin)
@@ -65,14 +65,12 @@ def import_run(origin: Origin, source: str, options: ImportOptions) -> Written:
     ok = options.config is None or origin == "reference"
     check(ok, "reference_config", options.config, rule, "Leave it out")
     target = check_target(options.workdir, replace=options.replace)
-    wish = None if options.upcycle is None else parse_upcycle(options.upcycle)
     start = time.perf_counter()
     imported = _readers(options)[origin](source)
     notes = [str(note) for note in imported.facts.get("notes", ())]
     model, params = imported.cfg, imported.params
-    if wish is not None:
-        model = upcycled_config(imported.cfg, wish)
-        params = upcycle(imported.cfg, model, imported.params, wish)
+    if options.upcycle is not None:
+        model, params = _upcycled(imported, options.upcycle)
         notes.append(f"upcycled: {options.upcycle}")
     files = _tokenizer(imported, options)
     if not files:
@@ -130,6 +128,14 @@ def _only_yaml(source: str) -> str:
     fix = "Give --reference_config=FILE, the training run's YAML from conf/pretrain/"
     check(len(found) == 1, "reference_config", None, rule, fix)
     return found[0]
+
+
+def _upcycled(imported: Imported, wish: str) -> tuple[ModelConfig, Lazy]:
+    from mor_jax.convert.upcycle import parse_upcycle, upcycle, upcycled_config
+
+    chosen = parse_upcycle(wish)
+    model = upcycled_config(imported.cfg, chosen)
+    return model, upcycle(imported.cfg, model, imported.params, chosen)
 
 
 def _tokenizer(imported: Imported, options: ImportOptions) -> dict[str, bytes]:
