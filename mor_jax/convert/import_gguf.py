@@ -6,13 +6,12 @@ of query and key projections in another order; it is undone here.
 
 import math
 import re
-from pathlib import Path
 
 import numpy as np
 
 from mor_jax.config import ModelConfig, RopeScaling, check, fail
 from mor_jax.convert.gguf_tokenizer import tokenizer_files
-from mor_jax.convert.imported import Imported, check_tokenizer, facts_of, tokenizer_beside
+from mor_jax.convert.imported import Imported, check_tokenizer, facts_of
 from mor_jax.convert.lazy import Lazy
 from mor_jax.convert.names import EMBEDDING, HEAD, llama_entries
 from mor_jax.convert.sources import Weights
@@ -51,10 +50,10 @@ _NEUTRAL = {
 }
 
 
-def import_gguf(path: str, tokenizer: str | None = None) -> Imported:
+def import_gguf(path: str, tokenizer: bool = True) -> Imported:
     """The model in the GGUF file `path`, or of the hub: `owner/name/FILE.gguf`.
 
-    tokenizer: directory of tokenizer files to take instead of the one inside the file.
+    tokenizer: whether the one inside the file is wanted.
 
     Raises:
         ValueError: a damaged file, another architecture, settings that our models do not have,
@@ -64,11 +63,9 @@ def import_gguf(path: str, tokenizer: str | None = None) -> Imported:
     raw, fields = open_gguf(file)
     cfg = _config(raw, fields)
     params = as_params(cfg, llama_entries(cfg), _renamed(raw, cfg))
-    if tokenizer is None:
-        files = tokenizer_files(fields)
+    files = tokenizer_files(fields) if tokenizer else None
+    if files is not None:
         check_tokenizer(files, cfg.vocab_size, str(file))
-    else:
-        files = tokenizer_beside(Path(tokenizer).expanduser(), cfg.vocab_size)
     notes: tuple[str, ...] = ()
     if any(spec.dtype not in ("F32", "F16", "BF16") for spec in raw.specs.values()):
         notes = ("weights were quantized in the file; these are its numbers, not the original's",)

@@ -19,11 +19,11 @@ from mor_jax.convert.sources.hub import located
 from mor_jax.convert.views import as_params
 
 
-def import_hf(path: str, weights: str | None = None) -> Imported:
+def import_hf(path: str, weights: str | None = None, tokenizer: bool = True) -> Imported:
     """The model in directory `path`, or of the hub's repository `owner/name[@revision]`.
 
     weights: where the tensors lie, if not beside config.json: a file or a directory, such as one
-    of a trainer.
+    of a trainer. tokenizer: whether the one that lies there is wanted.
 
     Raises:
         ValueError: no model, another architecture than Llama or ours, options that we do not have,
@@ -37,7 +37,8 @@ def import_hf(path: str, weights: str | None = None) -> Imported:
     cfg, table = _model(hf, str(directory / CONFIG), tied)
     params = as_params(cfg, table, found.tensors)
     facts = facts_of(found, architecture=hf.get("model_type", "llama"), notes=note)
-    return Imported(cfg, params, tokenizer_beside(directory, cfg.vocab_size), facts)
+    files = tokenizer_beside(directory, cfg.vocab_size) if tokenizer else None
+    return Imported(cfg, params, files, facts)
 
 
 def _weights(path: str, directory: Path) -> Path:

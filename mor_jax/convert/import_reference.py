@@ -23,11 +23,12 @@ from mor_jax.data.optional import need
 _BASE, _CHANGES = "model_name_or_path", "model_config"
 
 
-def import_reference(path: str, reference_config: str) -> Imported:
+def import_reference(path: str, reference_config: str, tokenizer: bool = True) -> Imported:
     """The model at `path`, trained by the paper authors' code with the YAML `reference_config`.
 
     path: the directory of a checkpoint, or the file with its tensors. The Llama's config.json is
-    taken from there, else from the base model that the YAML names.
+    taken from there, else from the base model that the YAML names. tokenizer: whether the one that
+    lies with either is wanted.
 
     Raises:
         ValueError: files that are missing or damaged, options that our models do not have, tensors
@@ -45,10 +46,11 @@ def import_reference(path: str, reference_config: str) -> Imported:
         told = f"{hf['num_hidden_layers']} layers became {cfg.layers} to fit the sharing scheme"
         notes = (*notes, told)
     params = as_params(cfg, entries(cfg), found.tensors)
-    tokenizer = tokenizer_beside(source, cfg.vocab_size) if source.is_dir() else None
-    tokenizer = tokenizer or tokenizer_beside(directory, cfg.vocab_size)
+    places = [source, directory] if source.is_dir() else [directory]
+    tried = (tokenizer_beside(place, cfg.vocab_size) for place in places if tokenizer)
+    files = next((files for files in tried if files is not None), None)
     facts = facts_of(found, architecture="reference", notes=notes, name=settings.get("name"))
-    return Imported(cfg, params, tokenizer, facts)
+    return Imported(cfg, params, files, facts)
 
 
 def read_yaml(path: Path) -> dict[str, Any]:

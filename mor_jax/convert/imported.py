@@ -74,7 +74,7 @@ def check_tokenizer(files: Mapping[str, bytes], vocab_size: int, where: str) -> 
     name = "tokenizer.json" if "tokenizer.json" in files else "tokenizer.model"
     largest = _largest(files[name], f"{where}/{name}")
     rule = f"has a token {largest}, but the model embeds {vocab_size} tokens, 0 to {vocab_size - 1}"
-    fix = "Take the tokenizer that the model was trained with, or remove the added tokens beyond"
+    fix = "Name the tokenizer that the model was trained with: --tokenizer=DIR"
     check(largest < vocab_size, f"{where}/{name}", largest + 1, rule, fix)
 
 

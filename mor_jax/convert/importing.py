@@ -112,11 +112,13 @@ def _readers(options: ImportOptions) -> dict[Origin, Callable[[str], Imported]]:
     # The libraries of the origins that are not asked for stay unread.
     from mor_jax.convert import import_gguf, import_hf, import_reference
 
+    # With a tokenizer that was named, the source's own need not be one that can be read.
+    own = options.tokenizer is None
     return {
-        "hf": import_hf.import_hf,
-        "gguf": partial(import_gguf.import_gguf, tokenizer=options.tokenizer),
+        "hf": partial(import_hf.import_hf, tokenizer=own),
+        "gguf": partial(import_gguf.import_gguf, tokenizer=own),
         "reference": lambda source: import_reference.import_reference(
-            source, options.config or _only_yaml(source)
+            source, options.config or _only_yaml(source), own
         ),
     }
 
