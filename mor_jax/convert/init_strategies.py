@@ -5,13 +5,14 @@ first and last layer). A strategy names the source layers of each slot; `average
 """
 
 import dataclasses
-from collections.abc import Sequence
-from typing import Any, Literal, get_args
+from collections.abc import Iterator, Sequence
+from typing import Literal, get_args
 
 import numpy as np
 
 from mor_jax.config import ModelConfig, Sharing, check
-from mor_jax.types import Params
+from mor_jax.convert.lazy import Lazy, Spec
+from mor_jax.convert.views import parts
 
 Strategy = Literal["stepwise", "average", "lower", "upper", "random"]
 STRATEGIES: tuple[Strategy, ...] = get_args(Strategy)
@@ -94,11 +95,12 @@ def _pick(strategy: Strategy, low: int, high: int, depth: int, seed: int) -> tup
     return _spread(low, high, depth)
 
 
-def share_layers(plain: Params, cfg: ModelConfig, selection: Selection) -> Params:
+def share_layers(plain: Lazy, cfg: ModelConfig, selection: Selection) -> Lazy:
     """Parameters of the recursive model `cfg`, without routers, from those of a plain model.
 
-    plain: a tree with the stack `layers`. Arrays are new and of the same dtype. With unshared
-    norms each effective layer takes those of the layer that stood in its place.
+    plain: arrays by dotted path, among them the stacks `layers.*`. What is made of one stack
+    follows each other, so that each is read once. With unshared norms each effective layer takes
+    those of the layer that stood in its place.
 
     Raises:
         ValueError: `selection` makes another number of layers than `cfg` has.
@@ -107,33 +109,48 @@ def share_layers(plain: Params, cfg: ModelConfig, selection: Selection) -> Param
     rule = f"the selection makes {made} layers"
     fix = f"Set layers={made}, sharing and recursions as in the selection"
     check(made == cfg.layers, "layers", cfg.layers, rule, fix)
-    tree = {name: value for name, value in plain.items() if name != "layers"}
-    stack = plain["layers"]
-    tree["shared"] = {
-        group: {leaf: _mean(array, selection.slots) for leaf, array in leaves.items()}
-        for group, leaves in stack.items()
-    }
-    if not cfg.share_norms:
-        for norm in ("norm1", "norm2"):
-            tree["shared"][norm] = {"scale": _own(stack[norm]["scale"], cfg, selection)}
-    if selection.ends is not None:
-        for name, layer in zip(("first", "last"), selection.ends, strict=True):
-            tree[name] = {
-                group: {leaf: np.asarray(array)[[layer]] for leaf, array in leaves.items()}
-                for group, leaves in stack.items()
-            }
-    return tree
+    part = parts(plain)
+    specs: dict[str, Spec] = {}
+    places: dict[str, tuple[str, list[tuple[int, ...]]]] = {}
+    for name, spec in plain.specs.items():
+        stack, _, leaf = name.partition(".")
+        if stack != "layers":
+            specs[name] = Spec(spec.shape)
+            continue
+        for new, sources, leading in _stacks(cfg, selection, leaf):
+            specs[f"{new}.{leaf}"] = Spec((*leading, *spec.shape[1:]))
+            places[f"{new}.{leaf}"] = name, sources
+
+    def read(name: str) -> np.ndarray:
+        if name not in places:
+            return plain.read(name)
+        stack, sources = places[name]
+        means = [_mean([part(stack, (layer,)) for layer in layers]) for layers in sources]
+        return np.stack(means).reshape(specs[name].shape)
+
+    return Lazy(plain.where, specs, read)
 
 
-def _mean(array: Any, slots: tuple[tuple[int, ...], ...]) -> np.ndarray:
-    array = np.asarray(array)
-    means = [array[list(sources)].mean(axis=0, dtype=np.float64) for sources in slots]
-    return np.stack(means).astype(array.dtype)
+def _stacks(
+    cfg: ModelConfig, selection: Selection, leaf: str
+) -> Iterator[tuple[str, list[tuple[int, ...]], tuple[int, ...]]]:
+    # (stack, source layers of each of its places in order, leading axes), made of `layers.<leaf>`.
+    first, last = selection.ends or (None, None)
+    if first is not None:
+        yield "first", [(first,)], (1,)
+    if leaf.startswith("norm") and not cfg.share_norms:
+        inner = selection.kept if selection.ends is None else selection.kept[1:-1]
+        places = np.asarray(inner).reshape(cfg.recursions, cfg.shared_layers).T
+        if cfg.is_sequence:
+            places = np.asarray(inner).reshape(cfg.shared_layers, cfg.recursions)
+        yield "shared", [(int(layer),) for layer in places.ravel()], places.shape
+    else:
+        yield "shared", list(selection.slots), (len(selection.slots),)
+    if last is not None:
+        yield "last", [(last,)], (1,)
 
 
-def _own(scale: Any, cfg: ModelConfig, selection: Selection) -> np.ndarray:
-    inner = selection.kept if selection.ends is None else selection.kept[1:-1]
-    rows = np.asarray(scale)[list(inner)]
-    if cfg.is_sequence:
-        return rows.reshape(cfg.shared_layers, cfg.recursions, -1)
-    return rows.reshape(cfg.recursions, cfg.shared_layers, -1).swapaxes(0, 1).copy()
+def _mean(layers: list[np.ndarray]) -> np.ndarray:
+    if len(layers) == 1:
+        return layers[0]
+    return np.mean(layers, axis=0, dtype=np.float64).astype(np.float32)

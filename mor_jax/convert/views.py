@@ -79,7 +79,7 @@ def as_tensors(cfg: ModelConfig, table: Sequence[Entry], params: Lazy) -> Lazy:
     rows = {entry.name: entry for entry in table if not entry.is_alias}
     order = {path: number for number, path in enumerate(shapes)}
     names = sorted(rows, key=lambda name: order[rows[name].path])
-    part = params.slicer or _whole_first(params)
+    part = parts(params)
 
     def read(name: str) -> np.ndarray:
         entry = rows[name]
@@ -93,8 +93,15 @@ def as_tensors(cfg: ModelConfig, table: Sequence[Entry], params: Lazy) -> Lazy:
     return Lazy(params.where, {name: Spec(torch_shape(cfg, rows[name])) for name in names}, read)
 
 
+def parts(params: Lazy) -> Callable[[str, tuple[int, ...]], np.ndarray]:
+    """(name, index of the leading axes) -> that part of an array.
+
+    Of arrays that can only be read whole the last one stays, for its next part.
+    """
+    return params.slicer or _whole_first(params)
+
+
 def _whole_first(params: Lazy) -> Callable[[str, tuple[int, ...]], np.ndarray]:
-    """Parts of arrays that can only be read whole; one of them is held."""
     held: dict[str, np.ndarray] = {}
     lock = threading.Lock()
 

@@ -8,9 +8,15 @@ from seeded import random_params
 from tiny import TINY
 
 from mor_jax.convert.init_strategies import STRATEGIES, select_layers, share_layers
+from mor_jax.convert.lazy import flatten, held, nested
 from mor_jax.optim import paths
 
 PLAIN = dataclasses.replace(TINY["plain"], layers=6)
+
+
+def shared(plain, cfg, selection):
+    """The tree that is made of the tree of a plain model."""
+    return nested(share_layers(held(dict(flatten(plain))), cfg, selection))
 
 
 def test_random_draws_differ_by_seed_and_are_sorted_and_distinct():
@@ -53,7 +59,7 @@ def test_shared_tree_is_that_of_the_model_without_routers(name):
     cfg = TINY[name]
     plain = dataclasses.replace(TINY["plain"], layers=cfg.layers)
     chosen = select_layers(cfg.sharing, cfg.layers, cfg.recursions, "average")
-    made, expected = share_layers(random_params(plain), cfg, chosen), random_params(cfg)
+    made, expected = shared(random_params(plain), cfg, chosen), random_params(cfg)
     expected = {key: value for key, value in expected.items() if key != "router"}
     assert paths(made) == paths(expected)
     for key in ("first", "shared", "last"):
@@ -66,7 +72,7 @@ def test_shared_tree_is_that_of_the_model_without_routers(name):
 def test_layers_land_in_their_slots():
     cfg = dataclasses.replace(TINY["middle_cycle"], share_norms=False)
     plain = random_params(PLAIN)
-    made = share_layers(plain, cfg, select_layers("middle_cycle", 6, 2, "average"))
+    made = shared(plain, cfg, select_layers("middle_cycle", 6, 2, "average"))
     up, norm = plain["layers"]["mlp"]["up"], plain["layers"]["norm1"]["scale"]
     np.testing.assert_allclose(made["shared"]["mlp"]["up"][1], (up[2] + up[4]) / 2, rtol=1e-6)
     np.testing.assert_array_equal(made["last"]["mlp"]["up"][0], up[5])
@@ -77,7 +83,7 @@ def test_layers_land_in_their_slots():
 def test_unshared_norms_of_sequence_follow_its_order():
     cfg = dataclasses.replace(TINY["sequence"], share_norms=False)
     plain = random_params(TINY["plain"])
-    made = share_layers(plain, cfg, select_layers("sequence", 4, 2, "lower"))
+    made = shared(plain, cfg, select_layers("sequence", 4, 2, "lower"))
     norm = plain["layers"]["norm2"]["scale"]
     np.testing.assert_array_equal(made["shared"]["norm2"]["scale"][1, 0], norm[2])
     np.testing.assert_array_equal(made["shared"]["norm2"]["scale"][0, 1], norm[1])
@@ -86,4 +92,4 @@ def test_unshared_norms_of_sequence_follow_its_order():
 def test_selection_for_another_depth_is_refused():
     chosen = select_layers("middle_cycle", 8, 2, "lower")
     with pytest.raises(ValueError, match="the selection makes 8 layers"):
-        share_layers(random_params(PLAIN), TINY["middle_cycle"], chosen)
+        shared(random_params(PLAIN), TINY["middle_cycle"], chosen)
