@@ -123,13 +123,13 @@ def load(workdir: epath.PathLike, abstract: Params) -> Params:
     )
 
 
-def array(workdir: epath.PathLike, name: str) -> np.ndarray:
-    """One whole parameter by its dotted path, float32, in host memory.
+def array(workdir: epath.PathLike, name: str, index: tuple[int, ...] = ()) -> np.ndarray:
+    """A parameter by its dotted path, float32, in host memory; only the part at `index`, if given.
 
     Raises `ValueError` if there is none of that name, or its file cannot be read.
     """
     arrays = epath.Path(workdir) / DIRECTORY / _ARRAYS
-    return _File(arrays / f"{name}.safetensors", name)((...,))
+    return _File(arrays / f"{name}.safetensors", name)((*index, ...))
 
 
 class _File:
