@@ -1,19 +1,41 @@
 """The PyTorch model beside ours: its configuration, its weights, and both on the same rows."""
 
 import dataclasses
+import functools
+import importlib.util
+import sys
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from seeded import random_params
 
+import mor_jax.convert.hf
 from mor_jax.config import ModelConfig
-from mor_jax.convert.hf.modeling_mor import MoRConfig, MoRForCausalLM
 from mor_jax.convert.lazy import flatten, held
 from mor_jax.convert.names import mor_entries
 from mor_jax.convert.views import as_tensors
 
+MODELING = Path(mor_jax.convert.hf.__file__).with_name("modeling_mor.py")
 
-def hf_config(cfg: ModelConfig, **changes) -> MoRConfig:
+
+@functools.cache
+def modeling() -> Any:
+    """The module of the export, loaded as a file of its own, as it stands in an export."""
+    spec = importlib.util.spec_from_file_location("modeling_mor", MODELING)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["modeling_mor"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def params_of(cfg: ModelConfig):
+    """The weights of every test: with this seed, tokens of every variant take several depths."""
+    return random_params(cfg, seed=2)
+
+
+def hf_config(cfg: ModelConfig, **changes) -> Any:
     """The configuration of the export of `cfg`."""
     scaling, rope = cfg.rope_scaling, None
     if scaling.kind == "linear":
@@ -46,7 +68,7 @@ def hf_config(cfg: ModelConfig, **changes) -> MoRConfig:
         "kv_mode": cfg.kv,
         "router": dataclasses.asdict(cfg.router),
     }
-    return MoRConfig(**(fields | changes))
+    return modeling().MoRConfig(**(fields | changes))
 
 
 def torch_state(cfg: ModelConfig, params) -> dict[str, torch.Tensor]:
@@ -55,9 +77,9 @@ def torch_state(cfg: ModelConfig, params) -> dict[str, torch.Tensor]:
     return {name: torch.from_numpy(np.array(view.read(name))) for name in view.specs}
 
 
-def torch_model(cfg: ModelConfig, **changes) -> MoRForCausalLM:
-    """The PyTorch model with the weights of `random_params(cfg)`, in evaluation mode."""
-    model = MoRForCausalLM(hf_config(cfg, **changes)).eval()
-    missing, unexpected = model.load_state_dict(torch_state(cfg, random_params(cfg)), strict=False)
+def torch_model(cfg: ModelConfig, **changes) -> Any:
+    """The PyTorch model with the weights of `params_of(cfg)`, in evaluation mode."""
+    model = modeling().MoRForCausalLM(hf_config(cfg, **changes)).eval()
+    missing, unexpected = model.load_state_dict(torch_state(cfg, params_of(cfg)), strict=False)
     assert not unexpected and set(missing) <= {"lm_head.weight"}, (missing, unexpected)
     return model

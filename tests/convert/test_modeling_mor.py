@@ -14,14 +14,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from hf_model import hf_config, torch_model, torch_state
+from hf_model import MODELING, hf_config, params_of, torch_model, torch_state
 from hf_prompts import PROMPT, prompts
-from seeded import random_params
+from models import oracle
 from tiny import EXPERT, TINY, TOKEN, train_config
 from transformers import AutoModelForCausalLM, DynamicCache, Trainer, TrainingArguments
 
 from mor_jax.config import RopeScaling, RouterConfig
-from mor_jax.convert.hf import modeling_mor
 from mor_jax.losses import batch_counts
 from mor_jax.models.router import Route, capacity_counts
 from mor_jax.state import forward, unembed
@@ -84,29 +83,43 @@ def generated(name):
     return out, mask
 
 
-def ours(name, tokens, mask, mode):
-    """Our logits of whole rows, and the depths."""
-    cfg, params = ALL[name], random_params(ALL[name])
+def padded(tokens, mask, targets=None):
+    """A batch of ours: padding, and positions that do not count it."""
     positions = np.maximum(np.cumsum(mask, axis=1) - 1, 0)
-    arrays = (jnp.asarray(a, jnp.int32) for a in (tokens, tokens, mask, positions))
+    targets = np.zeros_like(tokens) if targets is None else targets
+    return Batch(*(jnp.asarray(a, jnp.int32) for a in (tokens, targets, mask, positions)))
+
+
+def wanted(name, rows, mode):
+    """Our logits of whole rows, and the depths.
+
+    Of the variants of TINY from the oracle, which tests/models hold our model to; it saves a
+    compilation each.
+    """
+    cfg, params = ALL[name], params_of(ALL[name])
+    if name in TINY:
+        out = oracle.run(cfg, params, rows, mode)
+        table = params["embed" if cfg.tie_embeddings else "head"]["weight"]
+        return out.hidden @ np.asarray(table, np.float64).T, out.depth
 
     @jax.jit
     def run(params, batch):
         out = forward(cfg, params, batch, Route(mode=mode))
         return unembed(cfg, params, out.hidden), out.routing and out.routing.depth
 
-    return jax.tree.map(np.asarray, run(params, Batch(*arrays)))
+    return jax.tree.map(np.asarray, run(params, rows))
 
 
 def error(got, want):
     """Largest difference relative to the largest magnitude."""
-    return np.abs(np.asarray(got.detach()) - want).max() / np.abs(want).max()
+    want = np.asarray(want)
+    return np.abs(np.asarray(got.detach().float()) - want).max() / np.abs(want).max()
 
 
 @pytest.mark.parametrize("name", ALL)
 def test_causal_routing_and_cached_decoding_equal_ours(name):
     out, mask = generated(name)
-    want, depths = ours(name, out.sequences.numpy(), mask.numpy(), "causal")
+    want, depths = wanted(name, padded(out.sequences.numpy(), mask.numpy()), "causal")
     decoded = torch.stack(out.logits, dim=1)
     assert error(decoded, want[:, PROMPT - 1 : -1]) < 1e-5
     model, real = torch_model(ALL[name]), mask.bool()
@@ -122,7 +135,7 @@ def test_causal_routing_and_cached_decoding_equal_ours(name):
 @pytest.mark.parametrize("name", ROUTED)
 def test_topk_routing_equals_ours(name):
     out, mask = generated(name)
-    want, depths = ours(name, out.sequences.numpy(), mask.numpy(), "topk")
+    want, depths = wanted(name, padded(out.sequences.numpy(), mask.numpy()), "topk")
     got, real = torch_model(ALL[name])(out.sequences, attention_mask=mask, routing="topk"), mask > 0
     assert error(got.logits[real], want[real.numpy()]) < 1e-5
     assert np.array_equal(got.depths[real], depths[real.numpy()])
@@ -222,31 +235,28 @@ def test_thresholds_move_the_depth():
     assert depths[0] == 3 and depths[0] > depths[1] > depths[2] == 1
 
 
-@pytest.mark.parametrize("name", ["expert_aux_router", "expert_kv_update", "token", "token_tight"])
+@pytest.mark.parametrize("name", ["expert_aux_router", "token_tight"])
 def test_training_loss_and_gradients_equal_ours(name):
-    cfg = dataclasses.replace(ALL[name], max_length=64)
+    cfg = ALL[name]
     router = dataclasses.replace(cfg.router, z_coeff=0.01, aux_coeff=0.5, balance_coeff=0.5)
     cfg = dataclasses.replace(cfg, router=router)
-    ids, mask = (x.numpy() for x in prompts(64))
-    ids = ids.copy()
-    labels = np.where(mask > 0, ids, IGNORE)
-    labels[:, 0] = IGNORE
-    targets = np.concatenate([labels[:, 1:], np.full((len(ids), 1), IGNORE)], axis=1)
-    positions = np.maximum(np.cumsum(mask, axis=1) - 1, 0)
-    batch = Batch(*(jnp.asarray(a, jnp.int32) for a in (ids, targets, mask, positions)))
-    counts = batch_counts(cfg, batch, capacity_counts(cfg, PROMPT))
+    ids, mask = prompts(64)
+    # No target for padding, and none for it to predict.
+    targets = np.full(ids.shape, IGNORE)
+    targets[:, :-1] = np.where((mask * mask.roll(-1, 1))[:, :-1] > 0, ids[:, 1:], IGNORE)
+    rows = padded(ids.numpy(), mask.numpy(), targets)
+    counts = batch_counts(cfg, rows, capacity_counts(cfg, PROMPT))
     run = dataclasses.replace(train_config(), model=cfg)
-    step = jax.jit(
-        lambda params: jax.value_and_grad(loss_fn, has_aux=True)(
-            params, run, batch, Route(), counts
-        )
-    )
-    (want, _), grads = step(random_params(cfg))
+
+    @jax.jit
+    def step(params):
+        return jax.value_and_grad(loss_fn, has_aux=True)(params, run, rows, Route(), counts)
+
+    (want, _), grads = step(params_of(cfg))
     model = torch_model(cfg).train()
-    ids, labels, mask = (torch.from_numpy(x) for x in (ids, labels, mask))
-    loss = model(ids, attention_mask=mask, labels=labels, routing="topk").loss
+    loss = model(ids, attention_mask=mask, labels=ids, routing="topk").loss
     loss.backward()
-    assert abs(float(loss) - float(want)) < 1e-5 * float(want)
+    assert abs(loss.item() - float(want)) < 1e-5 * float(want)
     expected = torch_state(cfg, grads)
     largest = max(float(g.abs().max()) for g in expected.values())
     for key, parameter in model.named_parameters():
@@ -293,7 +303,7 @@ def test_saved_models_load_anywhere_and_save_again(name, tmp_path, monkeypatch):
     )
     assert not any(info.values())
     assert torch.equal(loaded(ids).logits, model(ids).logits)
-    stored = {key for key in torch_state(ALL[name], random_params(ALL[name]))}
+    stored = {key for key in torch_state(ALL[name], params_of(ALL[name]))}
     assert set(loaded.state_dict()) - {"lm_head.weight"} == stored - {"lm_head.weight"}
     tied = loaded.lm_head.weight is loaded.model.embed_tokens.weight
     assert tied == ALL[name].tie_embeddings
@@ -307,7 +317,7 @@ def test_sixteen_bits_route_in_float32(tmp_path):
     want = model(ids).logits
     half = torch_model(ALL["expert_mlp"]).to(torch.bfloat16)
     out = half(ids)
-    assert out.logits.dtype == torch.bfloat16 and error(out.logits.float(), want.detach()) < 0.05
+    assert out.logits.dtype == torch.bfloat16 and error(out.logits, want.detach()) < 0.05
     logits = half.model.routers[0](half.model.embed_tokens(ids))
     assert logits.dtype == torch.float32
 
@@ -357,7 +367,7 @@ def test_lora_trains_saves_and_merges(tmp_path):
 
 
 def test_the_file_needs_torch_and_transformers_and_nothing_private():
-    tree = ast.parse(Path(modeling_mor.__file__).read_text())
+    tree = ast.parse(MODELING.read_text())
     for node in ast.walk(tree):
         if isinstance(node, ast.Import | ast.ImportFrom):
             module = node.module if isinstance(node, ast.ImportFrom) else node.names[0].name
@@ -383,7 +393,7 @@ def oldest():
 
 
 def test_the_oldest_transformers_gives_the_same(oldest, tmp_path):
-    names = ("plain", "plain_untied", "middle_cycle_norms", "expert_kv_update", "token_loss_free")
+    names = ("plain_untied", "expert_kv_update", "token_loss_free")
     for name in names:
         out, _ = generated(name)
         torch_model(ALL[name]).save_pretrained(tmp_path / name)

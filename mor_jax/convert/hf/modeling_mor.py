@@ -967,6 +967,15 @@ def _admit(active: Tensor | None, choice: Tensor, gate: Tensor, r: int, room: in
     return Level.of(wanted if room == length else _best(gate, room, wanted))
 
 
+def _targets(labels: Tensor, mask: Tensor | None) -> Tensor:
+    """Labels without those of padding, and without those that padding would have to predict."""
+    if mask is None:
+        return labels
+    real = mask[:, -labels.shape[1] :].bool()
+    before = torch.cat([real[:, :1], real[:, :-1]], dim=1)
+    return labels.masked_fill(~(real & before), -100)
+
+
 def _weight(labels: Tensor, items: Tensor | int | None) -> Tensor | float:
     """Share of this batch in the optimiser step, where the loss is divided by all its targets."""
     return 1.0 if items is None else (labels != -100).sum() / items
@@ -1021,8 +1030,9 @@ class MoRForCausalLM(MoRPreTrainedModel, GenerationMixin):
     ) -> MoROutput | tuple:
         """As `MoRModel.forward`, and logits and loss.
 
-        labels: (b, l) unshifted, -100 where there is no loss: position i learns label i + 1. In
-            training mode under top-k routing the loss includes that of the routers.
+        labels: (b, l) unshifted, -100 where there is no loss: position i learns label i + 1.
+            Padding neither learns nor is learnt. In training mode under top-k routing the loss
+            includes that of the routers.
         logits_to_keep: how many of the last positions, or which ones, get logits; 0: all.
         """
         out = self.model(
@@ -1040,7 +1050,7 @@ class MoRForCausalLM(MoRPreTrainedModel, GenerationMixin):
         logits = self.lm_head(out.last_hidden_state[:, keep])
         loss = None
         if labels is not None:
-            size = self.config.vocab_size
+            size, labels = self.config.vocab_size, _targets(labels, attention_mask)
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=size, **kwargs)
             if self.training and out.router_loss is not None:
                 loss = loss + out.router_loss * _weight(labels, kwargs.get("num_items_in_batch"))
