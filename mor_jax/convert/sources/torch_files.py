@@ -57,7 +57,7 @@ def open_deepspeed(path: Path) -> tuple[Lazy, str, tuple[str, ...]]:
     rule = "ZeRO-3: every process has stored its own part of each weight"
     check(not cut, str(step), cut[:3], rule, fix)
     files = sorted(file.name for file in step.glob("*_model_states.pt"))
-    layers = sorted(file.name for file in step.glob("layer_*-model_*_model_states.pt"))
+    layers = sorted(file.name for file in step.glob("layer_*model_states.pt"))
     rule = (
         "must hold the one file mp_rank_00_model_states.pt; weights are cut by tensor or pipeline"
     )
@@ -103,11 +103,11 @@ def load_safely(path: Path) -> Any:
 
 def _reason(message: str) -> str:
     # The library's advice to load unsafely does not belong into ours.
-    found = re.search(r"Unsupported \w+|GLOBAL [\w.]+|global [\w.]+|invalid load key[^.]*", message)
-    global_ = re.search(r"GLOBAL ([\w.]+)", message)
-    if global_:
-        return f"it asks for {global_[1]}"
-    return found[0] if found else message.strip().splitlines()[0][:200]
+    wanted = re.search(r"GLOBAL ([\w.]+)", message)
+    if wanted:
+        return f"it asks for {wanted[1]}"
+    lines = message.strip().splitlines() or ["it ends too early"]
+    return lines[0].partition("Re-running")[0][:200]
 
 
 def _lazy(path: Path, loaded: Any) -> Lazy:
