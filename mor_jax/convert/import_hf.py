@@ -33,10 +33,13 @@ def import_hf(path: str, weights: str | None = None, tokenizer: bool = True) -> 
     directory = directory if directory.is_dir() else directory.parent
     hf = read_config(directory)
     found = open_weights(Path(weights).expanduser() if weights else _weights(path, directory))
-    tied, note = are_tied(found.tensors, hf)
+    tied, notes = are_tied(found.tensors, hf)
     cfg, table = _model(hf, str(directory / CONFIG), tied)
     params = as_params(cfg, table, found.tensors)
-    facts = facts_of(found, architecture=hf.get("model_type", "llama"), notes=note)
+    if hf.get("thresholds") or hf.get("routing", "causal") != "causal":
+        told = "routing and thresholds in config.json belong to generation: not taken over"
+        notes = (*notes, told)
+    facts = facts_of(found, architecture=hf.get("model_type", "llama"), notes=notes)
     files = tokenizer_beside(directory, cfg.vocab_size) if tokenizer else None
     return Imported(cfg, params, files, facts)
 

@@ -1,0 +1,278 @@
+"""Models of Hugging Face: transformers' logits are ours, and what is not Llama is named."""
+
+import copy
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tokenizers
+import torch
+from safetensors.torch import load_file, save_file
+from seeded import random_params
+from tiny import TINY
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from mor_jax.config import RopeScaling
+from mor_jax.convert.export_config import llama_config as exported_llama
+from mor_jax.convert.export_config import mor_config as exported_mor
+from mor_jax.convert.hf_config import llama_config, mor_config
+from mor_jax.convert.import_hf import import_hf
+from mor_jax.convert.lazy import flatten, held, nested
+from mor_jax.convert.names import EMBEDDING, HEAD, llama_entries, mor_entries
+from mor_jax.convert.torch_writer import write_torch
+from mor_jax.convert.views import as_tensors
+from mor_jax.state import forward, unembed
+from mor_jax.types import Batch
+
+PLAIN = TINY["plain"]
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+SIZES = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "initializer_range": 0.1,
+}
+
+
+def write(folder, cfg=PLAIN, hf=None, table=None, **changes):
+    """The plain model `cfg` in `folder`, as safetensors; `changes` are tensors or None."""
+    view = as_tensors(cfg, (table or llama_entries)(cfg), held(dict(flatten(random_params(cfg)))))
+    tensors = {name: torch.from_numpy(np.array(view.read(name))) for name in view.specs}
+    tensors = {name: t for name, t in (tensors | changes).items() if t is not None}
+    save_file(tensors, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(hf or exported_llama(cfg)))
+    return str(folder)
+
+
+def settings(folder, **changes):
+    """Changes config.json in `folder`; None takes a key away."""
+    path = folder / "config.json"
+    told = json.loads(path.read_text()) | changes
+    told = {key: value for key, value in told.items() if value is not None}
+    path.write_text(json.dumps(told))
+
+
+def assert_equal(params, expected):
+    for path, value in flatten(expected):
+        np.testing.assert_array_equal(params.read(path), value, err_msg=path)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"tie_word_embeddings": True, "head_dim": 12},
+        {"rope_theta": 500.0, "rope_scaling": LLAMA3},
+        {"rope_scaling": {"rope_type": "linear", "factor": 4.0}, "rms_norm_eps": 1e-3},
+    ],
+    ids=["tied, wide heads", "llama3 scaling", "linear scaling"],
+)
+def test_logits_are_those_of_transformers(options, tmp_path):
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(**SIZES, **copy.deepcopy(options))).eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    model.save_pretrained(tmp_path)
+    imported = import_hf(str(tmp_path))
+    assert imported.cfg.rope_scaling.kind == options.get("rope_scaling", {}).get(
+        "rope_type", "none"
+    )
+    assert imported.cfg.tie_embeddings == options.get("tie_word_embeddings", False)
+    ids = np.random.default_rng(0).integers(0, 64, (2, 100))
+    with torch.no_grad():
+        expected = model(torch.from_numpy(ids)).logits.numpy()
+    tokens = jnp.asarray(ids, jnp.int32)
+
+    @jax.jit
+    def logits(params):
+        hidden = forward(imported.cfg, params, Batch(tokens, tokens)).hidden
+        return unembed(imported.cfg, params, hidden)
+
+    got = logits(jax.tree.map(jnp.asarray, nested(imported.params)))
+    assert np.max(np.abs(got - expected)) < 1e-5 * np.max(np.abs(expected))
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_our_own_export_comes_back(name, tmp_path):
+    cfg = TINY[name]
+    write(tmp_path, cfg, exported_mor(cfg), mor_entries)
+    imported = import_hf(str(tmp_path))
+    assert imported.cfg == dataclasses.replace(cfg, attention="auto")
+    assert_equal(imported.params, random_params(cfg))
+    assert imported.facts["architecture"] == "mor" and not imported.facts["notes"]
+
+
+def test_settings_of_generation_are_told(tmp_path):
+    cfg = TINY["expert"]
+    write(tmp_path, cfg, exported_mor(cfg) | {"thresholds": [0.0, 0.1, 0.2]}, mor_entries)
+    assert "thresholds" in import_hf(str(tmp_path)).facts["notes"][0]
+
+
+def test_half_precision_torch_files_and_other_places_of_weights(tmp_path):
+    folder, other = tmp_path / "hf", tmp_path / "state.pt"
+    folder.mkdir()
+    write(folder)
+    view = as_tensors(PLAIN, llama_entries(PLAIN), held(dict(flatten(random_params(PLAIN)))))
+    write_torch(folder / "pytorch_model.bin", view, {HEAD: EMBEDDING}, "bfloat16")
+    (folder / "model.safetensors").rename(tmp_path / "weights.safetensors")
+    rounded = jax.tree.map(
+        lambda x: np.asarray(x.astype(jnp.bfloat16), np.float32), random_params(PLAIN)
+    )
+    imported = import_hf(str(folder))
+    assert_equal(imported.params, rounded)
+    assert imported.facts["tensors"] == {"bfloat16": len(view.specs) + 1}
+    assert_equal(import_hf(str(folder / "pytorch_model.bin")).params, rounded)
+    write_torch(other, view)
+    whole = import_hf(str(folder), weights=str(other))
+    assert_equal(whole.params, random_params(PLAIN))
+
+
+def test_both_generations_of_config_say_the_same():
+    base = exported_llama(PLAIN)
+    del base["rope_theta"], base["rope_scaling"]
+    linear = {"rope_type": "linear", "factor": 2}
+    pairs = [
+        ({"rope_theta": 7.0}, {"rope_parameters": {"rope_type": "default", "rope_theta": 7.0}}),
+        (
+            {"rope_theta": 7.0, "rope_scaling": LLAMA3},
+            {"rope_parameters": LLAMA3 | {"rope_theta": 7.0}},
+        ),
+        (
+            {"rope_theta": 7.0, "rope_scaling": {"type": "linear", "factor": 2.0}},
+            {"rope_theta": 7.0, "rope_parameters": linear | {"rope_theta": 7.0}},
+        ),
+    ]
+    kinds = []
+    for old, new in pairs:
+        one, other = (llama_config(base | form, tied=True) for form in (old, new))
+        assert one == other
+        assert one.rope_theta == 7.0
+        kinds.append(one.rope_scaling)
+    assert kinds == [
+        RopeScaling(),
+        RopeScaling(kind="llama3", factor=8.0, original_max_length=32),
+        RopeScaling(kind="linear", factor=2.0),
+    ]
+    silent = {key: value for key, value in base.items() if not key.startswith("rope")}
+    assert llama_config(silent, tied=True).rope_theta == 10000.0
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"model_type": "mistral"}, ["model_type='mistral'", "only the Llama architecture"]),
+        ({"architectures": ["LlamaForSequenceClassification"]}, ["architectures"]),
+        ({"attention_bias": True}, ["attention_bias=True"]),
+        ({"mlp_bias": True}, ["mlp_bias=True"]),
+        ({"hidden_act": "gelu"}, ["hidden_act='gelu'", "'silu'"]),
+        ({"quantization_config": {"quant_method": "gptq"}}, ["quantization_config", "gptq"]),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, ["rope_scaling", "'yarn'"]),
+        ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, ["'dynamic'", "llama3"]),
+        ({"rope_parameters": {"rope_type": "longrope"}}, ["rope_parameters", "'longrope'"]),
+        ({"rope_parameters": {"rope_theta": 5.0}}, ["rope_theta", "told twice"]),
+        ({"rope_parameters": {"partial_rotary_factor": 0.5}}, ["partial_rotary_factor=0.5"]),
+        ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, ["low_freq_factor", "lacks"]),
+        ({"hidden_size": None, "num_hidden_layers": None}, ["hidden_size", "num_hidden_layers"]),
+        ({"num_key_value_heads": 3}, ["kv_heads=3", "must divide"]),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_what_our_models_do_not_compute_is_refused_by_name(changes, words, tmp_path):
+    path = write(tmp_path)
+    settings(tmp_path, **changes)
+    with pytest.raises(ValueError) as error:
+        import_hf(path)
+    assert all(word in str(error.value) for word in [*words, "config.json"]), error.value
+
+
+def test_an_export_with_settings_missing_or_unknown_is_refused():
+    hf = exported_mor(TINY["expert"])
+    with pytest.raises(ValueError, match=r"\['router'\].*lacks these settings"):
+        mor_config({key: value for key, value in hf.items() if key != "router"}, tied=True)
+    with pytest.raises(ValueError, match=r"router\.speed=1: unknown"):
+        mor_config(hf | {"router": hf["router"] | {"speed": 1}}, tied=True)
+
+
+def test_every_tensor_that_does_not_fit_is_listed(tmp_path):
+    first = "model.layers.0.mlp.gate_proj.weight"
+    norm = "model.layers.3.input_layernorm.weight"
+    changes = {first: torch.ones(2, 3), norm: None, "model.layers.4.odd": torch.ones(1)}
+    path = write(tmp_path, **changes)
+    with pytest.raises(ValueError) as error:
+        import_hf(path)
+    for name in changes:
+        assert name in str(error.value)
+
+
+def test_the_tensors_decide_whether_embeddings_are_tied(tmp_path):
+    path = write(tmp_path)
+    table = load_file(tmp_path / "model.safetensors")[EMBEDDING]
+    write(tmp_path, **{HEAD: table.clone()})
+    assert import_hf(path).cfg.tie_embeddings and not import_hf(path).facts["notes"]
+    settings(tmp_path, tie_word_embeddings=False)
+    imported = import_hf(path)
+    assert imported.cfg.tie_embeddings
+    assert "are one, though config.json says that they differ" in imported.facts["notes"][0]
+    write(tmp_path, **{HEAD: table + 1})
+    imported = import_hf(path)
+    assert not imported.cfg.tie_embeddings
+    assert "differ, though config.json says that they are one" in imported.facts["notes"][0]
+    # Without an unembedding, a model that is said not to be tied is not whole.
+    write(tmp_path)
+    settings(tmp_path, tie_word_embeddings=False)
+    with pytest.raises(ValueError, match=rf"missing +{HEAD}"):
+        import_hf(path)
+
+
+def test_values_that_are_not_finite_are_refused_when_read(tmp_path):
+    name = "model.layers.1.mlp.up_proj.weight"
+    broken = torch.zeros(48, 32)
+    broken[3, 4] = float("nan")
+    imported = import_hf(write(tmp_path, **{name: broken}))
+    with pytest.raises(ValueError, match=r"up_proj.*1 values.*NaN"):
+        imported.params.read("layers.mlp.up")
+
+
+def words(count):
+    """A tokenizer.json of `count` tokens and one that was added."""
+    vocabulary = {f"w{i}": i for i in range(count)}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="w0"))
+    tokenizer.add_special_tokens(["</s>"])
+    return tokenizer.to_str()
+
+
+def test_tokenizers_come_along_unless_they_have_too_many_tokens(tmp_path):
+    path = write(tmp_path)
+    assert import_hf(path).tokenizer is None
+    (tmp_path / "tokenizer.json").write_text(words(63))
+    (tmp_path / "chat_template.jinja").write_text("{{ x }}")
+    assert import_hf(path).tokenizer.keys() == {"tokenizer.json", "chat_template.jinja"}
+    (tmp_path / "tokenizer.json").write_text(words(64))
+    with pytest.raises(ValueError, match=r"tokenizer\.json=65: has a token 64.* embeds 64"):
+        import_hf(path)
+    assert import_hf(path, tokenizer=False).tokenizer is None
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"tokenizer\.json.*no Hugging Face tokenizer"):
+        import_hf(path)
+
+
+def test_directories_without_a_model_are_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"config\.json=None: is missing"):
+        import_hf(str(tmp_path))
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(ValueError, match=r"config\.json=None: is damaged"):
+        import_hf(str(tmp_path))
+    with pytest.raises(ValueError, match="neither an existing path nor a name of the hub"):
+        import_hf(str(tmp_path / "nowhere"))
