@@ -8,6 +8,7 @@ run: until there is a checkpoint, only what those weights and their tokens mean 
 """
 
 import contextlib
+import dataclasses
 import difflib
 import json
 import logging
@@ -21,7 +22,7 @@ import jax
 from etils import epath
 
 from mor_jax import checkpoint, initial
-from mor_jax.config import TrainConfig
+from mor_jax.config import ModelConfig, TrainConfig, check
 from mor_jax.lease import Held, Lease
 from mor_jax.manifest import write_atomic
 
@@ -112,6 +113,21 @@ def check_workdir(
     if refused:
         raise _refusal(path, refused, unused)
     return differing
+
+
+def read_config(workdir: epath.PathLike) -> TrainConfig:
+    """The configuration of the run in `workdir`. Raises `ValueError` if there is none."""
+    path = resolved(workdir)
+    rule = f"is not the directory of a run: it has no {CONFIG_FILE}"
+    fix = "Give the --workdir of a training run or of an import"
+    check((path / CONFIG_FILE).exists(), "workdir", str(path), rule, fix)
+    return TrainConfig.from_dict(_read(path))
+
+
+def other_model(there: ModelConfig, now: ModelConfig) -> list[Change]:
+    """Settings in which weights of model `there` would mean something else in model `now`."""
+    models = ({"model": dataclasses.asdict(cfg)} for cfg in (there, now))
+    return [change for change in _differences(*models) if _is_meaning(change.setting)]
 
 
 def _is_meaning(setting: str) -> bool:

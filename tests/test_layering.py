@@ -49,6 +49,8 @@ LAYERS = (
         "checkpoint",
         "checkpoint_parts",
         "initial",
+        "load",
+        "evaluation",
         "manifest",
         "summary",
         "metrics",

@@ -40,19 +40,22 @@ class _Key:
     identity: str
     text_key: str
     tokenizer: Tokenizer
-    share: float
+    share: float | None
 
 
 def open_streams(cfg: DataConfig, tokenizer: Tokenizer, split: str) -> list[TokenStream]:
-    """Token stream of split `train` or `heldout` of each source. Raises `ValueError`."""
+    """Token stream of split `train`, `heldout` or `all` of each source. Raises `ValueError`."""
     streams = []
+    share = None if split == "all" else cfg.heldout_share
     for i, spec in enumerate(cfg.sources):
         setting = f"data.sources[{i}]"
         if spec.startswith("shards:"):
+            rule = "is written in two parts, to train on and to hold out"
+            check(split != "all", setting, spec, rule, "Name the text that it was made of")
             streams.append(open_shards(spec, tokenizer, setting)[split])
             continue
         found = open_documents(spec, cfg.text_key, setting)
-        key = _Key(found, spec, found.identity, cfg.text_key, tokenizer, cfg.heldout_share)
+        key = _Key(found, spec, found.identity, cfg.text_key, tokenizer, share)
         streams.append(_tokenized(key)[split])
     return streams
 
@@ -183,16 +186,17 @@ def _in_workers(batches: "grain.IterDataset", cfg: DataConfig) -> "grain.IterDat
 
 
 def heldout_batches(
-    cfg: DataConfig, tokenizer: Tokenizer, layout: Layout, batches: int
+    cfg: DataConfig, tokenizer: Tokenizer, layout: Layout, batches: int, split: str = "heldout"
 ) -> list[Batch]:
     """The same `batches` held-out batches at every call, NumPy int32 [layout.host_rows, length].
 
-    Rows are shared between sources by weight and spread evenly over each. A small split gives
-    fewer batches; the rows that then lack in the last are repetitions without targets. Raises
-    `ValueError` if a source's held-out split does not fill one row.
+    split: `all` takes every document, for sources that nothing is trained on. Rows are shared
+    between sources by weight and spread evenly over each. A small split gives fewer batches; the
+    rows that then lack in the last are repetitions without targets. Raises `ValueError` if a
+    source's split does not fill one row.
     """
     check(batches > 0, "batches", batches, "must be greater than 0", "Try 1")
-    sources = _open_rows(cfg, tokenizer, "heldout", layout.length)
+    sources = _open_rows(cfg, tokenizer, split, layout.length)
     wanted = shares_of(_weights(cfg), max(batches * layout.batch_size, len(sources)))
     chosen = []
     for rows, count in zip(sources, wanted, strict=True):

@@ -113,9 +113,9 @@ def _encode_pending(
 
 
 def tokenize(
-    documents: Documents, tokenizer: Tokenizer, heldout_share: float
+    documents: Documents, tokenizer: Tokenizer, heldout_share: float | None
 ) -> dict[str, MemoryStream]:
-    """Reads and tokenises a whole source: streams `train` and `heldout`.
+    """Reads and tokenises a whole source: streams `train` and `heldout`; for None `all` of it.
 
     Raises `ValueError` if it has too few documents for both or too much text for memory.
     """
@@ -132,9 +132,12 @@ def tokenize(
         check(characters <= MEMORY_LIMIT, documents.setting, documents.spec, rule, fix)
         arrays.append(tokens)
         hashes.append(text_hash(text))
-    held = heldout_mask(hashes, heldout_share, documents.setting, documents.spec)
+    sides = {"all": np.ones(len(arrays), bool)}
+    if heldout_share is not None:
+        held = heldout_mask(hashes, heldout_share, documents.setting, documents.spec)
+        sides = {"train": ~held, "heldout": held}
     streams = {}
-    for split, side in (("train", ~held), ("heldout", held)):
+    for split, side in sides.items():
         tokens, ends = join([arrays[i] for i in np.flatnonzero(side)], tokenizer)
         streams[split] = MemoryStream(documents.spec, documents.setting, tokens, ends)
     return streams

@@ -1,0 +1,104 @@
+"""The weights of a run for whoever uses them: evaluation, generation, serving.
+
+A training job may be at work in the directory meanwhile: nothing is locked, nothing is written.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+from etils import epath
+
+from mor_jax import initial, workdir
+from mor_jax.checkpoint import Checkpoints, any_complete
+from mor_jax.config import CheckpointConfig, ModelConfig, TrainConfig
+from mor_jax.state import abstract_params
+from mor_jax.types import Params
+
+
+@dataclasses.dataclass(frozen=True)
+class Found:
+    """Weights that are there and whole. step: 0 for those that a run was given to start from.
+
+    cfg: of the run as it was when they were written. source: where weights that were imported
+    came from, else None.
+    """
+
+    path: epath.Path
+    cfg: TrainConfig
+    step: int
+    source: dict[str, Any] | None
+
+    def __str__(self) -> str:
+        """`runs/mor, step 200` or `runs/smollm2, imported weights of a/model`."""
+        what = f"step {self.step}" if self.step else initial.origin(self.path)
+        return f"{self.path}, {what}"
+
+    def params(self, shardings: Params | None = None) -> Params:
+        """The parameters, without optimiser or gradients; every process reads its part.
+
+        shardings: one for each parameter; by default all go to the first device. Raises
+        `ValueError` if a file cannot be read.
+        """
+        abstract = abstract_params(self.cfg.model)
+        if shardings is not None:
+            abstract = jax.tree.map(_with, abstract, shardings)
+        if self.step == 0:
+            return initial.load(self.path, abstract)
+        checkpoints = Checkpoints(self.path, CheckpointConfig())
+        try:
+            return checkpoints.parameters(abstract, self.step)
+        finally:
+            checkpoints.close()
+
+
+def find(directory: epath.PathLike, step: int | None = None) -> Found:
+    """The newest good checkpoint of a run, or that of `step`; else the weights it starts from.
+
+    Every file is read through once, so that damage shows before anything is done with them.
+
+    Raises:
+        ValueError: no run is there, it has no weights yet, none are good, or not those of `step`.
+    """
+    path = workdir.resolved(directory)
+    cfg = workdir.read_config(path)
+    given = initial.present(path)
+    if given and step in (None, 0) and not any_complete(path):
+        return Found(path, cfg, 0, initial.verify(path, cfg.model)["source"])
+    checkpoints = Checkpoints(path, CheckpointConfig())
+    try:
+        facts = checkpoints.facts(step)
+    finally:
+        checkpoints.close()
+    cfg = TrainConfig.from_dict(facts["config"])
+    source = initial.facts(path)["source"] if given else None
+    return Found(path, cfg, facts["step"], source)
+
+
+def load_params(
+    directory: epath.PathLike,
+    cfg: ModelConfig,
+    shardings: Params | None = None,
+    step: int | None = None,
+) -> Params:
+    """The parameters of the run in `directory`, for a model that is known already; as `find`.
+
+    Raises:
+        ValueError: as `find`, or the run is of another model than `cfg`.
+    """
+    found = find(directory, step)
+    lines = [
+        f"  {change.setting}: {change.old} there, {change.new} asked for"
+        for change in workdir.other_model(found.cfg.model, cfg)
+    ]
+    if lines:
+        fix = "Take the model of that run"
+        raise ValueError(f"{found}: is of another model:\n" + "\n".join([*lines, fix]))
+    return found.params(shardings)
+
+
+def _with(leaf: jax.ShapeDtypeStruct, where: jax.sharding.Sharding) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
+
+
+__all__ = ["Found", "find", "load_params"]

@@ -1,0 +1,151 @@
+"""A run's weights, found and evaluated: whichever are newest, on the run's text or on other."""
+
+import dataclasses
+import importlib
+import json
+import math
+
+import jax
+import numpy as np
+import pytest
+from seeded import random_params
+from tiny import TINY, train_config
+
+from mor_jax import data, initial, sharding
+from mor_jax.checkpoint import Checkpoints
+from mor_jax.config import CheckpointConfig, DataConfig, EvalConfig, MeshConfig
+from mor_jax.convert.lazy import flatten, held
+from mor_jax.evaluate import Evaluator
+from mor_jax.evaluation import Asked, evaluate
+from mor_jax.load import find, load_params
+from mor_jax.state import abstract_params, logical_axes
+from mor_jax.workdir import claim_workdir
+
+MODEL = dataclasses.replace(TINY["expert_cycle"], vocab_size=256, layers=2, recursions=2)
+GIVEN, TRAINED = random_params(MODEL, 1), random_params(MODEL, 2)
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("texts")
+    for i in range(30):
+        (folder / f"{i}.txt").write_text(f"Text {i}: " + " ".join(str(i * k) for k in range(20)))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def cfg(texts):
+    return train_config(
+        model=MODEL,
+        batch_size=8,
+        data=DataConfig(sources=(f"text:{texts}/*.txt",), heldout_share=0.2),
+        eval=EvalConfig(every=None, batches=2, batch_size=8, prompt="", completion_tokens=0),
+    )
+
+
+@pytest.fixture(scope="module")
+def imported(cfg, tmp_path_factory):
+    """Weights to start from, no checkpoint."""
+    workdir = tmp_path_factory.mktemp("imported")
+    claim_workdir(workdir, cfg)
+    initial.write(workdir, MODEL, held(dict(flatten(GIVEN))), {"from": "a/model"})
+    return workdir
+
+
+@pytest.fixture(scope="module")
+def trained(cfg, tmp_path_factory):
+    """Two checkpoints, the first of other weights; the second with everything that a run keeps."""
+    workdir = tmp_path_factory.mktemp("trained")
+    claim_workdir(workdir, cfg)
+    with Checkpoints(workdir, CheckpointConfig()) as checkpoints:
+        for step, params in ((1, GIVEN), (2, TRAINED)):
+            state = {"params": params, "opt_state": {"mu": params, "nu": params}}
+            checkpoints.save(step, state, 0, cfg.to_dict())
+    return workdir
+
+
+def same(found, wanted):
+    jax.tree.map(np.testing.assert_array_equal, found, wanted)
+
+
+def test_the_newest_weights_are_found(imported, trained):
+    one, other = find(imported), find(trained)
+    assert (one.step, other.step) == (0, 2)
+    assert str(one) == f"{imported}, imported weights of a/model"
+    assert str(other) == f"{trained}, step 2"
+    assert one.source == {"from": "a/model"} and other.source is None
+    same(one.params(), GIVEN)
+    same(other.params(), TRAINED)
+    same(find(trained, 1).params(), GIVEN)
+    same(find(imported, 0).params(), GIVEN)
+
+
+def test_parameters_arrive_where_they_are_wanted(imported, trained):
+    mesh = sharding.make_mesh(MeshConfig(data=2, fsdp=4))
+    where = sharding.param_shardings(mesh, logical_axes(MODEL), abstract_params(MODEL))
+    for workdir, wanted in ((imported, GIVEN), (trained, TRAINED)):
+        made = load_params(workdir, dataclasses.replace(MODEL, dtype="bfloat16"), where)
+        same(made, wanted)
+        assert jax.tree.map(lambda x: x.sharding, made) == where
+
+
+def test_what_is_not_there_or_another_model_is_refused(imported, trained, tmp_path, cfg):
+    with pytest.raises(ValueError, match=r"is not the directory of a run: it has no config\.json"):
+        find(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match=r"no complete checkpoint of this step.*\[1, 2\]"):
+        find(trained, 3)
+    with pytest.raises(ValueError, match="there is no complete checkpoint of this step"):
+        find(imported, 3)
+    claim_workdir(tmp_path / "new", cfg)
+    with pytest.raises(ValueError, match="holds no checkpoint"):
+        find(tmp_path / "new")
+    other = dataclasses.replace(MODEL, rope_theta=5e5, attention="auto", dtype="bfloat16")
+    with pytest.raises(
+        ValueError, match=r"model\.rope_theta: 10000\.0 there, 500000\.0 asked"
+    ) as e:
+        load_params(trained, other)
+    assert "attention" not in str(e.value) and "dtype" not in str(e.value)
+
+
+def test_evaluation_is_that_of_the_run_itself(trained, cfg):
+    found = evaluate(find(trained), Asked(fsdp=4))
+    tokenizer = data.load_tokenizer("bytes")
+    layout = data.Layout(length=cfg.length, batch_size=8)
+    batches = data.heldout_batches(cfg.data, tokenizer, layout, 2)
+    wanted = Evaluator.of(cfg, batches)(TRAINED)
+    assert found.values.keys() == wanted.keys()
+    for name in ("loss_causal", "loss_topk", "accuracy_causal", "depth_causal"):
+        assert found.values[name] == pytest.approx(wanted[name], rel=1e-4), name
+    assert found.text.startswith("held-out part of text:") and found.rows == 16
+
+
+def test_other_text_is_used_whole(trained, tmp_path, cfg):
+    (tmp_path / "one.txt").write_text("A single document. " * 12)
+    source = f"text:{tmp_path}/*.txt"
+    found = evaluate(find(trained), Asked(sources=(source,), length=32, batches=9))
+    tokens = 12 * len("A single document. ") + 1
+    # A row needs one token more than it is long: the last target.
+    assert (found.text, found.rows) == (source, (tokens - 1) // 32)
+    with pytest.raises(ValueError, match=r"length=65: must be between 2 and model\.max_length=64"):
+        evaluate(find(trained), Asked(length=65))
+    with pytest.raises(ValueError, match=r"batch_size=4: must be a multiple of 8"):
+        evaluate(find(trained), Asked(batch_size=4))
+    with pytest.raises(ValueError, match="is written in two parts"):
+        evaluate(find(trained), Asked(sources=("shards:data/tokens",)))
+
+
+def test_the_command_prints_a_table_or_json(trained, imported, tmp_path, capsys):
+    command = importlib.import_module("launch.evaluate")
+    few = ["--batches=1", "--length=16"]
+    assert command.main([f"--workdir={imported}", *few]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == f"{imported}, imported weights of a/model"
+    assert [line.split()[0] for line in lines[4:6]] == ["causal", "top-k"]
+    assert command.main([f"--workdir={trained}", "--json", *few]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert (told["step"], told["rows"], told["length"]) == (2, 8, 16)
+    assert told["perplexity_causal"] == pytest.approx(math.exp(told["loss_causal"]))
+    row = lines[4].split()
+    assert float(row[2]) == pytest.approx(math.exp(float(row[1])), rel=1e-3)
+    assert command.main([f"--workdir={tmp_path}"]) != 0
+    assert capsys.readouterr().err.startswith(f"error: workdir={str(tmp_path)!r}: is not the dir")
