@@ -14,6 +14,7 @@ from mor_jax.config import DataConfig, EvalConfig, ModelConfig, OptimConfig, Tra
 from mor_jax.convert.directory import check_target, fresh_directory
 from mor_jax.convert.imported import Imported
 from mor_jax.convert.lazy import Lazy
+from mor_jax.convert.upcycle import parse_upcycle, upcycle, upcycle_notes, upcycled_config
 
 Origin = Literal["hf", "reference", "gguf"]
 ORIGINS: tuple[Origin, ...] = get_args(Origin)
@@ -70,8 +71,8 @@ def import_run(origin: Origin, source: str, options: ImportOptions) -> Written:
     notes = [str(note) for note in imported.facts.get("notes", ())]
     model, params = imported.cfg, imported.params
     if options.upcycle is not None:
-        model, params = _upcycled(imported, options.upcycle)
-        notes.append(f"upcycled: {options.upcycle}")
+        model, params, how = _upcycled(imported, options.upcycle)
+        notes += how
     files = _tokenizer(imported, options)
     if not files:
         notes.append("no tokenizer came with it: set data.tokenizer before training")
@@ -132,12 +133,11 @@ def _only_yaml(source: str) -> str:
     return found[0]
 
 
-def _upcycled(imported: Imported, wish: str) -> tuple[ModelConfig, Lazy]:
-    from mor_jax.convert.upcycle import parse_upcycle, upcycle, upcycled_config
-
-    chosen = parse_upcycle(wish)
-    model = upcycled_config(imported.cfg, chosen)
-    return model, upcycle(imported.cfg, model, imported.params, chosen)
+def _upcycled(imported: Imported, text: str) -> tuple[ModelConfig, Lazy, list[str]]:
+    wish = parse_upcycle(text)
+    model = upcycled_config(imported.cfg, wish)
+    params = upcycle(imported.cfg, model, imported.params, wish)
+    return model, params, upcycle_notes(imported.cfg, wish)
 
 
 def _tokenizer(imported: Imported, options: ImportOptions) -> dict[str, bytes]:

@@ -56,7 +56,7 @@ def as_params(cfg: ModelConfig, table: Sequence[Entry], tensors: Lazy) -> Lazy:
             turn(part(path, index), out[index])
         return out
 
-    return Lazy(tensors.where, specs, read)
+    return Lazy(tensors.where, specs, read, part)
 
 
 def as_tensors(cfg: ModelConfig, table: Sequence[Entry], params: Lazy) -> Lazy:
