@@ -117,7 +117,7 @@ def write_theirs(case: Case, folder: Path) -> dict[str, torch.Tensor]:
     # Their rotary embedding knows no longest row; generation needs room.
     shape = dict(case.spec["hf_config"]) | {"max_position_embeddings": 256}
     (folder / "config.json").write_text(json.dumps(shape))
-    blocks = dict(case.spec.get("cfg") or {})
+    blocks = {name: {"enable": False} for name in BLOCKS} | dict(case.spec.get("cfg") or {})
     resolved = case.spec.get("resolved", {})
     blocks |= {name: resolved[name] for name in BLOCKS if name in resolved}
     (folder / "run.yaml").write_text(yaml.safe_dump({"name": case.name, **blocks}))
