@@ -151,8 +151,8 @@ def _llama3(raw: Lazy, fields: Metadata, head_dim: int, theta: float) -> RopeSca
     turns = theta ** (-np.arange(0, head_dim, 2) / head_dim) / (2 * math.pi)
     factor, low, high = _shortest(divisors.max()), 1.0, 4.0
     told = fields.get("llama.rope.scaling.original_context_length")
-    # A file seldom tells the length; the published models all have powers of two.
-    for length in [int(told)] if told else [2**n for n in range(10, 21)]:
+    # A file seldom tells the length. Published models have 8192; others are powers of two as well.
+    for length in [int(told)] if told else [8192, *(2**n for n in range(10, 21))]:
         kept = np.clip((turns * length - low) / (high - low), 0.0, 1.0)
         if np.allclose(divisors, 1.0 / ((1.0 - kept) / factor + kept), rtol=1e-4):
             return RopeScaling(kind="llama3", factor=factor, original_max_length=length)
