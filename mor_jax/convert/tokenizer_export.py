@@ -37,7 +37,7 @@ def tokenizer_files(tokenizer: Tokenizer) -> dict[str, bytes]:
         ValueError: a SentencePiece model of a kind that tokenizer.json cannot express.
     """
     if isinstance(tokenizer, ByteTokenizer):
-        return files_of(_bytes(), {"eos_token": BYTES_EOS})
+        return files_of(_bytes(), _paddable({"eos_token": BYTES_EOS}))
     held = tokenizer.files()
     beside = _beside(tokenizer)
     if "tokenizer.json" in held:
@@ -45,8 +45,8 @@ def tokenizer_files(tokenizer: Tokenizer) -> dict[str, bytes]:
         files[CONFIG] = _told(tokenizer, files)
         return files
     built, names = _from_sentencepiece(held["tokenizer.model"], tokenizer.name)
-    made = files_of(built, {f"{role}_token": text for role, text in names.items()})
-    return beside | held | made
+    told = {f"{role}_token": text for role, text in names.items()}
+    return beside | held | files_of(built, _paddable(told))
 
 
 def special_ids(tokenizer: Tokenizer) -> dict[str, int]:
@@ -86,7 +86,15 @@ def _told(tokenizer: Tokenizer, files: Mapping[str, bytes]) -> bytes:
     if loaded.token_to_id(_content(told.get("eos_token"))) != tokenizer.eos_id:
         told["eos_token"] = loaded.id_to_token(tokenizer.eos_id)
     told.setdefault("clean_up_tokenization_spaces", False)
+    _paddable(told)
     return (json.dumps(told, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def _paddable(told: dict[str, Any]) -> dict[str, Any]:
+    # Batches of prompts need both, and what stands at padding has no effect.
+    told["pad_token"] = told.get("pad_token") or told["eos_token"]
+    told.setdefault("padding_side", "left")
+    return told
 
 
 def _bytes() -> tokenizers.Tokenizer:

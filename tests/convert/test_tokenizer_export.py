@@ -138,6 +138,8 @@ def test_new_releases_give_our_tokens(kind, exported):
         got = theirs(text, add_special_tokens=False)["input_ids"]
         assert got == expected, (text, theirs.convert_ids_to_tokens(got))
     assert theirs.eos_token_id == ours.eos_id
+    batch = theirs(["a", "a much longer text"], padding=True)["input_ids"]
+    assert batch[0][0] == theirs.pad_token_id and batch[0][-1] == ours.encode("a")[-1]
     # A run can start from the export again.
     again = load_tokenizer(str(path))
     assert [again.encode(text).tolist() for text in TEXTS] == [
@@ -165,13 +167,14 @@ def test_what_lies_beside_comes_along(exported):
     theirs = AutoTokenizer.from_pretrained(path)
     chat = theirs.apply_chat_template([{"role": "user", "content": "Hello"}], tokenize=False)
     assert chat == "Hello<|im_end|>"
-    assert special_ids(ours) == {"bos_token_id": 1, "eos_token_id": 2}
+    assert special_ids(ours) == {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2}
 
 
 def test_special_tokens_of_the_others(exported):
-    assert special_ids(exported["bytes"][0]) == {"eos_token_id": 0}
-    assert special_ids(exported["hf"][0]) == {"eos_token_id": 0}
-    assert special_ids(exported["spm_bpe"][0]) == {"bos_token_id": 1, "eos_token_id": 2}
+    ends = {"eos_token_id": 0, "pad_token_id": 0}
+    assert special_ids(exported["bytes"][0]) == special_ids(exported["hf"][0]) == ends
+    ends = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2}
+    assert special_ids(exported["spm_bpe"][0]) == ends
     bytes_ = AutoTokenizer.from_pretrained(exported["bytes"][1])
     assert bytes_("\u0100\0x", add_special_tokens=False)["input_ids"] == [0xC4, 0x80, ord("x")]
 
