@@ -73,13 +73,12 @@ def import_run(origin: Origin, source: str, options: ImportOptions) -> Written:
     if options.upcycle is not None:
         model, params, how = _upcycled(imported, options.upcycle)
         notes += how
-    files = _tokenizer(imported, options)
-    if not files:
+    files = {} if options.tokenizer else dict(imported.tokenizer or {})
+    name = str(target / TOKENIZER) if files else _named(options.tokenizer, model.vocab_size)
+    if name is None:
         notes.append("no tokenizer came with it: set data.tokenizer before training")
-    name = options.tokenizer or (str(target / TOKENIZER) if files else "bytes")
-    cfg = run_config(dataclasses.replace(model, dtype=options.dtype), name)
-    facts = {**imported.facts, "from": f"{source} ({origin})", "notes": notes}
-    facts["tokenizer"] = name if files or options.tokenizer else None
+    cfg = run_config(dataclasses.replace(model, dtype=options.dtype), name or "bytes")
+    facts = {**imported.facts, "from": f"{source} ({origin})", "notes": notes, "tokenizer": name}
     with fresh_directory(target, replace=options.replace) as draft:
         for file, content in files.items():
             (draft / TOKENIZER).mkdir(exist_ok=True)
@@ -140,10 +139,10 @@ def _upcycled(imported: Imported, text: str) -> tuple[ModelConfig, Lazy, list[st
     return model, params, upcycle_notes(imported.cfg, wish)
 
 
-def _tokenizer(imported: Imported, options: ImportOptions) -> dict[str, bytes]:
-    # The files to keep in the run. One that was named stays where it is, and must fit.
-    if options.tokenizer is None:
-        return dict(imported.tokenizer or {})
-    found = data.load_tokenizer(options.tokenizer, "tokenizer")
-    data.check_vocabulary(found, imported.cfg.vocab_size)
-    return {}
+def _named(tokenizer: str | None, vocab_size: int) -> str | None:
+    # One that was named stays where it is, and must fit.
+    if tokenizer is None:
+        return None
+    found = data.load_tokenizer(tokenizer, "tokenizer")
+    data.check_vocabulary(found, vocab_size)
+    return tokenizer if tokenizer == "bytes" else str(Path(tokenizer).expanduser().resolve())
