@@ -7,7 +7,7 @@ torch.optim.AdamW, float32, on as many CPU threads as ours. Both start from the 
 take the same steps on the same tokens; that their losses agree, step after step, shows that they
 do the same work. Prints both times, ours over theirs, and the losses.
 
-Needs requirements-benchmarks.txt (torch, transformers).
+Needs requirements-convert.txt (torch, transformers).
 """
 
 import argparse
