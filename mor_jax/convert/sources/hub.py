@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,8 @@ from mor_jax.data.optional import need
 
 _NAME = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
 # Everything that an import reads; of weights, one format is chosen.
-_BESIDE = ("*.json", "*.jinja", "*.model", "*.txt", "*.yaml")
+_BESIDE = ["*.json", "*.jinja", "*.model", "*.txt", "*.yaml"]
+_SAFE = "*.safetensors"
 
 
 def located(name: str, weights: bool = True) -> Path:
@@ -50,16 +52,17 @@ def _fetched(name: str, fetch: Callable[[Any], str]) -> Path:
 
 
 def _snapshot(hub: Any, repository: str, revision: str | None, weights: bool) -> str:
-    patterns = list(_BESIDE)
-    if weights:
-        try:
-            names = hub.list_repo_files(repository, revision=revision)
-        except Exception:
-            # Without network a copy in the cache may serve; if there is none, this tells it.
-            return hub.snapshot_download(repository, revision=revision, local_files_only=True)
-        safe = any(name.endswith(".safetensors") and "/" not in name for name in names)
-        patterns.append("*.safetensors" if safe else "*.bin")
     # Directories inside hold other formats of the same weights.
-    return hub.snapshot_download(
-        repository, revision=revision, allow_patterns=patterns, ignore_patterns=["*/*"]
-    )
+    fetch = partial(hub.snapshot_download, repository, revision=revision, ignore_patterns=["*/*"])
+    if not weights:
+        return fetch(allow_patterns=_BESIDE)
+    try:
+        names = hub.list_repo_files(repository, revision=revision)
+    except Exception as unreachable:
+        # A copy in the local cache serves without a network.
+        try:
+            return fetch(allow_patterns=[*_BESIDE, _SAFE], local_files_only=True)
+        except FileNotFoundError:
+            raise unreachable from None
+    safe = any(name.endswith(".safetensors") and "/" not in name for name in names)
+    return fetch(allow_patterns=[*_BESIDE, _SAFE if safe else "*.bin"])
