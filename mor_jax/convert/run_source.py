@@ -4,19 +4,17 @@ A training job may be at work in the directory meanwhile: nothing is locked and 
 """
 
 import dataclasses
-import json
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-import numpy as np
 from etils import epath
 
-from mor_jax import data, initial, metrics, workdir
-from mor_jax.checkpoint import Checkpoints, any_complete
-from mor_jax.config import CheckpointConfig, TrainConfig, fail
+from mor_jax import data, initial, metrics
+from mor_jax.checkpoint import Checkpoints
+from mor_jax.config import CheckpointConfig, TrainConfig
 from mor_jax.convert.lazy import Lazy, Spec
 from mor_jax.convert.names import array_shapes, entries
+from mor_jax.load import find
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,38 +44,22 @@ def open_run(directory: epath.PathLike, step: int | None = None) -> RunSource:
         ValueError: no run is there, no checkpoint is good, `step` is not there, or the tokenizer
             has gone.
     """
-    path = workdir.resolved(directory)
-    file = path / workdir.CONFIG_FILE
-    if not file.exists():
-        rule = f"is not the directory of a run: it has no {workdir.CONFIG_FILE}"
-        fail("workdir", str(path), rule, "Give the --workdir of a training run or of an import")
-    cfg = TrainConfig.from_dict(json.loads(file.read_text()))
-    given = initial.present(path)
-    if given and step in (None, 0) and not any_complete(path):
-        facts = initial.verify(path, cfg.model)
-        found, source = 0, facts["source"]
-        params = _lazy(cfg, str(path / initial.DIRECTORY), partial(initial.array, path))
-    else:
+    found = find(directory, step)
+    cfg, path = found.cfg, found.path
+    part = partial(initial.array, path)
+    if found.step:
         checkpoints = Checkpoints(path, CheckpointConfig())
-        facts = checkpoints.facts(step)
+        part = checkpoints.parts(found.step).read
         checkpoints.close()
-        # What is computed, not how: the model as it was when the checkpoint was written.
-        cfg = TrainConfig.from_dict(facts["config"])
-        found = facts["step"]
-        source = initial.facts(path)["source"] if given else None
-        where = f"{path} at step {found}"
-        params = _lazy(cfg, where, checkpoints.parts(found).read)
+    shapes = array_shapes(cfg.model, entries(cfg.model))
+    specs = {name: Spec(shape) for name, shape in shapes.items()}
+    params = Lazy(str(found), specs, part, part)
     tokenizer = None
-    if found or source is None or source["tokenizer"] is not None:
+    if found.step or found.source is None or found.source.get("tokenizer"):
         tokenizer = data.load_tokenizer(cfg.data.tokenizer)
         data.check_vocabulary(tokenizer, cfg.model.vocab_size)
-    return RunSource(cfg, found, params, tokenizer, source, _evaluated(path, found))
-
-
-def _lazy(cfg: TrainConfig, where: str, part: Callable[..., np.ndarray]) -> Lazy:
-    # part: name, and an index of the leading axes or nothing.
-    shapes = array_shapes(cfg.model, entries(cfg.model))
-    return Lazy(where, {name: Spec(shape) for name, shape in shapes.items()}, part, part)
+    evaluated = _evaluated(path, found.step)
+    return RunSource(cfg, found.step, params, tokenizer, found.source, evaluated)
 
 
 def _evaluated(path: epath.Path, step: int) -> dict[str, Any]:

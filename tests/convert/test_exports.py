@@ -194,7 +194,7 @@ def test_the_command_reports_and_refuses(tmp_path):
     parts = ["export", "--to=hf", f"--workdir={tmp_path / 'run'}", f"--output={tmp_path / 'out'}"]
     done = subprocess.run([*COMMAND, *parts], capture_output=True, text=True)
     assert done.returncode == exit_codes.OK, done.stderr
-    assert f"at step {STEP}" in done.stdout and "modeling_mor.py" in done.stdout
+    assert f"step {STEP}" in done.stdout and "modeling_mor.py" in done.stdout
     again = subprocess.run([*COMMAND, *parts], capture_output=True, text=True)
     assert again.returncode == exit_codes.ERROR and again.stderr.startswith("error: output=")
     source, workdir = f"--source={tmp_path / 'out'}", f"--workdir={tmp_path / 'back'}"
