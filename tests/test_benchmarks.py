@@ -1,21 +1,29 @@
 """The benchmarks' machinery: turns, records, the real step; not their numbers."""
 
 import argparse
+import dataclasses
 import json
 import os
 import sys
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import pytest
+from seeded import random_params
 from tiny import train_config
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 
 import step_time
 import timing
+import upcycle
 
+from mor_jax.convert.imported import Imported
+from mor_jax.convert.init_strategies import STRATEGIES
+from mor_jax.convert.lazy import flatten, held
 from mor_jax.flops import computed_shares, flops
+from mor_jax.state import abstract_params
 
 
 def test_variants_take_turns_and_all_calls_after_warmup_are_timed():
@@ -52,6 +60,20 @@ def test_a_report_is_printed_and_appended(tmp_path, monkeypatch, capsys):
     assert [json.loads(line)["ratio"] for line in lines] == [0.5, 0.6]
     assert {"benchmark", "date", "device", "cores", "jax"} <= json.loads(lines[0]).keys()
     assert capsys.readouterr().out.splitlines()[1:] == lines
+
+
+def test_upcycling_starts_from_every_strategy_beside_the_plain_and_the_random():
+    plain = dataclasses.replace(train_config("plain").model, layers=8)
+    imported = Imported(plain, held(dict(flatten(random_params(plain)))), None, {})
+    found = list(upcycle.starts(imported, 3))
+    assert [name for _, name, _ in found[1:7]] == [*STRATEGIES, "random weights"]
+    assert {cfg.router.kind for _, _, cfg in found[7:]} == {"expert"} and len(found) == 13
+    for family, start, cfg in (found[0], found[2], found[12]):
+        made = upcycle.weights(imported, family, start, cfg)
+        assert jax.tree.map(jnp.shape, made) == jax.tree.map(jnp.shape, abstract_params(cfg))
+    row = {"family": "recursive", "start": "average", "parameters": 67_300_000}
+    row |= {"before": {"loss_causal": 9.0}, "after": {"loss_causal": 5.0}}
+    assert "| recursive | average | 67.3M | 9.000 | 5.000 | - | - |" in upcycle.markdown([row], "x")
 
 
 def test_more_cores_than_there_are_is_refused():
