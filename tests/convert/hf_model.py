@@ -1,6 +1,5 @@
 """The PyTorch model beside ours: its configuration, its weights, and both on the same rows."""
 
-import dataclasses
 import functools
 import importlib.util
 import sys
@@ -13,6 +12,7 @@ from seeded import random_params
 
 import mor_jax.convert.hf
 from mor_jax.config import ModelConfig
+from mor_jax.convert.export_config import mor_config
 from mor_jax.convert.lazy import flatten, held
 from mor_jax.convert.names import mor_entries
 from mor_jax.convert.views import as_tensors
@@ -37,38 +37,7 @@ def params_of(cfg: ModelConfig):
 
 def hf_config(cfg: ModelConfig, **changes) -> Any:
     """The configuration of the export of `cfg`."""
-    scaling, rope = cfg.rope_scaling, None
-    if scaling.kind == "linear":
-        rope = {"rope_type": "linear", "factor": scaling.factor}
-    elif scaling.kind == "llama3":
-        rope = {
-            "rope_type": "llama3",
-            "factor": scaling.factor,
-            "low_freq_factor": scaling.low_freq_factor,
-            "high_freq_factor": scaling.high_freq_factor,
-            "original_max_position_embeddings": scaling.original_max_length,
-        }
-    fields = {
-        "vocab_size": cfg.vocab_size,
-        "hidden_size": cfg.width,
-        "intermediate_size": cfg.mlp_width,
-        "num_hidden_layers": cfg.layers,
-        "num_attention_heads": cfg.heads,
-        "num_key_value_heads": cfg.kv_heads,
-        "head_dim": cfg.head_dim,
-        "max_position_embeddings": cfg.max_length,
-        "rms_norm_eps": cfg.norm_eps,
-        "rope_theta": cfg.rope_theta,
-        "rope_scaling": rope,
-        "initializer_range": cfg.init_std,
-        "tie_word_embeddings": cfg.tie_embeddings,
-        "sharing": cfg.sharing,
-        "num_recursions": cfg.recursions,
-        "share_norms": cfg.share_norms,
-        "kv_mode": cfg.kv,
-        "router": dataclasses.asdict(cfg.router),
-    }
-    return modeling().MoRConfig(**(fields | changes))
+    return modeling().MoRConfig(**(mor_config(cfg) | changes))
 
 
 def torch_state(cfg: ModelConfig, params) -> dict[str, torch.Tensor]:

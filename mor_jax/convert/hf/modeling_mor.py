@@ -37,6 +37,9 @@ from transformers.configuration_utils import PretrainedConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import ModelOutput
 
+Keep = Callable[[Tensor], None]
+"""Takes the residual stream after a layer, where a caller asked for it."""
+
 SHARING = ("none", "cycle", "sequence", "middle_cycle", "middle_sequence")
 ROUTINGS = ("causal", "topk")
 # Settings of the router that a config.json may leave out.
@@ -264,6 +267,7 @@ class MoRCache(Cache):
 
 
 def _layer_name(slot: int | str, recursion: int = 0) -> str:
+    # The recursion stands first: `crop` reads it.
     return f"{recursion}.{slot}"
 
 
@@ -492,6 +496,21 @@ def _pick(norms: nn.Module, recursion: int) -> nn.Module:
     return norms[recursion] if isinstance(norms, nn.ModuleList) else norms
 
 
+class MoRRouterLinear(nn.Module):
+    """A matrix that works in float32, whatever dtype it is stored in.
+
+    No `nn.Linear`, so that quantisation and adapters for "all linear layers" leave routers alone.
+    """
+
+    def __init__(self, inputs: int, outputs: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(outputs, inputs))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., inputs) -> (..., outputs)"""
+        return F.linear(x, self.weight.float())
+
+
 class MoRRouter(nn.Module):
     """Logits of tokens, `outputs` each, in float32 whatever the model's dtype."""
 
@@ -499,22 +518,15 @@ class MoRRouter(nn.Module):
         super().__init__()
         width = config.hidden_size
         if config.router["arch"] == "linear":
-            self.router = nn.Linear(width, outputs, bias=False)
+            self.router = MoRRouterLinear(width, outputs)
         else:
-            wide, out = (
-                nn.Linear(width, 2 * width, bias=False),
-                nn.Linear(2 * width, outputs, bias=False),
-            )
-            self.router = nn.Sequential(wide, nn.GELU(), out)
+            hidden, out = MoRRouterLinear(width, 2 * width), MoRRouterLinear(2 * width, outputs)
+            self.router = nn.Sequential(hidden, nn.GELU(), out)
 
     def forward(self, x: Tensor) -> Tensor:
         """(b, l, d) -> (b, l, outputs)"""
         with torch.autocast(device_type=x.device.type, enabled=False):
-            x = x.float()
-            if isinstance(self.router, nn.Sequential):
-                x = F.gelu(F.linear(x, self.router[0].weight.float()))
-                return F.linear(x, self.router[2].weight.float())
-            return F.linear(x, self.router.weight.float())
+            return self.router(x.float())
 
 
 class MoRPreTrainedModel(PreTrainedModel):
@@ -528,6 +540,8 @@ class MoRPreTrainedModel(PreTrainedModel):
 
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
+        if isinstance(module, MoRRouterLinear):
+            nn.init.normal_(module.weight, std=self.config.initializer_range)
         if isinstance(module, MoRModel) and module.router_bias is not None:
             nn.init.zeros_(module.router_bias)
 
@@ -619,11 +633,15 @@ class MoRModel(MoRPreTrainedModel):
         attention_mask: (b, l) or (b, seen + l), 0 at padding; padding may stand at either end.
         position_ids: of the rotary embedding; by default padding is not counted.
         routing: "causal" or "topk"; None: what the configuration says.
-        hidden_states: after the embedding, the first layers, each recursion, and the last layer.
+        hidden_states: after the embedding and every layer (routed models: every recursion as a
+            whole), the last one after the final norm.
 
         Raises:
-            ValueError: top-k routing with a cache; a mask or a cache of an unknown kind.
+            ValueError: top-k routing with a cache; a mask or a cache of an unknown kind;
+                `output_attentions`.
         """
+        if kwargs.get("output_attentions"):
+            raise ValueError("output_attentions=True: attention weights are never computed whole")
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
@@ -631,20 +649,23 @@ class MoRModel(MoRPreTrainedModel):
         _choose_from("routing", routing, ROUTINGS)
         cache = self._cache(past_key_values, use_cache, routing)
         row = self._row(x, attention_mask, position_ids, cache)
-        states = [x]
-        for i, layer in enumerate(self.layers or ([] if self.first is None else [self.first])):
-            x, _, _ = layer(x, None, None, row.scope, _layer_name(f"first{i}"))
-        states.append(x)
-        depths = router_loss = None
-        if self.shared is not None:
-            x, depths, router_loss = self._recur(x, row, routing, states)
-        if self.last is not None:
-            x, _, _ = self.last(x, None, None, row.scope, _layer_name("last"))
-            states.append(x)
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
-        hidden_states = tuple(states) if output_hidden_states else None
-        out = MoRModelOutput(self.norm(x), cache, hidden_states, depths, router_loss)
+        states = []
+        keep = states.append if output_hidden_states else lambda x: None
+        keep(x)
+        for i, layer in enumerate(self.layers or ([] if self.first is None else [self.first])):
+            x, _, _ = layer(x, None, None, row.scope, _layer_name(f"first{i}"))
+            keep(x)
+        depths = router_loss = None
+        if self.shared is not None:
+            x, depths, router_loss = self._recur(x, row, routing, keep)
+        if self.last is not None:
+            x, _, _ = self.last(x, None, None, row.scope, _layer_name("last"))
+            keep(x)
+        x = self.norm(x)
+        hidden_states = (*states[:-1], x) if output_hidden_states else None
+        out = MoRModelOutput(x, cache, hidden_states, depths, router_loss)
         return_dict = self.config.return_dict if return_dict is None else return_dict
         return out if return_dict else out.to_tuple()
 
@@ -705,16 +726,16 @@ class MoRModel(MoRPreTrainedModel):
         return Row(Scope(cos, sin, visible, store), cache, past, real, keys)
 
     def _recur(
-        self, x: Tensor, row: Row, routing: str, states: list[Tensor]
+        self, x: Tensor, row: Row, routing: str, keep: Keep
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """The recursion stage: its output, the depth of each token, the loss of the routers."""
         kind = self.config.router["kind"]
         if kind == "none":
-            return self._recur_all(x, row, states), None, None
+            return self._recur_all(x, row, keep), None, None
         recur = self._recur_expert if kind == "expert" else self._recur_token
-        return recur(x, row, routing, states)
+        return recur(x, row, routing, keep)
 
-    def _recur_all(self, x: Tensor, row: Row, states: list[Tensor]) -> Tensor:
+    def _recur_all(self, x: Tensor, row: Row, keep: Keep) -> Tensor:
         """Every token goes through every recursion."""
         config, first = self.config, {}
         slots, recursions = range(config.shared_layers), range(config.num_recursions)
@@ -726,11 +747,11 @@ class MoRModel(MoRPreTrainedModel):
             x, k, v = self.shared[s](x, keys, values, row.scope, _layer_name(s, r), r)
             if r == 0 and config.kv_mode != "recursion":
                 first[s] = (k, v)
-            states.append(x)
+            keep(x)
         return x
 
     def _recur_expert(
-        self, x: Tensor, row: Row, routing: str, states: list[Tensor]
+        self, x: Tensor, row: Row, routing: str, keep: Keep
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Expert-choice: x + gate * block(x) for the tokens that each recursion chooses."""
         router, depths = self.config.router, x.new_zeros(x.shape[:2], dtype=torch.long)
@@ -751,7 +772,7 @@ class MoRModel(MoRPreTrainedModel):
                 if router["gating"] == "weighted":
                     out = level.take(score[..., None]).to(out.dtype) * out
                 x = level.put(x, here, here + out)
-            states.append(x)
+            keep(x)
         return x, depths, sum(losses) if losses else None
 
     def _choose(
@@ -769,7 +790,7 @@ class MoRModel(MoRPreTrainedModel):
         return Level(active) if room == length else Level.of(_best(score, room, active))
 
     def _recur_token(
-        self, x: Tensor, row: Row, routing: str, states: list[Tensor]
+        self, x: Tensor, row: Row, routing: str, keep: Keep
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Token-choice: each token runs to its depth and leaves as x + weight * block output."""
         router, nr, length = self.config.router, self.config.num_recursions, x.shape[1]
@@ -792,11 +813,12 @@ class MoRModel(MoRPreTrainedModel):
             here, out, kept = self._block(y, level, row, r, kept)
             if out is not None:
                 y = level.put(y, here, out)
-            states.append(y)
+            if r < nr - 1:
+                keep(y)
         if router["gating"] == "weighted":
             y = gate.to(y.dtype) * y
         x = torch.where((depths > 0)[..., None], x + y, x)
-        states[-1] = x
+        keep(x)
         if routing == "causal":
             return x, depths, None
         return x, depths, _token_loss(router, logits, weights, choice, row.real)
@@ -1024,6 +1046,7 @@ class MoRForCausalLM(MoRPreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         routing: str | None = None,
         output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
         return_dict: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         **kwargs,
@@ -1044,6 +1067,7 @@ class MoRForCausalLM(MoRPreTrainedModel, GenerationMixin):
             use_cache=use_cache,
             routing=routing,
             output_hidden_states=output_hidden_states,
+            output_attentions=output_attentions,
             return_dict=True,
         )
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
