@@ -60,6 +60,8 @@ def import_gguf(path: str, tokenizer: bool = True) -> Imported:
             tensors that do not fit, or a tokenizer that cannot be rebuilt exactly.
     """
     file = located(path)
+    rule = "is a directory; a model is one file of those in it"
+    check(not file.is_dir(), "path", path, rule, "Give the path of a .gguf file")
     raw, fields = open_gguf(file)
     cfg = _config(raw, fields)
     params = as_params(cfg, llama_entries(cfg), _renamed(raw, cfg))

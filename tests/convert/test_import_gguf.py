@@ -265,6 +265,12 @@ def test_other_files_and_corrupt_heads_are_refused(tmp_path):
         import_gguf(str(path))
 
 
+@pytest.mark.parametrize("path", ["", "runs/nowhere.gguf"])
+def test_paths_that_are_no_files_are_refused(path, tmp_path):
+    with pytest.raises(ValueError, match=r"is a directory|neither an existing path"):
+        import_gguf(path or str(tmp_path))
+
+
 def loaded(imported, folder):
     for name, contents in imported.tokenizer.items():
         (folder / name).write_bytes(contents)

@@ -1,4 +1,4 @@
-"""GGUF files: metadata and tensors, dequantized one at a time from the mapped file."""
+"""GGUF files: metadata, and tensors that are dequantized one at a time."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -64,9 +64,14 @@ def open_gguf(path: Path) -> tuple[Lazy, Metadata]:
 
     def read(name: str) -> np.ndarray:
         tensor = tensors[name]
+        # Read rather than mapped: what is mapped stays with the process.
+        raw = np.fromfile(path, np.uint8, tensor.n_bytes, offset=tensor.data_offset)
+        rule = "the file was cut while it was read"
+        check(raw.size == tensor.n_bytes, str(path), name, rule, "Copy it again")
+        values = raw.view(tensor.data.dtype).reshape(tensor.data.shape)
         if tensor.tensor_type.name in _WHOLE:
-            return np.asarray(tensor.data, np.float32)
-        values = gguf.dequantize(tensor.data, tensor.tensor_type)
+            return np.asarray(values, np.float32)
+        values = gguf.dequantize(values, tensor.tensor_type)
         return np.asarray(values, np.float32).reshape(specs[name].shape)
 
     return Lazy(str(path), specs, read), fields

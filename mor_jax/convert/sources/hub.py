@@ -13,6 +13,8 @@ _NAME = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
 # Everything that an import reads; of weights, one format is chosen.
 _BESIDE = ["*.json", "*.jinja", "*.model", "*.txt", "*.yaml"]
 _SAFE = "*.safetensors"
+# Endings of names that are meant as paths, whatever they look like.
+_FILES = (".gguf", ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".json")
 
 
 def located(name: str, weights: bool = True) -> Path:
@@ -32,7 +34,7 @@ def located(name: str, weights: bool = True) -> Path:
     repository, _, file = rest.partition("/")
     if file.endswith(".gguf") and _NAME.fullmatch(f"{owner}/{repository}"):
         return _fetched(name, lambda hub: hub.hf_hub_download(f"{owner}/{repository}", file))
-    if not _NAME.fullmatch(name):
+    if not _NAME.fullmatch(name) or Path(name).suffix in _FILES:
         rule = "is neither an existing path nor a name of the hub (owner/name[@revision])"
         fail("path", name, rule, "Check the path")
     repository, _, revision = name.partition("@")

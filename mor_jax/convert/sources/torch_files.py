@@ -2,6 +2,7 @@
 
 import pickle
 import re
+import threading
 import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -19,6 +20,7 @@ _INSIDE = ("module", "model", "state_dict", "model_state_dict")
 # What wrappers of modules leave inside of names; `module.` only counts in front of all of them.
 _WRAPPERS = re.compile(r"(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 _FLOATS = ("float64", "float32", "float16", "bfloat16")
+_MAPPED_BYTES = 2**28
 
 
 def open_torch(path: Path) -> Lazy:
@@ -27,7 +29,19 @@ def open_torch(path: Path) -> Lazy:
     Raises:
         ValueError: the file is damaged, needs code to be executed, or holds no state dict.
     """
-    return _lazy(path, load_safely(path))
+    torch = need("torch", "path", str(path))
+    mapped = _Mapped(path)
+    dtypes = dict(_dtypes(mapped.tensors))
+    other = [f"{name} ({dtype})" for name, dtype in dtypes.items() if dtype not in _FLOATS]
+    rule = f"holds tensors that are no plain floats ({', '.join(_FLOATS)})"
+    check(not other, str(path), other[:10], rule, "Take the unquantized weights of this model")
+    specs = {n: Spec(tuple(tensor.shape), dtypes[n]) for n, tensor in mapped.tensors.items()}
+
+    def read(name: str) -> np.ndarray:
+        # A copy: a view would let the file's pages in again, whenever it is looked at.
+        return mapped.take(name).detach().to(torch.float32, copy=True).numpy()
+
+    return Lazy(str(path), specs, read)
 
 
 def open_sharded_torch(index: Path) -> Lazy:
@@ -111,20 +125,25 @@ def _reason(message: str) -> str:
     return lines[0].partition("Re-running")[0][:200]
 
 
-def _lazy(path: Path, loaded: Any) -> Lazy:
-    torch = need("torch", "path", str(path))
-    state = _state_dict(path, loaded, torch)
-    names = _unwrapped(path, list(state))
-    tensors = dict(zip(names, state.values(), strict=True))
-    other = [f"{name} ({dtype})" for name, dtype in _dtypes(tensors) if dtype not in _FLOATS]
-    rule = f"holds tensors that are no plain floats ({', '.join(_FLOATS)})"
-    check(not other, str(path), other[:10], rule, "Take the unquantized weights of this model")
-    specs = {name: Spec(tuple(tensors[name].shape), dtype) for name, dtype in _dtypes(tensors)}
+class _Mapped:
+    """The tensors of one file, mapped anew every so many bytes, so that what was read can go."""
 
-    def read(name: str) -> np.ndarray:
-        return tensors[name].detach().to(torch.float32).numpy()
+    def __init__(self, path: Path) -> None:
+        self._path, self._lock, self._read = path, threading.Lock(), 0
+        self.tensors = _tensors(path)
 
-    return Lazy(str(path), specs, read)
+    def take(self, name: str) -> Any:
+        """A tensor; it keeps its mapping alive as long as it is used."""
+        with self._lock:
+            if self._read > _MAPPED_BYTES:
+                self.tensors, self._read = _tensors(self._path), 0
+            self._read += self.tensors[name].nbytes
+            return self.tensors[name]
+
+
+def _tensors(path: Path) -> dict[str, Any]:
+    state = _state_dict(path, load_safely(path))
+    return dict(zip(_unwrapped(path, list(state)), state.values(), strict=True))
 
 
 def _dtypes(tensors: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
@@ -133,7 +152,8 @@ def _dtypes(tensors: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         yield name, dtype if str(tensor.layout) == "torch.strided" else str(tensor.layout)
 
 
-def _state_dict(path: Path, loaded: Any, torch: Any) -> Mapping[str, Any]:
+def _state_dict(path: Path, loaded: Any) -> Mapping[str, Any]:
+    torch = need("torch", "path", str(path))
     while isinstance(loaded, Mapping):
         if any(isinstance(value, torch.Tensor) for value in loaded.values()):
             odd = [str(k) for k, v in loaded.items() if not isinstance(v, torch.Tensor)]
