@@ -259,6 +259,9 @@ def _from(run: Run, desk: Desk, step: int | None, fingerprint: str | None) -> St
 
 def _check_initial(run: Run) -> None:
     """Raises `ValueError` if the weights that the run is to start from are damaged or another's."""
+    rule = "some processes of the run find weights to start from in the directory, others do not"
+    fix = "Put it where all of them see it"
+    check(len(set(gather(initial.present(run.path)))) == 1, "workdir", str(run.path), rule, fix)
     if jax.process_index() == 0 and initial.present(run.path) and not any_complete(run.path):
         initial.verify(run.path, run.cfg.model)
 
