@@ -141,6 +141,12 @@ def test_wrappers_are_undone(wrap, tmp_path):
     check_all(path)
 
 
+def test_wrappers_are_undone_in_safetensors(tmp_path):
+    path = tmp_path / "model.safetensors"
+    save_file({f"_orig_mod.{name}": tensor for name, tensor in TENSORS.items()}, path)
+    check_all(tmp_path)
+
+
 def test_files_of_old_releases_are_read(tmp_path):
     torch.save(TENSORS, tmp_path / "old.pt", _use_new_zipfile_serialization=False)
     check_all(tmp_path / "old.pt")

@@ -7,6 +7,7 @@ from mor_jax.config import fail
 from mor_jax.convert.lazy import Lazy
 from mor_jax.convert.sources.safetensors_files import open_safetensors, open_sharded_safetensors
 from mor_jax.convert.sources.torch_files import open_deepspeed, open_sharded_torch, open_torch
+from mor_jax.convert.sources.wrappers import unwrapped
 
 INDEX = ".index.json"
 
@@ -42,15 +43,18 @@ class Weights:
 def open_weights(path: Path) -> Weights:
     """Tensors at `path`: a safetensors or torch file, an index of shards, or a directory.
 
-    Directories: Hugging Face's, accelerate's `save_state`, DeepSpeed's. Nothing is read but names,
-    shapes and dtypes.
+    Directories: Hugging Face's, accelerate's `save_state`, DeepSpeed's. Wrappers of modules in
+    names are undone. Nothing is read but names, shapes and dtypes.
 
     Raises:
         ValueError: no weights there, damaged or missing files, or a format that needs another
             program first; the message says which.
     """
-    if not path.is_dir():
-        return _open_file(path)
+    found = _open_directory(path) if path.is_dir() else _open_file(path)
+    return dataclasses.replace(found, tensors=unwrapped(found.tensors))
+
+
+def _open_directory(path: Path) -> Weights:
     for name in _NAMES:
         if (path / name).is_file():
             return _open_file(path / name)

@@ -17,14 +17,12 @@ from mor_jax.data.optional import need
 
 # Where trainers put the state dict among other things.
 _INSIDE = ("module", "model", "state_dict", "model_state_dict")
-# What wrappers of modules leave inside of names; `module.` only counts in front of all of them.
-_WRAPPERS = re.compile(r"(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 _FLOATS = ("float64", "float32", "float16", "bfloat16")
 _MAPPED_BYTES = 2**28
 
 
 def open_torch(path: Path) -> Lazy:
-    """The tensors of one file, memory-mapped. A nested state dict and wrappers' names are undone.
+    """The tensors of one file, memory-mapped, also where the state dict is one thing among others.
 
     Raises:
         ValueError: the file is damaged, needs code to be executed, or holds no state dict.
@@ -142,8 +140,7 @@ class _Mapped:
 
 
 def _tensors(path: Path) -> dict[str, Any]:
-    state = _state_dict(path, load_safely(path))
-    return dict(zip(_unwrapped(path, list(state)), state.values(), strict=True))
+    return dict(_state_dict(path, load_safely(path)))
 
 
 def _dtypes(tensors: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
@@ -167,13 +164,3 @@ def _state_dict(path: Path, loaded: Any) -> Mapping[str, Any]:
     found = sorted(map(str, loaded))[:10] if isinstance(loaded, Mapping) else type(loaded).__name__
     rule = f"holds no state dict, neither at the top nor under one of {_INSIDE}"
     fail(str(path), found, rule, "Save the state dict of the model alone")
-
-
-def _unwrapped(path: Path, names: list[str]) -> list[str]:
-    names = [_WRAPPERS.sub("", name) for name in names]
-    while names and all(name.startswith("module.") for name in names):
-        names = [_WRAPPERS.sub("", name.removeprefix("module.")) for name in names]
-    twice = sorted({name for name in names if names.count(name) > 1})
-    rule = "names that differ in wrappers of modules only"
-    check(not twice, str(path), twice[:5], rule, "Save the state dict of the unwrapped model")
-    return names
