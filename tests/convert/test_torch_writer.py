@@ -15,7 +15,7 @@ ARRAYS = {
     "embed.weight": RNG.normal(size=(7, 5)).astype(np.float32),
     "layers.0.weight": RNG.normal(size=(3, 2, 4)).astype(np.float32).transpose(2, 0, 1),
     "scale": RNG.normal(size=11).astype(np.float32),
-    "single": np.float32(2.5),
+    "single": np.array([2.5], np.float32),
     "none": np.zeros((0, 4), np.float32),
 }
 
