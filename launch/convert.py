@@ -21,11 +21,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 # Nothing is computed on a device; accelerators of this machine stay free.
 os.environ["JAX_PLATFORMS"] = "cpu"
 
-from mor_jax import exit_codes
+from mor_jax import exit_codes, host_memory
 
 
 def main(argv: list[str] | None = None) -> int:
     options = _parser().parse_args(argv)
+    host_memory.keep_freed_memory()
     try:
         return options.run(options)
     except ValueError as error:

@@ -140,15 +140,16 @@ class Checkpoints:
         finally:
             self._thread.shutdown()
 
-    def latest_valid(self, before: int | None = None) -> int | None:
+    def latest_valid(self, before: int | None = None, *, sums: bool = True) -> int | None:
         """The newest step whose files are all as they were written; None if none was ever saved.
 
-        before: looks only at steps below it. Logs a warning for each damaged step passed over.
+        before: looks only at steps below it. sums: compare contents; else sizes alone, which takes
+        no time. Logs a warning for each damaged step passed over.
         Raises `ValueError` when there are checkpoints and none is good: a run never starts over by
         itself.
         """
         self.wait()
-        found = self._newest(before) if jax.process_index() == 0 else _NONE
+        found = self._newest(before, sums) if jax.process_index() == 0 else _NONE
         if jax.process_count() > 1:
             found = int(multihost_utils.broadcast_one_to_all(np.int32(found)))
         if found == _DAMAGED:
@@ -178,14 +179,15 @@ class Checkpoints:
         self._current = facts["step"]
         return Restored(state, facts["position"], facts["config"], facts["step"], facts["extra"])
 
-    def facts(self, step: int | None = None) -> dict[str, Any]:
+    def facts(self, step: int | None = None, *, sums: bool = True) -> dict[str, Any]:
         """The manifest of a checkpoint, by default the newest good one, once its files are checked.
 
-        Raises `ValueError` if there is no checkpoint, or if the step asked for is damaged.
+        sums: as for `latest_valid`. Raises `ValueError` if there is no checkpoint, or if the step
+        asked for is damaged.
         """
         if step is None:
-            step = self.latest_valid()
-        elif problem := self._problem(step):
+            step = self.latest_valid(sums=sums)
+        elif problem := self._problem(step, sums):
             raise ValueError(f"{self._path(step)}: {problem}. Complete steps: {self._steps()}")
         if step is None:
             raise ValueError(f"{self._root}: holds no checkpoint. Train with this workdir first")
@@ -223,22 +225,22 @@ class Checkpoints:
         # Steps completed once; what is being written or deleted does not count.
         return [step for step in self._found() if not (self._path(step) / _INCOMPLETE).exists()]
 
-    def _newest(self, before: int | None) -> int:
+    def _newest(self, before: int | None, sums: bool) -> int:
         steps = [step for step in self._steps() if before is None or step < before]
         for step in reversed(steps):
-            problem = self._problem(step)
+            problem = self._problem(step, sums)
             if problem is None:
                 return step
             _log.warning("CHECKPOINT DAMAGED, PASSED OVER: %s: %s", self._path(step), problem)
         return _DAMAGED if steps else _NONE
 
-    def _problem(self, step: int) -> str | None:
+    def _problem(self, step: int, sums: bool = True) -> str | None:
         # None if the checkpoint is as it was written, else what is wrong with it.
         path = self._path(step)
         if step not in self._steps():
             return "there is no complete checkpoint of this step"
         try:
-            manifest.verify(manifest.read(path), path / "arrays")
+            manifest.verify(manifest.read(path), path / "arrays", sums=sums)
         except manifest.Damaged as error:
             return str(error)
         return None

@@ -87,8 +87,8 @@ def facts(workdir: epath.PathLike) -> dict[str, Any]:
         fail("initial", str(directory), f"was not written to its end, or damaged: {error}", _FIX)
 
 
-def verify(workdir: epath.PathLike, cfg: ModelConfig) -> dict[str, Any]:
-    """Reads every file through once; returns `facts`.
+def verify(workdir: epath.PathLike, cfg: ModelConfig, *, sums: bool = True) -> dict[str, Any]:
+    """Reads every file through once, or (without `sums`) looks at sizes alone; returns `facts`.
 
     Raises:
         ValueError: a file is missing or damaged, or the arrays are not those of `cfg`; the message
@@ -99,7 +99,7 @@ def verify(workdir: epath.PathLike, cfg: ModelConfig) -> dict[str, Any]:
         found["arrays"], cfg, str(directory), "Give the settings of model.* in config.json"
     )
     try:
-        manifest.verify(found, directory / _ARRAYS)
+        manifest.verify(found, directory / _ARRAYS, sums=sums)
     except manifest.Damaged as error:
         fail("initial", str(directory), f"is damaged: {error}", _FIX)
     return found

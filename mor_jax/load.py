@@ -34,6 +34,13 @@ class Found:
         what = f"step {self.step}" if self.step else initial.origin(self.path)
         return f"{self.path}, {what}"
 
+    def check(self) -> None:
+        """Reads every file through once. Raises `ValueError` if one is not as it was written."""
+        if self.step == 0:
+            initial.verify(self.path, self.cfg.model)
+        else:
+            _facts(self.path, self.step)
+
     def params(self, shardings: Params | None = None) -> Params:
         """The parameters, without optimiser or gradients; every process reads its part.
 
@@ -52,10 +59,11 @@ class Found:
             checkpoints.close()
 
 
-def find(directory: epath.PathLike, step: int | None = None) -> Found:
+def find(directory: epath.PathLike, step: int | None = None, *, sums: bool = True) -> Found:
     """The newest good checkpoint of a run, or that of `step`; else the weights it starts from.
 
-    Every file is read through once, so that damage shows before anything is done with them.
+    Every file is read through once, so that damage shows before anything is done with them; without
+    `sums` that is left to `Found.check`.
 
     Raises:
         ValueError: no run is there, it has no weights yet, none are good, or not those of `step`.
@@ -64,12 +72,8 @@ def find(directory: epath.PathLike, step: int | None = None) -> Found:
     cfg = workdir.read_config(path)
     given = initial.present(path)
     if given and step in (None, 0) and not any_complete(path):
-        return Found(path, cfg, 0, initial.verify(path, cfg.model)["source"])
-    checkpoints = Checkpoints(path, CheckpointConfig())
-    try:
-        facts = checkpoints.facts(step)
-    finally:
-        checkpoints.close()
+        return Found(path, cfg, 0, initial.verify(path, cfg.model, sums=sums)["source"])
+    facts = _facts(path, step, sums)
     cfg = TrainConfig.from_dict(facts["config"])
     source = initial.facts(path)["source"] if given else None
     return Found(path, cfg, facts["step"], source)
@@ -95,6 +99,14 @@ def load_params(
         fix = "Take the model of that run"
         raise ValueError(f"{found}: is of another model:\n" + "\n".join([*lines, fix]))
     return found.params(shardings)
+
+
+def _facts(path: epath.Path, step: int | None, sums: bool = True) -> dict[str, Any]:
+    checkpoints = Checkpoints(path, CheckpointConfig())
+    try:
+        return checkpoints.facts(step, sums=sums)
+    finally:
+        checkpoints.close()
 
 
 def _with(leaf: jax.ShapeDtypeStruct, where: jax.sharding.Sharding) -> jax.ShapeDtypeStruct:

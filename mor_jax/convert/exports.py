@@ -1,5 +1,6 @@
 """A run's weights for other programs: Hugging Face, plain Llama, the reference's code."""
 
+import concurrent.futures
 import dataclasses
 import json
 import math
@@ -74,8 +75,14 @@ def export(run: RunSource, target: Target, options: ExportOptions) -> Exported:
     check(target in writers, "to", target, f"must be one of {TARGETS}", "Try 'hf'")
     options.validate()
     start = time.perf_counter()
-    with fresh_directory(options.output, replace=options.replace) as draft:
+    with (
+        concurrent.futures.ThreadPoolExecutor(1, "check") as thread,
+        fresh_directory(options.output, replace=options.replace) as draft,
+    ):
+        checked = thread.submit(run.check)
         stored = writers[target](run, options, draft)
+        # Damage that was found meanwhile comes out here, before anything is published.
+        checked.result()
         size = sum(file.stat().st_size for file in draft.rglob("*") if file.is_file())
         files = tuple(sorted(str(file.relative_to(draft)) for file in draft.rglob("*")))
     output = Path(options.output).expanduser().resolve()

@@ -4,6 +4,7 @@ A training job may be at work in the directory meanwhile: nothing is locked and 
 """
 
 import dataclasses
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -24,7 +25,8 @@ class RunSource:
     step: of the checkpoint; 0 for the weights that the run was given to start from. params: by
     dotted path, float32. tokenizer: None if imported weights came without. source: where weights
     that were imported came from, else None. evaluated: the last evaluation that the run logged at
-    or before `step`, else empty.
+    or before `step`, else empty. check: reads all files through once and raises `ValueError` if one
+    is damaged; takes as long as a conversion, so both go on at one time.
     """
 
     cfg: TrainConfig
@@ -33,18 +35,17 @@ class RunSource:
     tokenizer: data.Tokenizer | None
     source: dict[str, Any] | None
     evaluated: dict[str, Any]
+    check: Callable[[], None]
 
 
 def open_run(directory: epath.PathLike, step: int | None = None) -> RunSource:
     """The newest good checkpoint of a run, or that of `step`; else the weights it starts from.
 
-    Every file is read through once, so that damage is found before anything is converted.
-
     Raises:
         ValueError: no run is there, no checkpoint is good, `step` is not there, or the tokenizer
             has gone.
     """
-    found = find(directory, step)
+    found = find(directory, step, sums=False)
     cfg, path = found.cfg, found.path
     part = partial(initial.array, path)
     if found.step:
@@ -59,7 +60,7 @@ def open_run(directory: epath.PathLike, step: int | None = None) -> RunSource:
         tokenizer = data.load_tokenizer(cfg.data.tokenizer)
         data.check_vocabulary(tokenizer, cfg.model.vocab_size)
     evaluated = _evaluated(path, found.step)
-    return RunSource(cfg, found.step, params, tokenizer, found.source, evaluated)
+    return RunSource(cfg, found.step, params, tokenizer, found.source, evaluated, found.check)
 
 
 def _evaluated(path: epath.Path, step: int) -> dict[str, Any]:

@@ -178,12 +178,16 @@ def test_damaged_checkpoints_are_passed_over_or_named(tmp_path):
         config = json.loads((tmp_path / "run" / "config.json").read_text())
         checkpoints.save(8, {"params": params, "step": jnp.int32(8)}, 0, config)
     assert open_run(tmp_path / "run").step == 8
-    largest = max(
-        (tmp_path / "run/checkpoints/00000008").rglob("*"), key=lambda p: p.stat().st_size
-    )
-    largest.write_bytes(largest.read_bytes()[:-1] + b"?")
+    folder = tmp_path / "run/checkpoints/00000008"
+    sharding = next(folder.rglob("_sharding"))
+    sharding.write_text(sharding.read_text().replace("5", "6"))
+    options = ExportOptions(output=tmp_path / "out")
+    with pytest.raises(ValueError, match=r"00000008.*_sharding holds other bytes.*steps: \[7, 8\]"):
+        export(open_run(tmp_path / "run"), "hf", options)
+    assert not (tmp_path / "out").exists()
+    sharding.write_text("{}")
     assert open_run(tmp_path / "run").step == STEP
-    with pytest.raises(ValueError, match=r"00000008.*other bytes"):
+    with pytest.raises(ValueError, match=r"_sharding has 2 bytes"):
         open_run(tmp_path / "run", 8)
     with pytest.raises(ValueError, match="not the directory of a run"):
         open_run(tmp_path)
