@@ -61,22 +61,22 @@ def llama_config(hf: Mapping[str, Any], where: str = CONFIG, *, tied: bool) -> M
     check_llama(hf, where)
     heads, width = hf["num_attention_heads"], hf["hidden_size"]
     theta, scaling = rope(hf, where)
-    cfg = ModelConfig(
-        vocab_size=hf["vocab_size"],
-        width=width,
-        layers=hf["num_hidden_layers"],
-        heads=heads,
-        kv_heads=hf.get("num_key_value_heads") or heads,
-        head_dim=hf.get("head_dim") or width // heads,
-        mlp_width=hf["intermediate_size"],
-        max_length=hf.get("max_position_embeddings", 2048),
-        rope_theta=theta,
-        rope_scaling=scaling,
-        norm_eps=hf.get("rms_norm_eps", 1e-6),
-        init_std=hf.get("initializer_range", 0.02),
-        tie_embeddings=tied,
-        dtype="float32",
-    )
+    values = {
+        "vocab_size": hf["vocab_size"],
+        "width": width,
+        "layers": hf["num_hidden_layers"],
+        "heads": heads,
+        "kv_heads": hf.get("num_key_value_heads") or heads,
+        "head_dim": hf.get("head_dim") or width // heads,
+        "mlp_width": hf["intermediate_size"],
+        "max_length": hf.get("max_position_embeddings", 2048),
+        "rope_theta": theta,
+        "norm_eps": hf.get("rms_norm_eps", 1e-6),
+        "init_std": hf.get("initializer_range", 0.02),
+        "tie_embeddings": tied,
+        "dtype": "float32",
+    }
+    cfg = dataclasses.replace(parse(ModelConfig, values, f"{where}: "), rope_scaling=scaling)
     cfg.validate(where)
     return cfg
 
@@ -126,6 +126,9 @@ def check_llama(hf: Mapping[str, Any], where: str) -> None:
     check(ok, f"{where}: architectures", classes, rule, "Take the LlamaForCausalLM checkpoint")
     missing = [name for name in _REQUIRED if hf.get(name) is None]
     check(not missing, where, missing, "lacks these sizes of the model", "Add them")
+    for name in _REQUIRED:
+        ok = type(hf[name]) is int and hf[name] > 0
+        check(ok, f"{where}: {name}", hf[name], "must be a number of at least 1", "Copy it again")
     for name, allowed in FIXED.items():
         value = hf.get(name, allowed[0])
         rule = f"our models have {allowed[0]!r} and nothing else"
@@ -140,13 +143,19 @@ def rope(hf: Mapping[str, Any], where: str) -> tuple[float, RopeScaling]:
         ValueError: a kind of scaling that our models do not have, or two that contradict.
     """
     old, new = hf.get("rope_scaling") or {}, hf.get("rope_parameters") or {}
+    for name, part in (("rope_scaling", old), ("rope_parameters", new)):
+        ok = isinstance(part, Mapping)
+        check(ok, f"{where}: {name}", part, "must be a group of settings", "Copy it again")
     told = dict(new) | dict(old)
     key = f"{where}: {'rope_scaling' if old else 'rope_parameters'}"
-    thetas = {float(part["rope_theta"]) for part in (hf, told) if part.get("rope_theta")}
+    thetas = {part["rope_theta"] for part in (hf, told) if part.get("rope_theta")}
+    for theta in thetas:
+        ok = type(theta) in (int, float)
+        check(ok, f"{where}: rope_theta", theta, "must be a number", "Copy it again")
     check(len(thetas) < 2, f"{key}.rope_theta", sorted(thetas), "is told twice", "Keep one")
     part = told.get("partial_rotary_factor", 1.0)
     check(part == 1, f"{key}.partial_rotary_factor", part, "our models turn whole heads", "Use 1")
-    theta = thetas.pop() if thetas else 10000.0
+    theta = float(thetas.pop()) if thetas else 10000.0
     kind = told.get("rope_type", told.get("type", "default"))
     rule = f"only {', '.join(_ROPES)} are computed here"
     check(kind in _ROPES, f"{key}.rope_type", kind, rule, "This model cannot be converted exactly")

@@ -186,6 +186,10 @@ def test_both_generations_of_config_say_the_same():
         ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, ["low_freq_factor", "lacks"]),
         ({"hidden_size": None, "num_hidden_layers": None}, ["hidden_size", "num_hidden_layers"]),
         ({"num_key_value_heads": 3}, ["kv_heads=3", "must divide"]),
+        ({"hidden_size": "32"}, ["hidden_size='32'", "number"]),
+        ({"num_attention_heads": 0}, ["num_attention_heads=0"]),
+        ({"rms_norm_eps": "small"}, ["norm_eps='small'"]),
+        ({"rope_theta": "many"}, ["rope_theta='many'"]),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )

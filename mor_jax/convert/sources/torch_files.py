@@ -108,7 +108,8 @@ def load_safely(path: Path) -> Any:
         )
         fix += "torch.save(model.state_dict(), ...) or save_pretrained(...)"
         fail(str(path), size, rule, fix)
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+    # An altered file leads the library into errors of any kind.
+    except Exception as error:
         told = _reason(f"{type(error).__name__}: {error}")
         rule = f"is damaged or no file of torch.save ({told})"
         fail(str(path), size, rule, "Copy or download it again")
