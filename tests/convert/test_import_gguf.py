@@ -82,6 +82,7 @@ def tensors_of(cfg):
 def write(path, cfg=PLAIN, kind="F32", words=None, tensors=None, **metadata):
     """A GGUF file. kind: quantization of matrices. words: of the tokenizer. metadata: `llama.*`."""
     writer = gguf.GGUFWriter(path, metadata.pop("architecture", "llama"))
+    writer.add_uint16("split.count", metadata.pop("parts", 1))
     told = {
         "block_count": cfg.layers,
         "context_length": cfg.max_length,
@@ -241,6 +242,22 @@ def test_tensors_that_a_llama_lacks_are_listed(tmp_path):
     more = tensors_of(PLAIN) | {"blk.0.attn_q.bias": np.ones(32, np.float32)}
     with pytest.raises(ValueError, match=r"unexpected  blk\.0\.attn_q\.bias"):
         import_gguf(write(tmp_path / "x.gguf", tensors=more))
+
+
+def test_numbers_that_are_no_weights_are_refused(tmp_path):
+    writer = gguf.GGUFWriter(tmp_path / "x.gguf", "llama")
+    writer.add_tensor("token_embd.weight", np.ones((64, 32), np.int8))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with pytest.raises(ValueError, match=r"token_embd\.weight \(I8\).*cannot be undone"):
+        import_gguf(str(tmp_path / "x.gguf"))
+
+
+def test_parts_of_a_split_file_are_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"one part of several.*--merge"):
+        import_gguf(write(tmp_path / "x.gguf", parts=3))
 
 
 @pytest.mark.parametrize("keep", [0, 3, 20, 700, -1])

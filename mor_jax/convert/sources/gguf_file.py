@@ -52,9 +52,8 @@ def open_gguf(path: Path) -> tuple[Lazy, Metadata]:
     rule = "is one part of several"
     check(parts < 2, str(path), parts, rule, "Join them: llama-gguf-split --merge FIRST OUTPUT")
     tensors = {tensor.name: tensor for tensor in reader.tensors}
-    known = {kind.name for kind in gguf.quants._type_traits} | set(_WHOLE)
-    other = [f"{n} ({t.tensor_type.name})" for n, t in tensors.items()]
-    other = [told for told in other if told.split("(")[1][:-1] not in known]
+    undone = {kind: _can_undo(gguf, kind) for kind in {t.tensor_type for t in tensors.values()}}
+    other = [f"{n} ({t.tensor_type.name})" for n, t in tensors.items() if not undone[t.tensor_type]]
     rule = "holds tensors whose quantization cannot be undone here"
     check(not other, str(path), other[:10], rule, "Take a file of another quantization")
     specs = {
@@ -75,3 +74,14 @@ def open_gguf(path: Path) -> tuple[Lazy, Metadata]:
         return np.asarray(values, np.float32).reshape(specs[name].shape)
 
     return Lazy(str(path), specs, read), fields
+
+
+def _can_undo(gguf: Any, kind: Any) -> bool:
+    if kind.name in _WHOLE:
+        return True
+    _, size = gguf.GGML_QUANT_SIZES[kind]
+    try:
+        gguf.dequantize(np.zeros((1, size), np.uint8), kind)
+    except NotImplementedError:
+        return False
+    return True
