@@ -93,6 +93,16 @@ def test_one_array_is_held_at_a_time(tmp_path):
     assert len(alive) == len(plain)
 
 
+def test_stores_that_are_no_file_system_are_read_and_written_whole(tmp_path, monkeypatch):
+    monkeypatch.setattr(initial, "_remote", lambda path: True)
+    initial.write(tmp_path, CFG, arrays(), SOURCE)
+    made = initial.load(tmp_path, placed(sharding.make_mesh(MeshConfig(data=2, fsdp=4))))
+    jax.tree.map(np.testing.assert_array_equal, made, random_params(CFG))
+    cut_short(tmp_path / "initial" / "arrays" / "norm.scale.safetensors")
+    with pytest.raises(ValueError, match=r"norm\.scale\.safetensors': cannot be read"):
+        initial.load(tmp_path, abstract_params(CFG))
+
+
 def test_weights_of_another_model_are_listed_and_nothing_is_written(tmp_path):
     given = dict(flatten(random_params(CFG)))
     given["extra"] = np.zeros(3)

@@ -19,7 +19,8 @@ from mor_jax.train import fit
 from mor_jax.types import IGNORE
 from mor_jax.workdir import Change, check_workdir, claim_workdir
 
-MODEL = dataclasses.replace(TINY["expert_cycle"], vocab_size=256, layers=2, recursions=2)
+MODEL = dataclasses.replace(TINY["plain"], vocab_size=256, layers=1)
+ROUTED = dataclasses.replace(TINY["expert_cycle"], vocab_size=256, layers=2, recursions=2)
 PARAMS = random_params(MODEL)
 
 
@@ -41,13 +42,17 @@ def cfg(tmp_path_factory):
     )
 
 
+def import_into(path, cfg):
+    """What an import leaves: the weights, and a configuration with some recipe."""
+    claim_workdir(path, dataclasses.replace(cfg, steps=5000, batch_size=64, length=64))
+    params = held(dict(flatten(random_params(cfg.model))))
+    initial.write(path, cfg.model, params, {"from": "a/model"})
+    return path
+
+
 @pytest.fixture
 def workdir(cfg, tmp_path):
-    """What an import leaves: the weights, and a configuration with some recipe."""
-    path = tmp_path / "run"
-    claim_workdir(path, dataclasses.replace(cfg, steps=5000, batch_size=64, length=64))
-    initial.write(path, MODEL, held(dict(flatten(PARAMS))), {"from": "a/model"})
-    return path
+    return import_into(tmp_path / "run", cfg)
 
 
 def saved(workdir, step=1):
@@ -101,9 +106,11 @@ def test_damaged_weights_are_refused_and_nothing_is_claimed(cfg, workdir):
     assert all(after[path] == content for path, content in before.items())
 
 
-def test_before_the_first_checkpoint_only_what_the_weights_mean_stands_firm(cfg, workdir):
-    router = dataclasses.replace(MODEL.router, capacity_warmup_steps=7, aux_coeff=0.1)
-    model = dataclasses.replace(MODEL, router=router, dtype="bfloat16", remat="full")
+def test_before_the_first_checkpoint_only_what_the_weights_mean_stands_firm(cfg, tmp_path):
+    cfg = dataclasses.replace(cfg, model=ROUTED)
+    workdir = import_into(tmp_path / "run", cfg)
+    router = dataclasses.replace(ROUTED.router, capacity_warmup_steps=7, aux_coeff=0.1)
+    model = dataclasses.replace(ROUTED, router=router, dtype="bfloat16", remat="full")
     other = dataclasses.replace(cfg, model=model, seed=9, batch_size=2, data=DataConfig())
     assert check_workdir(workdir, other) == []
     longer = dataclasses.replace(other, model=dataclasses.replace(model, max_length=128))
