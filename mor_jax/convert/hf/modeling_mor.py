@@ -242,10 +242,8 @@ class MoRCache(Cache):
         self.real = None if self.real is None else self.real[:, :keep]
         self.entered = {r: entered[:, :keep] for r, entered in self.entered.items()}
         for name, (keys, values) in self.entries.items():
-            recursion = _recursion_of(name)
-            size = keep
-            if recursion in self.entered:
-                size = int(self.entered[recursion].sum(1).max())
+            entered = self.entered.get(_recursion_of(name))
+            size = keep if entered is None else int(entered.sum(1).max())
             self.entries[name] = (keys[:, :, :size], values[:, :, :size])
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
@@ -266,13 +264,14 @@ class MoRCache(Cache):
         self.real = None if self.real is None else change(self.real)
 
 
-def _layer_name(slot: int | str, recursion: int = 0) -> str:
-    # The recursion stands first: `crop` reads it.
+def _shared_name(recursion: int, slot: int) -> str:
     return f"{recursion}.{slot}"
 
 
-def _recursion_of(name: str) -> int:
-    return int(name.split(".")[0])
+def _recursion_of(name: str) -> int | None:
+    # None for the layers that no recursion runs.
+    recursion = name.split(".")[0]
+    return int(recursion) if recursion.isdigit() else None
 
 
 def _put_slots(old: Tensor, new: Tensor, place: Tensor) -> Tensor:
@@ -655,13 +654,13 @@ class MoRModel(MoRPreTrainedModel):
         keep = states.append if output_hidden_states else lambda x: None
         keep(x)
         for i, layer in enumerate(self.layers or ([] if self.first is None else [self.first])):
-            x, _, _ = layer(x, None, None, row.scope, _layer_name(f"first{i}"))
+            x, _, _ = layer(x, None, None, row.scope, f"first.{i}")
             keep(x)
         depths = router_loss = None
         if self.shared is not None:
             x, depths, router_loss = self._recur(x, row, routing, keep)
         if self.last is not None:
-            x, _, _ = self.last(x, None, None, row.scope, _layer_name("last"))
+            x, _, _ = self.last(x, None, None, row.scope, "last")
             keep(x)
         x = self.norm(x)
         hidden_states = (*states[:-1], x) if output_hidden_states else None
@@ -744,7 +743,7 @@ class MoRModel(MoRPreTrainedModel):
             order = [(r, s) for s in slots for r in recursions]
         for r, s in order:
             keys, values = first.get(s, (None, None))
-            x, k, v = self.shared[s](x, keys, values, row.scope, _layer_name(s, r), r)
+            x, k, v = self.shared[s](x, keys, values, row.scope, _shared_name(r, s), r)
             if r == 0 and config.kv_mode != "recursion":
                 first[s] = (k, v)
             keep(x)
@@ -841,7 +840,7 @@ class MoRModel(MoRPreTrainedModel):
         out, own = here, []
         for s, layer in enumerate(self.shared):
             keys, values = (None, None) if handed is None else handed[s]
-            out, k, v = layer(out, keys, values, scope, _layer_name(s, r), r)
+            out, k, v = layer(out, keys, values, scope, _shared_name(r, s), r)
             own.append((k, v))
         if r == 0 and shares:
             return level.take(x), level.take(out), own
