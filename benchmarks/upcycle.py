@@ -17,6 +17,7 @@ and unzip it.
 
 import argparse
 import dataclasses
+import json
 import sys
 import tempfile
 import time
@@ -134,9 +135,12 @@ def write_files(folder: Path, imported: Imported) -> None:
 
 HEAD = ("model", "start", "parameters", "causal before", "causal after", "top-k before", "after")
 
+# What the rows of one table have in common.
+COMMON = ("file", "steps", "batch", "length", "lr", "heldout", "python", "device", "date")
+
 
 def cells(row: dict[str, Any]) -> list[str]:
-    """A row of the table."""
+    """A row of a table."""
     losses = [
         f"{row[when][name]:.3f}" if name in row[when] else "-"
         for name in ("loss_causal", "loss_topk")
@@ -145,11 +149,34 @@ def cells(row: dict[str, Any]) -> list[str]:
     return [row["family"], row["start"], f"{row['parameters'] / 1e6:.1f}M", *losses]
 
 
-def markdown(rows: list[dict[str, Any]], told: str) -> str:
-    """The page in results/."""
-    table = [HEAD, ["---"] * len(HEAD), *map(cells, rows)]
-    lines = [f"| {' | '.join(line)} |" for line in table]
-    return "\n".join(["# Upcycling", "", told, "", *lines]) + "\n"
+def told(row: dict[str, Any]) -> str:
+    """What `COMMON` says, in words."""
+    return (
+        f"{row['file']}: {row['steps']} steps of {row['batch']} x {row['length']} tokens, learning "
+        f"rate {row['lr']:g}; losses in nats per token on {row['heldout']} held-out rows of the "
+        f"Python {row['python']} language reference"
+    )
+
+
+def page(rows: list[dict[str, Any]]) -> str:
+    """The page in results/: a table for each set of rows that are alike in `COMMON`."""
+    groups: dict[tuple, list[dict[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault(tuple(row[name] for name in COMMON), []).append(row)
+    lines = ["# Upcycling", "", "Made by `benchmarks/upcycle.py --save`, which explains it."]
+    for group in groups.values():
+        lines += ["", f"{told(group[0])} ({group[0]['device']}, {group[0]['date']}).", ""]
+        table = [HEAD, ["---"] * len(HEAD), *map(cells, group)]
+        lines += [f"| {' | '.join(line)} |" for line in table]
+    return "\n".join(lines) + "\n"
+
+
+def save(rows: list[dict[str, Any]]) -> None:
+    """Appends the records, and writes the page of all that are kept."""
+    for row in rows:
+        timing.report("upcycle", row, save=True)
+    kept = (timing.RESULTS / "upcycle.jsonl").read_text().splitlines()
+    (timing.RESULTS / "upcycle.md").write_text(page([json.loads(line) for line in kept]))
 
 
 def main() -> None:
@@ -163,35 +190,29 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--recursions", type=int, default=3)
     parser.add_argument("--cores", type=int, help="use only so many cores")
-    parser.add_argument("--only", nargs="*", help="these starts, such as stepwise")
+    parser.add_argument("--only", nargs="*", help="these rows, such as recursive/stepwise")
     parser.add_argument("--save", action="store_true", help="write to benchmarks/results/")
     args = parser.parse_args()
     timing.use_cores(args.cores)
     keep_freed_memory()
     imported, rows = import_gguf(str(args.file)), []
-    told = (
-        f"{args.file.name}; {args.steps} steps of {args.batch} x {args.length} tokens, learning "
-        f"rate {args.lr:g}; loss in nats per token on {args.heldout} held-out rows of the Python "
-        f"language reference (pydoc_data.topics of Python {sys.version.split()[0]})"
-    )
-    print(told)
+    common = {"file": args.file.name, "steps": args.steps, "lr": args.lr}
+    common |= {"heldout": args.heldout, "python": sys.version.split()[0]}
+    print(told(common | {"batch": args.batch, "length": args.length}))
     with tempfile.TemporaryDirectory() as directory:
         folder = Path(directory)
         write_files(folder, imported)
         tokenizer = data.load_tokenizer(str(folder / "tokenizer"))
         for family, start, model in starts(imported, args.recursions):
-            if args.only and start not in args.only:
+            if args.only and f"{family}/{start}" not in args.only:
                 continue
             cfg = config(model, folder, args)
             found = measure(cfg, weights(imported, family, start, model), tokenizer)
-            row = {"family": family, "start": start, "lr": args.lr, "steps": args.steps, **found}
-            rows.append(row | timing.settings(cfg))
-            print("  ".join(cells(row)), f" {found['step_seconds']:.2f} s/step", flush=True)
-    for row in rows if args.save else ():
-        timing.report("upcycle", {"file": args.file.name, **row}, save=True)
+            rows.append({**common, "family": family, "start": start, **found})
+            rows[-1] |= timing.settings(cfg)
+            print("  ".join(cells(rows[-1])), f" {found['step_seconds']:.2f} s/step", flush=True)
     if args.save:
-        machine = ", ".join(str(value) for value in timing.machine().values())
-        (timing.RESULTS / "upcycle.md").write_text(markdown(rows, f"{told}. {machine}."))
+        save(rows)
 
 
 if __name__ == "__main__":

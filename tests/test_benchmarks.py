@@ -73,7 +73,10 @@ def test_upcycling_starts_from_every_strategy_beside_the_plain_and_the_random():
         assert jax.tree.map(jnp.shape, made) == jax.tree.map(jnp.shape, abstract_params(cfg))
     row = {"family": "recursive", "start": "average", "parameters": 67_300_000}
     row |= {"before": {"loss_causal": 9.0}, "after": {"loss_causal": 5.0}}
-    assert "| recursive | average | 67.3M | 9.000 | 5.000 | - | - |" in upcycle.markdown([row], "x")
+    row |= dict.fromkeys(upcycle.COMMON, 1)
+    written = upcycle.page([row, row | {"steps": 60, "start": "lower"}])
+    assert "| recursive | average | 67.3M | 9.000 | 5.000 | - | - |" in written
+    assert written.count("| model | start |") == 2 and "1: 60 steps of 1 x 1 tokens" in written
 
 
 def test_more_cores_than_there_are_is_refused():
