@@ -26,18 +26,24 @@ ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 PAGE_IDS = [str(page.relative_to(ROOT)) for page in PAGES]
 
-# Any shipped configuration at a size that trains in seconds; structure stays as it was chosen.
-TINY_RUN = """\
+# A run of seconds; the model stays as it was chosen.
+SHORT_RUN = """\
 --config.steps=3 --config.optim.warmup_steps=1 --config.optim.decay_steps=1 \
 --config.batch_size=8 --config.length=64 --config.accumulate=1 --config.loss_chunk=None \
---config.model.width=32 --config.model.heads=4 --config.model.kv_heads=2 \
---config.model.head_dim=8 --config.model.mlp_width=64 --config.model.vocab_size=256 \
---config.model.max_length=256 \
---config.data.sources=stdlib --config.data.tokenizer=bytes \
 --config.eval.every=None --config.eval.batches=1 --config.eval.batch_size=8 \
 --config.eval.completion_tokens=4 --config.checkpoint.every=None \
 --config.mesh.data=None --config.mesh.fsdp=1 --config.mesh.tensor=1"""
 
+# Any shipped configuration at a size that trains in seconds; structure stays as it was chosen.
+TINY_RUN = f"""{SHORT_RUN} \
+--config.model.width=32 --config.model.heads=4 --config.model.kv_heads=2 \
+--config.model.head_dim=8 --config.model.mlp_width=64 --config.model.vocab_size=256 \
+--config.model.max_length=256 --config.data.sources=stdlib --config.data.tokenizer=bytes"""
+
+# What the Python blocks read. The command itself is on the page too.
+EXPORT = (
+    "python launch/convert.py export --to=hf --workdir=runs/quickstart --output=exports/quickstart"
+)
 
 TRAINING = ("launch/train.py", "launch/quickstart.sh", "launch/local_multiprocess.sh")
 
@@ -81,6 +87,7 @@ def copy(tmp_path_factory):
     )
     python.chmod(0o755)
     execute(f"./launch/quickstart.sh {TINY_RUN}", root)
+    execute(EXPORT, root)
     return root
 
 
@@ -114,16 +121,22 @@ WITH_PYTHON = [p for p in PAGES if runnable(p, "python")]
 
 @pytest.mark.parametrize("page", WITH_COMMANDS, ids=lambda p: p.name)
 def test_commands_run(page, copy):
+    if "exports/" in page.read_text():
+        # The page makes its own.
+        shutil.rmtree(copy / "exports")
     for text in runnable(page, "bash"):
         for command in commands(text):
             trains = any(name in command for name in TRAINING) and "--dry_run" not in command
-            execute(f"{command} {TINY_RUN}" if trains else command, copy)
+            # Weights that were imported have their own size.
+            tiny = SHORT_RUN if "from_workdir.py" in command else TINY_RUN
+            execute(f"{command} {tiny}" if trains else command, copy)
 
 
 @pytest.mark.parametrize("page", WITH_PYTHON, ids=lambda p: p.name)
 def test_python_blocks_run(page, copy):
-    for text in runnable(page, "python"):
-        execute(f"python -c {shlex.quote(text)}", copy)
+    # One after the other, as a reader would who has them in one session.
+    text = "\n".join(runnable(page, "python"))
+    execute(f"python -c {shlex.quote(text)}", copy)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=PAGE_IDS)

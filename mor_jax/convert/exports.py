@@ -185,7 +185,7 @@ def _title(options: ExportOptions) -> str:
 _USE = """```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-tokenizer = AutoTokenizer.from_pretrained(PATH)
+tokenizer = AutoTokenizer.from_pretrained(PATH{code})
 model = AutoModelForCausalLM.from_pretrained(PATH{code})
 ids = tokenizer("Once upon a time", return_tensors="pt")
 print(tokenizer.decode(model.generate(**ids, max_new_tokens=40)[0]))
