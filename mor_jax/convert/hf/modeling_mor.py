@@ -998,8 +998,8 @@ def _targets(labels: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def _weight(labels: Tensor, items: Tensor | int | None) -> Tensor | float:
-    """Share of this batch in the optimiser step, where the loss is divided by all its targets."""
-    return 1.0 if items is None else (labels != -100).sum() / items
+    """Share of this batch in an optimiser step whose loss is divided by its `items` targets."""
+    return 1.0 if items is None else (labels[:, 1:] != -100).sum() / items
 
 
 class MoRForCausalLM(MoRPreTrainedModel, GenerationMixin):
@@ -1073,8 +1073,8 @@ class MoRForCausalLM(MoRPreTrainedModel, GenerationMixin):
         logits = self.lm_head(out.last_hidden_state[:, keep])
         loss = None
         if labels is not None:
-            size, labels = self.config.vocab_size, _targets(labels, attention_mask)
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=size, **kwargs)
+            size, targets = self.config.vocab_size, _targets(labels, attention_mask)
+            loss = self.loss_function(logits=logits, labels=targets, vocab_size=size, **kwargs)
             if self.training and out.router_loss is not None:
                 loss = loss + out.router_loss * _weight(labels, kwargs.get("num_items_in_batch"))
         made = MoROutput(
