@@ -94,10 +94,12 @@ def copy(tmp_path_factory):
 def execute(command: str, root: Path) -> str:
     """Runs a shell command as a reader would, on one CPU device; fails with its output."""
     path = f"{root / '.venv' / 'bin'}{os.pathsep}{os.environ['PATH']}"
+    # Threads of PyTorch that wait for each other on busy cores would take many times as long.
+    settings = {"PATH": path, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         ["bash", "-ec", command],
         cwd=root,
-        env={**os.environ, "PATH": path},
+        env=os.environ | settings,
         text=True,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
