@@ -13,6 +13,8 @@ What is written is complete or absent, and an existing directory is refused. doc
 
 import argparse
 import os
+import shlex
+import signal
 import sys
 from pathlib import Path
 
@@ -27,11 +29,16 @@ from mor_jax import exit_codes, host_memory
 def main(argv: list[str] | None = None) -> int:
     options = _parser().parse_args(argv)
     host_memory.keep_freed_memory()
+    # Both ways of being asked to stop end like an error: what was begun is taken away.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         return options.run(options)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return exit_codes.ERROR
+    except KeyboardInterrupt:
+        print("error: stopped; nothing was written", file=sys.stderr)
+        return exit_codes.STOPPED
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -73,7 +80,7 @@ def _export(options: argparse.Namespace) -> int:
     from mor_jax.convert.shards import parse_size
 
     chosen = ExportOptions(
-        output=Path(options.output),
+        output=options.output,
         dtype=options.dtype,
         shard_bytes=parse_size(options.max_shard_size),
         unroll=options.unroll,
@@ -96,7 +103,7 @@ def _import(options: argparse.Namespace) -> int:
     from mor_jax.convert.importing import ImportOptions, import_run
 
     chosen = ImportOptions(
-        workdir=Path(options.workdir),
+        workdir=options.workdir,
         dtype=options.dtype,
         tokenizer=options.tokenizer,
         upcycle=options.upcycle,
@@ -112,10 +119,9 @@ def _import(options: argparse.Namespace) -> int:
     )
     for note in written.notes:
         print(f"note: {note}")
-    print(
-        "train from it: python launch/train.py "
-        f"--config=configs/from_workdir.py:{options.workdir} --workdir={options.workdir}"
-    )
+    config = shlex.quote(f"--config=configs/from_workdir.py:{written.workdir}")
+    workdir = shlex.quote(f"--workdir={written.workdir}")
+    print(f"train from it: python launch/train.py {config} {workdir}")
     return exit_codes.OK
 
 

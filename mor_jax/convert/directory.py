@@ -1,34 +1,41 @@
 """Directories that are either whole or absent: written beside their place, then renamed."""
 
 import contextlib
+import glob
 import os
 import shutil
-from collections.abc import Iterator
+import socket
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+
+from safetensors import SafetensorError
 
 from mor_jax.config import check
 
-_DRAFT = ".partial-"
+PathLike = str | os.PathLike[str]
+
+_DRAFT, _REPLACED = ".partial-", "replaced-"
 
 
 @contextlib.contextmanager
-def fresh_directory(path: str | os.PathLike[str], *, replace: bool = False) -> Iterator[Path]:
+def fresh_directory(
+    path: PathLike, *, replace: bool = False, sources: Sequence[PathLike] = ()
+) -> Iterator[Path]:
     """Yields an empty directory beside `path`; on leaving it is made durable and renamed to `path`.
 
     When the block raises, or the process is killed, `path` is as before; what was written lies in
-    `.partial-NAME-PID` beside it at the most, and the next conversion to `path` removes it.
-    replace: an existing directory gives way, once the new one is complete.
+    `.partial-NAME-...` beside it at the most, and the next conversion to `path` removes it.
+    replace: what an earlier conversion made there gives way, once the new one is complete, unless
+    it is one of `sources`, or in the way of one.
 
     Raises:
         ValueError: `path` exists and may not be replaced, or cannot be written.
     """
-    target = check_target(path, replace=replace)
-    draft = target.with_name(f"{_DRAFT}{target.name}-{os.getpid()}")
+    _tidy(_absolute(path))
+    target = check_target(path, replace=replace, sources=sources)
+    draft = target.with_name(_name(target))
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        for left in target.parent.glob(f"{_DRAFT}{target.name}-*"):
-            if not _alive(left):
-                shutil.rmtree(left)
         draft.mkdir()
     except OSError as error:
         raise ValueError(
@@ -37,8 +44,8 @@ def fresh_directory(path: str | os.PathLike[str], *, replace: bool = False) -> I
     try:
         yield draft
         _settle(draft)
-        _publish(draft, target)
-    except OSError as error:
+        _publish(draft, target, replace)
+    except (OSError, SafetensorError) as error:
         raise ValueError(
             f"output={target}: writing failed: {error}. Nothing was left there; free space or "
             "choose another directory"
@@ -47,32 +54,73 @@ def fresh_directory(path: str | os.PathLike[str], *, replace: bool = False) -> I
         shutil.rmtree(draft, ignore_errors=True)
 
 
-def check_target(path: str | os.PathLike[str], *, replace: bool = False) -> Path:
+def check_target(
+    path: PathLike, *, replace: bool = False, sources: Sequence[PathLike] = ()
+) -> Path:
     """The absolute path of an output directory. Raises `ValueError` if it may not be written."""
     rule = "conversions write to local directories"
     check("://" not in str(path), "output", str(path), rule, "Write here and copy the result")
-    target = Path(path).expanduser().resolve()
-    rule = "exists and is a file"
-    check(not target.is_file(), "output", str(target), rule, "Choose another directory")
-    taken = target.is_dir() and any(target.iterdir())
-    rule = "exists and is not empty"
-    fix = "Choose another directory, or give --overwrite to replace it"
-    check(replace or not taken, "output", str(target), rule, fix)
+    target = _absolute(path)
+    taken = os.path.lexists(target) and not target.is_dir()
+    check(not taken, "output", str(target), "exists and is a file", "Choose another directory")
+    if target.is_dir() and any(target.iterdir()):
+        rule = "exists and is not empty"
+        fix = "Choose another directory, or give --overwrite to replace it"
+        check(replace, "output", str(target), rule, fix)
+        _check_replaceable(target, [_absolute(source) for source in sources])
     there = next(part for part in (target.parent, *target.parents) if part.exists())
+    check(there.is_dir(), "output", str(target), f"{there} is a file", "Choose another directory")
     rule = f"no permission to write in {there}, or it is read-only"
     writable = os.access(there, os.W_OK | os.X_OK, effective_ids=True)
     check(writable, "output", str(target), rule, "Choose another directory")
     return target
 
 
-def _alive(draft: Path) -> bool:
-    try:
-        os.kill(int(draft.name.rpartition("-")[2]), 0)
-    except (ValueError, ProcessLookupError):
+def _check_replaceable(target: Path, sources: Sequence[Path]) -> None:
+    # Names that are no paths (of the hub, `bytes`) cannot be in the way.
+    for source in filter(Path.exists, sources):
+        rule = f"is {source}, which is read, or lies around or inside of it"
+        apart = target != source and target not in source.parents and source not in target.parents
+        check(apart, "output", str(target), rule, "Choose another directory")
+    rule = "was not made by a conversion (no config.json), and nothing else is replaced"
+    fix = "Choose another directory, or delete this one yourself"
+    check((target / "config.json").is_file(), "output", str(target), rule, fix)
+    rule = "holds the checkpoints of a run, which are not replaced"
+    check(not (target / "checkpoints").exists(), "output", str(target), rule, fix)
+
+
+def _absolute(path: PathLike) -> Path:
+    return Path(os.path.expanduser(path)).resolve()
+
+
+def _name(target: Path, what: str = "") -> str:
+    return f"{_DRAFT}{target.name}-{what}{socket.gethostname()}-{os.getpid()}"
+
+
+def _tidy(target: Path) -> None:
+    """Takes away what killed conversions to `target` left, and puts back what one had replaced."""
+    if not target.parent.is_dir():
+        return
+    left = [p for p in target.parent.glob(f"{_DRAFT}{glob.escape(target.name)}-*") if _dead(p)]
+    for path in left:
+        if path.name.startswith(f"{_DRAFT}{target.name}-{_REPLACED}") and not target.exists():
+            path.rename(target)
+        else:
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _dead(draft: Path) -> bool:
+    # Drafts of other hosts stay: their processes cannot be seen from here.
+    front, _, number = draft.name.rpartition("-")
+    if not front.endswith(f"-{socket.gethostname()}"):
         return False
-    except PermissionError:
+    try:
+        os.kill(int(number), 0)
+    except (ValueError, ProcessLookupError):
         return True
-    return True
+    except PermissionError:
+        return False
+    return False
 
 
 def _settle(directory: Path) -> None:
@@ -89,14 +137,20 @@ def _settle(directory: Path) -> None:
             os.close(handle)
 
 
-def _publish(draft: Path, target: Path) -> None:
-    if target.exists():
-        old = target.with_name(f"{_DRAFT}{target.name}-replaced-{os.getpid()}")
+def _publish(draft: Path, target: Path, replace: bool) -> None:
+    if replace and target.exists():
+        old = target.with_name(_name(target, _REPLACED))
         target.rename(old)
         draft.rename(target)
         shutil.rmtree(old)
     else:
-        draft.rename(target)
+        try:
+            draft.rename(target)
+        except OSError as error:
+            if not target.exists():
+                raise
+            told = "was written by another conversion meanwhile. Choose another directory"
+            raise ValueError(f"output={target}: {told}") from error
     handle = os.open(target.parent, os.O_RDONLY)
     try:
         os.fsync(handle)

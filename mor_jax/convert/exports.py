@@ -4,6 +4,7 @@ import concurrent.futures
 import dataclasses
 import json
 import math
+import os
 import time
 from collections.abc import Callable, Sequence
 from importlib import resources
@@ -12,7 +13,7 @@ from typing import Any, Literal, get_args
 
 from mor_jax.config import check
 from mor_jax.convert.card import model_card
-from mor_jax.convert.directory import check_target, fresh_directory
+from mor_jax.convert.directory import PathLike, check_target, fresh_directory
 from mor_jax.convert.export_config import llama_config, mor_config, reference_options
 from mor_jax.convert.lazy import Lazy
 from mor_jax.convert.names import Entry, entries, llama_entries, mor_entries
@@ -35,7 +36,7 @@ class ExportOptions:
     write a recursive model out as a plain Llama. replace: an existing directory gives way.
     """
 
-    output: Path
+    output: PathLike
     dtype: Dtype = "float32"
     shard_bytes: int = DEFAULT_SHARD
     unroll: bool = False
@@ -73,11 +74,14 @@ def export(run: RunSource, target: Target, options: ExportOptions) -> Exported:
         "reference": _reference,
     }
     check(target in writers, "to", target, f"must be one of {TARGETS}", "Try 'hf'")
+    rule = f"recursions are written out for --to=llama only, and --to={target} has them shared"
+    check(target == "llama" or not options.unroll, "unroll", True, rule, "Leave it out")
     options.validate()
     start = time.perf_counter()
+    sources = [run.path, *([] if run.tokenizer is None else [run.tokenizer.name])]
     with (
         concurrent.futures.ThreadPoolExecutor(1, "check") as thread,
-        fresh_directory(options.output, replace=options.replace) as draft,
+        fresh_directory(options.output, replace=options.replace, sources=sources) as draft,
     ):
         checked = thread.submit(run.check)
         stored = writers[target](run, options, draft)
@@ -85,7 +89,7 @@ def export(run: RunSource, target: Target, options: ExportOptions) -> Exported:
         checked.result()
         size = sum(file.stat().st_size for file in draft.rglob("*") if file.is_file())
         files = tuple(sorted(str(file.relative_to(draft)) for file in draft.rglob("*")))
-    output = Path(options.output).expanduser().resolve()
+    output = Path(os.path.expanduser(options.output)).resolve()
     return Exported(output, files, stored, size, time.perf_counter() - start)
 
 
@@ -136,7 +140,7 @@ def _reference(run: RunSource, options: ExportOptions, draft: Path) -> int:
 
 def _reference_run(run: RunSource, options: ExportOptions, blocks: dict[str, Any]) -> dict:
     precision = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}[options.dtype]
-    output = Path(options.output).expanduser().resolve()
+    output = Path(os.path.expanduser(options.output)).resolve()
     return {
         "name": output.name,
         "model": "smollm",

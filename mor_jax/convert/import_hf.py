@@ -3,6 +3,7 @@
 Plain Llama models, and what our own export wrote.
 """
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,9 @@ def import_hf(path: str, weights: str | None = None, tokenizer: bool = True) -> 
     directory = located(path)
     directory = directory if directory.is_dir() else directory.parent
     hf = read_config(directory)
-    found = open_weights(Path(weights).expanduser() if weights else _weights(path, directory))
+    found = open_weights(
+        Path(os.path.expanduser(weights)) if weights else _weights(path, directory)
+    )
     tied, notes = are_tied(found.tensors, hf)
     cfg, table = _model(hf, str(directory / CONFIG), tied)
     params = as_params(cfg, table, found.tensors)
@@ -46,7 +49,7 @@ def import_hf(path: str, weights: str | None = None, tokenizer: bool = True) -> 
 
 def _weights(path: str, directory: Path) -> Path:
     # A file that was named is read even where others lie beside it.
-    named = Path(path).expanduser()
+    named = Path(os.path.expanduser(path))
     return named if named.is_file() and named.name != CONFIG else directory
 
 

@@ -5,6 +5,7 @@ the shape of a Llama (the config.json of the base model, changed by `model_confi
 `recursive`, `mor` and `kv_sharing`.
 """
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,7 @@ def import_reference(path: str, reference_config: str, tokenizer: bool = True) -
         ValueError: files that are missing or damaged, options that our models do not have, tensors
             that do not make the model, or attention that differs between recursions.
     """
-    source, yaml_file = Path(path).expanduser(), Path(reference_config).expanduser()
+    source, yaml_file = Path(os.path.expanduser(path)), Path(os.path.expanduser(reference_config))
     settings = read_yaml(yaml_file)
     found = open_weights(source)
     directory = _shape_of(source if source.is_dir() else source.parent, settings, yaml_file)
@@ -97,7 +98,7 @@ def _shape_of(beside: Path, settings: Mapping[str, Any], yaml_file: Path) -> Pat
     fix = f"Copy the base model's {CONFIG} there"
     check(bool(base), f"{yaml_file}: {_BASE}", base, rule, fix)
     # A path inside of the authors' tree counts from where the YAML lies, too.
-    for place in (Path(base).expanduser(), yaml_file.parent / base):
+    for place in (Path(os.path.expanduser(base)), yaml_file.parent / base):
         if (place / CONFIG).is_file():
             return place
     try:

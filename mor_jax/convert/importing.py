@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import os
 import time
 from collections.abc import Callable
 from functools import partial
@@ -11,7 +12,7 @@ from typing import Any, Literal, get_args
 
 from mor_jax import data, initial, workdir
 from mor_jax.config import DataConfig, EvalConfig, ModelConfig, OptimConfig, TrainConfig, check
-from mor_jax.convert.directory import check_target, fresh_directory
+from mor_jax.convert.directory import PathLike, check_target, fresh_directory
 from mor_jax.convert.imported import Imported
 from mor_jax.convert.lazy import Lazy
 from mor_jax.convert.upcycle import parse_upcycle, upcycle, upcycle_notes, upcycled_config
@@ -32,7 +33,7 @@ class ImportOptions:
     reference's YAML. replace: an existing directory gives way.
     """
 
-    workdir: Path
+    workdir: PathLike
     dtype: Literal["float32", "bfloat16"] = "float32"
     tokenizer: str | None = None
     upcycle: str | None = None
@@ -65,7 +66,8 @@ def import_run(origin: Origin, source: str, options: ImportOptions) -> Written:
     rule = "only checkpoints of the reference are described by one"
     ok = options.config is None or origin == "reference"
     check(ok, "reference_config", options.config, rule, "Leave it out")
-    target = check_target(options.workdir, replace=options.replace)
+    sources = [path for path in (source, options.config, options.tokenizer) if path is not None]
+    target = check_target(options.workdir, replace=options.replace, sources=sources)
     start = time.perf_counter()
     imported = _readers(options)[origin](source)
     notes = [str(note) for note in imported.facts.get("notes", ())]
@@ -79,7 +81,7 @@ def import_run(origin: Origin, source: str, options: ImportOptions) -> Written:
         notes.append("no tokenizer came with it: set data.tokenizer before training")
     cfg = run_config(dataclasses.replace(model, dtype=options.dtype), name or "bytes")
     facts = {**imported.facts, "from": f"{source} ({origin})", "notes": notes, "tokenizer": name}
-    with fresh_directory(target, replace=options.replace) as draft:
+    with fresh_directory(target, replace=options.replace, sources=sources) as draft:
         for file, content in files.items():
             (draft / TOKENIZER).mkdir(exist_ok=True)
             (draft / TOKENIZER / file).write_bytes(content)
@@ -125,8 +127,11 @@ def _readers(options: ImportOptions) -> dict[Origin, Callable[[str], Imported]]:
 
 def _only_yaml(source: str) -> str:
     # The reference keeps it elsewhere; our own exports have it beside the weights.
-    found = sorted(str(path) for path in Path(source).expanduser().glob("*.yaml"))
-    rule = f"{source} holds {len(found)} YAML files, and one has to describe the model"
+    path = Path(os.path.expanduser(source))
+    check(path.exists(), "source", source, "is neither a file nor a directory", "Check the path")
+    folder = path if path.is_dir() else path.parent
+    found = sorted(str(file) for file in folder.glob("*.yaml"))
+    rule = f"{folder} holds {len(found)} YAML files, and one has to describe the model"
     fix = "Give --reference_config=FILE, the training run's YAML from conf/pretrain/"
     check(len(found) == 1, "reference_config", None, rule, fix)
     return found[0]
@@ -145,4 +150,4 @@ def _named(tokenizer: str | None, vocab_size: int) -> str | None:
         return None
     found = data.load_tokenizer(tokenizer, "tokenizer")
     data.check_vocabulary(found, vocab_size)
-    return tokenizer if tokenizer == "bytes" else str(Path(tokenizer).expanduser().resolve())
+    return tokenizer if tokenizer == "bytes" else str(Path(os.path.expanduser(tokenizer)).resolve())

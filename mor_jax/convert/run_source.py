@@ -22,13 +22,14 @@ from mor_jax.load import find
 class RunSource:
     """A run as a conversion sees it.
 
-    step: of the checkpoint; 0 for the weights that the run was given to start from. params: by
-    dotted path, float32. tokenizer: None if imported weights came without. source: where weights
-    that were imported came from, else None. evaluated: the last evaluation that the run logged at
-    or before `step`, else empty. check: reads all files through once and raises `ValueError` if one
-    is damaged; takes as long as a conversion, so both go on at one time.
+    path: its directory. step: of the checkpoint; 0 for the weights that the run was given to start
+    from. params: by dotted path, float32. tokenizer: None if imported weights came without. source:
+    where weights that were imported came from, else None. evaluated: the last evaluation that the
+    run logged at or before `step`, else empty. check: reads all files through once and raises
+    `ValueError` if one is damaged; takes as long as a conversion, so both go on at one time.
     """
 
+    path: epath.Path
     cfg: TrainConfig
     step: int
     params: Lazy
@@ -60,7 +61,7 @@ def open_run(directory: epath.PathLike, step: int | None = None) -> RunSource:
         tokenizer = data.load_tokenizer(cfg.data.tokenizer)
         data.check_vocabulary(tokenizer, cfg.model.vocab_size)
     evaluated = _evaluated(path, found.step)
-    return RunSource(cfg, found.step, params, tokenizer, found.source, evaluated, found.check)
+    return RunSource(path, cfg, found.step, params, tokenizer, found.source, evaluated, found.check)
 
 
 def _evaluated(path: epath.Path, step: int) -> dict[str, Any]:

@@ -5,6 +5,7 @@ stands: classes of single models would rebuild parts of it by rules of their own
 """
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -67,7 +68,7 @@ def _content(token: Any) -> str:
 
 
 def _beside(tokenizer: Tokenizer) -> dict[str, bytes]:
-    path = Path(tokenizer.name).expanduser()
+    path = Path(os.path.expanduser(tokenizer.name))
     directory = path if path.is_dir() else path.parent
     paths = [directory / name for name in TOKENIZER_FILES]
     return {path.name: path.read_bytes() for path in paths if path.is_file()}

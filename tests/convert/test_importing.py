@@ -45,11 +45,14 @@ def test_what_is_there_stays_unless_it_may_be_replaced(plain, tmp_path):
     done, _ = plain
     options = ImportOptions(workdir=tmp_path / "run")
     (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "mine").write_text("")
+    (tmp_path / "run" / "config.json").write_text("")
     with pytest.raises(ValueError, match=r"not empty.*--overwrite"):
         import_run("hf", str(done.output), options)
-    import_run("hf", str(done.output), dataclasses.replace(options, replace=True))
-    assert not (tmp_path / "run" / "mine").exists() and initial.present(tmp_path / "run")
+    options = dataclasses.replace(options, replace=True)
+    import_run("hf", str(done.output), options)
+    assert (tmp_path / "run" / "config.json").read_text() and initial.present(tmp_path / "run")
+    with pytest.raises(ValueError, match="which is read"):
+        import_run("hf", str(done.output), dataclasses.replace(options, workdir=done.output))
 
 
 def test_a_failure_in_the_middle_leaves_nothing(plain, tmp_path, monkeypatch):

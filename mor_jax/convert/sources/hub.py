@@ -1,5 +1,6 @@
 """Where a model lies: a path, or a name on the Hugging Face hub that is fetched first."""
 
+import os
 import re
 from collections.abc import Callable
 from functools import partial
@@ -27,7 +28,7 @@ def located(name: str, weights: bool = True) -> Path:
     Raises:
         ValueError: neither a path nor a repository that can be reached.
     """
-    path = Path(name).expanduser()
+    path = Path(os.path.expanduser(name))
     if path.exists():
         return path
     owner, _, rest = name.partition("/")
