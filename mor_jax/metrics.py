@@ -131,7 +131,10 @@ def read(path: epath.PathLike) -> list[dict[str, Any]]:
     A last line cut short by a killed process is left out. Raises `ValueError` with the line
     number on any other that is not a record.
     """
-    lines = epath.Path(path).read_text().splitlines()
+    try:
+        lines = epath.Path(path).read_text().splitlines()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: holds bytes that are no text ({error}). Remove it") from error
     records = []
     for number, line in enumerate(lines, start=1):
         try:
@@ -140,6 +143,8 @@ def read(path: epath.PathLike) -> list[dict[str, Any]]:
             if number == len(lines):
                 break
             raise ValueError(f"{path}:{number}: not a record ({error}). Remove it") from error
+        if not isinstance(record, dict) or not isinstance(record.get("step"), int):
+            raise ValueError(f"{path}:{number}: not a record (it has no step). Remove it")
         records.append({name: _parse(value) for name, value in record.items()})
     return records
 

@@ -58,10 +58,17 @@ def open_run(directory: epath.PathLike, step: int | None = None) -> RunSource:
     params = Lazy(str(found), specs, part, part)
     tokenizer = None
     if found.step or found.source is None or found.source.get("tokenizer"):
-        tokenizer = data.load_tokenizer(cfg.data.tokenizer)
+        tokenizer = data.load_tokenizer(_place(path, cfg.data.tokenizer))
         data.check_vocabulary(tokenizer, cfg.model.vocab_size)
     evaluated = _evaluated(path, found.step)
     return RunSource(path, cfg, found.step, params, tokenizer, found.source, evaluated, found.check)
+
+
+def _place(path: epath.Path, name: str) -> str:
+    # A run that was moved still has the tokenizer that it was imported with.
+    own = path / "tokenizer"
+    moved = name != "bytes" and not epath.Path(name).expanduser().exists()
+    return str(own) if moved and own.is_dir() else name
 
 
 def _evaluated(path: epath.Path, step: int) -> dict[str, Any]:
