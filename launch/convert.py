@@ -29,16 +29,22 @@ from mor_jax import exit_codes, host_memory
 def main(argv: list[str] | None = None) -> int:
     options = _parser().parse_args(argv)
     host_memory.keep_freed_memory()
-    # Both ways of being asked to stop end like an error: what was begun is taken away.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    for kind in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(kind, _stop)
     try:
         return options.run(options)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return exit_codes.ERROR
-    except KeyboardInterrupt:
-        print("error: stopped; nothing was written", file=sys.stderr)
-        return exit_codes.STOPPED
+
+
+def _stop(*_: object) -> None:
+    """Ends at once, without what was begun. An exception would come up inside of any library."""
+    directory = sys.modules.get("mor_jax.convert.directory")
+    abandon = getattr(directory, "abandon", lambda: True)
+    if abandon():
+        os.write(2, b"error: stopped; nothing was written\n")
+        os._exit(exit_codes.STOPPED)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -16,6 +16,10 @@ PathLike = str | os.PathLike[str]
 
 _DRAFT, _REPLACED = ".partial-", "replaced-"
 
+# Drafts of this process; those that are being renamed to their place.
+_open: set[Path] = set()
+_renaming: set[Path] = set()
+
 
 @contextlib.contextmanager
 def fresh_directory(
@@ -41,6 +45,7 @@ def fresh_directory(
         raise ValueError(
             f"output={target}: cannot be written: {error}. Choose another directory"
         ) from error
+    _open.add(draft)
     try:
         yield draft
         _settle(draft)
@@ -52,6 +57,23 @@ def fresh_directory(
         ) from error
     finally:
         shutil.rmtree(draft, ignore_errors=True)
+        _open.discard(draft)
+
+
+def abandon() -> bool:
+    """Takes away what this process has begun, for a signal's handler that ends it next.
+
+    False: something is being renamed to its place right now; let it be finished.
+    """
+    if _renaming:
+        return False
+    for draft in _open:
+        # Threads may write there still.
+        for _ in range(10):
+            shutil.rmtree(draft, ignore_errors=True)
+            if not draft.exists():
+                break
+    return True
 
 
 def check_target(
@@ -138,19 +160,22 @@ def _settle(directory: Path) -> None:
 
 
 def _publish(draft: Path, target: Path, replace: bool) -> None:
-    if replace and target.exists():
-        old = target.with_name(_name(target, _REPLACED))
-        target.rename(old)
+    old = target.with_name(_name(target, _REPLACED))
+    _renaming.add(draft)
+    try:
+        if replace and target.exists():
+            target.rename(old)
         draft.rename(target)
-        shutil.rmtree(old)
-    else:
-        try:
-            draft.rename(target)
-        except OSError as error:
-            if not target.exists():
-                raise
-            told = "was written by another conversion meanwhile. Choose another directory"
-            raise ValueError(f"output={target}: {told}") from error
+    except OSError as error:
+        if not target.exists():
+            if old.exists():
+                old.rename(target)
+            raise
+        told = "was written by another conversion meanwhile. Choose another directory"
+        raise ValueError(f"output={target}: {told}") from error
+    finally:
+        _renaming.discard(draft)
+        shutil.rmtree(old, ignore_errors=True)
     handle = os.open(target.parent, os.O_RDONLY)
     try:
         os.fsync(handle)
