@@ -22,7 +22,7 @@ def model_card(run: RunSource, title: str, use: str) -> str:
     parts = [
         _front(cfg.model),
         f"# {title}\n",
-        f"{_what(cfg.model)} Trained with mor_jax in JAX, converted to PyTorch.\n",
+        f"{_what(cfg.model)} {_made(run)}\n",
         f"## Use\n\n{use}\n",
         f"## Model\n\n{_table(_model_rows(cfg.model, cfg.length))}\n",
         f"## Training\n\n{_table(_training_rows(run))}\n",
@@ -46,6 +46,13 @@ def _what(cfg: ModelConfig) -> str:
         return "A Llama-style decoder."
     kind = _KIND[cfg.router.kind]
     return f"A {kind} ({cfg.sharing}, {cfg.recursions} recursions), after {_PAPER}."
+
+
+def _made(run: RunSource) -> str:
+    if run.step:
+        return "Trained with mor_jax in JAX, converted to PyTorch."
+    source = (run.source or {}).get("from", "another model")
+    return f"Converted with mor_jax from {source}, not trained further."
 
 
 def _model_rows(cfg: ModelConfig, length: int) -> list[tuple[str, str]]:
@@ -104,7 +111,7 @@ def _evaluation(run: RunSource) -> str:
     rows = [("causal routing", f"{found['loss_causal']:.4f}", "as generation routes")]
     if run.cfg.model.router.kind == "none":
         rows = [("this model", f"{found['loss_causal']:.4f}", "")]
-    if "loss_topk" in found:
+    if "loss_topk" in found and run.cfg.model.router.kind == "expert":
         rows.append(("top-k routing", f"{found['loss_topk']:.4f}", "as training: looks ahead"))
     lines = ["| held-out loss, nats per token | | |", "|---|---|---|"]
     lines += [f"| {name} | {value} | {note} |" for name, value, note in rows]

@@ -26,6 +26,7 @@ Target = Literal["hf", "llama", "reference"]
 TARGETS: tuple[Target, ...] = get_args(Target)
 
 MODELING = "modeling_mor.py"
+GENERATION = "generation_config.json"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -99,7 +100,7 @@ def _hf(run: RunSource, options: ExportOptions, draft: Path) -> int:
     (draft / MODELING).write_text(source.read_text())
     write_shards(draft, tensors, options.dtype, options.shard_bytes)
     _beside(run, draft, mor_config(run.cfg.model), options.dtype)
-    use = _USE.format(code=", trust_remote_code=True")
+    use = _USE.format(title=_title(options), code=", trust_remote_code=True")
     if run.cfg.model.router.kind == "expert":
         use += _ROUTING
     (draft / "README.md").write_text(model_card(run, _title(options), use))
@@ -114,7 +115,8 @@ def _llama(run: RunSource, options: ExportOptions, draft: Path) -> int:
     tensors = _tensors(run, llama_entries(cfg))
     write_shards(draft, tensors, options.dtype, options.shard_bytes)
     _beside(run, draft, llama_config(cfg), options.dtype)
-    (draft / "README.md").write_text(model_card(run, _title(options), _USE.format(code="")))
+    use = _USE.format(title=_title(options), code="")
+    (draft / "README.md").write_text(model_card(run, _title(options), use))
     return _count(tensors)
 
 
@@ -170,8 +172,9 @@ def _beside(run: RunSource, draft: Path, config: dict[str, Any], dtype: Dtype) -
         (draft / name).write_bytes(content)
     ids = {} if run.tokenizer is None else special_ids(run.tokenizer)
     _write_json(draft / "config.json", config | ids | {"torch_dtype": dtype})
-    if "generation_config.json" not in files:
-        _write_json(draft / "generation_config.json", ids)
+    # Settings of generation that came along may not say what ends a text.
+    told = json.loads(files.get(GENERATION, b"{}"))
+    _write_json(draft / GENERATION, ids | told)
 
 
 def _write_json(path: Path, values: dict[str, Any]) -> None:
@@ -189,8 +192,9 @@ def _title(options: ExportOptions) -> str:
 _USE = """```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-tokenizer = AutoTokenizer.from_pretrained(PATH{code})
-model = AutoModelForCausalLM.from_pretrained(PATH{code})
+path = "{title}"  # where this directory lies
+tokenizer = AutoTokenizer.from_pretrained(path{code})
+model = AutoModelForCausalLM.from_pretrained(path{code})
 ids = tokenizer("Once upon a time", return_tensors="pt")
 print(tokenizer.decode(model.generate(**ids, max_new_tokens=40)[0]))
 ```"""
@@ -203,4 +207,5 @@ the best tokens of the whole row and so looks ahead, is there on request:
 
 _REFERENCE_USE = """For the code of the paper's authors: put `{name}.yaml` into its `conf/pretrain/`
 and this directory where its configuration expects checkpoints. `pytorch_model.bin` is their state
-dict, shared weights tied; `config.json` is the base model that `model_name_or_path` names."""
+dict, shared weights tied; `config.json` is the base model that `model_name_or_path` names, not
+this one. `tokenizer` in the YAML is a name of theirs: the files of this model's own lie here."""

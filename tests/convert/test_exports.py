@@ -71,6 +71,7 @@ def test_an_hf_export_is_complete_and_computes_the_same(tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(done.output)
     assert tokenizer("né", add_special_tokens=False).input_ids == list("né".encode())
     card = (done.output / "README.md").read_text()
+    assert f'path = "{done.output.name}"' in card and "Trained with mor_jax" in card
     for told in ("1.2500", "1.1250", f"{done.stored:,}", "expert-choice", f"| steps | {STEP} of 8"):
         assert told in card
     with pytest.raises(ValueError, match=r"not empty.*--overwrite"):

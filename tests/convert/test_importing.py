@@ -78,6 +78,18 @@ def test_weights_without_a_tokenizer(plain, tmp_path, tokenizer):
     assert (run.tokenizer is None) == (tokenizer is None)
     files = export(run, "hf", ExportOptions(output=tmp_path / "out")).files
     assert ("tokenizer.json" in files) == (tokenizer is not None)
+    assert f"from {bare} (hf), not trained further" in (tmp_path / "out/README.md").read_text()
+
+
+def test_a_run_that_was_moved_keeps_its_tokenizer(plain, tmp_path):
+    import_run("hf", str(plain[0].output), ImportOptions(workdir=tmp_path / "run"))
+    settings = tmp_path / "run" / "tokenizer" / "generation_config.json"
+    settings.write_text('{"temperature": 0.5}')
+    (tmp_path / "run").rename(tmp_path / "moved")
+    done = export(open_run(tmp_path / "moved"), "hf", ExportOptions(output=tmp_path / "out"))
+    assert "tokenizer.json" in done.files
+    told = json.loads((tmp_path / "out" / "generation_config.json").read_text())
+    assert told["temperature"] == 0.5 and told["eos_token_id"] == 0
 
 
 def test_a_tokenizer_that_does_not_fit(plain, tmp_path):
