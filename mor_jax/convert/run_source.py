@@ -12,7 +12,7 @@ from etils import epath
 
 from mor_jax import data, initial, metrics
 from mor_jax.checkpoint import Checkpoints
-from mor_jax.config import CheckpointConfig, TrainConfig
+from mor_jax.config import CheckpointConfig, TrainConfig, check
 from mor_jax.convert.lazy import Lazy, Spec
 from mor_jax.convert.names import array_shapes, entries
 from mor_jax.load import find
@@ -66,9 +66,12 @@ def open_run(directory: epath.PathLike, step: int | None = None) -> RunSource:
 
 def _place(path: epath.Path, name: str) -> str:
     # A run that was moved still has the tokenizer that it was imported with.
+    if name == "bytes" or epath.Path(name).expanduser().exists():
+        return name
     own = path / "tokenizer"
-    moved = name != "bytes" and not epath.Path(name).expanduser().exists()
-    return str(own) if moved and own.is_dir() else name
+    rule = "the tokenizer of this run is not there any more"
+    check(own.is_dir(), "data.tokenizer", name, rule, f"Put it back, or its files into {own}")
+    return str(own)
 
 
 def _evaluated(path: epath.Path, step: int) -> dict[str, Any]:

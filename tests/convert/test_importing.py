@@ -90,6 +90,9 @@ def test_a_run_that_was_moved_keeps_its_tokenizer(plain, tmp_path):
     assert "tokenizer.json" in done.files
     told = json.loads((tmp_path / "out" / "generation_config.json").read_text())
     assert told["temperature"] == 0.5 and told["eos_token_id"] == 0
+    shutil.rmtree(tmp_path / "moved" / "tokenizer")
+    with pytest.raises(ValueError, match=r"not there any more.*Put it back"):
+        open_run(tmp_path / "moved")
 
 
 def test_a_tokenizer_that_does_not_fit(plain, tmp_path):
