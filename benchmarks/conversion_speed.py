@@ -2,12 +2,13 @@
 
     python benchmarks/conversion_speed.py --size=1.7b --rounds=3
 
-Random weights of a shipped size are saved as training saves them. Then, in turns: a program that
-reads those files and writes their bytes to the same disk, and launch/convert.py. Each is a process
-of its own, starts with its input out of the system's cache, and ends when its output is on the
-disk. Prints the median times over the rounds, their ratio to that of the copy, and the largest
-memory of each beside its limit: 1.3 times the larger of one shard and the largest array, plus
-1 GiB. --save writes benchmarks/results/conversion_speed.jsonl.
+Random weights of a shipped size are saved as training saves them. Then, round after round, each
+conversion of launch/convert.py in its turn, and before it a program that reads those files and
+writes their bytes to the same disk. All are processes of their own, start with nothing of the
+folder in the system's cache, and end when their output is on the disk. Prints the median times over
+the rounds, the median ratio to the copy right before, and the largest memory of each beside its
+limit: 1.3 times the larger of one shard and the largest array, plus 1 GiB. --save writes
+benchmarks/results/conversion_speed.jsonl.
 """
 
 import argparse
@@ -19,12 +20,14 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 os.environ["JAX_PLATFORMS"] = "cpu"
 
 SHARD = 2 * 10**9
+HF = "export hf float32"
 COPY = """
 import os, sys
 from pathlib import Path
@@ -55,44 +58,62 @@ def main() -> None:
 
 
 def measure(options: argparse.Namespace, folder: Path) -> None:
-    """Makes the run, then all conversions in turns."""
-    run([sys.executable, __file__, "make", options.size, str(folder / "run")], folder / "none")
-    rows: dict[str, list[tuple[float, float]]] = {}
+    """Makes the run, then all conversions in turns, each after a copy."""
+    start = folder / "run"
+    subprocess.run([sys.executable, __file__, "make", options.size, str(start)], check=True)
+    rows: dict[str, list[Row]] = {}
+    copy(folder)
     for _ in range(options.rounds):
-        for name, (source, target, command) in commands(folder).items():
-            rows.setdefault(name, []).append(run(command, source))
-            if name.startswith("copy"):
-                shutil.rmtree(target, ignore_errors=True)
-    sizes = {name: bytes_of(target) for name, (_, target, _) in commands(folder).items()}
+        for name, (target, command) in commands(folder).items():
+            copied = copy(folder)
+            shutil.rmtree(target, ignore_errors=True)
+            seconds, memory = run(command, folder)
+            rows.setdefault(name, []).append(Row(copied, seconds, memory, bytes_of(target)))
+            if name != HF:
+                # The import reads that one; no other is needed, and they would fill the cache.
+                shutil.rmtree(target)
     largest = max(SHARD, stack_bytes(options.size))
-    report(options, rows, sizes, 1.3 * largest + 2**30)
+    report(options, rows, 1.3 * largest + 2**30)
 
 
-def commands(folder: Path) -> dict[str, tuple[Path, Path, list[str]]]:
-    """name -> what it reads, what it writes, how it is called."""
+class Row(NamedTuple):
+    """Seconds of the copy and of the conversion after it, bytes of memory and of output."""
+
+    copied: float
+    seconds: float
+    memory: int
+    size: int
+
+
+def copy(folder: Path) -> float:
+    """Seconds to read the run's files and write their bytes."""
+    target = folder / "copied"
+    seconds, _ = run([sys.executable, "-c", COPY, str(folder / "run"), str(target)], folder)
+    target.unlink()
+    return seconds
+
+
+def commands(folder: Path) -> dict[str, tuple[Path, list[str]]]:
+    """name -> what it writes, how it is called."""
     tool = [sys.executable, str(ROOT / "launch" / "convert.py")]
-    start, hf = folder / "run", folder / "hf"
-    copied = folder / "copied" / "bytes"
-    copied.parent.mkdir(exist_ok=True)
-    found = {"copy": (start, copied.parent, [sys.executable, "-c", COPY, str(start), str(copied)])}
     exports = {
-        "export hf float32": ["--to=hf", f"--output={hf}"],
-        "export hf bfloat16": ["--to=hf", f"--output={folder / 'bf16'}", "--dtype=bfloat16"],
-        "export reference": ["--to=reference", f"--output={folder / 'reference'}"],
+        HF: ("hf", "--to=hf"),
+        "export hf bfloat16": ("bf16", "--to=hf", "--dtype=bfloat16"),
+        "export reference": ("reference", "--to=reference"),
     }
-    for name, flags in exports.items():
-        target = Path(next(flag for flag in flags if "--output" in flag).partition("=")[2])
-        command = [*tool, "export", f"--workdir={start}", "--overwrite", *flags]
-        found[name] = (start, target, command)
+    found = {}
+    for name, (target, *flags) in exports.items():
+        places = [f"--workdir={folder / 'run'}", f"--output={folder / target}"]
+        found[name] = (folder / target, [*tool, "export", *places, *flags])
     back = folder / "imported"
-    flags = ["--from=hf", f"--source={hf}", f"--workdir={back}", "--overwrite"]
-    found["import hf float32"] = (hf, back, [*tool, "import", *flags])
+    flags = ["--from=hf", f"--source={folder / 'hf'}", f"--workdir={back}"]
+    found["import hf float32"] = (back, [*tool, "import", *flags])
     return found
 
 
-def run(command: list[str], source: Path) -> tuple[float, float]:
-    """Seconds and largest memory in bytes of a process; its input is not in the system's cache."""
-    evict(source)
+def run(command: list[str], folder: Path) -> tuple[float, int]:
+    """Seconds and largest memory in bytes of a process; the folder is not in the system's cache."""
+    evict(folder)
     start = time.perf_counter()
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     _, status, usage = os.wait4(process.pid, 0)
@@ -117,30 +138,32 @@ def bytes_of(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
-def report(options, rows: dict, sizes: dict, limit: float) -> None:
+def report(options: argparse.Namespace, rows: dict[str, list[Row]], limit: float) -> None:
     """The table, and with --save the records."""
     import timing
 
-    copied = statistics.median(seconds for seconds, _ in rows["copy"])
+    copies = [row.copied for found in rows.values() for row in found]
+    print(f"copies: {statistics.median(copies):.2f} s ({min(copies):.2f} to {max(copies):.2f})")
     print(f"limit of memory: {limit / 1e9:.2f} GB")
-    for name, runs in rows.items():
-        seconds = statistics.median(seconds for seconds, _ in runs)
-        memory = max(memory for _, memory in runs)
+    for name, found in rows.items():
+        seconds = statistics.median(row.seconds for row in found)
+        ratio = statistics.median(row.seconds / row.copied for row in found)
+        memory = max(row.memory for row in found)
+        each = " ".join(f"{row.seconds:.1f}/{row.copied:.1f}" for row in found)
+        print(
+            f"{name:20} {seconds:6.2f} s, {ratio:4.2f} of the copy ({each}), "
+            f"{memory / 1e9:4.2f} GB of memory"
+        )
         record = {
             "size": options.size,
             "conversion": name,
             "seconds": round(seconds, 2),
-            "each": [round(seconds, 2) for seconds, _ in runs],
-            "over_copy": round(seconds / copied, 3),
+            "over_copy": round(ratio, 3),
+            "each": [[round(row.seconds, 2), round(row.copied, 2)] for row in found],
             "memory_gb": round(memory / 1e9, 3),
             "limit_gb": round(limit / 1e9, 3),
-            "output_gb": round(sizes[name] / 1e9, 3),
+            "output_gb": round(found[0].size / 1e9, 3),
         }
-        each = " ".join(f"{seconds:.1f}" for seconds, _ in runs)
-        print(
-            f"{name:20} {seconds:7.2f} s ({each})  {seconds / copied:5.2f} of the copy  "
-            f"{memory / 1e9:5.2f} GB of memory"
-        )
         if options.save:
             timing.report("conversion_speed", record, save=True)
 

@@ -28,7 +28,7 @@ from mor_jax import exit_codes, host_memory
 
 def main(argv: list[str] | None = None) -> int:
     options = _parser().parse_args(argv)
-    host_memory.keep_freed_memory()
+    host_memory.share_freed_memory()
     for kind in (signal.SIGINT, signal.SIGTERM):
         signal.signal(kind, _stop)
     try:

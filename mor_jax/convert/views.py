@@ -181,7 +181,9 @@ def _shown(params: Lazy, path: str) -> str:
 
 
 def _check_finite(where: str, name: str, value: np.ndarray) -> None:
-    if not np.isfinite(value).all():
+    # A sum of squares is many times as fast, and finite only if all values are; it may overflow.
+    flat = value.reshape(-1)
+    if not np.isfinite(np.dot(flat, flat)) and not np.isfinite(value).all():
         bad = int(value.size - np.isfinite(value).sum())
         rule = f"{where} holds {bad} values there that are NaN or infinite"
         fail(name, value.shape, rule, "Take an earlier checkpoint, from before the run diverged")
