@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from mor_jax.config import check
-from mor_jax.convert.lazy import Lazy
+from mor_jax.convert.lazy import Lazy, ahead
 from mor_jax.convert.shards import Dtype, narrow
 from mor_jax.data.optional import need
 
@@ -34,7 +34,7 @@ def write_torch(
 ) -> None:
     """Writes a state dict to `path`, for `torch.load(path, weights_only=True)`.
 
-    aliases: further names -> the name whose storage they share. Memory: one tensor.
+    aliases: further names -> the name whose storage they share. Memory: a few tensors.
 
     Raises:
         ValueError: an alias of nothing, a value too large for `dtype`, and what reading raises.
@@ -54,9 +54,9 @@ def write_torch(
         _record(archive, ".format_version", b"1")
         _record(archive, ".storage_alignment", str(ALIGNMENT).encode())
         _record(archive, "byteorder", b"little")
-        for name in tensors.specs:
-            values = narrow(tensors.read(name), dtype, name)
-            _record(archive, f"data/{state[name].storage.key}", _little(values))
+        for name, values in ahead(tensors, list(tensors.specs)):
+            narrowed = narrow(values, dtype, name)
+            _record(archive, f"data/{state[name].storage.key}", _little(narrowed))
         _record(archive, "version", b"3\n")
 
 
