@@ -7,7 +7,7 @@ import numpy as np
 
 from mor_jax.config import ModelConfig
 from mor_jax.convert.lazy import flatten, held, nested
-from mor_jax.convert.names import EMBEDDING, HEAD, entries
+from mor_jax.convert.names import entries
 from mor_jax.convert.views import as_params, as_tensors
 from mor_jax.types import Params
 
@@ -37,10 +37,3 @@ def from_params(cfg: ModelConfig, params: Params, *, aliases: bool = True) -> di
     unique = {name: tensors.read(name) for name in tensors.specs}
     listed = [entry for entry in table if aliases or not entry.is_alias]
     return {entry.name: unique[entry.canonical] for entry in listed}
-
-
-def is_tied(state: Mapping[str, Any]) -> bool:
-    """Whether the unembedding repeats the embedding; the tensors decide, not the configuration."""
-    if HEAD not in state or EMBEDDING not in state:
-        return True
-    return bool(np.array_equal(np.asarray(state[HEAD]), np.asarray(state[EMBEDDING])))
