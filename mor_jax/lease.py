@@ -55,17 +55,17 @@ class Lease:
     def _wait_while_alive(self) -> None:
         first = self._read()
         until = time.monotonic() + _MISSED * self._every
-        while first and time.monotonic() < until:
+        while first is not None and time.monotonic() < until:
             time.sleep(self._every / 5)
             now = self._read()
             if now is None:
                 return
-            if now != first:
+            if now and now != first:
                 raise Held(str(now.get("owner")))
 
     def _check(self) -> None:
         now = self._read()
-        if now is not None and now.get("id") != self._id:
+        if now and now.get("id") != self._id:
             raise Held(str(now.get("owner")))
 
     def _renew(self) -> None:
@@ -87,7 +87,10 @@ class Lease:
         self._file.write_text(json.dumps(record))
 
     def _read(self) -> dict[str, object] | None:
+        # None: there is no file. Empty: it is being written, or was cut short.
         try:
             return json.loads(self._file.read_text())
-        except (FileNotFoundError, ValueError):
+        except FileNotFoundError:
             return None
+        except ValueError:
+            return {}

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -24,6 +25,21 @@ def test_a_second_one_is_refused_while_the_first_lives_and_not_after(tmp_path):
     assert not file.exists()
     with Lease(file, "another", every=0.05):
         assert json.loads(file.read_text())["owner"] == "another"
+
+
+def test_a_file_that_is_just_being_written_is_no_sign_of_death(tmp_path):
+    file = epath.Path(tmp_path) / "lock"
+    file.write_text("")
+
+    def write():
+        time.sleep(0.05)
+        file.write_text(json.dumps({"owner": "the living", "id": "0", "counter": 8}))
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    with pytest.raises(Held, match="the living"), Lease(file, "another", every=0.5):
+        pass
+    writer.join()
 
 
 def test_one_that_was_killed_is_followed(tmp_path):
