@@ -12,6 +12,7 @@ benchmarks/results/conversion_speed.jsonl.
 """
 
 import argparse
+import math
 import os
 import shutil
 import statistics
@@ -172,24 +173,17 @@ def stack_bytes(size: str) -> int:
     """Bytes of the largest array of our tree."""
     from mor_jax.convert.names import array_shapes, entries
 
-    cfg = model_of(size)
+    cfg = config_of(size).model
     shapes = array_shapes(cfg, entries(cfg)).values()
-    return max(4 * _product(shape) for shape in shapes)
+    return max(4 * math.prod(shape) for shape in shapes)
 
 
-def _product(shape: tuple[int, ...]) -> int:
-    count = 1
-    for size in shape:
-        count *= size
-    return count
-
-
-def model_of(size: str):
-    """The plain model of a shipped size."""
+def config_of(size: str):
+    """The run of a shipped size, plain."""
     from configs import vanilla
     from mor_jax.config import TrainConfig
 
-    return TrainConfig.from_dict(vanilla.get_config(f"size={size}").to_dict()).model
+    return TrainConfig.from_dict(vanilla.get_config(f"size={size}").to_dict())
 
 
 def make(size: str, folder: Path) -> None:
@@ -199,14 +193,12 @@ def make(size: str, folder: Path) -> None:
     import jax
     import numpy as np
 
-    from configs import vanilla
     from mor_jax.checkpoint import Checkpoints
-    from mor_jax.config import TrainConfig
     from mor_jax.convert.lazy import Lazy, Spec, nested
     from mor_jax.convert.names import array_shapes, entries
     from mor_jax.workdir import claim_workdir
 
-    cfg = TrainConfig.from_dict(vanilla.get_config(f"size={size}").to_dict())
+    cfg = config_of(size)
     cfg = dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, tokenizer="bytes"))
     shapes = array_shapes(cfg.model, entries(cfg.model))
     rng = np.random.default_rng(0)

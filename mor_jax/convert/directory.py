@@ -35,7 +35,7 @@ def fresh_directory(
     Raises:
         ValueError: `path` exists and may not be replaced, or cannot be written.
     """
-    _tidy(_absolute(path))
+    _tidy(absolute(path))
     target = check_target(path, replace=replace, sources=sources)
     draft = target.with_name(_name(target))
     try:
@@ -82,14 +82,14 @@ def check_target(
     """The absolute path of an output directory. Raises `ValueError` if it may not be written."""
     rule = "conversions write to local directories"
     check("://" not in str(path), "output", str(path), rule, "Write here and copy the result")
-    target = _absolute(path)
+    target = absolute(path)
     taken = os.path.lexists(target) and not target.is_dir()
     check(not taken, "output", str(target), "exists and is a file", "Choose another directory")
     if target.is_dir() and any(target.iterdir()):
         rule = "exists and is not empty"
         fix = "Choose another directory, or give --overwrite to replace it"
         check(replace, "output", str(target), rule, fix)
-        _check_replaceable(target, [_absolute(source) for source in sources])
+        _check_replaceable(target, [absolute(source) for source in sources])
     there = next(part for part in (target.parent, *target.parents) if part.exists())
     check(there.is_dir(), "output", str(target), f"{there} is a file", "Choose another directory")
     rule = f"no permission to write in {there}, or it is read-only"
@@ -111,7 +111,8 @@ def _check_replaceable(target: Path, sources: Sequence[Path]) -> None:
     check(not (target / "checkpoints").exists(), "output", str(target), rule, fix)
 
 
-def _absolute(path: PathLike) -> Path:
+def absolute(path: PathLike) -> Path:
+    """The path from the root, without links; `~` is the home directory."""
     return Path(os.path.expanduser(path)).resolve()
 
 
@@ -152,11 +153,16 @@ def _settle(directory: Path) -> None:
     for path in [*directory.rglob("*"), directory]:
         if path.is_file():
             path.chmod(mode)
-        handle = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+        flush(path)
+
+
+def flush(path: Path) -> None:
+    """Waits until a file or directory is on the disk as it stands."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def _publish(draft: Path, target: Path, replace: bool) -> None:
@@ -176,8 +182,4 @@ def _publish(draft: Path, target: Path, replace: bool) -> None:
     finally:
         _renaming.discard(draft)
         shutil.rmtree(old, ignore_errors=True)
-    handle = os.open(target.parent, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    flush(target.parent)

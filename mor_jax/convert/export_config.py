@@ -4,6 +4,7 @@ import dataclasses
 from typing import Any
 
 from mor_jax.config import ModelConfig, RouterConfig, check
+from mor_jax.convert.hf_config import SHAPE, STRUCTURE
 from mor_jax.convert.reference import merge_options
 
 Plain = dict[str, Any]
@@ -24,6 +25,7 @@ def llama_config(cfg: ModelConfig) -> Plain:
 def mor_config(cfg: ModelConfig) -> Plain:
     """config.json of our own export, which `modeling_mor.py` reads."""
     module = "modeling_mor"
+    values = dataclasses.asdict(cfg)
     return {
         "architectures": ["MoRForCausalLM"],
         "model_type": "mor",
@@ -32,11 +34,7 @@ def mor_config(cfg: ModelConfig) -> Plain:
             "AutoModelForCausalLM": f"{module}.MoRForCausalLM",
         },
         **_shape(cfg),
-        "sharing": cfg.sharing,
-        "num_recursions": cfg.recursions,
-        "share_norms": cfg.share_norms,
-        "kv_mode": cfg.kv,
-        "router": dataclasses.asdict(cfg.router),
+        **{name: values[ours] for ours, name in STRUCTURE.items()},
         "routing": "causal",
         "thresholds": None,
     }
@@ -44,19 +42,10 @@ def mor_config(cfg: ModelConfig) -> Plain:
 
 def _shape(cfg: ModelConfig) -> Plain:
     return {
-        "vocab_size": cfg.vocab_size,
-        "hidden_size": cfg.width,
-        "intermediate_size": cfg.mlp_width,
-        "num_hidden_layers": cfg.layers,
-        "num_attention_heads": cfg.heads,
-        "num_key_value_heads": cfg.kv_heads,
-        "head_dim": cfg.head_dim,
+        **{name: getattr(cfg, ours) for ours, name in SHAPE.items()},
         "hidden_act": "silu",
-        "max_position_embeddings": cfg.max_length,
-        "rms_norm_eps": cfg.norm_eps,
         "rope_theta": cfg.rope_theta,
         "rope_scaling": _rope_scaling(cfg),
-        "initializer_range": cfg.init_std,
         "tie_word_embeddings": cfg.tie_embeddings,
         "use_cache": True,
     }

@@ -4,7 +4,6 @@ import concurrent.futures
 import dataclasses
 import json
 import math
-import os
 import time
 from collections.abc import Callable, Sequence
 from importlib import resources
@@ -13,7 +12,7 @@ from typing import Any, Literal, get_args
 
 from mor_jax.config import check
 from mor_jax.convert.card import model_card
-from mor_jax.convert.directory import PathLike, check_target, fresh_directory
+from mor_jax.convert.directory import PathLike, absolute, check_target, fresh_directory
 from mor_jax.convert.export_config import llama_config, mor_config, reference_options
 from mor_jax.convert.lazy import Lazy
 from mor_jax.convert.names import Entry, entries, llama_entries, mor_entries
@@ -90,7 +89,7 @@ def export(run: RunSource, target: Target, options: ExportOptions) -> Exported:
         checked.result()
         size = sum(file.stat().st_size for file in draft.rglob("*") if file.is_file())
         files = tuple(sorted(str(file.relative_to(draft)) for file in draft.rglob("*")))
-    output = Path(os.path.expanduser(options.output)).resolve()
+    output = absolute(options.output)
     return Exported(output, files, stored, size, time.perf_counter() - start)
 
 
@@ -132,7 +131,7 @@ def _reference(run: RunSource, options: ExportOptions, draft: Path) -> int:
     aliases = {entry.name: entry.canonical for entry in table if entry.is_alias}
     write_torch(draft / "pytorch_model.bin", tensors, aliases, options.dtype)
     _beside(run, draft, llama_config(cfg), options.dtype)
-    name = Path(options.output).name
+    name = _title(options)
     text = yaml.safe_dump(_reference_run(run, options, blocks), sort_keys=False)
     (draft / f"{name}.yaml").write_text(text)
     use = _REFERENCE_USE.format(name=name)
@@ -142,7 +141,7 @@ def _reference(run: RunSource, options: ExportOptions, draft: Path) -> int:
 
 def _reference_run(run: RunSource, options: ExportOptions, blocks: dict[str, Any]) -> dict:
     precision = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}[options.dtype]
-    output = Path(os.path.expanduser(options.output)).resolve()
+    output = absolute(options.output)
     return {
         "name": output.name,
         "model": "smollm",
@@ -170,7 +169,7 @@ def _beside(run: RunSource, draft: Path, config: dict[str, Any], dtype: Dtype) -
     files = {} if run.tokenizer is None else tokenizer_files(run.tokenizer)
     for name, content in files.items():
         (draft / name).write_bytes(content)
-    ids = {} if run.tokenizer is None else special_ids(run.tokenizer)
+    ids = {} if run.tokenizer is None else special_ids(run.tokenizer, files)
     _write_json(draft / "config.json", config | ids | {"torch_dtype": dtype})
     # Settings of generation that came along may not say what ends a text.
     told = json.loads(files.get(GENERATION, b"{}"))
@@ -186,7 +185,7 @@ def _count(tensors: Lazy) -> int:
 
 
 def _title(options: ExportOptions) -> str:
-    return Path(options.output).name
+    return absolute(options.output).name
 
 
 _USE = """```python

@@ -15,6 +15,26 @@ from mor_jax.parsing import parse
 
 CONFIG = "config.json"
 
+# Our setting -> its name in config.json: of any Llama, and of our own export besides.
+SHAPE = {
+    "vocab_size": "vocab_size",
+    "width": "hidden_size",
+    "mlp_width": "intermediate_size",
+    "layers": "num_hidden_layers",
+    "heads": "num_attention_heads",
+    "kv_heads": "num_key_value_heads",
+    "head_dim": "head_dim",
+    "max_length": "max_position_embeddings",
+    "norm_eps": "rms_norm_eps",
+    "init_std": "initializer_range",
+}
+STRUCTURE = {
+    "sharing": "sharing",
+    "recursions": "num_recursions",
+    "share_norms": "share_norms",
+    "kv": "kv_mode",
+    "router": "router",
+}
 # Options of which our models have one value only: the first, or another word for it.
 FIXED: dict[str, tuple[Any, ...]] = {
     "hidden_act": ("silu", "swish"),
@@ -88,23 +108,7 @@ def mor_config(hf: Mapping[str, Any], where: str = CONFIG, *, tied: bool) -> Mod
         ValueError: settings that are missing, unknown or do not fit together.
     """
     theta, scaling = rope(hf, where)
-    names = {
-        "vocab_size": "vocab_size",
-        "width": "hidden_size",
-        "layers": "num_hidden_layers",
-        "heads": "num_attention_heads",
-        "kv_heads": "num_key_value_heads",
-        "head_dim": "head_dim",
-        "mlp_width": "intermediate_size",
-        "max_length": "max_position_embeddings",
-        "norm_eps": "rms_norm_eps",
-        "init_std": "initializer_range",
-        "sharing": "sharing",
-        "recursions": "num_recursions",
-        "share_norms": "share_norms",
-        "kv": "kv_mode",
-        "router": "router",
-    }
+    names = SHAPE | STRUCTURE
     missing = [name for name in names.values() if hf.get(name) is None]
     check(not missing, where, missing, "lacks these settings of our export", "Export it again")
     values = {ours: hf[name] for ours, name in names.items()}

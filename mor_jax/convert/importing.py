@@ -12,7 +12,7 @@ from typing import Any, Literal, get_args
 
 from mor_jax import data, initial, workdir
 from mor_jax.config import DataConfig, EvalConfig, ModelConfig, OptimConfig, TrainConfig, check
-from mor_jax.convert.directory import PathLike, check_target, fresh_directory
+from mor_jax.convert.directory import PathLike, absolute, check_target, fresh_directory
 from mor_jax.convert.imported import Imported
 from mor_jax.convert.lazy import Lazy
 from mor_jax.convert.upcycle import parse_upcycle, upcycle, upcycle_notes, upcycled_config
@@ -150,4 +150,4 @@ def _named(tokenizer: str | None, vocab_size: int) -> str | None:
         return None
     found = data.load_tokenizer(tokenizer, "tokenizer")
     data.check_vocabulary(found, vocab_size)
-    return tokenizer if tokenizer == "bytes" else str(Path(os.path.expanduser(tokenizer)).resolve())
+    return tokenizer if tokenizer == "bytes" else str(absolute(tokenizer))

@@ -6,7 +6,6 @@ Tensors go to disk one by one, while the next ones are being read.
 import concurrent.futures
 import json
 import math
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -15,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mor_jax.config import check, fail
+from mor_jax.convert.directory import flush
 from mor_jax.convert.lazy import Lazy, ahead
 
 Dtype = Literal["float32", "bfloat16", "float16"]
@@ -47,7 +47,7 @@ def write_shards(
         for file, names in zip(files, plan, strict=True):
             _write(directory / file, tensors, names, dtype)
             # The disk takes it while the next one is written.
-            settled.append(thread.submit(_settle, directory / file))
+            settled.append(thread.submit(flush, directory / file))
         for done in settled:
             done.result()
     if len(plan) > 1:
@@ -127,11 +127,3 @@ def _write_index(
     where = {name: file for file, names in shards.items() for name in names}
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(where.items()))}
     (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n")
-
-
-def _settle(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -50,9 +50,11 @@ def tokenizer_files(tokenizer: Tokenizer) -> dict[str, bytes]:
     return beside | held | files_of(built, _paddable(told))
 
 
-def special_ids(tokenizer: Tokenizer) -> dict[str, int]:
-    """`bos_token_id`, `eos_token_id` and `pad_token_id`, those that the tokenizer has."""
-    files = tokenizer_files(tokenizer)
+def special_ids(tokenizer: Tokenizer, files: Mapping[str, bytes]) -> dict[str, int]:
+    """`bos_token_id`, `eos_token_id` and `pad_token_id`, those that the tokenizer has.
+
+    files: `tokenizer_files` of it.
+    """
     loaded = tokenizers.Tokenizer.from_str(files["tokenizer.json"].decode())
     told = json.loads(files[CONFIG])
     found = {

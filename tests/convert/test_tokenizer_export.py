@@ -159,6 +159,10 @@ def test_the_oldest_release_gives_our_tokens(kind, exported, in_old_release):
         assert texts == [ours.decode(ours.encode(text)) for text in TEXTS]
 
 
+def ids_of(tokenizer):
+    return special_ids(tokenizer, tokenizer_files(tokenizer))
+
+
 def test_what_lies_beside_comes_along(exported):
     ours, path = exported["hf_class"]
     assert (path / "generation_config.json").read_text() == '{"temperature": 0.5}'
@@ -167,14 +171,14 @@ def test_what_lies_beside_comes_along(exported):
     theirs = AutoTokenizer.from_pretrained(path)
     chat = theirs.apply_chat_template([{"role": "user", "content": "Hello"}], tokenize=False)
     assert chat == "Hello<|im_end|>"
-    assert special_ids(ours) == {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2}
+    assert ids_of(ours) == {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2}
 
 
 def test_special_tokens_of_the_others(exported):
     ends = {"eos_token_id": 0, "pad_token_id": 0}
-    assert special_ids(exported["bytes"][0]) == special_ids(exported["hf"][0]) == ends
+    assert ids_of(exported["bytes"][0]) == ids_of(exported["hf"][0]) == ends
     ends = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2}
-    assert special_ids(exported["spm_bpe"][0]) == ends
+    assert ids_of(exported["spm_bpe"][0]) == ends
     bytes_ = AutoTokenizer.from_pretrained(exported["bytes"][1])
     assert bytes_("\u0100\0x", add_special_tokens=False)["input_ids"] == [0xC4, 0x80, ord("x")]
 
