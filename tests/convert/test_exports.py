@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from runs import STEP, model, trained
+from run_directories import STEP, model, trained
 from safetensors.numpy import load_file, save_file
 from tiny import TINY
 from transformers import AutoModelForCausalLM, AutoTokenizer

@@ -6,7 +6,7 @@ import shutil
 
 import numpy as np
 import pytest
-from runs import model, trained
+from run_directories import model, trained
 
 from configs import from_workdir
 from mor_jax import initial
