@@ -1,0 +1,1 @@
+"""Generation: causal routing, recursion-wise caches and continuous depth-wise batching."""
