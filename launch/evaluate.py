@@ -29,6 +29,8 @@ def main(argv: list[str] | None = None) -> int:
         batches=options.batches,
         batch_size=options.batch_size,
         fsdp=options.fsdp,
+        calibration=options.calibration,
+        recursions=options.recursions,
     )
     try:
         evaluation = evaluate(find(options.workdir, options.step), asked)
@@ -55,6 +57,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--batches", type=int, help="default: the run's eval.batches")
     parser.add_argument("--batch_size", type=int, help="rows; default: the run's eval.batch_size")
     parser.add_argument("--fsdp", type=int, default=1, help="devices that share each parameter")
+    parser.add_argument("--calibration", help="one of the run's, by name, or a file")
+    parser.add_argument("--recursions", type=int, help="to run, in place of those trained")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     return parser
 

@@ -37,9 +37,15 @@ class Evaluator:
     step: Callable[[Params, Batch, str], dict[str, Array]]
 
     @classmethod
-    def of(cls, cfg: TrainConfig, batches: list[Batch]) -> "Evaluator":
-        """With a jitted evaluation step."""
-        return cls(cfg, batches, jax.jit(partial(eval_step, cfg), static_argnums=2))
+    def of(
+        cls,
+        cfg: TrainConfig,
+        batches: list[Batch],
+        thresholds: tuple[float, ...] | None = None,
+    ) -> "Evaluator":
+        """With a jitted evaluation step. thresholds: of causal routing, as in `Route`."""
+        step = partial(eval_step, cfg, thresholds=thresholds)
+        return cls(cfg, batches, jax.jit(step, static_argnums=2))
 
     def __call__(self, params: Params) -> dict[str, Any]:
         """Means over all held-out tokens, nats per token, by name and routing.

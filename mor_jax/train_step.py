@@ -138,13 +138,20 @@ def micro_batches(batch: Batch, number: int) -> Batch:
     return jax.tree.map(lambda x: x.reshape(number, -1, *x.shape[1:]), batch)
 
 
-def eval_step(cfg: TrainConfig, params: Params, batch: Batch, mode: str) -> Metrics:
+def eval_step(
+    cfg: TrainConfig,
+    params: Params,
+    batch: Batch,
+    mode: str,
+    thresholds: Float[Array, "r"] | tuple[float, ...] | None = None,
+) -> Metrics:
     """Sums over a held-out batch under routing `mode`: nothing is divided yet.
 
     ce, correct, targets: of the text. depth_count: tokens at depth 0 .. Nr (routed models).
+    thresholds: of causal routing, as in `Route`.
     """
     cut = param_specs(logical_axes(cfg.model))
-    route = Route(mode="causal" if mode == "causal" else "topk")
+    route = Route(mode="causal" if mode == "causal" else "topk", thresholds=thresholds)
 
     def mine(params: Params, batch: Batch) -> Metrics:
         full = gather(cfg.model, params, shares_once(cfg))

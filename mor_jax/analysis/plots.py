@@ -5,6 +5,7 @@ should; no window is ever opened.
 """
 
 import dataclasses
+import itertools
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -20,6 +21,7 @@ SERIES = {
 }
 """Curves of `loss_curves`: label -> name in metrics.jsonl."""
 
+_MARKS = ("#1d4ed8", "#15803d", "#7e22ce", "#111827")
 _COLOURS = ("#8a93a6", "#c2410c", "#1d4ed8", "#15803d", "#7e22ce")
 # Light to strong, all bright enough under black letters; the first stands for depth 0.
 _UNROUTED = "#e5e7eb"
@@ -76,6 +78,27 @@ def loss_curves(
         label = f"bigram model: {baseline:.3f}"
         axes.axhline(baseline, color="#111827", linestyle=(0, (5, 3)), linewidth=1.2, label=label)
     _style(axes, title)
+    _write(figure, path)
+
+
+def depth_curve(
+    points: Sequence[tuple[str, float, float, bool]], path: PathLike, *, title: str = "Depth"
+) -> None:
+    """Draws loss over mean depth as a PNG at `path`.
+
+    points: name, recursions a token, nats per token, and whether the point is on the curve; the
+    others are marked with their names.
+    """
+    curve = sorted((depth, loss) for _, depth, loss, on in points if on)
+    figure = _figure(9.0, 5.0)
+    axes = figure.add_axes((0.085, 0.11, 0.885, 0.8))
+    label = "calibrated, causal routing"
+    axes.plot(*zip(*curve, strict=True), color=_COLOURS[1], linewidth=1.8, marker="o", label=label)
+    marked = [(name, depth, loss) for name, depth, loss, on in points if not on]
+    for (name, depth, loss), colour in zip(marked, itertools.cycle(_MARKS), strict=False):
+        label = f"{name}: {loss:.3f} at {depth:.2f}"
+        axes.plot(depth, loss, "D", markersize=7, color=colour, label=label)
+    _style(axes, title, "recursions a token, mean")
     _write(figure, path)
 
 
@@ -284,9 +307,9 @@ def _smooth(curve: np.ndarray) -> np.ndarray:
     return np.stack([curve[:, 0], mean], axis=1)
 
 
-def _style(axes: Any, title: str) -> None:
+def _style(axes: Any, title: str, across: str = "optimiser step") -> None:
     axes.set_title(title, loc="left", fontsize=12, weight="bold")
-    axes.set_xlabel("optimiser step")
+    axes.set_xlabel(across)
     axes.set_ylabel("cross-entropy, nats per token")
     axes.grid(color="#e5e7eb", linewidth=0.8)
     axes.set_axisbelow(True)

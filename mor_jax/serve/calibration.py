@@ -97,9 +97,16 @@ def path_of(directory: epath.PathLike, name: str) -> epath.Path:
 
 
 def save(path: epath.Path, calibration: Calibration) -> None:
-    """Writes it whole or not at all; an older one of the name is replaced."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    manifest.write_atomic(path, json.dumps(dataclasses.asdict(calibration), indent=2) + "\n")
+    """Writes it whole or not at all; an older one of the name is replaced.
+
+    Raises `ValueError` where the directory cannot be written.
+    """
+    text = json.dumps(dataclasses.asdict(calibration), indent=2) + "\n"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        manifest.write_atomic(path, text)
+    except OSError as error:
+        fail("name", str(path), f"cannot be written ({error})", "Give --name=FILE.json elsewhere")
 
 
 def load(found: Found, name: str) -> Calibration:

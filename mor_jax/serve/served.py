@@ -73,7 +73,7 @@ def load_served(
     data.check_vocabulary(tokenizer, found.cfg.model.vocab_size)
     params = found.params()
     check_finite(params, str(found))
-    cfg, params, thresholds, shares = _ready(found.cfg.model, params, calibrated, recursions)
+    cfg, params, thresholds, shares = ready(found.cfg.model, params, calibrated, recursions)
     beside = _files(tokenizer)
     return Served(
         name=f"{found.path.name}-{found.step}" if found.step else found.path.name,
@@ -121,10 +121,14 @@ def expected_shares(cfg: ModelConfig) -> tuple[float, ...]:
     return routed_shares(cfg, cfg.max_length)
 
 
-def _ready(
+def ready(
     cfg: ModelConfig, params: Params, calibration: Calibration | None, recursions: int | None
 ) -> tuple[ModelConfig, Params, tuple[float, ...] | None, tuple[float, ...]]:
-    """Model, parameters, thresholds and expected shares with the depth that is asked for."""
+    """Model, parameters, thresholds and expected shares at the depth that is asked for.
+
+    recursions: None for those calibrated, or trained. Raises `ValueError` if the model cannot run
+    so many, or the calibration does not cover them.
+    """
     if calibration is None:
         if recursions is not None:
             cfg, params, _ = with_recursions(cfg, params, recursions)
@@ -195,4 +199,4 @@ def _ends(beside: Mapping[str, Any], tokenizer: Tokenizer, vocab_size: int) -> f
     return frozenset(known | {tokenizer.eos_id})
 
 
-__all__ = ["Served", "check_causal", "check_finite", "expected_shares", "load_served"]
+__all__ = ["Served", "check_causal", "check_finite", "expected_shares", "load_served", "ready"]
