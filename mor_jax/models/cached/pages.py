@@ -1,0 +1,148 @@
+"""The cache: pools of pages, and who owns which.
+
+A sequence keeps its keys and values in lists that grow token by token. What a list holds depends on
+the model (paper section 2.2.2):
+
+- layers that every token passes have one list with every token;
+- recursion-wise caching has one list a recursion, with the tokens that entered it;
+- shared keys and values have one list with every token, written by recursion 0; where they are
+  updated, recursion r >= 1 has a list of its own with the tokens that entered it besides.
+
+A list is a row of page numbers in a table; a page holds `size` tokens of all layers of its pool, so
+one table serves them all. Pages of different pools have different bytes.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from mor_jax.config import ModelConfig
+from mor_jax.types import Array, Float, Int
+
+_ITEMSIZE = {"bfloat16": 2, "float32": 4}
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Pages:
+    """All pages of one layer: p pages of t tokens. Keys lie across a page, ready to multiply."""
+
+    k: Float[Array, "p g k t"]
+    v: Float[Array, "p g t k"]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Cache:
+    """All keys and values.
+
+    ends: of the first and the last layer, where they stand outside the shared block. block: of each
+    layer of the shared block, or of a plain model. reach: for updated sharing, recursions that the
+    token of a list-0 entry entered, beyond which its entry counts no longer.
+    """
+
+    ends: tuple[Pages, ...]
+    block: tuple[Pages, ...]
+    reach: Int[Array, "p t"] | None
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Tables:
+    """Page numbers of every slot's lists, m pages at most each; none is read past its list's end.
+
+    The last slot belongs to nobody: rows that are only there to fill a shape point to it.
+    """
+
+    ends: Int[Array, "slots m"]
+    block: Int[Array, "slots lists m"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Geometry:
+    """What a model's cache is made of. size: tokens of a page."""
+
+    cfg: ModelConfig
+    size: int
+
+    @property
+    def end_layers(self) -> int:
+        """Layers whose pages hold every token of a routed or recursive model."""
+        return 2 if self.cfg.is_middle else 0
+
+    @property
+    def block_layers(self) -> int:
+        """Layers that share a table of lists."""
+        return self.cfg.shared_layers
+
+    @property
+    def lists(self) -> int:
+        """Lists of a sequence in the block's pool."""
+        return 1 if self.cfg.kv == "shared" else self.cfg.recursions
+
+    @property
+    def token_bytes(self) -> int:
+        """Bytes of one token's key and value in one layer."""
+        return 2 * self.cfg.kv_heads * self.cfg.head_dim * _ITEMSIZE[self.cfg.dtype]
+
+    @property
+    def end_page_bytes(self) -> int:
+        """Bytes of one page of the first and last layer together."""
+        return self.end_layers * self.size * self.token_bytes
+
+    @property
+    def block_page_bytes(self) -> int:
+        """Bytes of one page of all layers of the block."""
+        return self.block_layers * self.size * self.token_bytes
+
+    def holds_all(self, number: int) -> bool:
+        """Whether list `number` gets every token, whatever the routers say."""
+        if self.cfg.router.kind == "none":
+            return True
+        if number == 0 and self.cfg.kv != "recursion":
+            return True
+        return self.cfg.router.kind == "token" and number == 0
+
+    def cache(self, end_pages: int, block_pages: int) -> Cache:
+        """An empty cache."""
+        return Cache(
+            tuple(self._pages(end_pages) for _ in range(self.end_layers)),
+            tuple(self._pages(block_pages) for _ in range(self.block_layers)),
+            jnp.zeros((block_pages, self.size), jnp.int8) if self.updates else None,
+        )
+
+    @property
+    def updates(self) -> bool:
+        """Whether later recursions replace the shared keys and values of their own tokens."""
+        return self.cfg.kv == "shared_update" and self.cfg.router.kind != "none"
+
+    def _pages(self, number: int) -> Pages:
+        g, k, dtype = self.cfg.kv_heads, self.cfg.head_dim, jnp.dtype(self.cfg.dtype)
+        return Pages(
+            jnp.zeros((number, g, k, self.size), dtype), jnp.zeros((number, g, self.size, k), dtype)
+        )
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """Where rows are written: page and place in it; a page past the last one writes nothing."""
+
+    page: Int[Array, "n"]
+    offset: Int[Array, "n"]
+
+    @classmethod
+    def of(cls, lists: Int[Array, "n m"], index: Int[Array, "n"], size: int, do: Array) -> "Place":
+        """Entry `index` of each row's list, for the rows where `do`."""
+        at = jnp.clip(index // size, 0, lists.shape[1] - 1)
+        page = jnp.take_along_axis(lists, at[:, None], axis=1)[:, 0]
+        return cls(jnp.where(do, page, jnp.iinfo(jnp.int32).max), index % size)
+
+
+def write(pages: Pages, place: Place, k: Float[Array, "n g k"], v: Float[Array, "n g k"]) -> Pages:
+    """Puts keys and values of n rows into their places, which are distinct."""
+    return Pages(
+        pages.k.at[place.page, :, :, place.offset].set(k, mode="drop"),
+        pages.v.at[place.page, :, place.offset, :].set(v, mode="drop"),
+    )

@@ -1,0 +1,187 @@
+"""Decoding for routed models: a token enters, goes through the block a few times, and leaves.
+
+Rows of one call may stand at different recursions, because these share their weights (paper section
+2.2.2, continuous depth-wise batching). Routing is causal.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from mor_jax.config import ModelConfig
+from mor_jax.models.cached import routing
+from mor_jax.models.cached.layer import Weights, norm, turns
+from mor_jax.models.cached.pages import Cache, Geometry, Tables
+from mor_jax.models.cached.passes import (
+    Rows,
+    all_tokens,
+    block,
+    block_look,
+    through,
+    updated_look,
+)
+from mor_jax.types import Array, Bool, Float, Int
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Flight:
+    """Where n tokens stand between two recursions.
+
+    x: residual stream. origin: what token-choice started from (expert-choice: None). gate: score
+    that weighs the next pass. last: token-choice's last recursion. recursion: the next one.
+    taken: the router sends the token through it; without, the token is about to leave. depth:
+    recursions that it went through.
+    """
+
+    x: Float[Array, "n d"]
+    origin: Float[Array, "n d"] | None
+    gate: Float[Array, "n"]
+    last: Int[Array, "n"]
+    recursion: Int[Array, "n"]
+    taken: Bool[Array, "n"]
+    depth: Int[Array, "n"]
+
+    @classmethod
+    def empty(cls, cfg: ModelConfig, n: int) -> "Flight":
+        """n tokens that are nowhere."""
+        x = jnp.zeros((n, cfg.width), jnp.dtype(cfg.dtype))
+        number = jnp.zeros(n, jnp.int32)
+        origin = x if cfg.router.kind == "token" else None
+        return cls(x, origin, jnp.zeros(n), number, number, jnp.zeros(n, bool), number)
+
+
+@dataclasses.dataclass(frozen=True)
+class Decoder:
+    """A routed model with its cache's tables: what every pass needs. chunk: pages of a round."""
+
+    geometry: Geometry
+    weights: Weights
+    tables: Tables
+    thresholds: Float[Array, "r"]
+    chunk: int
+
+    @property
+    def cfg(self) -> ModelConfig:
+        """The model."""
+        return self.geometry.cfg
+
+
+def enter(
+    decoder: Decoder, cache: Cache, rows: Rows, token: Int[Array, "n"]
+) -> tuple[Flight, Cache]:
+    """New tokens: embedding, first layer, and the routers' first word."""
+    cfg, weights = decoder.cfg, decoder.weights
+    x, cache = _end(decoder, cache, rows, weights.embed[token], 0)
+    empty = Flight.empty(cfg, x.shape[0])
+    router = weights.router
+    assert router is not None
+    if cfg.router.kind == "token":
+        last, gate = routing.token(cfg, router, x)
+        everyone = jnp.ones(x.shape[0], bool)
+        return dataclasses.replace(
+            empty, x=x, origin=x, gate=gate, last=last, taken=everyone
+        ), cache
+    verdict = routing.expert(cfg, router, decoder.thresholds, x, empty.recursion)
+    return dataclasses.replace(empty, x=x, gate=verdict.gate, taken=verdict.goes), cache
+
+
+def needs_block(cfg: ModelConfig, flight: Flight) -> Bool[Array, "n"]:
+    """Tokens whose pass through the block does something.
+
+    Shared keys and values are those of all tokens, also of such that recursion 0 does not take.
+    """
+    if cfg.kv == "recursion":
+        return flight.taken
+    return flight.taken | (flight.recursion == 0)
+
+
+def writes_list(cfg: ModelConfig, flight: Flight) -> Bool[Array, "n"]:
+    """Tokens whose pass adds an entry to a list of the block's pool."""
+    needed = needs_block(cfg, flight)
+    return needed & (flight.recursion == 0) if cfg.kv == "shared" else needed
+
+
+def advance(
+    decoder: Decoder, cache: Cache, rows: Rows, flight: Flight, counts: Int[Array, "n"]
+) -> tuple[Flight, Bool[Array, "n"], Cache]:
+    """Every token once through the block; also which of them leave now, with their final `x`.
+
+    counts: entries of the list that each row writes to. Rows that are not live stay as they are.
+    """
+    cfg, geometry = decoder.cfg, decoder.geometry
+    does = dataclasses.replace(rows, live=rows.live & needs_block(cfg, flight))
+    make = updated_look if geometry.updates else block_look
+    tables = decoder.tables.block[rows.slot]
+    look = make(geometry, tables, does, flight.recursion, counts, decoder.chunk)
+    at = (turns(cfg, rows.position), flight.recursion)
+    y, cache = block(geometry, decoder.weights.block, cache, flight.x, at, look)
+    step = _token_step if cfg.router.kind == "token" else _expert_step
+    after, leaves = step(decoder, flight, y)
+    live = rows.live
+    merged = jax.tree.map(lambda new, old: _where(live, new, old), after, flight)
+    return merged, leaves & live, cache
+
+
+def leave(
+    decoder: Decoder, cache: Cache, rows: Rows, x: Float[Array, "n d"]
+) -> tuple[Float[Array, "n d"], Cache]:
+    """Last layer and final norm of tokens that left the block."""
+    x, cache = _end(decoder, cache, rows, x, 1)
+    return norm(decoder.cfg, x, decoder.weights.norm, 0), cache
+
+
+def _expert_step(
+    decoder: Decoder, flight: Flight, y: Float[Array, "n d"]
+) -> tuple[Flight, Bool[Array, "n"]]:
+    """x + gate * block(x), then the next recursion's router."""
+    cfg = decoder.cfg
+    x = jnp.where(flight.taken[:, None], flight.x + weigh(cfg, flight.gate, y), flight.x)
+    following = flight.recursion + 1
+    asked = jnp.minimum(following, cfg.recursions - 1)
+    verdict = routing.expert(cfg, decoder.weights.router or {}, decoder.thresholds, x, asked)
+    goes = flight.taken & (following < cfg.recursions) & verdict.goes
+    depth = flight.depth + flight.taken
+    after = dataclasses.replace(
+        flight, x=x, gate=verdict.gate, recursion=following, taken=goes, depth=depth
+    )
+    return after, ~goes
+
+
+def _token_step(
+    decoder: Decoder, flight: Flight, y: Float[Array, "n d"]
+) -> tuple[Flight, Bool[Array, "n"]]:
+    """block(x) until the token's own depth, where it leaves as origin + weight * block(x)."""
+    assert flight.origin is not None
+    leaves = flight.recursion >= flight.last
+    final = flight.origin + weigh(decoder.cfg, flight.gate, y)
+    x = jnp.where(leaves[:, None], final, y)
+    following = flight.recursion + 1
+    depth = flight.depth + 1
+    after = dataclasses.replace(flight, x=x, recursion=following, taken=~leaves, depth=depth)
+    return after, leaves
+
+
+def weigh(cfg: ModelConfig, gate: Float[Array, "n"], y: Float[Array, "n d"]) -> Float[Array, "n d"]:
+    """The block's output as it is added: multiplied by the score under `weighted` gating."""
+    return gate[:, None].astype(y.dtype) * y if cfg.router.gating == "weighted" else y
+
+
+def _end(
+    decoder: Decoder, cache: Cache, rows: Rows, x: Float[Array, "n d"], which: int
+) -> tuple[Float[Array, "n d"], Cache]:
+    """The first (0) or the last (1) layer, where the model has them."""
+    geometry = decoder.geometry
+    if not geometry.end_layers:
+        return x, cache
+    look = all_tokens(geometry, decoder.tables.ends[rows.slot], rows, decoder.chunk)
+    at = (turns(geometry.cfg, rows.position), 0)
+    layers, pages = decoder.weights.ends[which : which + 1], cache.ends[which : which + 1]
+    x, written = through(geometry.cfg, layers, pages, x, at, look)
+    ends = written + cache.ends[1:] if which == 0 else cache.ends[:1] + written
+    return x, dataclasses.replace(cache, ends=ends)
+
+
+def _where(live: Bool[Array, "n"], new: Array, old: Array) -> Array:
+    return jnp.where(live.reshape(live.shape + (1,) * (new.ndim - 1)), new, old)

@@ -1,0 +1,351 @@
+"""The device's programs: one tick of decoding, a piece of a prompt, an admission.
+
+A tick of a routed model is one call of the shared block on rows at whatever recursion they are.
+Those that leave it go through the last layer and are sampled in the same tick, and their successors
+through the first layer, so that every row has work for the block in the next one.
+"""
+
+import dataclasses
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mor_jax.models.cached import flat, routed, routed_prefill
+from mor_jax.models.cached.layer import Weights
+from mor_jax.models.cached.pages import Cache, Geometry
+from mor_jax.models.cached.passes import Piece, Rows
+from mor_jax.models.cached.routed import Decoder, Flight
+from mor_jax.models.layers import unembed
+from mor_jax.serve.request import MAX_LOGPROBS
+from mor_jax.serve.sampling import Before, Sampled, Want, sample
+from mor_jax.serve.slots import ENTERS, FLIES, IDLE, Held, Slots, admit
+from mor_jax.types import Array, Bool, Float, Int
+
+GOES_ON, ENDED, FULL, FAILED = 0, 1, 2, 3
+"""What a sampled token means for its sequence: end of text, all tokens used, logits not numbers."""
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Ticked:
+    """What a tick did with its n rows.
+
+    sampled: the row has a new token. state: one of `GOES_ON` .. `FAILED`. depth: recursions of the
+    token before it. useful: the row had work for the block. waits: it had, but its list is full.
+    counts: entries of its lists afterwards.
+    """
+
+    sampled: Bool[Array, "n"]
+    token: Int[Array, "n"]
+    state: Int[Array, "n"]
+    depth: Int[Array, "n"]
+    useful: Bool[Array, "n"]
+    waits: Bool[Array, "n"]
+    counts: Int[Array, "n lists"]
+    logprob: Float[Array, "n"]
+    top_ids: Int[Array, "n top"]
+    top_logprobs: Float[Array, "n top"]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Prefilled:
+    """What became of a piece of a prompt; members as in `routed_prefill.Stored`.
+
+    turn: the piece was the next one of its sequence; else an earlier one did not fit.
+    """
+
+    turn: Bool[Array, ""]
+    fits: Bool[Array, ""]
+    counts: Int[Array, "lists"]
+    wanted: Int[Array, "lists"]
+    depth: Int[Array, "n"]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class _Turned:
+    """What leaving and entering gave n rows: samples, the tokens that now fly, the cache."""
+
+    sampled: Sampled
+    state: Int[Array, "n"]
+    flight: Flight | None
+    cache: Cache
+
+
+@dataclasses.dataclass(frozen=True)
+class Programs:
+    """Compiled for a model; shapes of rows and pieces make variants of their own.
+
+    eos: tokens that end a text. chunk: pages that attention visits at one time.
+    """
+
+    geometry: Geometry
+    eos: tuple[int, ...]
+    thresholds: tuple[float, ...]
+    chunk: int
+
+    def compiled(self) -> "Compiled":
+        """The jitted programs; slots and cache are given to them for good."""
+        return Compiled(
+            tick=jax.jit(self.tick, donate_argnums=(1, 2)),
+            prefill=jax.jit(self.prefill, donate_argnums=(1, 2)),
+            admit=jax.jit(admit, donate_argnums=0),
+        )
+
+    def tick(
+        self, weights: Weights, slots: Slots, cache: Cache, held: Held, step: "Step"
+    ) -> tuple[Slots, Cache, Ticked]:
+        """One tick of the rows of `step`."""
+        rows = Rows(step.rows, slots.position[step.rows], step.live)
+        if slots.flight is None:
+            return self._flat_tick(weights, slots, cache, held, (rows, step.want))
+        return self._routed_tick(weights, slots, cache, held, (rows, step.want))
+
+    def _flat_tick(
+        self,
+        weights: Weights,
+        slots: Slots,
+        cache: Cache,
+        held: Held,
+        how: tuple[Rows, Want],
+    ) -> tuple[Slots, Cache, Ticked]:
+        rows, want = how
+        at = rows.slot
+        live = rows.live & (slots.phase[at] == ENTERS)
+        rows = dataclasses.replace(rows, live=live)
+        hidden, cache = flat.decode(
+            self.geometry, weights, cache, held.tables, rows, slots.token[at], self.chunk
+        )
+        sampled, state = self._sample(weights, slots, rows, hidden, want)
+        counts = slots.counts[at] + live[:, None]
+        nothing = jnp.zeros(at.shape, jnp.int32)
+        ticked = Ticked(
+            sampled=live,
+            token=sampled.token,
+            state=state,
+            depth=nothing,
+            useful=live,
+            waits=jnp.zeros(at.shape, bool),
+            counts=counts,
+            logprob=sampled.logprob,
+            top_ids=sampled.top_ids,
+            top_logprobs=sampled.top_logprobs,
+        )
+        return self._kept(slots, rows, ticked, None), cache, ticked
+
+    def _routed_tick(
+        self,
+        weights: Weights,
+        slots: Slots,
+        cache: Cache,
+        held: Held,
+        how: tuple[Rows, Want],
+    ) -> tuple[Slots, Cache, Ticked]:
+        rows, want = how
+        at, cfg = rows.slot, self.geometry.cfg
+        assert slots.flight is not None
+        flight = jax.tree.map(lambda x: x[at], slots.flight)
+        decoder = self._decoder(weights, held)
+        flies = rows.live & (slots.phase[at] == FLIES)
+        which = jnp.zeros_like(at) if cfg.kv == "shared" else flight.recursion
+        mine = jnp.take_along_axis(slots.counts[at], which[:, None], axis=1)[:, 0]
+        room = jnp.take_along_axis(held.room[at], which[:, None], axis=1)[:, 0]
+        adds = flies & routed.writes_list(cfg, flight)
+        waits = adds & (mine >= room)
+        moves = flies & ~waits
+        useful = moves & routed.needs_block(cfg, flight)
+        here = dataclasses.replace(rows, live=moves)
+        flight, leaves, cache = routed.advance(decoder, cache, here, flight, mine)
+        grown = (adds & moves)[:, None] & (jnp.arange(self.geometry.lists)[None] == which[:, None])
+        counts = slots.counts[at] + grown
+        enters = rows.live & (slots.phase[at] == ENTERS)
+        depth = flight.depth
+        turned = self._turnover(decoder, slots, cache, rows, (leaves, enters, flight, want))
+        sampled = turned.sampled
+        ticked = Ticked(
+            sampled=leaves,
+            token=sampled.token,
+            state=turned.state,
+            depth=depth,
+            useful=useful,
+            waits=waits,
+            counts=counts,
+            logprob=sampled.logprob,
+            top_ids=sampled.top_ids,
+            top_logprobs=sampled.top_logprobs,
+        )
+        return self._kept(slots, rows, ticked, turned.flight), turned.cache, ticked
+
+    def _turnover(
+        self,
+        decoder: Decoder,
+        slots: Slots,
+        cache: Cache,
+        rows: Rows,
+        what: tuple[Array, Array, Flight, Want],
+    ) -> _Turned:
+        """Last layer, sampling and first layer for the rows that leave or enter.
+
+        How many they are is known to the device alone: there is a branch for each of a few sizes.
+        """
+        leaves, enters, flight, want = what
+        n = rows.slot.shape[0]
+        turns = leaves | enters
+        number = jnp.sum(turns, dtype=jnp.int32)
+        order = jnp.argsort(~turns, stable=True).astype(jnp.int32)
+        sizes = _sizes(n)
+        nothing = _Turned(_unsampled(n), jnp.zeros(n, jnp.int32), flight, cache)
+
+        def branch(size: int, cache: Cache) -> _Turned:
+            if size == 0:
+                return dataclasses.replace(nothing, cache=cache)
+            index = order[:size]
+            part = Rows(*(jax.tree.map(lambda x: x[index], (rows.slot, rows.position, leaves))))
+            hidden, cache = routed.leave(decoder, cache, part, flight.x[index])
+            sampled, state = self._sample(decoder.weights, slots, part, hidden, want)
+            token = jnp.where(part.live, sampled.token, slots.token[part.slot])
+            going = enters[index] | (part.live & (state == GOES_ON))
+            following = Rows(part.slot, part.position + part.live, going)
+            new, cache = routed.enter(decoder, cache, following, jnp.maximum(token, 0))
+            old = jax.tree.map(lambda x: x[index], flight)
+            new = jax.tree.map(lambda a, b: _where(going, a, b), new, old)
+            put = jax.tree.map(
+                lambda whole, x: whole.at[index].set(x),
+                (nothing.sampled, nothing.state, flight),
+                (sampled, state, new),
+            )
+            return _Turned(*put, cache)
+
+        which = jnp.searchsorted(jnp.asarray(sizes, jnp.int32), number, side="left")
+        return jax.lax.switch(which, [partial(branch, size) for size in sizes], cache)
+
+    def _sample(
+        self,
+        weights: Weights,
+        slots: Slots,
+        rows: Rows,
+        hidden: Float[Array, "n d"],
+        want: Want,
+    ) -> tuple[Sampled, Int[Array, "n"]]:
+        """A token for each row, and what it means."""
+        at = rows.slot
+        settings = jax.tree.map(lambda x: x[at], slots.settings)
+        before = Before(slots.said[at], slots.heard[at])
+        logits = unembed(hidden, weights.head)
+        sampled = sample(logits, settings, rows.position + 1, want, before)
+        over = jnp.any(sampled.token[:, None] == jnp.asarray(self.eos, jnp.int32)[None], axis=1)
+        state = jnp.where(slots.left[at] <= 1, FULL, GOES_ON)
+        state = jnp.where(over & slots.ends_text[at], ENDED, state)
+        return sampled, jnp.where(sampled.token < 0, FAILED, state)
+
+    def _kept(self, slots: Slots, rows: Rows, ticked: Ticked, flight: Flight | None) -> Slots:
+        """The slots after a tick."""
+        at, sampled = rows.slot, ticked.sampled
+        resting = FLIES if flight is not None else ENTERS
+        entered = sampled | (slots.phase[at] == ENTERS)
+        phase = jnp.where(rows.live & entered, resting, slots.phase[at])
+        phase = jnp.where(sampled & (ticked.state != GOES_ON), IDLE, phase)
+        token = jnp.where(sampled, ticked.token, slots.token[at])
+        # Rows that fill the shape all point to the last slot, whose contents mean nothing.
+        said = slots.said.at[at, jnp.maximum(token, 0)].add(sampled.astype(jnp.int16))
+        new = dataclasses.replace(
+            slots,
+            phase=slots.phase.at[at].set(phase),
+            token=slots.token.at[at].set(token),
+            position=slots.position.at[at].add(sampled.astype(jnp.int32)),
+            left=slots.left.at[at].add(-sampled.astype(jnp.int32)),
+            counts=slots.counts.at[at].set(ticked.counts),
+            said=said,
+        )
+        if flight is None or slots.flight is None:
+            return new
+        moved = jax.tree.map(lambda whole, x: whole.at[at].set(x), slots.flight, flight)
+        return dataclasses.replace(new, flight=moved)
+
+    def _decoder(self, weights: Weights, held: Held) -> Decoder:
+        thresholds = jnp.asarray(self.thresholds, jnp.float32)
+        return Decoder(self.geometry, weights, held.tables, thresholds, self.chunk)
+
+    def prefill(
+        self, weights: Weights, slots: Slots, cache: Cache, held: Held, piece: "Prompt"
+    ) -> tuple[Slots, Cache, Prefilled]:
+        """Stores a piece of a prompt; with `start` 0 it is the first one of its sequence."""
+        at, n = piece.slot, piece.tokens.shape[0]
+        first = piece.start == 0
+        turn = first | (slots.filled[at] == piece.start)
+        counts = jnp.where(first, 0, slots.counts[at])
+        place = jnp.arange(n, dtype=jnp.int32)
+        live = turn & (place < piece.number)
+        rows = Piece(at, piece.start + place, live)
+        if slots.flight is None:
+            cache = flat.prefill(
+                self.geometry, weights, cache, held.tables, rows, piece.tokens, self.chunk
+            )
+            after = counts + jnp.where(turn, piece.number, 0)
+            nothing = jnp.zeros(n, jnp.int32)
+            done = Prefilled(turn, jnp.array(True), after, after, nothing)
+        else:
+            group = max(min(8, n), n // 4)
+            decoder, lists = self._decoder(weights, held), (counts, held.room[at])
+            stored, cache = routed_prefill.prefill(decoder, cache, rows, piece.tokens, lists, group)
+            done = Prefilled(turn, stored.fits, stored.counts, stored.wanted, stored.depth)
+        before = jnp.where(first, 0, slots.filled[at])
+        filled = before + jnp.where(turn & done.fits, piece.number, 0)
+        slots = dataclasses.replace(
+            slots,
+            filled=slots.filled.at[at].set(filled),
+            counts=slots.counts.at[at].set(done.counts),
+        )
+        return slots, cache, done
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """The rows of a tick. rows: their slots, distinct but for fillers. want: what any asks for."""
+
+    rows: Int[Array, "n"] | np.ndarray
+    live: Bool[Array, "n"] | np.ndarray
+    want: Want
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Prompt:
+    """A piece of a prompt: its slot, its first position, and its `number` first `tokens`."""
+
+    slot: Int[Array, ""] | np.int32
+    start: Int[Array, ""] | np.int32
+    number: Int[Array, ""] | np.int32
+    tokens: Int[Array, "n"] | np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class Compiled:
+    """`Programs.tick`, `Programs.prefill` and `slots.admit`, jitted."""
+
+    tick: "jax.stages.Wrapped"
+    prefill: "jax.stages.Wrapped"
+    admit: "jax.stages.Wrapped"
+
+
+def _sizes(n: int) -> list[int]:
+    """Numbers of rows, of n, for which there is a program. Below 8 rows time hardly falls."""
+    parts = (-(-n * eighths // 8) for eighths in (2, 3, 4, 6))
+    return [0, *sorted({part for part in parts if part >= 8} | {n})]
+
+
+def _unsampled(n: int) -> Sampled:
+    return Sampled(
+        token=jnp.zeros(n, jnp.int32),
+        logprob=jnp.zeros(n),
+        top_ids=jnp.full((n, MAX_LOGPROBS), -1, jnp.int32),
+        top_logprobs=jnp.full((n, MAX_LOGPROBS), -jnp.inf),
+    )
+
+
+def _where(live: Bool[Array, "n"], new: Array, old: Array) -> Array:
+    return jnp.where(live.reshape(live.shape + (1,) * (new.ndim - 1)), new, old)
