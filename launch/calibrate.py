@@ -56,7 +56,8 @@ def _numbers(text: str | None) -> tuple[float, ...] | None:
     try:
         return tuple(float(part) for part in text.split(","))
     except ValueError:
-        raise ValueError(f"shares={text!r}: must be numbers like 1,0.5,0.25") from None
+        rule = "must be numbers like 1,0.5,0.25. Try --mean_depth=1.5"
+        raise ValueError(f"shares={text!r}: {rule}") from None
 
 
 def _parser() -> argparse.ArgumentParser:

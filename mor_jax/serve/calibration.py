@@ -90,7 +90,11 @@ def _home(found: Found) -> epath.Path:
 
 
 def path_of(directory: epath.PathLike, name: str) -> epath.Path:
-    """The file of the calibration `name` of a run, or `name` itself where it is a path."""
+    """The file of the calibration `name` of a run, or `name` itself where it is a path.
+
+    Raises `ValueError` for an empty name.
+    """
+    check(name != "", "name", name, "must not be empty", "Try 'fast'")
     if name.endswith(".json") or "/" in name:
         return epath.Path(name).expanduser()
     return workdir.resolved(directory) / DIRECTORY / f"{name}.json"

@@ -210,7 +210,8 @@ def depth_scores(cfg: ModelConfig, params: Params, batch: Batch) -> Float[Array,
     """Scores of each depth by which token-choice decides, balancing bias included."""
     routing = forward(cfg, params, batch, Route(mode="causal")).routing
     assert routing is not None
-    return token_score(cfg.router, routing.visits[0].logits) + params["router"]["bias"]
+    scores = token_score(cfg.router, routing.visits[0].logits)
+    return scores + params["router"]["bias"][None, None]
 
 
 def _present(batch: Batch) -> Bool[Array, "b l"]:
