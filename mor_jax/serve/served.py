@@ -22,6 +22,8 @@ from mor_jax.serve.calibration import Calibration, created, load
 from mor_jax.serve.depth import with_recursions
 from mor_jax.types import Params
 
+_SPECIAL = ("bos_token", "eos_token", "unk_token", "pad_token")
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Served:
@@ -29,8 +31,9 @@ class Served:
 
     name: the run's directory and its step. params: float32. thresholds: for expert-choice, the
     logit that a token must reach at each recursion; None: 0. shares: share of all tokens that is
-    expected to go through each recursion. chat_template: Jinja source, None where the tokenizer has
-    none. eos_ids: tokens that end a text. created: Unix time of the weights, in seconds.
+    expected to go through each recursion. eos_ids: tokens that end a text. chat_template: Jinja
+    source, None where the tokenizer has none; special_tokens: what it may name, such as
+    `bos_token`. created: Unix time of the weights, in seconds.
     """
 
     name: str
@@ -40,6 +43,7 @@ class Served:
     shares: tuple[float, ...]
     tokenizer: Tokenizer
     chat_template: str | None
+    special_tokens: Mapping[str, str]
     eos_ids: frozenset[int]
     created: int
 
@@ -79,6 +83,7 @@ def load_served(
         shares=shares,
         tokenizer=tokenizer,
         chat_template=_template(beside),
+        special_tokens=_special_tokens(beside),
         eos_ids=_ends(beside, tokenizer, cfg.vocab_size),
         created=created(found),
     )
@@ -176,6 +181,14 @@ def _template(beside: Mapping[str, Any]) -> str | None:
         if isinstance(told, str):
             return told
     return None
+
+
+def _special_tokens(beside: Mapping[str, Any]) -> dict[str, str]:
+    told = beside.get("tokenizer_config.json", {})
+    found = {role: told.get(role) for role in _SPECIAL}
+    # Written as a text or as a group of settings.
+    texts = {r: t.get("content") if isinstance(t, dict) else t for r, t in found.items()}
+    return {role: text for role, text in texts.items() if isinstance(text, str)}
 
 
 def _ends(beside: Mapping[str, Any], tokenizer: Tokenizer, vocab_size: int) -> frozenset[int]:

@@ -46,7 +46,7 @@ def test_a_run_as_it_is(run):
     served = load_served(run)
     assert (served.name, served.cfg, served.thresholds) == ("small", MODEL, None)
     assert served.shares == (1.0, 2 / 3, 1 / 3)
-    assert (served.eos_ids, served.chat_template) == ({0}, None)
+    assert (served.eos_ids, served.chat_template, served.special_tokens) == ({0}, None, {})
     jax.tree.map(np.testing.assert_array_equal, served.params, random_params(MODEL, 1))
     assert abs(served.created - (run / "initial" / "manifest.json").stat().st_mtime) < 1
 
@@ -141,11 +141,13 @@ def test_the_conventions_of_a_tokenizer(tokenizer, tmp_path):
     load = load_served
     assert load(tmp_path / "run").eos_ids == {3}
     put(tokenizer, "generation_config.json", eos_token_id=[4, 3, 5000, None, True])
-    template = "{{ bos_token }}{{ messages }}"
+    eos, template = {"content": "<end>", "lstrip": False}, "{{ bos_token }}{{ messages }}"
+    config = {"eos_token": eos, "bos_token": "</s>", "pad_token": None}
     named = [{"name": "tool_use", "template": "T"}, {"name": "default", "template": template}]
-    put(tokenizer, "tokenizer_config.json", chat_template=named)
+    put(tokenizer, "tokenizer_config.json", **config, chat_template=named)
     served = load(tmp_path / "run")
     assert served.eos_ids == {3, 4} and served.chat_template == template
+    assert served.special_tokens == {"eos_token": "<end>", "bos_token": "</s>"}
     (tokenizer / "chat_template.jinja").write_text("ü{{ messages }}", encoding="utf-8")
     assert load(tmp_path / "run").chat_template == "ü{{ messages }}"
     (tokenizer / "generation_config.json").write_text("{")
