@@ -2,7 +2,7 @@
 # Lint, format and tests, as CI runs them. Arguments go to pytest: ./launch/test.sh -k router
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/venv.sh"
-install requirements.txt requirements-dev.txt requirements-convert.txt
+install requirements.txt requirements-dev.txt requirements-convert.txt requirements-serve.txt
 
 cd "$root"
 "$python" -m ruff check .

@@ -21,6 +21,9 @@ IDS = [str(path.relative_to(ROOT)) for path in CODE]
 # place, and the library that calls it decides on its arguments.
 EXPORTED = ROOT / "mor_jax" / "convert" / "hf" / "modeling_mor.py"
 
+# Needs packages that nothing else does, so nothing else may import it.
+SERVER = ROOT / "mor_jax" / "serve" / "http"
+
 OWN = {"mor_jax", "configs", "launch"}
 MAX_FILE, MAX_FUNCTION, MAX_ARGUMENTS = 400, 60, 6
 
@@ -134,6 +137,12 @@ def test_imports_point_downwards(path):
 
 
 @pytest.mark.parametrize("path", CODE, ids=IDS)
+def test_only_its_command_imports_the_http_server(path):
+    if not path.is_relative_to(SERVER) and path != ROOT / "launch" / "serve.py":
+        assert not {m for m in imports(path) if m.startswith("mor_jax.serve.http")}
+
+
+@pytest.mark.parametrize("path", CODE, ids=IDS)
 def test_models_know_only_the_models_config(path):
     """`models` never sees the root config, the optimiser or the data."""
     if part(module_of(path)) == "models":
@@ -196,9 +205,15 @@ def package(name: str) -> str:
     return special.get(name, name).lower().replace("_", "-")
 
 
-def required() -> set[str]:
-    lines = [line.split("#")[0] for line in (ROOT / "requirements.txt").read_text().splitlines()]
-    return {package(line.strip()) for line in lines if line.strip()}
+def required(path: Path) -> set[str]:
+    """What a module may import at its top. Those of the HTTP server, which nothing else imports,
+    have requirements of their own."""
+    names = ["requirements.txt"]
+    if path.is_relative_to(SERVER):
+        names.append("requirements-serve.txt")
+    lines = [line for name in names for line in (ROOT / name).read_text().splitlines()]
+    lines = [line.split("#")[0].strip() for line in lines]
+    return {package(line) for line in lines if line}
 
 
 def optional() -> set[str]:
@@ -223,8 +238,8 @@ def test_third_party_imports_are_declared(path):
     extra in pyproject.toml."""
     tree = tree_of(path)
     top = third_party(tree.body)
-    assert path == EXPORTED or not top - required(), (
-        f"add to requirements.txt: {sorted(top - required())}"
+    assert path == EXPORTED or not top - required(path), (
+        f"add to requirements.txt: {sorted(top - required(path))}"
     )
-    missing = third_party(ast.walk(tree)) - required() - optional()
+    missing = third_party(ast.walk(tree)) - required(path) - optional()
     assert not missing, f"add to an extra in pyproject.toml: {sorted(missing)}"

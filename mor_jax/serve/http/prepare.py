@@ -1,0 +1,148 @@
+"""From the body of a request to what the engine is asked: parsed, checked, turned into tokens.
+
+Everything here may take long for a long text, so it runs in a thread of its own.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+
+from mor_jax.serve.http import fields, schemas
+from mor_jax.serve.http.chat_template import ChatTemplate
+from mor_jax.serve.http.choices import ChatForm, Form, TextForm, TokenBytes
+from mor_jax.serve.http.limits import Limits
+from mor_jax.serve.http.refusals import Refusal, need, refuse
+from mor_jax.serve.request import Request
+from mor_jax.serve.served import Served
+
+# OpenAI's own default for completions; a chat may fill what the context leaves.
+_COMPLETION_TOKENS = 16
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Prepared:
+    """A request that is ready for the engine.
+
+    requests: one for each answer, all answers of a prompt together. echoes: what comes before each
+    answer. prompts: tokens of each prompt.
+    """
+
+    form: Form
+    requests: tuple[Request, ...]
+    echoes: tuple[str, ...]
+    prompts: tuple[int, ...]
+    stream: bool
+    include_usage: bool
+
+
+class Preparer:
+    """Knows the model that is served. `completion` and `chat` raise `Refusal`."""
+
+    def __init__(self, served: Served, max_length: int, limits: Limits, token_bytes: TokenBytes):
+        """max_length: tokens of prompt and answer together. Raises `ValueError` if the model's chat
+        template cannot be read."""
+        self._served, self._limits, self._token_bytes = served, limits, token_bytes
+        self._max_length = max_length
+        source = served.chat_template
+        names = served.special_tokens
+        self._template = source and ChatTemplate(source, served.tokenizer, names)
+
+    @property
+    def chats(self) -> bool:
+        """Whether there is a chat template."""
+        return bool(self._template)
+
+    def completion(self, body: bytes) -> Prepared:
+        """A request to /v1/completions."""
+        asked = schemas.completion(fields.parse_object(body), self._limits)
+        self._check_model(asked.options.model)
+        tokenizer = self._served.tokenizer
+        given = asked.prompts
+        texts = [prompt for prompt in given if isinstance(prompt, str)]
+        encoded = iter(tokenizer.encode_batch(texts))
+        # As OpenAI does it: an empty prompt is the end of another text.
+        start = (tokenizer.eos_id,)
+        prompts = [
+            tuple(next(encoded).tolist()) or start if isinstance(p, str) else p for p in given
+        ]
+        echoes = [""] * len(prompts)
+        if asked.echo:
+            echoes = [p if isinstance(p, str) else tokenizer.decode(p) for p in given]
+        options = asked.options
+        form = TextForm(self._token_bytes, options.logprobs, options.depths)
+        return self._prepared(options, form, prompts, echoes)
+
+    def chat(self, body: bytes) -> Prepared:
+        """A request to /v1/chat/completions."""
+        asked = schemas.chat(fields.parse_object(body), self._limits)
+        self._check_model(asked.options.model)
+        if not self._template:
+            message = "this model's tokenizer has no chat template. Use /v1/completions"
+            raise Refusal(400, message, param="messages", code="no_chat_template")
+        prompt = self._template.tokens(asked.messages) or (self._served.tokenizer.eos_id,)
+        options = asked.options
+        form = ChatForm(self._token_bytes, options.logprobs, options.depths)
+        return self._prepared(options, form, [prompt], [""])
+
+    def _check_model(self, name: str | None) -> None:
+        served = self._served.name
+        if name is not None and name != served:
+            fix = f"This server has {served}"
+            refuse("model", name, "is not served here", fix, code="model_not_found", status=404)
+
+    def _prepared(
+        self,
+        options: schemas.Options,
+        form: Form,
+        prompts: Sequence[tuple[int, ...]],
+        echoes: Sequence[str],
+    ) -> Prepared:
+        requests = []
+        for i, prompt in enumerate(prompts):
+            param = "messages" if isinstance(form, ChatForm) else "prompt"
+            param = f"{param}[{i}]" if len(prompts) > 1 else param
+            request = self._request(options, form, prompt, param)
+            requests += [_numbered(request, k) for k in range(options.n)]
+        return Prepared(
+            form=form,
+            requests=tuple(requests),
+            echoes=tuple(echo for echo in echoes for _ in range(options.n)),
+            prompts=tuple(map(len, prompts)),
+            stream=options.stream,
+            include_usage=options.include_usage,
+        )
+
+    def _request(
+        self, options: schemas.Options, form: Form, prompt: tuple[int, ...], param: str
+    ) -> Request:
+        room = self._max_length - len(prompt)
+        if room <= 0:
+            message = (
+                f"{param}: has {len(prompt)} tokens, but this model's context holds "
+                f"{self._max_length} with the answer. Shorten it"
+            )
+            raise Refusal(400, message, param=param, code="context_length_exceeded")
+        wanted = options.max_tokens
+        if wanted is None:
+            wanted = room if isinstance(form, ChatForm) else min(_COMPLETION_TOKENS, room)
+        rule = f"{len(prompt)} tokens of prompt leave room for {room}"
+        need(wanted <= room, "max_tokens", wanted, rule, f"Ask for at most {room}")
+        most = self._limits.timeout
+        return Request(
+            prompt=prompt,
+            max_tokens=wanted,
+            sampling=options.sampling,
+            stop=options.stop,
+            stop_tokens=options.stop_tokens,
+            ignore_eos=options.ignore_eos,
+            logprobs=options.logprobs,
+            deadline=most if options.timeout is None else min(options.timeout, most),
+        )
+
+
+def _numbered(request: Request, number: int) -> Request:
+    """The request for answer `number` of the same prompt: seeds count up from the one given."""
+    seed = request.sampling.seed
+    if seed is None or number == 0:
+        return request
+    sampling = dataclasses.replace(request.sampling, seed=(seed + number) % 2**32)
+    return dataclasses.replace(request, sampling=sampling)

@@ -1,0 +1,80 @@
+"""Connections that waste nobody's time: bounds on what a client may send and leave unread.
+
+An ASGI application cannot see a request line that never ends, nor end a connection whose client
+has stopped reading. uvicorn leaves both open for ever, so its protocol is extended here.
+"""
+
+import asyncio
+from typing import Any
+
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+from mor_jax.serve.http.limits import MAX_HEAD, Limits
+
+
+class BoundedProtocol(HttpToolsProtocol):
+    """HTTP/1.1 with time limits. `bounded` makes a class for uvicorn."""
+
+    limits = Limits()
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._head_bytes = 0
+        self._reading: asyncio.TimerHandle | None = None
+        self._writing: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """Starts the clock for the first request line."""
+        super().connection_made(transport)
+        self._expect_head()
+
+    def data_received(self, data: bytes) -> None:
+        """Ends the connection when a head grows too long."""
+        super().data_received(data)
+        if self.transport.is_closing():
+            return
+        if self.cycle is None or self.cycle.response_complete:
+            # Of the next request: its first bytes ended the time in which a connection may idle.
+            self._head_bytes += len(data)
+            if self._head_bytes > MAX_HEAD:
+                self.send_400_response("The request's headers are too long.")
+            elif self._reading is None:
+                self._expect_head()
+        else:
+            self._head_bytes = 0
+            self._reading = _stop(self._reading)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Stops the clocks."""
+        self._reading, self._writing = _stop(self._reading), _stop(self._writing)
+        super().connection_lost(exc)
+
+    def pause_writing(self) -> None:
+        """The client does not read: the clock for that starts."""
+        super().pause_writing()
+        if self._writing is None:
+            self._writing = self.loop.call_later(self.limits.write_timeout, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        """It has read."""
+        self._writing = _stop(self._writing)
+        super().resume_writing()
+
+    def _expect_head(self) -> None:
+        self._reading = self.loop.call_later(self.limits.read_timeout, self._no_head)
+
+    def _no_head(self) -> None:
+        self._reading = None
+        if self.cycle is None or self.cycle.response_complete:
+            self.transport.abort()
+
+
+def bounded(limits: Limits) -> type[BoundedProtocol]:
+    """The protocol with these limits."""
+    return type("Protocol", (BoundedProtocol,), {"limits": limits})
+
+
+def _stop(timer: asyncio.TimerHandle | None) -> None:
+    """Stops a clock that may be running; what it returns says that none is."""
+    if timer is not None:
+        timer.cancel()

@@ -1,0 +1,164 @@
+"""The process around the endpoints: its socket, its signals, and how it ends."""
+
+import asyncio
+import contextlib
+import logging
+import resource
+import signal
+import socket
+import sys
+import threading
+from collections.abc import Callable, Iterator
+
+import uvicorn
+
+from mor_jax import exit_codes
+from mor_jax.parsing import fail
+from mor_jax.serve.engine import Engine
+from mor_jax.serve.http.app import Api
+from mor_jax.serve.http.limits import SEND_BUFFER, Limits
+from mor_jax.serve.http.protocol import bounded
+
+LOG = logging.getLogger("mor_jax.serve")
+
+# Seconds: for what was answered last to reach its client, and for an engine that does not stop.
+_FLUSH = 5
+_MARGIN = 10.0
+
+# Connections that wait to be accepted: a thousand clients may come at the same moment.
+_BACKLOG = 4096
+
+# Seconds after which the thread that runs hands over to one that waits. The default of 5 ms would
+# let the event loop hold up every step of the engine by as much.
+_SWITCH = 0.0005
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """A socket at that address, not listening yet; port 0 picks one. Raises `ValueError`."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        bound = socket.socket(family, kind, protocol)
+    except (OSError, OverflowError, UnicodeError) as error:
+        fail("host", host, f"no such address ({error})", "Try 127.0.0.1, or 0.0.0.0 for all")
+    try:
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        # Connections inherit it.
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)
+        bound.bind(address)
+    except OSError as error:
+        bound.close()
+        rule = f"cannot listen on {host} ({error.strerror})"
+        fail("port", port, rule, "Choose another one; 0 takes any that is free")
+    return bound
+
+
+def address(bound: socket.socket) -> str:
+    """`http://127.0.0.1:8000`."""
+    host, port = bound.getsockname()[:2]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+class Server(uvicorn.Server):
+    """Serves until it is told to end: `stop`, SIGTERM, SIGINT, or an engine that failed.
+
+    First the engine finishes what it has (`Limits.drain`), while new requests get 503. A second
+    signal gives up what is under way. code: exit code of the process.
+    """
+
+    def __init__(self, api: Api, engine: Engine, limits: Limits) -> None:
+        config = uvicorn.Config(
+            api.app,
+            http=bounded(limits),
+            ws="none",
+            lifespan="off",
+            log_config=None,
+            access_log=False,
+            proxy_headers=False,
+            server_header=False,
+            backlog=_BACKLOG,
+            timeout_keep_alive=limits.keep_alive,  # type: ignore[arg-type]
+            timeout_graceful_shutdown=_FLUSH,
+        )
+        super().__init__(config)
+        self._api, self._engine, self._limits = api, engine, limits
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._draining: asyncio.Task[None] | None = None
+        self.code = exit_codes.OK
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """uvicorn's own would end the process by the signal, and drop answers under way."""
+        self._loop = asyncio.get_running_loop()
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = {kind: signal.getsignal(kind) for kind in (signal.SIGTERM, signal.SIGINT)}
+        for kind in before:
+            self._loop.add_signal_handler(kind, self._ask, signal.Signals(kind).name)
+        try:
+            yield
+        finally:
+            for kind, handler in before.items():
+                self._loop.remove_signal_handler(kind)
+                signal.signal(kind, handler)
+
+    def stop(self) -> None:
+        """As SIGTERM. May be called from any thread."""
+        if self._loop is not None:
+            self._loop.call_soon_threadsafe(self._ask, "stop")
+
+    async def on_tick(self, counter: int) -> bool:
+        """Ten times a second: whether to end now."""
+        if self._engine.failure and self._draining is None:
+            LOG.error("the engine failed: %s", self._engine.failure)
+            self.code = exit_codes.ERROR
+            self._ask("failure")
+        return await super().on_tick(counter)
+
+    def _ask(self, reason: str) -> None:
+        if self._draining is not None:
+            LOG.warning("%s again: giving up the answers under way", reason)
+            self._api.give_up()
+            return
+        LOG.warning("%s: finishing the answers under way, for %g s", reason, self._limits.drain)
+        self._api.draining = "the server is shutting down"
+        self._draining = asyncio.get_running_loop().create_task(self._drain())
+
+    async def _drain(self) -> None:
+        done = asyncio.Event()
+        loop = asyncio.get_running_loop()
+
+        def stop() -> None:
+            try:
+                self._engine.stop(drain=True, timeout=self._limits.drain)
+            finally:
+                loop.call_soon_threadsafe(done.set)
+
+        # A daemon: an engine that hangs must not keep the process.
+        threading.Thread(target=stop, name="drain", daemon=True).start()
+        try:
+            async with asyncio.timeout(self._limits.drain + _MARGIN):
+                await done.wait()
+        except TimeoutError:
+            LOG.error("the engine does not stop: leaving it")
+            self.code = exit_codes.ERROR
+        self._api.give_up()
+        self.should_exit = True
+
+
+def run(server: Server, bound: socket.socket, ready: Callable[[], None] = lambda: None) -> int:
+    """Serves on that socket until the server ends; returns the exit code. ready: called first."""
+    sys.setswitchinterval(_SWITCH)
+    _allow_many_connections()
+    ready()
+    server.run(sockets=[bound])
+    return server.code
+
+
+def _allow_many_connections() -> None:
+    """Each connection is a file to the system, which often allows 1,024 unless asked."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))

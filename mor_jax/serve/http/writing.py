@@ -1,0 +1,124 @@
+"""Answers on the wire: one JSON object, or server-sent events as the answer grows."""
+
+import asyncio
+import json
+import time
+from typing import Any
+
+from starlette.types import Receive, Send
+
+from mor_jax.serve.http.choices import usage
+from mor_jax.serve.http.generation import Generation, until_gone
+from mor_jax.serve.http.prepare import Prepared
+from mor_jax.serve.http.refusals import Refusal
+
+_STREAM_HEADERS = [
+    (b"content-type", b"text/event-stream; charset=utf-8"),
+    (b"cache-control", b"no-cache"),
+    # nginx would hold events back otherwise.
+    (b"x-accel-buffering", b"no"),
+]
+
+
+async def send_bytes(send: Send, status: int, headers: dict[str, str], body: bytes) -> None:
+    """A whole response."""
+    raw = [(name.encode(), value.encode()) for name, value in headers.items()]
+    raw.append((b"content-length", str(len(body)).encode()))
+    await send({"type": "http.response.start", "status": status, "headers": raw})
+    await send({"type": "http.response.body", "body": body})
+
+
+async def send_json(send: Send, status: int, value: Any) -> None:
+    """A whole response in JSON."""
+    await send_bytes(send, status, {"content-type": "application/json"}, encode(value))
+
+
+async def send_refusal(send: Send, refusal: Refusal) -> None:
+    """The response that turns a request away."""
+    await send_bytes(send, refusal.status, refusal.headers(), refusal.encoded())
+
+
+def encode(value: Any) -> bytes:
+    """JSON in UTF-8, without spaces."""
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode()
+
+
+class Answer:
+    """Writes the answer to one request. number: makes its id. model: the served one's name."""
+
+    def __init__(self, prepared: Prepared, generation: Generation, number: str, model: str) -> None:
+        self._prepared, self._generation = prepared, generation
+        self._form = prepared.form
+        self._head = {
+            "id": self._form.prefix + number,
+            "object": self._form.chunk_kind if prepared.stream else self._form.kind,
+            "created": int(time.time()),
+            "model": model,
+        }
+
+    async def send(self, receive: Receive, send: Send, ping: float) -> None:
+        """Until all is written or the client has gone. Raises `Refusal` before anything is."""
+        watch = asyncio.create_task(until_gone(receive))
+        watch.add_done_callback(self._gone)
+        try:
+            await (self._stream(send, ping) if self._prepared.stream else self._whole(send))
+        finally:
+            watch.remove_done_callback(self._gone)
+            watch.cancel()
+
+    def _gone(self, _: asyncio.Task[None]) -> None:
+        self._generation.leave()
+
+    async def _whole(self, send: Send) -> None:
+        generation = self._generation
+        while generation.open:
+            await generation.wait()
+        if generation.reason == "left":
+            return
+        choices = [self._form.whole(choice) for choice in generation.choices]
+        await send_json(send, 200, self._head | {"choices": choices, "usage": self._usage()})
+
+    async def _stream(self, send: Send, ping: float) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": _STREAM_HEADERS})
+        try:
+            body = await self._events(send, ping)
+        except Refusal as refusal:
+            # The status is out already; OpenAI's clients raise on an event that holds an error.
+            body = _event(refusal.body())
+        await send({"type": "http.response.body", "body": body})
+
+    async def _events(self, send: Send, ping: float) -> bytes:
+        """Sends events as they come; returns the last ones."""
+        generation = self._generation
+        openings = [self._form.opening(choice.index) for choice in generation.choices]
+        body = b"".join(self._chunk(opening) for opening in openings if opening)
+        while generation.open:
+            if body:
+                await send({"type": "http.response.body", "body": body, "more_body": True})
+            came = await generation.wait(ping)
+            body = self._news() if came else b": waiting\n\n"
+        if self._prepared.include_usage:
+            body += _event(self._head | {"choices": [], "usage": self._usage()})
+        return body + b"data: [DONE]\n\n"
+
+    def _news(self) -> bytes:
+        """What has come since the last chunk, answer by answer."""
+        parts = []
+        for choice in self._generation.choices:
+            if choice.tokens or choice.finished:
+                part = choice.part()
+                # Half a character, or what may be a stop text: the text comes later.
+                if part.text or part.finished or self._form.per_token:
+                    parts.append(self._chunk(self._form.chunk(part)))
+        return b"".join(parts)
+
+    def _chunk(self, choice: dict[str, Any]) -> bytes:
+        value = self._head | {"choices": [choice]}
+        return _event(value | {"usage": None} if self._prepared.include_usage else value)
+
+    def _usage(self) -> dict[str, int]:
+        return usage(self._prepared.prompts, self._generation.tokens)
+
+
+def _event(value: dict[str, Any]) -> bytes:
+    return b"data: " + encode(value) + b"\n\n"
