@@ -83,12 +83,12 @@ def _parser() -> argparse.ArgumentParser:
 def _export(options: argparse.Namespace) -> int:
     from mor_jax.convert.exports import ExportOptions, export
     from mor_jax.convert.run_source import open_run
-    from mor_jax.convert.shards import parse_size
+    from mor_jax.parsing import size
 
     chosen = ExportOptions(
         output=options.output,
         dtype=options.dtype,
-        shard_bytes=parse_size(options.max_shard_size),
+        shard_bytes=size("max_shard_size", options.max_shard_size),
         unroll=options.unroll,
         replace=options.overwrite,
     )

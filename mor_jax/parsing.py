@@ -54,6 +54,19 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
     return value
 
 
+def size(path: str, text: str) -> int:
+    """`2GB`, `500MB` or a plain number -> bytes. Raises `ValueError` on anything else."""
+    units = {"GB": 10**9, "MB": 10**6, "KB": 10**3}
+    number, unit = text.strip().upper(), 1
+    for suffix, factor in units.items():
+        if number.endswith(suffix):
+            number, unit = number.removesuffix(suffix), factor
+    try:
+        return int(float(number) * unit)
+    except (ValueError, OverflowError) as error:
+        fail(path, text, f"must be a number of bytes, such as 2GB or 500MB ({error})", "Try 2GB")
+
+
 def positive(path: str, cfg: Any, *names: str) -> None:
     """Raises `ValueError` unless the settings `names` of the group at `path` are above 0."""
     for name in names:

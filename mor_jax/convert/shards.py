@@ -13,7 +13,7 @@ from typing import Any, Literal, get_args
 import jax.numpy as jnp
 import numpy as np
 
-from mor_jax.config import check, fail
+from mor_jax.config import check
 from mor_jax.convert.directory import flush
 from mor_jax.convert.lazy import Lazy, ahead
 
@@ -103,20 +103,6 @@ def narrow(value: np.ndarray, dtype: Dtype, name: str) -> np.ndarray:
     rule = f"{name} reaches {reach:.3g}, more than {dtype} holds"
     check(reach <= largest, "dtype", dtype, rule, "Use 'bfloat16' or 'float32'")
     return value.astype(_NUMPY[dtype])
-
-
-def parse_size(text: str) -> int:
-    """`2GB`, `500MB` or a plain number -> bytes. Raises `ValueError` on anything else."""
-    units = {"GB": 10**9, "MB": 10**6, "KB": 10**3}
-    number, unit = text.strip().upper(), 1
-    for suffix, factor in units.items():
-        if number.endswith(suffix):
-            number, unit = number.removesuffix(suffix), factor
-    try:
-        return int(float(number) * unit)
-    except (ValueError, OverflowError) as error:
-        rule = f"must be a number of bytes, such as 2GB or 500MB ({error})"
-        fail("max_shard_size", text, rule, "Try 2GB")
 
 
 def _write_index(

@@ -15,14 +15,14 @@ from safetensors.numpy import load_file, save_file
 from tiny import TINY
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from mor_jax import exit_codes
+from mor_jax import exit_codes, parsing
 from mor_jax.checkpoint import Checkpoints
 from mor_jax.config import CheckpointConfig
 from mor_jax.convert.exports import ExportOptions, export
 from mor_jax.convert.importing import ImportOptions, import_run
 from mor_jax.convert.lazy import flatten, held
 from mor_jax.convert.run_source import open_run
-from mor_jax.convert.shards import INDEX, parse_size, write_shards
+from mor_jax.convert.shards import INDEX, write_shards
 from mor_jax.models.router import Route
 from mor_jax.parameters import unique_parameters
 from mor_jax.state import forward, unembed
@@ -132,9 +132,9 @@ def test_shards_have_an_index_and_load_as_one(tmp_path):
 
 @pytest.mark.parametrize(("text", "size"), [("2GB", 2 * 10**9), ("1.5 mb", 1500000), ("7", 7)])
 def test_sizes_are_read_with_units(text, size):
-    assert parse_size(text) == size
+    assert parsing.size("max_shard_size", text) == size
     with pytest.raises(ValueError, match="max_shard_size='2 elephants'"):
-        parse_size("2 elephants")
+        parsing.size("max_shard_size", "2 elephants")
 
 
 def test_narrow_weights_are_rounded_and_too_large_ones_refused(tmp_path):
