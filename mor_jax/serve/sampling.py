@@ -156,20 +156,26 @@ def sample(
     """
     logits = logits.astype(jnp.float32)
     best = jnp.max(logits, axis=1)
-    if before is None:
-        used = logits
-    else:
-        used = jax.lax.cond(
-            want.penalties, lambda: _penalise(logits, settings, before), lambda: logits
+
+    def choose(used: Float[Array, "b v"]) -> Int[Array, "b"]:
+        greedy = _first_best(used)
+        return jax.lax.cond(
+            want.draws,
+            lambda: jnp.where(
+                settings.temperature > 0, _draw(used, settings, position, want.cuts), greedy
+            ),
+            lambda: greedy,
         )
-    greedy = _first_best(used)
-    token = jax.lax.cond(
-        want.draws,
-        lambda: jnp.where(
-            settings.temperature > 0, _draw(used, settings, position, want.cuts), greedy
-        ),
-        lambda: greedy,
-    )
+
+    if before is None:
+        token = choose(logits)
+    else:
+        # Each branch goes on to its tokens: logits as a result would be copied in every step.
+        token = jax.lax.cond(
+            want.penalties,
+            lambda: choose(_penalise(logits, settings, before)),
+            lambda: choose(logits),
+        )
     # NaN anywhere, an infinity, or no token at all.
     fine = jnp.isfinite(best)
     asked = jnp.logical_or(want.logprobs, want.alternatives)
