@@ -9,7 +9,6 @@ from starlette.routing import Route, Router
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from mor_jax.serve.engine import Engine
-from mor_jax.serve.http.choices import TokenBytes
 from mor_jax.serve.http.gate import ENDPOINTS, Gate, Record
 from mor_jax.serve.http.generation import Generation
 from mor_jax.serve.http.limits import Limits
@@ -34,14 +33,12 @@ class Api:
     draining: why no request is taken any more, "" while they are.
     """
 
-    def __init__(
-        self, engine: Engine, limits: Limits, token_bytes: TokenBytes, keys: Sequence[bytes] = ()
-    ) -> None:
+    def __init__(self, engine: Engine, limits: Limits, keys: Sequence[bytes] = ()) -> None:
         """Raises `ValueError` if the model's chat template cannot be read."""
         limits.validate()
         self._engine, self._limits = engine, limits
         self._served = engine.served
-        self._preparer = Preparer(engine.served, engine.max_length, limits, token_bytes)
+        self._preparer = Preparer(engine.served, engine.max_length, limits)
         self._threads = ThreadPoolExecutor(_PREPARING_THREADS, "prepare")
         self._mailbox: Mailbox | None = None
         self._generations: set[Generation] = set()

@@ -84,6 +84,8 @@ class Generation:
     def leave(self) -> None:
         """The client has gone: gives all answers up and wakes who waits for them."""
         self.close("left")
+        # Even of an answer that is finished: it was not read to its end.
+        self.reason = "left"
         self._woken.set()
 
     def stop(self) -> None:

@@ -8,11 +8,12 @@ from collections.abc import Sequence
 
 from mor_jax.serve.http import fields, schemas
 from mor_jax.serve.http.chat_template import ChatTemplate
-from mor_jax.serve.http.choices import ChatForm, Form, TextForm, TokenBytes
+from mor_jax.serve.http.choices import ChatForm, Form, TextForm
 from mor_jax.serve.http.limits import Limits
 from mor_jax.serve.http.refusals import Refusal, need, refuse
 from mor_jax.serve.request import Request
 from mor_jax.serve.served import Served
+from mor_jax.serve.token_bytes import token_bytes
 
 # OpenAI's own default for completions; a chat may fill what the context leaves.
 _COMPLETION_TOKENS = 16
@@ -37,10 +38,11 @@ class Prepared:
 class Preparer:
     """Knows the model that is served. `completion` and `chat` raise `Refusal`."""
 
-    def __init__(self, served: Served, max_length: int, limits: Limits, token_bytes: TokenBytes):
+    def __init__(self, served: Served, max_length: int, limits: Limits) -> None:
         """max_length: tokens of prompt and answer together. Raises `ValueError` if the model's chat
         template cannot be read."""
-        self._served, self._limits, self._token_bytes = served, limits, token_bytes
+        self._served, self._limits = served, limits
+        self._token_bytes = token_bytes(served.tokenizer)
         self._max_length = max_length
         source = served.chat_template
         names = served.special_tokens

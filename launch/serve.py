@@ -1,0 +1,117 @@
+"""Serves a run's model over HTTP, in the form of OpenAI's API.
+
+    python launch/serve.py --workdir=runs/mor
+    python launch/serve.py --workdir=runs/mor --host=0.0.0.0 --port=8000 --slots=64 --cache=8GB \\
+        --api_key_file=keys.txt
+    curl localhost:8000/v1/completions -H 'Content-Type: application/json' \\
+        -d '{"prompt": "Once upon a time", "max_tokens": 32}'
+
+SIGTERM or Ctrl-C finishes the answers under way (--drain) and ends with code 0. docs/serving.md.
+"""
+
+import argparse
+import importlib.util
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from mor_jax import exit_codes, platforms
+
+if TYPE_CHECKING:
+    from mor_jax.serve.http.limits import Limits
+
+NEEDED = ("httptools", "jinja2", "prometheus_client", "starlette", "uvicorn")
+
+
+def main(argv: list[str] | None = None) -> int:
+    options = _parser().parse_args(argv)
+    missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
+    if missing:
+        fix = "pip install -r requirements-serve.txt"
+        print(f"error: {', '.join(missing)} not installed. Try {fix}", file=sys.stderr)
+        return exit_codes.ERROR
+    platforms.skip_absent()
+    try:
+        return _serve(options)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return exit_codes.ERROR
+
+
+def _serve(options: argparse.Namespace) -> int:
+    from mor_jax.serve.engine import Engine, EngineConfig
+
+    from mor_jax import parsing
+    from mor_jax.serve.http.app import Api
+    from mor_jax.serve.http.server import Server, address, bind, run
+    from mor_jax.serve.http.start import announce, log_to_terminal, read_keys
+    from mor_jax.serve.served import load_served
+
+    limits = _limits(options)
+    keys = read_keys(options.api_key_file)
+    cache_bytes = None if options.cache is None else parsing.size("cache", options.cache)
+    cfg = EngineConfig(
+        slots=options.slots, cache_bytes=cache_bytes, max_waiting=options.max_waiting
+    )
+    log_to_terminal()
+    # Before anything that takes long: an address in use is told at once.
+    bound = bind(options.host, options.port)
+    served = load_served(
+        options.workdir,
+        step=options.step,
+        calibration=options.calibration,
+        recursions=options.recursions,
+    )
+    with Engine(served, cfg) as engine:
+        api = Api(engine, limits, keys)
+        return run(
+            Server(api, engine, limits),
+            bound,
+            lambda: announce(engine, address(bound), api.chats, len(keys)),
+        )
+
+
+def _limits(options: argparse.Namespace) -> "Limits":
+    from mor_jax.parsing import size
+    from mor_jax.serve.http.limits import Limits
+
+    limits = Limits(
+        timeout=options.timeout,
+        drain=options.drain,
+        max_requests=options.max_requests,
+        max_body=size("max_body", options.max_body),
+        max_choices=options.max_choices,
+        write_timeout=options.write_timeout,
+    )
+    limits.validate()
+    return limits
+
+
+def _parser() -> argparse.ArgumentParser:
+    about, _, more = (__doc__ or "").partition("\n")
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=about, epilog=more, formatter_class=raw)
+    add = parser.add_argument
+    add("--workdir", required=True, help="run whose model is served")
+    add("--step", type=int, help="checkpoint; default: the newest good one")
+    add("--calibration", help="of launch/calibrate.py: its name, or a file")
+    add("--recursions", type=int, help="to run in place of those trained")
+    add("--host", default="127.0.0.1", help="default: %(default)s; 0.0.0.0 for every interface")
+    add("--port", type=int, default=8000, help="default: %(default)s; 0 takes a free one")
+    add("--slots", type=int, default=32, help="sequences at work at once; default: %(default)s")
+    add("--cache", help="bytes for keys and values, such as 2GB; default: enough for the slots")
+    add("--max_waiting", type=int, default=1024, help="texts in the queue; default: %(default)s")
+    add("--timeout", type=float, default=600, help="seconds an answer may take; default: 600")
+    add("--drain", type=float, default=30, help="seconds to finish answers when told to end")
+    add("--api_key_file", help="file with a key a line; or set MOR_API_KEY")
+    add("--max_requests", type=int, default=2048, help="requests at once; default: %(default)s")
+    add("--max_choices", type=int, default=128, help="answers to a request; default: %(default)s")
+    add("--max_body", default="2MB", help="largest request; default: %(default)s")
+    add("--write_timeout", type=float, default=30, help="seconds an answer may lie unread")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())
