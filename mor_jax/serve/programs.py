@@ -16,7 +16,7 @@ from mor_jax.models.cached import flat, routed, routed_prefill
 from mor_jax.models.cached.layer import Weights
 from mor_jax.models.cached.pages import Cache, Geometry
 from mor_jax.models.cached.passes import Piece, Rows
-from mor_jax.models.cached.routed import Decoder, Flight
+from mor_jax.models.cached.routed import Decoder, Entry, Flight
 from mor_jax.models.layers import unembed
 from mor_jax.serve.request import MAX_LOGPROBS
 from mor_jax.serve.sampling import Before, Sampled, Want, sample
@@ -25,6 +25,10 @@ from mor_jax.types import Array, Bool, Float, Int
 
 GOES_ON, ENDED, FULL, FAILED = 0, 1, 2, 3
 """What a sampled token means for its sequence: end of text, all tokens used, logits not numbers."""
+
+
+FLAT_GROUP = 64
+"""Tokens of a prompt that pass the layers of a model without routers at one time."""
 
 
 @jax.tree_util.register_dataclass
@@ -67,12 +71,17 @@ class Prefilled:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class _Turned:
-    """What leaving and entering gave n rows: samples, the tokens that now fly, the cache."""
+    """What leaving and entering gave n rows: samples, what now flies, entries of the end layers.
+
+    goes: rows that have a new token on its way.
+    """
 
     sampled: Sampled
     state: Int[Array, "n"]
-    flight: Flight | None
-    cache: Cache
+    flight: Flight
+    goes: Bool[Array, "n"]
+    last: Entry
+    first: Entry
 
 
 @dataclasses.dataclass(frozen=True)
@@ -165,6 +174,10 @@ class Programs:
         depth = flight.depth
         turned = self._turnover(decoder, slots, cache, rows, (leaves, enters, flight, want))
         sampled = turned.sampled
+        left = dataclasses.replace(rows, live=leaves)
+        cache = routed.store(decoder, cache, left, turned.last, 1)
+        following = Rows(at, rows.position + leaves, turned.goes)
+        cache = routed.store(decoder, cache, following, turned.first, 0)
         ticked = Ticked(
             sampled=leaves,
             token=sampled.token,
@@ -177,7 +190,7 @@ class Programs:
             top_ids=sampled.top_ids,
             top_logprobs=sampled.top_logprobs,
         )
-        return self._kept(slots, rows, ticked, turned.flight), turned.cache, ticked
+        return self._kept(slots, rows, ticked, turned.flight), cache, ticked
 
     def _turnover(
         self,
@@ -197,30 +210,28 @@ class Programs:
         number = jnp.sum(turns, dtype=jnp.int32)
         order = jnp.argsort(~turns, stable=True).astype(jnp.int32)
         sizes = _sizes(n)
-        nothing = _Turned(_unsampled(n), jnp.zeros(n, jnp.int32), flight, cache)
+        none = Entry.empty(self.geometry.cfg, n)
+        unsampled = (_unsampled(n), jnp.zeros(n, jnp.int32))
+        nothing = _Turned(*unsampled, flight, jnp.zeros(n, bool), none, none)
 
-        def branch(size: int, cache: Cache) -> _Turned:
+        def branch(size: int) -> _Turned:
             if size == 0:
-                return dataclasses.replace(nothing, cache=cache)
+                return nothing
             index = order[:size]
-            part = Rows(*(jax.tree.map(lambda x: x[index], (rows.slot, rows.position, leaves))))
-            hidden, cache = routed.leave(decoder, cache, part, flight.x[index])
+            part = Rows(rows.slot[index], rows.position[index], leaves[index])
+            hidden, last = routed.leave(decoder, cache, part, flight.x[index])
             sampled, state = self._sample(decoder.weights, slots, part, hidden, want)
             token = jnp.where(part.live, sampled.token, slots.token[part.slot])
-            going = enters[index] | (part.live & (state == GOES_ON))
-            following = Rows(part.slot, part.position + part.live, going)
-            new, cache = routed.enter(decoder, cache, following, jnp.maximum(token, 0))
+            goes = enters[index] | (part.live & (state == GOES_ON))
+            following = Rows(part.slot, part.position + part.live, goes)
+            new, first = routed.enter(decoder, cache, following, jnp.maximum(token, 0))
             old = jax.tree.map(lambda x: x[index], flight)
-            new = jax.tree.map(lambda a, b: _where(going, a, b), new, old)
-            put = jax.tree.map(
-                lambda whole, x: whole.at[index].set(x),
-                (nothing.sampled, nothing.state, flight),
-                (sampled, state, new),
-            )
-            return _Turned(*put, cache)
+            new = jax.tree.map(lambda a, b: _where(goes, a, b), new, old)
+            made = _Turned(sampled, state, new, goes, last, first)
+            return jax.tree.map(lambda whole, x: whole.at[index].set(x), nothing, made)
 
         which = jnp.searchsorted(jnp.asarray(sizes, jnp.int32), number, side="left")
-        return jax.lax.switch(which, [partial(branch, size) for size in sizes], cache)
+        return jax.lax.switch(which, [partial(branch, size) for size in sizes])
 
     def _sample(
         self,
@@ -281,9 +292,7 @@ class Programs:
         live = turn & (place < piece.number)
         rows = Piece(at, piece.start + place, live)
         if slots.flight is None:
-            cache = flat.prefill(
-                self.geometry, weights, cache, held.tables, rows, piece.tokens, self.chunk
-            )
+            cache = self._flat_prefill(weights, cache, held, rows, piece)
             after = counts + jnp.where(turn, piece.number, 0)
             nothing = jnp.zeros(n, jnp.int32)
             done = Prefilled(turn, jnp.array(True), after, after, nothing)
@@ -300,6 +309,25 @@ class Programs:
             counts=slots.counts.at[at].set(done.counts),
         )
         return slots, cache, done
+
+    def _flat_prefill(
+        self, weights: Weights, cache: Cache, held: Held, rows: Piece, piece: "Prompt"
+    ) -> Cache:
+        """All layers on groups of the piece's tokens: no more groups than there are tokens for."""
+        n = piece.tokens.shape[0]
+        group = min(FLAT_GROUP, n)
+        rounds = jnp.where(rows.live[0], (piece.number + group - 1) // group, 0)
+
+        def cut(x: Array, i: Array) -> Array:
+            return jax.lax.dynamic_slice_in_dim(jnp.pad(x, (0, -n % group)), i * group, group)
+
+        def store(i: Array, cache: Cache) -> Cache:
+            part = Piece(rows.slot, cut(rows.position, i), cut(rows.live, i))
+            tokens = cut(piece.tokens, i)
+            tables = held.tables
+            return flat.prefill(self.geometry, weights, cache, tables, part, tokens, self.chunk)
+
+        return jax.lax.fori_loop(0, rounds, store, cache)
 
 
 @jax.tree_util.register_dataclass

@@ -11,16 +11,10 @@ import jax.numpy as jnp
 
 from mor_jax.config import ModelConfig
 from mor_jax.models.cached import routing
-from mor_jax.models.cached.layer import Weights, norm, turns
-from mor_jax.models.cached.pages import Cache, Geometry, Tables
-from mor_jax.models.cached.passes import (
-    Rows,
-    all_tokens,
-    block,
-    block_look,
-    through,
-    updated_look,
-)
+from mor_jax.models.cached.attention import Queue, Softmax, by_queue
+from mor_jax.models.cached.layer import Weights, apply, norm, turns
+from mor_jax.models.cached.pages import Cache, Geometry, Place, Tables, write
+from mor_jax.models.cached.passes import Rows, block, block_look, updated_look
 from mor_jax.types import Array, Bool, Float, Int
 
 
@@ -68,23 +62,37 @@ class Decoder:
         return self.geometry.cfg
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """Keys and values of n tokens in one layer, not stored yet."""
+
+    k: Float[Array, "n g k"]
+    v: Float[Array, "n g k"]
+
+    @classmethod
+    def empty(cls, cfg: ModelConfig, n: int) -> "Entry":
+        """Of n tokens, all zero."""
+        zeros = jnp.zeros((n, cfg.kv_heads, cfg.head_dim), jnp.dtype(cfg.dtype))
+        return cls(zeros, zeros)
+
+
 def enter(
     decoder: Decoder, cache: Cache, rows: Rows, token: Int[Array, "n"]
-) -> tuple[Flight, Cache]:
+) -> tuple[Flight, Entry]:
     """New tokens: embedding, first layer, and the routers' first word."""
     cfg, weights = decoder.cfg, decoder.weights
-    x, cache = _end(decoder, cache, rows, weights.embed[token], 0)
+    x, entry = _end(decoder, cache, rows, weights.embed[token], 0)
     empty = Flight.empty(cfg, x.shape[0])
     router = weights.router
     assert router is not None
     if cfg.router.kind == "token":
         last, gate = routing.token(cfg, router, x)
         everyone = jnp.ones(x.shape[0], bool)
-        return dataclasses.replace(
-            empty, x=x, origin=x, gate=gate, last=last, taken=everyone
-        ), cache
+        flight = dataclasses.replace(empty, x=x, origin=x, gate=gate, last=last, taken=everyone)
+        return flight, entry
     verdict = routing.expert(cfg, router, decoder.thresholds, x, empty.recursion)
-    return dataclasses.replace(empty, x=x, gate=verdict.gate, taken=verdict.goes), cache
+    return dataclasses.replace(empty, x=x, gate=verdict.gate, taken=verdict.goes), entry
 
 
 def needs_block(cfg: ModelConfig, flight: Flight) -> Bool[Array, "n"]:
@@ -126,10 +134,22 @@ def advance(
 
 def leave(
     decoder: Decoder, cache: Cache, rows: Rows, x: Float[Array, "n d"]
-) -> tuple[Float[Array, "n d"], Cache]:
+) -> tuple[Float[Array, "n d"], Entry]:
     """Last layer and final norm of tokens that left the block."""
-    x, cache = _end(decoder, cache, rows, x, 1)
-    return norm(decoder.cfg, x, decoder.weights.norm, 0), cache
+    x, entry = _end(decoder, cache, rows, x, 1)
+    return norm(decoder.cfg, x, decoder.weights.norm, 0), entry
+
+
+def store(decoder: Decoder, cache: Cache, rows: Rows, entry: Entry, which: int) -> Cache:
+    """The cache with the rows' entries of the first (0) or the last (1) layer."""
+    geometry = decoder.geometry
+    if not geometry.end_layers:
+        return cache
+    lists = decoder.tables.ends[rows.slot]
+    place = Place.of(lists, rows.position, geometry.size, rows.live)
+    ends = list(cache.ends)
+    ends[which] = write(ends[which], place, entry.k, entry.v)
+    return dataclasses.replace(cache, ends=tuple(ends))
 
 
 def _expert_step(
@@ -170,17 +190,25 @@ def weigh(cfg: ModelConfig, gate: Float[Array, "n"], y: Float[Array, "n d"]) -> 
 
 def _end(
     decoder: Decoder, cache: Cache, rows: Rows, x: Float[Array, "n d"], which: int
-) -> tuple[Float[Array, "n d"], Cache]:
-    """The first (0) or the last (1) layer, where the model has them."""
-    geometry = decoder.geometry
+) -> tuple[Float[Array, "n d"], Entry]:
+    """The first (0) or the last (1) layer, where the model has them.
+
+    The cache is only read: a branch of a program that wrote to it would have to copy it.
+    """
+    geometry, cfg = decoder.geometry, decoder.cfg
+    entries = [Entry.empty(cfg, x.shape[0])]
     if not geometry.end_layers:
-        return x, cache
-    look = all_tokens(geometry, decoder.tables.ends[rows.slot], rows, decoder.chunk)
-    at = (turns(geometry.cfg, rows.position), 0)
-    layers, pages = decoder.weights.ends[which : which + 1], cache.ends[which : which + 1]
-    x, written = through(geometry.cfg, layers, pages, x, at, look)
-    ends = written + cache.ends[1:] if which == 0 else cache.ends[:1] + written
-    return x, dataclasses.replace(cache, ends=ends)
+        return x, entries[-1]
+    before = jnp.where(rows.live, rows.position, 0)
+    queue = Queue.of(decoder.tables.ends[rows.slot], before, geometry.size, decoder.chunk)
+
+    def mix(q: Array, k: Array, v: Array) -> Array:
+        entries.append(Entry(k, v))
+        seen = by_queue(Softmax.own(q, k, v), q, cache.ends[which], queue)
+        return seen.result(x.dtype)
+
+    x = apply(cfg, decoder.weights.ends[which], x, (turns(cfg, rows.position), 0), mix)
+    return x, entries[-1]
 
 
 def _where(live: Bool[Array, "n"], new: Array, old: Array) -> Array:
