@@ -96,11 +96,20 @@ def _extend(
     return jax.lax.fori_loop(start, row.shape[1], body, row)
 
 
-def token_depths(cfg: ModelConfig, params: Params, tokens: np.ndarray) -> np.ndarray:
-    """Depth of every token (int32 [l]) of one row under causal routing; needs a routed model."""
+def token_depths(
+    cfg: ModelConfig,
+    params: Params,
+    tokens: np.ndarray,
+    thresholds: tuple[float, ...] | None = None,
+) -> np.ndarray:
+    """Depth of every token (int32 [l]) of one row under causal routing; needs a routed model.
+
+    thresholds: as in `Route`.
+    """
+    route = Route(mode="causal", thresholds=thresholds)
 
     def depths(params: Params, row: Int[Array, "1 l"]) -> Int[Array, "l"]:
-        routing = forward(cfg, params, Batch(row, jnp.zeros_like(row)), CAUSAL).routing
+        routing = forward(cfg, params, Batch(row, jnp.zeros_like(row)), route).routing
         assert routing is not None
         return routing.depth[0]
 

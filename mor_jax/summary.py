@@ -76,7 +76,7 @@ def show(summary: RunSummary, console: Console | None = None) -> None:
 
 
 def _completion(console: Console, summary: RunSummary) -> None:
-    prompt, completion = _printable(summary.prompt), _printable(summary.completion)
+    prompt, completion = printable(summary.prompt), printable(summary.completion)
     console.print(Text(f"completion of {summary.prompt!r}:"), soft_wrap=True)
     text = Text.assemble((prompt, "bold"), completion)
     console.print(text, soft_wrap=True)
@@ -143,6 +143,6 @@ def _lines(console: Console, head: Row, rows: Sequence[Row]) -> None:
     console.print()
 
 
-def _printable(text: str) -> str:
-    # A young model emits control characters too; a terminal must not obey them.
+def printable(text: str) -> str:
+    """The text without control characters: a young model emits them, no terminal may obey them."""
     return "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text)

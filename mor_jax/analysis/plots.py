@@ -224,7 +224,7 @@ class _Page:
             # Thin gaps keep neighbouring tokens of one colour apart.
             right, bottom = right - 0.01, top + self._CELL[1] - 0.012
             boxes.append([(left, top), (right, top), (right, bottom), (left, bottom)])
-            colours.append(_colour(run[0].depth))
+            colours.append(colour(run[0].depth))
         self._axes.add_collection(PolyCollection(boxes, facecolors=colours, edgecolors="none"))
 
     def letters(self, cells: Sequence[_Cell]) -> None:
@@ -251,7 +251,7 @@ class _Page:
         y += 0.27
         for depth in range(0 if 0 in depths else 1, recursions + 1):
             share = sum(d == depth for d in depths) / len(depths)
-            axes.add_patch(Rectangle((x, y - 0.075), 0.2, 0.15, facecolor=_colour(depth)))
+            axes.add_patch(Rectangle((x, y - 0.075), 0.2, 0.15, facecolor=colour(depth)))
             axes.text(x + 0.26, y, f"{depth}: {share:.0%}", fontsize=8.5, **style)
             x += 0.82
 
@@ -289,7 +289,8 @@ def _outlines() -> Callable[[str, float, float], Any]:
     return outline
 
 
-def _colour(depth: int) -> str:
+def colour(depth: int) -> str:
+    """`#rrggbb` of a depth, bright enough under black letters."""
     return _UNROUTED if depth <= 0 else _DEPTHS[(depth - 1) % len(_DEPTHS)]
 
 

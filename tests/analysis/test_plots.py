@@ -25,7 +25,7 @@ def depth_at(page, row, column):
     """Depth whose colour fills the corner of a cell; None where the page is white."""
     y = int((HEAD + (row + 0.06) * HEIGHT) * DPI)
     x = int((MARGIN + (column + 0.2) * WIDTH) * DPI)
-    known = {rgb(plots._colour(depth)): depth for depth in range(5)}
+    known = {rgb(plots.colour(depth)): depth for depth in range(5)}
     return known.get(tuple(page[y, x]))
 
 
@@ -75,7 +75,7 @@ def test_the_legend_shows_depths_that_no_token_reached(tmp_path):
     head = pixels(tmp_path / "map.png")[: int(HEAD * DPI)]
     patch = 0.2 * 0.15 * DPI**2
     for depth, shown in ((0, False), (1, True), (2, True), (3, True), (4, False)):
-        assert (count(head, plots._colour(depth)) > 0.8 * patch) == shown
+        assert (count(head, plots.colour(depth)) > 0.8 * patch) == shown
 
 
 @pytest.mark.parametrize(("pieces", "depths"), [(["a", "b"], [1]), ([], [])])
