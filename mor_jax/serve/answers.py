@@ -17,6 +17,9 @@ from mor_jax.serve.prompts import Prompt
 from mor_jax.serve.request import Event, Finished, Request, Token
 from mor_jax.serve.text import token_text
 
+Arrived = tuple[int, Event, float]
+"""Number of an answer, what came, and when."""
+
 
 class Submitted(Protocol):
     """A request that the engine has."""
@@ -34,12 +37,18 @@ class Submits(Protocol):
 
 @dataclasses.dataclass(kw_only=True, eq=False)
 class Answer:
-    """One answer as it grows. index: among those to its prompt, from 0."""
+    """One answer as it grows.
+
+    index: among those to its prompt, from 0. first, last: when its first token and its last event
+    came, in seconds of the clock that `stream` reads.
+    """
 
     prompt: Prompt
     index: int
     tokens: list[Token] = dataclasses.field(default_factory=list)
     finished: Finished | None = None
+    first: float | None = None
+    last: float = 0.0
 
     @property
     def request(self) -> Request:
@@ -52,9 +61,11 @@ class Answer:
         end = self.finished.text if self.finished else ""
         return "".join(token.text for token in self.tokens) + end
 
-    def take(self, event: Event) -> None:
-        """Adds the next event."""
+    def take(self, event: Event, now: float) -> None:
+        """Adds the next event, which came `now`."""
+        self.last = now
         if isinstance(event, Token):
+            self.first = now if self.first is None else self.first
             self.tokens.append(event)
         else:
             self.finished = event
@@ -97,8 +108,8 @@ def stream(
     closes this.
     """
     jobs = [(prompt, index) for prompt in prompts for index in range(len(prompt.requests))]
-    arrived: queue.SimpleQueue[tuple[int, Event]] = queue.SimpleQueue()
-    waiting: dict[int, list[Event]] = {}
+    arrived: queue.SimpleQueue[Arrived] = queue.SimpleQueue()
+    waiting: dict[int, list[tuple[Event, float]]] = {}
     at_work: dict[int, Submitted] = {}
     numbers = iter(range(len(jobs)))
     try:
@@ -110,14 +121,14 @@ def stream(
                     request = jobs[free][0].requests[jobs[free][1]]
                     at_work[free] = engine.submit(request, functools.partial(_put, arrived, free))
                 while not waiting[number]:
-                    where, event = arrived.get()
-                    waiting[where].append(event)
+                    where, event, now = arrived.get()
+                    waiting[where].append((event, now))
                     if isinstance(event, Finished):
                         del at_work[where]
                         break
                 events, waiting[number] = waiting[number], []
-                for event in events:
-                    answer.take(event)
+                for event, now in events:
+                    answer.take(event, now)
                     yield answer, event
             del waiting[number]
     finally:
@@ -125,14 +136,13 @@ def stream(
             submitted.cancel()
 
 
-def _put(arrived: queue.SimpleQueue[tuple[int, Event]], number: int, event: Event) -> None:
-    arrived.put((number, event))
+def _put(arrived: queue.SimpleQueue[Arrived], number: int, event: Event) -> None:
+    arrived.put((number, event, time.perf_counter()))
 
 
 @dataclasses.dataclass(kw_only=True)
 class Totals:
-    """Sums over answers, counted while their events come. first, last: when the first token came,
-    and the last event (seconds of a monotonic clock)."""
+    """Sums over answers, counted while their events come out. first, last: as in `Answer`."""
 
     answers: int = 0
     tokens: int = 0
@@ -142,11 +152,12 @@ class Totals:
     errors: list[str] = dataclasses.field(default_factory=list)
     waits: list[float] = dataclasses.field(default_factory=list)
 
-    def add(self, event: Event) -> None:
-        """Counts one event."""
-        self.last = time.perf_counter()
+    def add(self, answer: Answer, event: Event) -> None:
+        """Counts the last event of an answer."""
+        self.last = max(self.last, answer.last)
         if isinstance(event, Token):
-            self.first = self.last if self.first is None else self.first
+            assert answer.first is not None
+            self.first = answer.first if self.first is None else min(self.first, answer.first)
             self.tokens += 1
             self.depth += event.depth
             return

@@ -24,6 +24,9 @@ from mor_jax.serve.request import Token
 from mor_jax.serve.text import token_text
 from mor_jax.summary import printable
 
+# Depths from 0 on, where there are 16 colours.
+_FEW = ("bright_white", "bright_yellow", "bright_red", "bright_magenta", "bright_cyan", "green")
+
 
 class Show(Protocol):
     """Is told of answers, one after the other."""
@@ -80,16 +83,17 @@ def whole_file(path: Path, replace: bool) -> Iterator[TextIO]:
         draft.unlink(missing_ok=True)
 
 
-def depth_style(depth: int) -> Style:
-    """Black letters on the colour of a depth, as in pictures."""
-    return Style(color="black", bgcolor=colour(depth))
+def depth_style(depth: int, console: Console) -> Style:
+    """Black letters on the colour of a depth: that of pictures, if the terminal has it."""
+    few = console.color_system == "standard"
+    return Style(color="black", bgcolor=_FEW[depth % len(_FEW)] if few else colour(depth))
 
 
-def legend(recursions: int) -> Text:
+def legend(recursions: int, console: Console) -> Text:
     """Which colour stands for which depth."""
     made = Text("recursions that it took to predict a token:")
     for depth in range(recursions + 1):
-        made.append(" ").append(f" {depth} ", depth_style(depth))
+        made.append(" ").append(f" {depth} ", depth_style(depth, console))
     return made.append("\n")
 
 
@@ -144,7 +148,7 @@ class Screen:
 
     def _token(self, token: Token) -> None:
         if token.text:
-            style = "" if self._depths is None else depth_style(token.depth)
+            style = "" if self._depths is None else self._style(token.depth)
             self._write(Text(token.text, style))
 
     def _coloured(self, prompt: Prompt) -> Text:
@@ -154,8 +158,11 @@ class Screen:
         made = Text(pieces[0])
         # A token is predicted at the position before it.
         for piece, depth in zip(pieces[1:], self._depths(prompt)[:-1].tolist(), strict=True):
-            made.append(piece, depth_style(depth))
+            made.append(piece, self._style(depth))
         return made
+
+    def _style(self, depth: int) -> Style:
+        return depth_style(depth, self._console)
 
     def _write(self, text: Text) -> None:
         if self._console.is_terminal:
