@@ -10,6 +10,7 @@ SIGTERM or Ctrl-C finishes the answers under way (--drain) and ends with code 0.
 """
 
 import argparse
+import functools
 import importlib.util
 import sys
 from pathlib import Path
@@ -66,11 +67,9 @@ def _serve(options: argparse.Namespace) -> int:
     )
     with Engine(served, cfg) as engine:
         api = Api(engine, limits, keys)
-        return run(
-            Server(api, engine, limits),
-            bound,
-            lambda: announce(engine, address(bound), api.chats, len(keys)),
-        )
+        url = address(bound)
+        ready = functools.partial(announce, engine, url, api.chats, len(keys))
+        return run(Server(api, engine, limits, ready), bound)
 
 
 def _limits(options: argparse.Namespace) -> "Limits":

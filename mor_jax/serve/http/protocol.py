@@ -4,12 +4,19 @@ An ASGI application cannot see a request line that never ends, nor end a connect
 has stopped reading. uvicorn leaves both open for ever, so its protocol is extended here.
 """
 
-import asyncio
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from mor_jax.serve.http.limits import MAX_HEAD, Limits
+
+
+@runtime_checkable
+class Clock(Protocol):
+    """What `call_later` gives; event loops have classes of their own."""
+
+    def cancel(self) -> None:
+        """Stops it."""
 
 
 class BoundedProtocol(HttpToolsProtocol):
@@ -20,10 +27,10 @@ class BoundedProtocol(HttpToolsProtocol):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._head_bytes = 0
-        self._reading: asyncio.TimerHandle | None = None
-        self._writing: asyncio.TimerHandle | None = None
+        self._reading: Clock | None = None
+        self._writing: Clock | None = None
 
-    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+    def connection_made(self, transport: Any) -> None:
         """Starts the clock for the first request line."""
         super().connection_made(transport)
         self._expect_head()
@@ -74,7 +81,7 @@ def bounded(limits: Limits) -> type[BoundedProtocol]:
     return type("Protocol", (BoundedProtocol,), {"limits": limits})
 
 
-def _stop(timer: asyncio.TimerHandle | None) -> None:
+def _stop(timer: Clock | None) -> None:
     """Stops a clock that may be running; what it returns says that none is."""
     if timer is not None:
         timer.cancel()

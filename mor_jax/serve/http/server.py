@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 import uvicorn
 
 from mor_jax import exit_codes
-from mor_jax.parsing import fail
+from mor_jax.parsing import check, fail
 from mor_jax.serve.engine import Engine
 from mor_jax.serve.http.app import Api
 from mor_jax.serve.http.limits import SEND_BUFFER, Limits
@@ -35,6 +35,8 @@ _SWITCH = 0.0005
 
 def bind(host: str, port: int) -> socket.socket:
     """A socket at that address, not listening yet; port 0 picks one. Raises `ValueError`."""
+    rule = "must be in 0 .. 65535"
+    check(0 <= port <= 65535, "port", port, rule, "Try 8000; 0 takes any that is free")
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
@@ -64,10 +66,13 @@ class Server(uvicorn.Server):
     """Serves until it is told to end: `stop`, SIGTERM, SIGINT, or an engine that failed.
 
     First the engine finishes what it has (`Limits.drain`), while new requests get 503. A second
-    signal gives up what is under way. code: exit code of the process.
+    signal gives up what is under way. ready: called once clients can connect. code: exit code of
+    the process.
     """
 
-    def __init__(self, api: Api, engine: Engine, limits: Limits) -> None:
+    def __init__(
+        self, api: Api, engine: Engine, limits: Limits, ready: Callable[[], None] = lambda: None
+    ) -> None:
         config = uvicorn.Config(
             api.app,
             http=bounded(limits),
@@ -82,7 +87,7 @@ class Server(uvicorn.Server):
             timeout_graceful_shutdown=_FLUSH,
         )
         super().__init__(config)
-        self._api, self._engine, self._limits = api, engine, limits
+        self._api, self._engine, self._limits, self._ready = api, engine, limits, ready
         self._loop: asyncio.AbstractEventLoop | None = None
         self._draining: asyncio.Task[None] | None = None
         self.code = exit_codes.OK
@@ -102,7 +107,13 @@ class Server(uvicorn.Server):
         finally:
             for kind, handler in before.items():
                 self._loop.remove_signal_handler(kind)
-                signal.signal(kind, handler)
+                # The process is at its end: a signal that comes again must not change its code.
+                signal.signal(kind, signal.SIG_IGN if self._draining else handler)
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Listens."""
+        await super().startup(sockets)
+        self._ready()
 
     def stop(self) -> None:
         """As SIGTERM. May be called from any thread."""
@@ -148,11 +159,10 @@ class Server(uvicorn.Server):
         self.should_exit = True
 
 
-def run(server: Server, bound: socket.socket, ready: Callable[[], None] = lambda: None) -> int:
-    """Serves on that socket until the server ends; returns the exit code. ready: called first."""
+def run(server: Server, bound: socket.socket) -> int:
+    """Serves on that socket until the server ends; returns the exit code."""
     sys.setswitchinterval(_SWITCH)
     _allow_many_connections()
-    ready()
     server.run(sockets=[bound])
     return server.code
 
