@@ -42,9 +42,8 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _serve(options: argparse.Namespace) -> int:
-    from mor_jax.serve.engine import Engine, EngineConfig
-
     from mor_jax import parsing
+    from mor_jax.serve.engine import Engine, EngineConfig
     from mor_jax.serve.http.app import Api
     from mor_jax.serve.http.server import Server, address, bind, run
     from mor_jax.serve.http.start import announce, log_to_terminal, read_keys
@@ -54,7 +53,13 @@ def _serve(options: argparse.Namespace) -> int:
     keys = read_keys(options.api_key_file)
     cache_bytes = None if options.cache is None else parsing.size("cache", options.cache)
     cfg = EngineConfig(
-        slots=options.slots, cache_bytes=cache_bytes, max_waiting=options.max_waiting
+        slots=options.slots,
+        cache_bytes=cache_bytes,
+        max_length=options.max_length,
+        max_waiting=options.max_waiting,
+        dtype=options.dtype,
+        # Compiling would hold up every answer under way.
+        warm=True,
     )
     log_to_terminal()
     # Before anything that takes long: an address in use is told at once.
@@ -99,8 +104,10 @@ def _parser() -> argparse.ArgumentParser:
     add("--recursions", type=int, help="to run in place of those trained")
     add("--host", default="127.0.0.1", help="default: %(default)s; 0.0.0.0 for every interface")
     add("--port", type=int, default=8000, help="default: %(default)s; 0 takes a free one")
-    add("--slots", type=int, default=32, help="sequences at work at once; default: %(default)s")
+    add("--slots", type=int, help="sequences at work at once; default: what the cache holds, or 32")
     add("--cache", help="bytes for keys and values, such as 2GB; default: enough for the slots")
+    add("--max_length", type=int, help="tokens of prompt and answer; default: the model's context")
+    add("--dtype", choices=("float32", "bfloat16"), help="default: the model's; float32 on CPUs")
     add("--max_waiting", type=int, default=1024, help="texts in the queue; default: %(default)s")
     add("--timeout", type=float, default=600, help="seconds an answer may take; default: 600")
     add("--drain", type=float, default=30, help="seconds to finish answers when told to end")

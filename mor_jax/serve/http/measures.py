@@ -21,17 +21,21 @@ _LENGTHS = (1, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768)
 # Name in Statistics -> name and meaning here.
 _COUNTERS = {
     "finished": ("engine_finished", "Answers that were completed"),
-    "cancelled": ("engine_cancelled", "Answers that were given up"),
+    "cancelled": ("engine_cancelled", "Answers that were given up or cut off"),
     "failed": ("engine_failed", "Answers that ended with an error"),
-    "prompt_tokens": ("prompt_tokens", "Tokens of prompts that were read"),
+    "prompt_tokens": ("prompt_tokens", "Tokens of prompts that were stored"),
     "tokens": ("generated_tokens", "Tokens that were generated"),
     "ticks": ("engine_ticks", "Steps of the engine"),
-    "rows": ("engine_rows", "Rows that went through the shared block"),
-    "useful_rows": ("engine_useful_rows", "Rows that belonged to a token"),
-    "overflows": ("cache_overflows", "Sequences that outgrew the room of a recursion"),
-    "preemptions": ("engine_preemptions", "Sequences put back into the queue for want of pages"),
-    "busy_seconds": ("engine_device_seconds", "Seconds that the device was at work"),
-    "host_seconds": ("engine_host_seconds", "Seconds that the scheduler was at work"),
+    "rows": ("engine_rows", "Rows of all calls of the block"),
+    "useful_rows": ("engine_useful_rows", "Rows that had work for it"),
+    "overflows": ("cache_overflows", "Pages beyond what a sequence had reserved"),
+    "preemptions": ("engine_preemptions", "Sequences that gave their pages up and began again"),
+    "waits": ("cache_waits", "Rows that stood still for want of a page"),
+    "busy_seconds": ("engine_busy_seconds", "Seconds with work to do"),
+    "host_seconds": (
+        "engine_host_seconds",
+        "Of these, seconds not spent on waiting for the device",
+    ),
 }
 _GAUGES = {
     "running": ("engine_running", "Sequences in slots"),
@@ -39,8 +43,9 @@ _GAUGES = {
     "slots": ("engine_slots", "Slots for sequences"),
     "pages": ("cache_pages", "Pages of the cache"),
     "pages_used": ("cache_pages_used", "Pages that hold keys and values"),
-    "cache_bytes": ("cache_bytes", "Bytes that the cache takes"),
-    "stored_bytes": ("cache_stored_bytes", "Bytes of keys and values that are stored in it"),
+    "cache_bytes": ("cache_bytes", "Bytes of all pages"),
+    "used_bytes": ("cache_used_bytes", "Bytes of the pages that hold something"),
+    "stored_bytes": ("cache_stored_bytes", "Bytes of the keys and values in them"),
 }
 
 
@@ -93,7 +98,7 @@ class _Engine(Collector):
         for name, (metric, about) in _GAUGES.items():
             yield GaugeMetricFamily(f"mor_{metric}", about, value=getattr(now, name))
         share = now.useful_rows / now.rows if now.rows else 1.0
-        about = "Share of the shared block's rows that belonged to a token, since the start"
+        about = "Share of the block's rows that had work for it, since the start"
         yield GaugeMetricFamily("mor_engine_useful_share", about, value=share)
         yield _depths(now.depth_counts)
 
@@ -102,7 +107,7 @@ class _Engine(Collector):
 
 
 def _depths(counts: tuple[int, ...]) -> Metric:
-    """Recursions that generated tokens went through. counts: tokens at depth 0, 1, ..."""
+    """Recursions of tokens, those of prompts too. counts: tokens at depth 0, 1, ..."""
     buckets, below = [], 0
     for depth, count in enumerate(counts):
         below += count
