@@ -19,24 +19,21 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import numpy as np
 import timing
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from torch_llama import llama
+from transformers import LlamaForCausalLM
 
 from mor_jax.config import ModelConfig, OptimConfig, TrainConfig
-from mor_jax.convert.state_dict import from_params
+from mor_jax.types import Params
 
 # No warm-up: every step moves the weights, so that the losses compare the optimisers too.
 OPTIM = OptimConfig(schedule="constant", warmup_steps=0, decay_steps=0, lr=1e-3)
 
 
 class TorchTrainer:
-    """The model with `weights` (Hugging Face names) and its train step."""
+    """The model with `params` and its train step."""
 
-    def __init__(self, cfg: TrainConfig, weights: dict[str, np.ndarray], tokens: np.ndarray):
-        self.model = _llama(cfg.model)
-        tensors = {name: torch.from_numpy(np.array(array)) for name, array in weights.items()}
-        missing = self.model.load_state_dict(tensors, strict=False).missing_keys
-        if missing not in ([], ["lm_head.weight"]):
-            raise ValueError(f"weights={missing!r}: PyTorch's model needs them. Check the name map")
+    def __init__(self, cfg: TrainConfig, params: Params, tokens: np.ndarray):
+        self.model = llama(cfg.model, params)
         self.tokens = torch.from_numpy(tokens.astype(np.int64))
         self.clip, self.losses = cfg.optim.clip_norm, []
         self.optimizer = _adamw(self.model, cfg.optim)
@@ -49,24 +46,6 @@ class TorchTrainer:
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.clip)
         self.optimizer.step()
         self.losses.append(float(loss.detach()))
-
-
-def _llama(cfg: ModelConfig) -> LlamaForCausalLM:
-    sizes = LlamaConfig(
-        vocab_size=cfg.vocab_size,
-        hidden_size=cfg.width,
-        num_hidden_layers=cfg.layers,
-        num_attention_heads=cfg.heads,
-        num_key_value_heads=cfg.kv_heads,
-        head_dim=cfg.head_dim,
-        intermediate_size=cfg.mlp_width,
-        max_position_embeddings=cfg.max_length,
-        rms_norm_eps=cfg.norm_eps,
-        rope_theta=cfg.rope_theta,
-        tie_word_embeddings=cfg.tie_embeddings,
-        attn_implementation="sdpa",
-    )
-    return LlamaForCausalLM(sizes).to(torch.float32).train()
 
 
 def _adamw(model: LlamaForCausalLM, cfg: OptimConfig) -> torch.optim.AdamW:
@@ -120,8 +99,7 @@ def main() -> None:
     torch.set_num_threads(args.cores)
     cfg = train_config(args)
     ours = timing.Trainer(cfg)
-    weights = from_params(cfg.model, ours.state.params)
-    theirs = TorchTrainer(cfg, weights, np.asarray(ours.batch.tokens))
+    theirs = TorchTrainer(cfg, ours.state.params, np.asarray(ours.batch.tokens))
     seconds = timing.interleaved(
         {"mor_jax": ours.step, "torch": theirs.step}, warmup=args.warmup, rounds=args.rounds
     )

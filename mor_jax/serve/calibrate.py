@@ -17,6 +17,7 @@ from mor_jax.manifest import write_atomic
 from mor_jax.serve.aims import takes_all, trained_shares, wanted_shares
 from mor_jax.serve.calibration import Calibration, fingerprint, path_of, save
 from mor_jax.serve.calibrator import Calibrator, Point, Text
+from mor_jax.serve.config import compute_config
 from mor_jax.serve.depth import with_recursions
 from mor_jax.serve.served import check_finite
 
@@ -96,7 +97,9 @@ def calibrate(found: Found, asked: Asked, aim: Aim) -> Measured:
     number = cfg.model.recursions if asked.recursions is None else asked.recursions
     params = found.params()
     check_finite(params, str(found))
-    model, params, _ = with_recursions(cfg.model, params, number)
+    # Rounding moves logits a little: they are taken in the dtype that generation computes in.
+    model = compute_config(cfg.model, None)
+    model, params, _ = with_recursions(model, params, number)
     Calibrator.check(model)
     wanted = wanted_shares(model, aim.shares, aim.depth)
     cfg = dataclasses.replace(cfg, model=model)

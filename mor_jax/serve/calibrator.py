@@ -122,7 +122,7 @@ class Calibrator:
             _, params = with_depth_bias(self._cfg.model, self._params, bias)
             point = self._point(name, "causal", params)
             return dataclasses.replace(point, wanted=wanted, depth_bias=bias)
-        thresholds = self._thresholds(wanted)
+        thresholds = self.thresholds(wanted)
         point = self._point(name, "causal", self._params, thresholds)
         return dataclasses.replace(point, wanted=wanted, thresholds=thresholds)
 
@@ -134,7 +134,8 @@ class Calibrator:
         """Top-k over whole rows, which looks at later tokens: no generation can do it."""
         return self._point(self.TRAINING_RULE, "topk", self._params)
 
-    def _thresholds(self, wanted: tuple[float, ...]) -> tuple[float, ...]:
+    def thresholds(self, wanted: Sequence[float]) -> tuple[float, ...]:
+        """Expert-choice's alone, without a measurement."""
         found: tuple[float, ...] = ()
         for share, always in zip(wanted, takes_all(self._cfg.model), strict=True):
             if always:
