@@ -64,6 +64,16 @@ class Plan:
         ends = self.end_pages * self.geometry.end_page_bytes
         return ends + self.block_pages * self.geometry.block_page_bytes
 
+    def sequence_bytes(self, length: int) -> int:
+        """Bytes of the pages that a sequence of `length` tokens reserves."""
+        ends, lists = self.pages(length)
+        geometry = self.geometry
+        return ends * geometry.end_page_bytes + sum(lists) * geometry.block_page_bytes
+
+    def holds(self, budget: int, length: int) -> int:
+        """Sequences of `length` tokens whose pages take at most `budget` bytes."""
+        return budget // self.sequence_bytes(length)
+
     def tokens(self, number: int, length: int) -> int:
         """Entries that list `number` is given room for in a sequence of `length` tokens."""
         return min(length, -int(-length * self.share[number] // 1))
@@ -102,19 +112,20 @@ def plan(served: Served, cfg: EngineConfig) -> Plan:
         1.0 if geometry.holds_all(number) else min(1.0, served.shares[number] * (1 + cfg.slack))
         for number in range(geometry.lists)
     )
-    entry = geometry.token_bytes
-    token = entry * (geometry.end_layers + geometry.block_layers * sum(share))
-    budget = cfg.cache_bytes
-    if budget is None:
-        budget = min((cfg.slots or 32) * longest * token, _free_bytes() // 2)
-    held = int(budget / token)
-    size = geometry.size
-    rule = f"must hold a page of {size} tokens, which takes {int(token * size):,} bytes"
-    enough = held // size >= 1 and int(held * sum(share)) // size >= geometry.lists
+    full = Plan(geometry, cfg.slots or 32, 0, 0, longest, share)
+    wanted = full.slots * full.sequence_bytes(longest)
+    free = _free_bytes() // 2
+    budget = min(wanted, free) if cfg.cache_bytes is None else cfg.cache_bytes
+    slots = cfg.slots or full.holds(budget, min(cfg.typical_length, longest))
+    slots = max(1, min(256, slots))
+    # Pages of the two pools in the proportion that sequences of full length use them in.
+    ends, lists = full.pages(longest)
+    count = budget / full.sequence_bytes(longest)
+    rule = f"must hold a sequence's first pages, {full.sequence_bytes(1):,} bytes"
+    enough = budget >= full.sequence_bytes(1)
     check(enough, "engine.cache_bytes", int(budget), rule, "Give more, or use smaller pages")
-    slots = cfg.slots or max(1, min(256, held // min(cfg.typical_length, longest)))
-    ends = held // size if geometry.end_layers else 0
-    return Plan(geometry, slots, ends, int(held * sum(share)) // size, longest, share)
+    pages = max(ends and 1, int(ends * count)), max(geometry.lists, int(sum(lists) * count))
+    return dataclasses.replace(full, slots=slots, end_pages=pages[0], block_pages=pages[1])
 
 
 def _free_bytes() -> int:

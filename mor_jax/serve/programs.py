@@ -13,11 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from mor_jax.models.cached import flat, routed, routed_prefill
-from mor_jax.models.cached.layer import Weights
+from mor_jax.models.cached.layer import Weights, logits
 from mor_jax.models.cached.pages import Cache, Geometry
 from mor_jax.models.cached.passes import Piece, Rows
 from mor_jax.models.cached.routed import Decoder, Entry, Flight
-from mor_jax.models.layers import unembed
 from mor_jax.serve.request import MAX_LOGPROBS
 from mor_jax.serve.sampling import Before, Sampled, Want, sample
 from mor_jax.serve.slots import ENTERS, FLIES, IDLE, Held, Slots, admit
@@ -245,8 +244,8 @@ class Programs:
         at = rows.slot
         settings = jax.tree.map(lambda x: x[at], slots.settings)
         before = Before(slots.said[at], slots.heard[at])
-        logits = unembed(hidden, weights.head)
-        sampled = sample(logits, settings, rows.position + 1, want, before)
+        scores = logits(weights, hidden)
+        sampled = sample(scores, settings, rows.position + 1, want, before)
         over = jnp.any(sampled.token[:, None] == jnp.asarray(self.eos, jnp.int32)[None], axis=1)
         state = jnp.where(slots.left[at] <= 1, FULL, GOES_ON)
         state = jnp.where(over & slots.ends_text[at], ENDED, state)

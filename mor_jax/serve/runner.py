@@ -68,9 +68,9 @@ class Runner:
     def row_counts(self) -> list[int]:
         """Numbers of rows for which there is a program of a tick."""
         sizes = [self.plan.slots]
-        while sizes[-1] > 1:
-            sizes.append(max(1, sizes[-1] // 4))
-        return sorted(set(sizes))
+        while sizes[-1] > 4:
+            sizes.append(sizes[-1] // 4)
+        return sizes[::-1]
 
     def warm(self) -> None:
         """Compiles every program by running it on nobody."""

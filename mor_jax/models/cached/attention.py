@@ -112,7 +112,10 @@ def by_queue(
         mine = (rows[:, None] == row[None]) & (used > 0)[None]
         best = jnp.where(mine[:, :, None, None], jnp.max(scores, -1)[None], _LOW)
         top = jnp.maximum(state.top, jnp.max(best, axis=1))
-        weight = jnp.where(mask, jnp.exp(scores - _pick(top, row)[..., None]), 0.0)
+        weight = jnp.exp(scores - _pick(top, row)[..., None])
+        if queue.limit is not None:
+            # A row may see nothing of its first pages; otherwise what is masked is far below `top`.
+            weight = jnp.where(mask, weight, 0.0)
         values = _pick(pages.v, page)
         mixed = _scores("pgjt,pgtk->pgjk", weight.astype(values.dtype), values)
         # One product sums the items of each row; a scatter would take them one by one.

@@ -1,0 +1,90 @@
+"""Engines of tiny models, and what their answers have to agree with."""
+
+import dataclasses
+
+import jax
+import numpy as np
+from seeded import random_params
+from tiny import TINY
+
+from mor_jax.data.tokenizers import ByteTokenizer
+from mor_jax.flops import routed_shares
+from mor_jax.models.router import Route
+from mor_jax.serve.request import Request, Sampling, Token
+from mor_jax.serve.served import Served
+from mor_jax.state import forward, unembed
+from mor_jax.types import Batch
+
+
+def served(name: str, **changes) -> Served:
+    """`TINY[name]` for the byte tokenizer, with random parameters; `changes` replace fields."""
+    cfg = dataclasses.replace(TINY[name], vocab_size=256)
+    made = Served(
+        name=name,
+        cfg=cfg,
+        params=random_params(cfg),
+        thresholds=None,
+        shares=routed_shares(cfg, cfg.max_length),
+        tokenizer=ByteTokenizer(),
+        chat_template=None,
+        special_tokens={},
+        eos_ids=frozenset({0}),
+        created=0,
+    )
+    return dataclasses.replace(made, **changes)
+
+
+def requests(number: int, seed: int = 0, longest: int = 64) -> list[Request]:
+    """Random prompts of 1 token and more; half of the answers greedy, half drawn."""
+    rng = np.random.default_rng(seed)
+    made = []
+    for i in range(number):
+        length = 1 if i == 0 else int(rng.integers(2, longest // 2))
+        made.append(
+            Request(
+                prompt=tuple(rng.integers(1, 256, length).tolist()),
+                max_tokens=int(rng.integers(1, longest - length)),
+                sampling=Sampling(temperature=float(i % 2), seed=i),
+                ignore_eos=True,
+                logprobs=3,
+            )
+        )
+    return made
+
+
+def check_answer(model: Served, request: Request, tokens: list[Token], tolerance: float) -> None:
+    """Log-probabilities, alternatives and depths are those of the full causal forward pass."""
+    row = np.array([[*request.prompt, *(token.id for token in tokens)]], np.int32)
+    whole = np.zeros((1, 64), np.int32)
+    whole[:, : row.shape[1]] = row
+    logprobs, depths = _forward(model, whole)
+    start = len(request.prompt) - 1
+    for i, token in enumerate(tokens):
+        there = logprobs[start + i]
+        told = [(token.id, token.logprob), *token.top]
+        np.testing.assert_allclose(
+            [p for _, p in told], [there[t] for t, _ in told], atol=tolerance
+        )
+        best = np.sort(there)[::-1][: len(token.top)]
+        np.testing.assert_allclose([p for _, p in token.top], best, atol=tolerance)
+        if request.sampling.temperature == 0:
+            assert there[token.id] >= best[0] - tolerance
+        if depths is not None:
+            assert token.depth == depths[start + i]
+
+
+_COMPILED: dict[str, object] = {}
+
+
+def _forward(model: Served, row: np.ndarray):
+    cfg = model.cfg
+
+    def run(params, row):
+        route = Route(mode="causal", thresholds=model.thresholds)
+        out = forward(cfg, params, Batch(row, row), route if cfg.router.kind != "none" else None)
+        logits = jax.nn.log_softmax(unembed(cfg, params, out.hidden)[0])
+        return logits, None if out.routing is None else out.routing.depth[0]
+
+    if model.name not in _COMPILED:
+        _COMPILED[model.name] = jax.jit(run)
+    return jax.device_get(_COMPILED[model.name](model.params, row))

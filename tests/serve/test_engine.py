@@ -1,0 +1,254 @@
+"""The engine's answers: right, whatever runs beside them, and nothing is left behind."""
+
+import dataclasses
+import threading
+import time
+
+import jax
+import pytest
+from serve.engines import check_answer, requests, served
+from tiny import TINY
+
+from mor_jax.serve.config import plan
+from mor_jax.serve.engine import Engine, EngineConfig
+from mor_jax.serve.request import Busy, Finished, Request, Sampling, Stopped
+
+SMALL = EngineConfig(slots=3, page=4, piece=8)
+
+
+def run(engine, asked):
+    """All answers, asked for at once."""
+    handles = [engine.submit(request) for request in asked]
+    return [handle.result() for handle in handles]
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_answers_are_those_of_the_full_causal_forward_pass(name):
+    """For every router, sharing scheme and key/value mode; slots and prompts of every length."""
+    model, asked = served(name), requests(7)
+    with Engine(model, SMALL) as engine:
+        answers = run(engine, asked)
+        after = engine.statistics()
+    for request, (tokens, finished) in zip(asked, answers, strict=True):
+        assert finished.reason == "length"
+        assert [token.index for token in tokens] == list(range(request.max_tokens))
+        check_answer(model, request, tokens, 1e-5)
+    assert after.finished == 7 and after.pages_used == 0 and after.running == 0
+    assert after.tokens == sum(request.max_tokens for request in asked)
+    assert after.prompt_tokens == sum(len(request.prompt) - 1 for request in asked)
+
+
+@pytest.fixture(scope="module", params=["plain", "expert"])
+def family(request):
+    """A model with and one without routers, and answers of an engine that works on one at a time."""
+    model, asked = served(request.param), requests(8, seed=3)
+    with Engine(model, dataclasses.replace(SMALL, slots=1)) as engine:
+        alone = [engine.submit(one).result()[0] for one in asked]
+    return model, asked, [[token.id for token in tokens] for tokens in alone]
+
+
+@pytest.mark.parametrize(
+    "cfg",
+    [
+        EngineConfig(slots=5, page=8, piece=64),
+        EngineConfig(slots=3, page=64, piece=3),
+    ],
+    ids=["other shapes", "one page, tiny pieces"],
+)
+def test_an_answer_does_not_depend_on_what_runs_beside_it(family, cfg):
+    """Slots, pages and pieces of the prompt change the speed, nothing else."""
+    model, asked, alone = family
+    with Engine(model, cfg) as engine:
+        together = run(engine, asked)
+    assert [[token.id for token in tokens] for tokens, _ in together] == alone
+
+
+def test_a_cache_that_is_too_small_makes_answers_late_not_wrong(family):
+    """Sequences that go deeper than they reserved take more, or give way and are computed again."""
+    model, asked, alone = family
+    if model.cfg.router.kind == "none":
+        # Without routers a reservation is exact: nothing can overflow.
+        cfg = dataclasses.replace(SMALL, slots=8, cache_bytes=plan(model, SMALL).cache_bytes // 2)
+    else:
+        # As if hardly a token were expected beyond the first recursion.
+        model = dataclasses.replace(model, shares=(1.0, 0.05, 0.05))
+        cfg = EngineConfig(slots=8, page=4, piece=8, slack=0.0)
+        few = plan(model, cfg).sequence_bytes(64) * 3
+        cfg = dataclasses.replace(cfg, cache_bytes=few)
+    with Engine(model, cfg) as engine:
+        answers = run(engine, asked)
+        after = engine.statistics()
+    assert [[token.id for token in tokens] for tokens, _ in answers] == alone
+    routed = model.cfg.router.kind != "none"
+    assert (after.overflows > 0) == (after.preemptions > 0) == routed
+    assert after.pages_used == 0
+
+
+def test_a_text_that_goes_deeper_than_the_whole_cache_ends_with_an_error():
+    """And the next one is answered."""
+    model = dataclasses.replace(
+        served("expert"), shares=(1.0, 0.02, 0.02), thresholds=(0, -9e9, -9e9)
+    )
+    cfg = EngineConfig(slots=2, page=4, piece=8, slack=0.0, max_length=64)
+    cfg = dataclasses.replace(cfg, cache_bytes=plan(model, cfg).sequence_bytes(60))
+    long, short = (
+        Request(prompt=(5,) * 20, max_tokens=n, ignore_eos=True, logprobs=0) for n in (40, 2)
+    )
+    with Engine(model, cfg) as engine:
+        (_, failed), (tokens, finished) = run(engine, [long, short])
+    assert failed.reason == "error" and "cache" in failed.message
+    assert finished.reason == "length"
+    check_answer(model, short, tokens, 1e-5)
+
+
+class TestOneEngine:
+    """Everything that needs no engine of its own."""
+
+    @pytest.fixture(scope="class")
+    def engine(self):
+        with Engine(served("expert"), dataclasses.replace(SMALL, slots=4, max_waiting=6)) as made:
+            yield made
+        assert made.statistics().pages_used == 0
+
+    def test_cancelled_answers_end_at_once_and_free_their_slots(self, engine):
+        handles = [
+            engine.submit(Request(prompt=(1, 2, 3), max_tokens=60, ignore_eos=True))
+            for _ in range(4)
+        ]
+        for event in handles[0]:
+            if event.index == 2 if not isinstance(event, Finished) else True:
+                break
+        for handle in handles:
+            handle.cancel()
+        ends = [handle.result()[1] for handle in handles]
+        assert {end.reason for end in ends} == {"cancelled"}
+        assert all(end.tokens < 60 for end in ends)
+        assert engine.statistics().pages_used == 0
+
+    def test_a_deadline_cuts_an_answer_off(self, engine):
+        request = Request(prompt=(1, 2), max_tokens=60, ignore_eos=True, deadline=1e-4)
+        _, finished = engine.submit(request).result()
+        assert finished.reason == "deadline"
+
+    def test_the_end_of_text_and_stop_tokens_end_an_answer_and_do_not_appear(self, engine):
+        greedy = Sampling(temperature=0.0)
+        free = Request(prompt=(7, 8, 9), max_tokens=20, sampling=greedy, ignore_eos=True)
+        tokens, _ = engine.submit(free).result()
+        third = tokens[2].id
+        first = [token.id for token in tokens].index(third)
+        cut = dataclasses.replace(free, stop_tokens=(third,))
+        stopped, finished = engine.submit(cut).result()
+        assert finished.reason == "stop"
+        assert [token.id for token in stopped] == [token.id for token in tokens[:first]]
+
+    def test_a_seed_reproduces_and_without_one_answers_differ(self, engine):
+        def answer(seed):
+            request = Request(
+                prompt=(1, 2, 3), max_tokens=20, sampling=Sampling(seed=seed), ignore_eos=True
+            )
+            return [token.id for token in engine.submit(request).result()[0]]
+
+        assert answer(5) == answer(5) != answer(6)
+        assert answer(None) != answer(None)
+
+    def test_a_full_queue_refuses_and_a_sink_that_fails_hurts_nobody_else(self, engine):
+        request = Request(prompt=(1, 2, 3), max_tokens=50, ignore_eos=True)
+
+        def fails(event):
+            raise RuntimeError("sink")
+
+        engine.submit(request, fails)
+        handles = []
+        with pytest.raises(Busy, match="6 requests are waiting"):
+            for _ in range(30):
+                handles.append(engine.submit(request))
+        assert {handle.result()[1].reason for handle in handles} == {"length"}
+        assert engine.failure is None
+
+    @pytest.mark.parametrize(
+        ("change", "says"),
+        [
+            ({"prompt": ()}, "at least one token"),
+            ({"prompt": (1, 256)}, r"prompt\[1\]=256: must be in 0 .. 255"),
+            ({"max_tokens": 62}, "at most 64 together"),
+            ({"max_tokens": 0}, "max_tokens=0"),
+            ({"sampling": Sampling(top_p=0.0)}, "top_p=0.0"),
+        ],
+    )
+    def test_what_cannot_be_answered_is_refused_when_it_is_submitted(self, engine, change, says):
+        request = dataclasses.replace(Request(prompt=(1, 2, 3), max_tokens=5), **change)
+        with pytest.raises(ValueError, match=says):
+            engine.submit(request)
+
+    def test_random_requests_from_many_threads_with_cancellations_leave_nothing_behind(
+        self, engine
+    ):
+        ends = []
+
+        def client(seed):
+            for i, request in enumerate(requests(4, seed, longest=24)):
+                while True:
+                    try:
+                        handle = engine.submit(request)
+                        break
+                    except Busy:
+                        time.sleep(0.01)
+                if (seed + i) % 3 == 0:
+                    handle.cancel()
+                tokens, finished = handle.result()
+                ends.append((finished.reason, len(tokens) == request.max_tokens))
+
+        threads = [threading.Thread(target=client, args=(seed,)) for seed in range(6)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert len(ends) == 24
+        assert all(whole for reason, whole in ends if reason == "length")
+        after = engine.statistics()
+        assert after.pages_used == after.running == after.waiting == 0
+
+
+def test_logits_that_are_not_numbers_end_the_answer_with_an_error():
+    model = served("plain")
+    broken = dict(model.params, norm={"scale": model.params["norm"]["scale"] * jax.numpy.nan})
+    with Engine(dataclasses.replace(model, params=broken), SMALL) as engine:
+        _, finished = engine.submit(Request(prompt=(1, 2), max_tokens=5)).result()
+        assert finished.reason == "error" and "not a number" in finished.message
+        assert engine.failure is None
+
+
+def test_an_engine_that_stops_finishes_what_runs_and_takes_no_more():
+    engine = Engine(served("plain"), SMALL)
+    engine.start()
+    request = Request(prompt=(1, 2), max_tokens=30, ignore_eos=True)
+    handles = [engine.submit(request) for _ in range(5)]
+    engine.stop()
+    assert {handle.result()[1].reason for handle in handles} == {"length"}
+    with pytest.raises(Stopped):
+        engine.submit(request)
+
+
+def test_an_engine_that_fails_tells_everybody(monkeypatch):
+    engine = Engine(served("plain"), SMALL)
+    monkeypatch.setattr(engine._runner, "step", lambda: 1 // 0)
+    engine.start()
+    handle = engine.submit(Request(prompt=(1, 2), max_tokens=5))
+    assert handle.result()[1].reason == "error"
+    assert "ZeroDivisionError" in engine.failure
+    with pytest.raises(Stopped, match="ZeroDivisionError"):
+        engine.submit(Request(prompt=(1, 2), max_tokens=5))
+
+
+@pytest.mark.parametrize(
+    ("cfg", "says"),
+    [
+        (EngineConfig(slots=0), "slots=0"),
+        (EngineConfig(cache_bytes=100), "must hold a sequence's first pages"),
+        (EngineConfig(max_length=65), "max_length=65: the model's context is"),
+        (EngineConfig(slack=-0.1), "slack=-0.1"),
+    ],
+)
+def test_settings_that_do_not_fit_are_refused(cfg, says):
+    with pytest.raises(ValueError, match=says):
+        Engine(served("plain"), cfg)
