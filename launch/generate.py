@@ -31,6 +31,7 @@ def main(argv: list[str] | None = None) -> int:
     from mor_jax.parsing import size
     from mor_jax.serve.generate import Options, generate
     from mor_jax.serve.prompts import Wishes
+    from mor_jax.serve.request import Stopped
 
     given = vars(options)
     wishes = {name: given.pop(name) for name in Wishes.__dataclass_fields__}
@@ -44,7 +45,7 @@ def main(argv: list[str] | None = None) -> int:
         )
         console = Console(highlight=False, markup=False, emoji=False)
         totals = generate(asked, sys.stdin.buffer, console)
-    except ValueError as error:
+    except (ValueError, Stopped) as error:
         print(f"error: {error}", file=sys.stderr)
         return exit_codes.ERROR
     except KeyboardInterrupt:

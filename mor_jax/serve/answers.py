@@ -9,30 +9,17 @@ import functools
 import itertools
 import queue
 import time
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Protocol
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 from mor_jax.data.tokenizers import Tokenizer
+from mor_jax.serve.engine import Engine, Handle
 from mor_jax.serve.prompts import Prompt
 from mor_jax.serve.request import Event, Finished, Request, Token
 from mor_jax.serve.text import token_text
 
 Arrived = tuple[int, Event, float]
 """Number of an answer, what came, and when."""
-
-
-class Submitted(Protocol):
-    """A request that the engine has."""
-
-    def cancel(self) -> None:
-        """Ends it; `Finished` follows."""
-
-
-class Submits(Protocol):
-    """What an engine has to offer here."""
-
-    def submit(self, request: Request, sink: Callable[[Event], None]) -> Submitted:
-        """Takes a request whose events go to `sink`, from any thread."""
 
 
 @dataclasses.dataclass(kw_only=True, eq=False)
@@ -99,9 +86,7 @@ class Answer:
         return told
 
 
-def stream(
-    engine: Submits, prompts: Sequence[Prompt], ahead: int
-) -> Iterator[tuple[Answer, Event]]:
+def stream(engine: Engine, prompts: Sequence[Prompt], ahead: int) -> Iterator[tuple[Answer, Event]]:
     """All events of all answers, those of the first answer first, each with its answer.
 
     ahead: answers that the engine has at one time. Those that it has are cancelled when the caller
@@ -110,7 +95,7 @@ def stream(
     jobs = [(prompt, index) for prompt in prompts for index in range(len(prompt.requests))]
     arrived: queue.SimpleQueue[Arrived] = queue.SimpleQueue()
     waiting: dict[int, list[tuple[Event, float]]] = {}
-    at_work: dict[int, Submitted] = {}
+    at_work: dict[int, Handle] = {}
     numbers = iter(range(len(jobs)))
     try:
         for number, (prompt, index) in enumerate(jobs):
@@ -132,8 +117,8 @@ def stream(
                     yield answer, event
             del waiting[number]
     finally:
-        for submitted in at_work.values():
-            submitted.cancel()
+        for handle in at_work.values():
+            handle.cancel()
 
 
 def _put(arrived: queue.SimpleQueue[Arrived], number: int, event: Event) -> None:

@@ -106,7 +106,7 @@ def generate(options: Options, stdin: BinaryIO, console: Console) -> Totals:
             show: Show = JsonLines(file or console.file, served.tokenizer)
         else:
             show = _screen(options, served, prompts, console)
-        with Engine(served, _settings(options, prompts)) as engine:
+        with Engine(served, _settings(options, served, prompts)) as engine:
             return _run(engine, prompts, show, status)
 
 
@@ -115,12 +115,14 @@ def _status(text: str) -> Status:
     return Status(text, console=Console(stderr=True, quiet=not sys.stderr.isatty()))
 
 
-def _settings(options: Options, prompts: list[Prompt]) -> EngineConfig:
+def _settings(options: Options, served: Served, prompts: list[Prompt]) -> EngineConfig:
     requests = [request for prompt in prompts for request in prompt.requests]
+    longest = max(len(request.prompt) + request.max_tokens for request in requests)
     return EngineConfig(
         slots=min(USUAL_SLOTS, len(requests)) if options.slots is None else options.slots,
         cache_bytes=options.cache_bytes,
-        max_length=max(len(request.prompt) + request.max_tokens for request in requests),
+        # Few different lengths, so that programs are found again where JAX keeps them.
+        max_length=min(1 << (longest - 1).bit_length(), served.cfg.max_length),
     )
 
 

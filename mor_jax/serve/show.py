@@ -8,7 +8,7 @@ import json
 import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Protocol, TextIO
+from typing import Protocol, TextIO, runtime_checkable
 
 import numpy as np
 from rich.console import Console
@@ -28,6 +28,7 @@ from mor_jax.summary import printable
 _FEW = ("bright_white", "bright_yellow", "bright_red", "bright_magenta", "bright_cyan", "green")
 
 
+@runtime_checkable
 class Show(Protocol):
     """Is told of answers, one after the other."""
 

@@ -1,0 +1,295 @@
+"""launch/generate.py and what it is made of, on the real engine with a tiny model."""
+
+import dataclasses
+import importlib
+import io
+import json
+import threading
+
+import numpy as np
+import pytest
+from rich.console import Console
+from seeded import random_params
+from tiny import TINY, train_config
+
+from mor_jax import exit_codes, initial
+from mor_jax.convert.lazy import flatten, held
+from mor_jax.serve.answers import stream
+from mor_jax.serve.engine import Engine, EngineConfig
+from mor_jax.serve.prompts import Wishes, from_lines, from_texts, prepare
+from mor_jax.serve.request import Finished, Request
+from mor_jax.serve.served import load_served
+from mor_jax.workdir import claim_workdir
+
+MODEL = dataclasses.replace(TINY["expert_cycle"], vocab_size=256, layers=2, recursions=2)
+WISHES = Wishes(max_tokens=8, seed=3)
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory):
+    path = tmp_path_factory.mktemp("run")
+    claim_workdir(path, train_config(model=MODEL))
+    initial.write(path, MODEL, held(dict(flatten(random_params(MODEL, 1)))), {"from": "a/model"})
+    return path
+
+
+@pytest.fixture(scope="module")
+def served(workdir):
+    return load_served(workdir)
+
+
+@pytest.fixture(scope="module")
+def engine(served):
+    with Engine(served, EngineConfig(slots=2)) as engine:
+        yield engine
+
+
+@pytest.fixture
+def run(workdir, capsys, monkeypatch):
+    """`run("--prompt=a", ..., stdin=b"...")` -> exit code, standard output, standard error."""
+
+    def call(*options, stdin=b""):
+        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(stdin)))
+        code = importlib.import_module("launch.generate").main(
+            [f"--workdir={workdir}", "--slots=2", *options]
+        )
+        told = capsys.readouterr()
+        return code, told.out, told.err
+
+    return call
+
+
+def lines(*rows):
+    return [json.dumps(row) for row in rows]
+
+
+def test_lines_have_settings_of_their_own():
+    asks = from_lines(
+        [
+            '{"prompt": "a", "temperature": 0, "stop": "x", "id": {"k": 1}}',
+            b"  \n",
+            '{"prompt": [1, 2], "n": 2, "top_k": null, "stop": ["x", "y"]}',
+            '{"messages": [{"role": "user", "content": "Hi"}]}',
+        ],
+        dataclasses.replace(WISHES, top_k=5),
+    )
+    assert [ask.id for ask in asks] == [{"k": 1}, 3, 4]
+    assert [ask.prompt for ask in asks[:2]] == ["a", (1, 2)]
+    first, second, third = (ask.wishes for ask in asks)
+    assert (first.temperature, first.stop, first.top_k, first.seed) == (0.0, ("x",), 5, 3)
+    assert (second.n, second.top_k, second.stop) == (2, None, ("x", "y"))
+    assert third == dataclasses.replace(WISHES, top_k=5)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{", r"line 1='\{': is not valid JSON"),
+        ("[" * 100_000, "line 1=.*is not valid JSON"),
+        ('{"prompt": NaN}', "NaN is no number"),
+        (b"\xff", "line 1=.*is not valid JSON"),
+        ("[1]", "must be a JSON object"),
+        ("{}", "needs either 'prompt' or 'messages'"),
+        ('{"prompt": "a", "messages": []}', "needs either 'prompt' or 'messages'"),
+        ('{"prompt": 1}', r"line 1\.prompt=1: must be a text or a list of token numbers"),
+        ('{"prompt": [1, true]}', r"line 1\.prompt=.*list of token numbers"),
+        ('{"prompt": []}', r"line 1\.prompt=\[\]"),
+        (r'{"prompt": "\ud800"}', r"line 1\.prompt=.*half of a surrogate pair"),
+        ('{"prompt": "a", "temprature": 1}', r"Did you mean line 1\.temperature\?"),
+        ('{"prompt": "a", "top_p": "1"}', r"line 1\.top_p='1': must be a float"),
+        (f'{{"prompt": "a", "top_p": {10**400}}}', "number that is too large"),
+        ('{"messages": [{"role": "user"}]}', r"line 1\.messages\[0\]=.*a 'role' and a 'content'"),
+        ('{"messages": []}', r"line 1\.messages=\[\]: must be a list of messages"),
+        ("", "needs at least one line that is not empty"),
+    ],
+)
+def test_lines_that_say_nothing_sensible(line, message):
+    with pytest.raises(ValueError, match=message):
+        from_lines([line], WISHES)
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"prompt": [256]}, r"line 2\.prompt\[0\]=256: must be in 0 \.\. 255"),
+        ({"prompt": "a", "temperature": -1}, r"line 2\.temperature=-1\.0: must not be negative"),
+        ({"prompt": "a", "max_tokens": 64}, r"line 2\.max_tokens=64: prompt \(1 tokens\)"),
+        ({"prompt": "a" * 64, "max_tokens": None}, r"line 2\.max_tokens=1: prompt \(64 tokens\)"),
+        ({"prompt": "a", "n": 0}, r"line 2\.n=0: must be greater than 0"),
+        ({"prompt": "a", "seed": 2**32}, r"line 2\.seed=4294967296: must be in"),
+        ({"prompt": "a", "logprobs": 21}, r"line 2\.logprobs=21: must be in 0 \.\. 20"),
+        ({"messages": [{"role": "user", "content": "a"}]}, "has no chat template"),
+    ],
+)
+def test_requests_that_the_model_cannot_answer(served, row, message):
+    with pytest.raises(ValueError, match=message):
+        prepare(from_lines(lines({"prompt": "fine"}, row), WISHES), served, 64)
+
+
+def test_requests_follow_the_wishes(served):
+    wishes = Wishes(n=3, seed=2**32 - 1, stop=("x",), top_p=0.5)
+    (prompt,) = prepare(from_texts(["abc"], wishes), served, 64)
+    assert (prompt.tokens, prompt.text) == ((97, 98, 99), "abc")
+    assert [r.sampling.seed for r in prompt.requests] == [2**32 - 1, 0, 1]
+    assert {(r.max_tokens, r.stop, r.sampling.top_p) for r in prompt.requests} == {
+        (61, ("x",), 0.5)
+    }
+    (empty,) = prepare(from_texts([""], WISHES), served, 64)
+    assert empty.tokens == (served.tokenizer.eos_id,)
+    # Drawn once for the command, so that it can be told.
+    one, other = prepare(from_texts(["a", "b"], Wishes()), served, 64)
+    assert one.requests[0].sampling.seed == other.requests[0].sampling.seed
+
+
+def test_answers_come_in_order_and_are_those_of_each_request_alone(served, engine):
+    rows = [{"prompt": "abc" * k, "n": 1 + k % 3, "max_tokens": 3 + 5 * k} for k in range(5)]
+    prompts = prepare(from_lines(lines(*rows), WISHES), served, 64)
+    seen, finished = [], []
+    for answer, event in stream(engine, prompts, ahead=4):
+        seen.append((answer.prompt.id, answer.index))
+        finished += [answer] if isinstance(event, Finished) else []
+    assert seen == sorted(seen)
+    wanted = [request for prompt in prompts for request in prompt.requests]
+    assert len(finished) == len(wanted) == 9
+    for answer, request in zip(finished, wanted, strict=True):
+        tokens, end = engine.submit(request).result()
+        assert [t.id for t in answer.tokens] == [t.id for t in tokens]
+        assert answer.finished.reason == end.reason
+
+
+def test_closing_the_stream_cancels_what_runs(served, engine):
+    prompts = prepare(from_texts(["a", "b", "c"], Wishes(ignore_eos=True)), served, 64)
+    before = engine.statistics().cancelled
+    events = stream(engine, prompts, ahead=3)
+    next(events)
+    events.close()
+    # Served only after those before it have gone.
+    engine.submit(Request(prompt=(1,), max_tokens=1)).result()
+    assert engine.statistics().cancelled >= before + 2
+    assert engine.statistics().running == 0
+
+
+def test_the_command_prints_texts_that_a_seed_repeats(run):
+    options = ("--prompt=def ", "--max_tokens=12", "--n=2", "--seed=5", "--ignore_eos")
+    code, out, err = run(*options, "--prompt=-", stdin=b"def \n")
+    assert code == exit_codes.OK
+    titles = [f"==> {p}, answer {a} <==" for p in (1, 2) for a in (1, 2)]
+    parts = out.split("==> ")[1:]
+    assert [f"==> {part.splitlines()[0]}" for part in parts] == titles
+    bodies = [part.split(" <==\n", 1)[1] for part in parts]
+    # The same prompt twice, two seeds each.
+    assert bodies[:2] == bodies[2:] and bodies[0] != bodies[1]
+    assert err.startswith("48 tokens in 4 answers, first token after ")
+    assert "tokens/s, mean depth " in err and err.endswith(" of 2, seed 5\n")
+    code, alone, _ = run("--prompt=def ", "--max_tokens=12", "--seed=6", "--ignore_eos", "--echo")
+    assert alone == f"def {bodies[1]}"
+
+
+def test_files_of_json_lines(run, tmp_path):
+    source, output = tmp_path / "prompts.jsonl", tmp_path / "answers.jsonl"
+    rows = [
+        {"prompt": "abc", "id": "first", "logprobs": 2},
+        {"prompt": [100, 101], "n": 2, "temperature": 0.5, "max_tokens": 4},
+        {"prompt": "x", "temperature": 0, "max_tokens": 30, "ignore_eos": True},
+    ]
+    source.write_text("\n".join(lines(*rows)))
+    options = (f"--jsonl={source}", f"--output={output}", "--max_tokens=6", "--seed=1")
+    assert run(*options)[:2] == (exit_codes.OK, "")
+    told = [json.loads(line) for line in output.read_text().splitlines()]
+    assert [(row["id"], row["index"]) for row in told] == [("first", 0), (2, 0), (2, 1), (3, 0)]
+    assert [row["seed"] for row in told] == [1, 1, 2, 1]
+    first, last = told[0], told[3]
+    assert len(first["logprobs"]) == len(first["top"]) == len(first["tokens"])
+    for logprob, token, top in zip(first["logprobs"], first["tokens"], first["top"], strict=True):
+        assert [entry["logprob"] for entry in top] == sorted(e["logprob"] for e in top)[::-1]
+        assert logprob <= top[0]["logprob"]
+        assert token not in [e["id"] for e in top] or logprob in [e["logprob"] for e in top]
+    assert "logprobs" not in last and len(last["tokens"]) == len(last["depths"]) == 30
+    assert set(last["depths"]) <= {1, 2} and last["reason"] == "length"
+    # Written once, then refused; the same again on the standard output.
+    code, _, err = run(*options)
+    assert code == exit_codes.ERROR and "exists already. Add --overwrite" in err
+    _, out, _ = run("--jsonl=-", *options[2:], stdin=source.read_bytes())
+    again = [json.loads(line) for line in out.splitlines()]
+    assert [row["tokens"] for row in again] == [row["tokens"] for row in told]
+    last["text"].encode()
+    assert list(tmp_path.iterdir()) == [source, output] or len(list(tmp_path.iterdir())) == 2
+
+
+def test_what_is_wrong_is_said_before_anything_is_written(run, tmp_path):
+    output = f"--output={tmp_path / 'answers.jsonl'}"
+    for options, message in (
+        ((), "needs either --prompt or --jsonl"),
+        (("--prompt=a", "--jsonl=b"), "needs either --prompt or --jsonl"),
+        (("--jsonl=no/such/file",), "jsonl='no/such/file': cannot be read"),
+        (("--jsonl=-",), "needs at least one line"),
+        (("--prompt=a", "--top_p=2"), r"prompt 1.top_p=2.0: must be in (0, 1]"),
+        (("--prompt=a", "--cache=lots"), "cache='lots'"),
+        (("--prompt=a", "--slots=0"), "slots=0: must be greater than 0"),
+        (
+            ("--prompt=a", "--recursions=9", "--workdir=no/such/run"),
+            "is not the directory of a run",
+        ),
+        (("--prompt=a", "--chat"), "has no chat template"),
+        (("--prompt=a", "--system=b"), "system='b': is for chats"),
+        (("--jsonl=-", "--chat"), "is for --prompt"),
+        (("--prompt=a", "--output=no/such/place.jsonl"), "cannot be written (No such file"),
+    ):
+        code, out, err = run(output, *options)
+        assert (code, out) == (exit_codes.ERROR, "") and message in err, options
+        assert not list(tmp_path.iterdir())
+
+
+class Interrupted(io.StringIO):
+    """A terminal at which somebody presses Ctrl-C once something is printed."""
+
+    def write(self, text: str) -> int:
+        raise KeyboardInterrupt
+
+
+def test_ctrl_c_cancels_and_leaves_nothing_behind(workdir, tmp_path, capsys):
+    generate = importlib.import_module("mor_jax.serve.generate")
+    options = generate.Options(
+        workdir=str(workdir),
+        prompts=("a",),
+        wishes=Wishes(n=4, ignore_eos=True),
+        slots=2,
+        stream=True,
+    )
+
+    def threads():
+        return [thread.name for thread in threading.enumerate()].count("engine")
+
+    before = threads()
+    with pytest.raises(KeyboardInterrupt):
+        generate.generate(options, io.BytesIO(), Console(file=Interrupted()))
+    assert threads() == before
+    assert "tokens" in capsys.readouterr().err
+
+
+def test_a_terminal_shows_depths_as_colours(served, engine):
+    show = importlib.import_module("mor_jax.serve.show")
+    wishes = dataclasses.replace(WISHES, logprobs=1)
+    (prompt,) = prepare(from_texts(["ab"], wishes), served, 64)
+
+    def shown(terminal, **options):
+        file = io.StringIO()
+        console = Console(file=file, force_terminal=terminal, color_system="truecolor", width=200)
+        screen = show.Screen(console, served.tokenizer, echo=True, **options)
+        for answer, event in stream(engine, [prompt], 1):
+            if len(answer.tokens) == 1 and not isinstance(event, Finished):
+                screen.begin(answer)
+            screen.end(answer) if isinstance(event, Finished) else screen.add(event)
+        return file.getvalue(), answer
+
+    text, answer = shown(True, depths=lambda prompt: np.array([1, 2]))
+    red, green, blue = (int(show.colour(1)[i : i + 2], 16) for i in (1, 3, 5))
+    # The prompt's second token was predicted at depth 1, its first by nobody.
+    assert text.startswith(f"a\x1b[30;48;2;{red};{green};{blue}mb\x1b[0m")
+    bare, same = shown(False, streaming=False)
+    assert bare.startswith(f"ab{same.text}\n") and "\x1b" not in bare
+    assert [t.id for t in same.tokens] == [t.id for t in answer.tokens]
+    table = bare.removeprefix(f"ab{same.text}\n").strip().splitlines()
+    assert table[0].split() == ["token", "logprob", "depth", "likeliest"]
+    assert [float(row.split()[-4 if len(row.split()) > 4 else 1]) for row in table[1:2]]
+    assert len(table) == 1 + len(same.tokens)
