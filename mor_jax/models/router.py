@@ -99,7 +99,7 @@ class Router(nnx.Module):
             self.hidden = param(rngs, init, (d, wide))
             self.out = param(rngs, init, (wide, each))
 
-    def one(self, x: Float[Array, "b n d"], recursion: int) -> Float[Array, "b n"]:
+    def one(self, x: Float[Array, "b n d"], recursion: int | Int[Array, ""]) -> Float[Array, "b n"]:
         """Logits of the router of one recursion (expert-choice)."""
         x = x.astype(jnp.float32)
         if self.weight is not None:
@@ -136,14 +136,14 @@ class Routers(nnx.Module):
             self.bias = param(rngs, ZEROS, (("recursions", nr),))
 
 
-def expert_score(router: RouterConfig, logits: Float[Array, "b n"]) -> Float[Array, "b n"]:
+def expert_score(router: RouterConfig, logits: Float[Array, "*b"]) -> Float[Array, "*b"]:
     """p = alpha * sigmoid(z), alpha * tanh(z), or z itself."""
     if router.score == "sigmoid":
         return router.alpha * jax.nn.sigmoid(logits)
     return router.alpha * jnp.tanh(logits) if router.score == "tanh" else logits
 
 
-def token_score(router: RouterConfig, logits: Float[Array, "b n r"]) -> Float[Array, "b n r"]:
+def token_score(router: RouterConfig, logits: Float[Array, "*b r"]) -> Float[Array, "*b r"]:
     """w = alpha * softmax(z) over depths, or alpha * sigmoid(z)."""
     if router.score == "softmax":
         return router.alpha * jax.nn.softmax(logits, axis=-1)
