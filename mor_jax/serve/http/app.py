@@ -60,8 +60,7 @@ class Api:
     @property
     def trouble(self) -> str:
         """Why requests are turned away at present, "" if they are not."""
-        failure = self._engine.failure
-        return self.draining or (f"the engine failed: {failure}" if failure else "")
+        return self.draining or ("the engine has failed" if self._engine.failure else "")
 
     @property
     def chats(self) -> bool:

@@ -13,6 +13,9 @@ from mor_jax.serve.http.measures import Measures
 from mor_jax.serve.http.refusals import Refusal, of_value_error
 from mor_jax.serve.request import Finished, Request
 
+# Characters of an error of the engine's that a client is shown.
+_MOST = 200
+
 
 class Generation:
     """The answers to one HTTP request. Belongs to the event loop's thread.
@@ -140,7 +143,9 @@ class Generation:
 def _refusal(event: Finished) -> Refusal | None:
     """What a client is told of an answer that broke off; None for one that came to its end."""
     if event.reason == "error":
-        return Refusal(500, event.message or "the answer failed", code="engine_error")
+        # The rest of a long message is for the log, which has it.
+        message = event.message.partition("\n")[0][:_MOST] or "the answer failed"
+        return Refusal(500, message, code="engine_error")
     if event.reason == "cancelled":
         return _stopped()
     if event.reason == "deadline" and event.tokens == 0:

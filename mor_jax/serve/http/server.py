@@ -8,6 +8,7 @@ import signal
 import socket
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 
 import uvicorn
@@ -18,6 +19,7 @@ from mor_jax.serve.engine import Engine
 from mor_jax.serve.http.app import Api
 from mor_jax.serve.http.limits import SEND_BUFFER, Limits
 from mor_jax.serve.http.protocol import bounded
+from mor_jax.stopping import AGAIN
 
 LOG = logging.getLogger("mor_jax.serve")
 
@@ -90,6 +92,7 @@ class Server(uvicorn.Server):
         self._api, self._engine, self._limits, self._ready = api, engine, limits, ready
         self._loop: asyncio.AbstractEventLoop | None = None
         self._draining: asyncio.Task[None] | None = None
+        self._asked = -AGAIN
         self.code = exit_codes.OK
 
     @contextlib.contextmanager
@@ -101,7 +104,7 @@ class Server(uvicorn.Server):
             return
         before = {kind: signal.getsignal(kind) for kind in (signal.SIGTERM, signal.SIGINT)}
         for kind in before:
-            self._loop.add_signal_handler(kind, self._ask, signal.Signals(kind).name)
+            self._loop.add_signal_handler(kind, self._signal, signal.Signals(kind).name)
         try:
             yield
         finally:
@@ -127,6 +130,12 @@ class Server(uvicorn.Server):
             self.code = exit_codes.ERROR
             self._ask("failure")
         return await super().on_tick(counter)
+
+    def _signal(self, name: str) -> None:
+        now = time.monotonic()
+        if now - self._asked >= AGAIN:
+            self._ask(name)
+        self._asked = now
 
     def _ask(self, reason: str) -> None:
         if self._draining is not None:

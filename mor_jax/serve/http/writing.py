@@ -64,6 +64,9 @@ class Answer:
             await (self._stream(send, ping) if self._prepared.stream else self._whole(send))
         finally:
             watch.remove_done_callback(self._gone)
+            if watch.done():
+                # While the last of it was being written.
+                self._generation.leave()
             watch.cancel()
 
     def _gone(self, _: asyncio.Task[None]) -> None:

@@ -1,0 +1,217 @@
+"""The endpoints as clients of OpenAI's API see them."""
+
+import json
+
+import openai
+import pytest
+from http_server import engine_of, idle, run, serving, until
+from serve_client import CHAT, TEXT, Connection, get, numbers, post
+
+from mor_jax.serve.request import Request, Sampling
+
+ASKED = {"prompt": "Once", "max_tokens": 8, "temperature": 1, "seed": 5, "ignore_eos": True}
+
+
+@pytest.fixture(scope="module")
+def engine(tmp_path_factory):
+    with engine_of(tmp_path_factory.mktemp("http") / "small") as engine:
+        yield engine
+
+
+@pytest.fixture(scope="module")
+def server(engine):
+    with serving(engine) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def client(server):
+    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="any", max_retries=0) as client:
+        yield client
+
+
+def expected(engine, prompt: bytes, seed=5, **settings):
+    """What the engine itself answers: text, tokens, end."""
+    asked = {"max_tokens": 8, "ignore_eos": True} | settings
+    request = Request(prompt=tuple(prompt), sampling=Sampling(seed=seed), **asked)
+    tokens, finished = engine.submit(request).result()
+    return "".join(token.text for token in tokens) + finished.text, tokens, finished
+
+
+def test_completion_is_the_engines(client, engine):
+    extra = {"ignore_eos": True}
+    done = client.completions.create(
+        model="small", prompt="Once", max_tokens=8, seed=5, user="me", extra_body=extra
+    )
+    text, tokens, _ = expected(engine, b"Once")
+    assert (done.choices[0].text, done.choices[0].finish_reason) == (text, "length")
+    assert done.usage.model_dump(exclude_none=True) == {
+        "prompt_tokens": 4,
+        "completion_tokens": len(tokens),
+        "total_tokens": 4 + len(tokens),
+    }
+    assert (done.model, done.object) == ("small", "text_completion")
+
+
+def test_stream_adds_up_to_the_completion(client, engine):
+    stream = client.completions.create(
+        model="small",
+        prompt="Once",
+        max_tokens=8,
+        seed=5,
+        stream=True,
+        stream_options={"include_usage": True},
+        extra_body={"ignore_eos": True},
+    )
+    *chunks, last = list(stream)
+    text, tokens, _ = expected(engine, b"Once")
+    assert "".join(chunk.choices[0].text for chunk in chunks) == text
+    ends = [chunk.choices[0].finish_reason for chunk in chunks]
+    assert ends[-1] == "length" and not any(ends[:-1])
+    assert (last.choices, last.usage.completion_tokens) == ([], len(tokens))
+
+
+def test_prompts_times_n_in_order_each_with_its_own_seed(server, engine):
+    asked = ASKED | {"prompt": [[97, 98], [99, 100]], "n": 2, "echo": True, "depths": True}
+    status, done = run(post(server.url, TEXT, asked))
+    assert status == 200
+    for i, (prompt, seed) in enumerate(((b"ab", 5), (b"ab", 6), (b"cd", 5), (b"cd", 6))):
+        text, tokens, _ = expected(engine, prompt, seed)
+        choice = done["choices"][i]
+        assert (choice["index"], choice["text"]) == (i, prompt.decode() + text)
+        assert choice["depths"] == [token.depth for token in tokens]
+    assert done["usage"]["prompt_tokens"] == 4
+
+
+def test_logprobs_of_completions(server, engine):
+    _, tokens, _ = expected(engine, b"Once", logprobs=2)
+    _, done = run(post(server.url, TEXT, ASKED | {"logprobs": 2}))
+    logprobs = done["choices"][0]["logprobs"]
+    assert logprobs["token_logprobs"] == pytest.approx([t.logprob for t in tokens])
+    assert [len(top) for top in logprobs["top_logprobs"]] == [2] * len(tokens)
+    assert logprobs["text_offset"][0] == 0 and logprobs["text_offset"] == sorted(
+        logprobs["text_offset"]
+    )
+    raw = [bytes([t.id]) for t in tokens]
+    names = [b.decode() if b < b"\x80" else f"bytes:\\x{b[0]:02x}" for b in raw]
+    assert logprobs["tokens"] == names
+
+
+def test_chat_goes_through_the_template(client, engine):
+    messages = [{"role": "user", "content": [{"type": "text", "text": "hi"}]}]
+    asked = {"model": "small", "messages": messages, "max_completion_tokens": 8, "seed": 5}
+    extra = {"ignore_eos": True}
+    done = client.chat.completions.create(**asked, logprobs=True, top_logprobs=1, extra_body=extra)
+    text, tokens, _ = expected(engine, b"<user>hi<assistant>", logprobs=1)
+    choice = done.choices[0]
+    assert (choice.message.content, choice.message.role) == (text, "assistant")
+    assert [entry.bytes for entry in choice.logprobs.content] == [[t.id] for t in tokens]
+    assert [len(entry.top_logprobs) for entry in choice.logprobs.content] == [1] * len(tokens)
+    chunks = list(client.chat.completions.create(**asked, stream=True, extra_body=extra))
+    assert chunks[0].choices[0].delta.role == "assistant"
+    assert "".join(c.choices[0].delta.content or "" for c in chunks) == text
+    assert chunks[-1].choices[0].finish_reason == "length"
+
+
+def test_stop_texts_end_answers(server, engine):
+    text, _, _ = expected(engine, b"Once", max_tokens=32)
+    stop = text[5:7]
+    _, done = run(post(server.url, TEXT, ASKED | {"max_tokens": 32, "stop": [stop]}))
+    choice = done["choices"][0]
+    assert (choice["text"], choice["finish_reason"]) == (text[: text.index(stop)], "stop")
+
+
+def test_deadlines_cut_answers_off(server, engine):
+    asked = ASKED | {"max_tokens": 500, "timeout": 0.1}
+    status, done = run(post(server.url, TEXT, asked))
+    if status == 200:
+        choice = done["choices"][0]
+        assert (choice["finish_reason"], choice["stop_reason"]) == ("length", "deadline")
+    else:
+        # A machine that was too slow for the first token.
+        assert (status, done["error"]["code"]) == (504, "deadline")
+    until(lambda: idle(engine))
+
+
+def test_models_health_and_metrics(server, client):
+    assert [model.id for model in client.models.list()] == ["small"]
+    assert client.models.retrieve("small").created > 0
+    assert run(get(server.url, "/health")) == (200, b'{"status":"ok"}')
+    before = run(numbers(server.url))
+    run(post(server.url, TEXT, ASKED))
+    after = run(numbers(server.url))
+
+    def gained(name):
+        return after[name] - before.get(name, 0)
+
+    assert gained('mor_http_requests_total{endpoint="/v1/completions",status="200"}') == 1
+    assert gained('mor_choices_total{reason="length"}') == 1
+    assert gained("mor_generated_tokens_total") == 8
+    assert gained("mor_time_to_first_token_seconds_count") == 1
+    assert gained("mor_time_between_tokens_seconds_count") == 7
+    assert gained('mor_token_depth_bucket{le="+Inf"}') >= 8
+    assert after["mor_engine_slots"] == 4 and after["mor_cache_bytes"] > 0
+    assert 0 < after["mor_engine_useful_share"] <= 1
+
+
+REFUSED = {
+    "no prompt": (TEXT, {}, 400, "prompt"),
+    "no messages": (CHAT, {"messages": []}, 400, "messages"),
+    "another model": (TEXT, ASKED | {"model": "gpt-5"}, 404, "model"),
+    "unknown token": (TEXT, ASKED | {"prompt": [1, 256]}, 400, "prompt"),
+    "too long": (TEXT, {"prompt": "a" * 600}, 400, "prompt"),
+    "no room": (TEXT, ASKED | {"max_tokens": 510}, 400, "max_tokens"),
+    "tools": (CHAT, {"messages": [{"role": "user", "content": "a"}], "tools": [{}]}, 400, "tools"),
+    "engine's own rule": (TEXT, ASKED | {"stop_token_ids": [300]}, 400, "stop_tokens"),
+    "no such path": ("/v1/embeddings", {}, 404, None),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refusals_name_the_member(server, name):
+    path, body, status, param = REFUSED[name]
+    got, answer = run(post(server.url, path, body))
+    assert (got, answer["error"]["param"]) == (status, param)
+    assert answer["error"]["message"] and answer["error"]["type"]
+    until(lambda: idle(server.engine))
+
+
+def test_clients_raise_their_own_errors(client):
+    with pytest.raises(openai.BadRequestError, match="temperature=-1") as caught:
+        client.completions.create(model="small", prompt="a", temperature=-1)
+    assert caught.value.param == "temperature"
+    with pytest.raises(openai.NotFoundError):
+        client.models.retrieve("other")
+
+
+@pytest.mark.parametrize(
+    ("headers", "body", "status"),
+    [
+        ({"content-type": "text/plain"}, b"{}", 415),
+        ({"content-encoding": "gzip"}, b"{}", 415),
+        ({"content-length": str(10**12)}, b"{}", 413),
+        ({"transfer-encoding": "chunked", "content-length": "0"}, b"3\r\nabc\r\n0\r\n\r\n", 400),
+    ],
+)
+def test_bodies_that_are_not_read(server, headers, body, status):
+    async def ask():
+        async with Connection(server.url) as connection:
+            await connection.ask(TEXT, body, headers)
+            return await connection.head()
+
+    assert run(ask()) == status
+
+
+def test_methods(server):
+    assert run(get(server.url, TEXT))[0] == 405
+    assert run(post(server.url, "/health", {}))[0] == 405
+
+
+def test_only_keys_open_the_server(engine):
+    with serving(engine, keys=(b"secret", b"other")) as server:
+        for key, status in (("secret", 200), ("other", 200), ("secre", 401), ("", 401)):
+            got, body = run(get(server.url, "/v1/models", {"authorization": f"Bearer {key}"}))
+            assert got == status
+        assert json.loads(body)["error"]["type"] == "authentication_error"
+        assert run(post(server.url, TEXT, ASKED))[0] == 401
+        assert run(get(server.url, "/health"))[0] == 200

@@ -1,0 +1,255 @@
+"""Clients that come in crowds, leave, crawl or do not read, and servers that end."""
+
+import asyncio
+import contextlib
+import importlib
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
+
+import serve_load
+from http_server import MODEL, engine_of, idle, run, serving, until
+from serve_client import TEXT, Connection, get, post
+from served_runs import write_run
+
+from mor_jax.serve.http.limits import Limits
+
+LONG = {"prompt": "a", "max_tokens": 500, "ignore_eos": True}
+
+
+@pytest.fixture(scope="module")
+def engine(tmp_path_factory):
+    with engine_of(tmp_path_factory.mktemp("http") / "small") as engine:
+        yield engine
+
+
+@pytest.fixture(scope="module")
+def url(engine):
+    with serving(engine) as server:
+        yield server.url
+
+
+def body(value):
+    return json.dumps(value).encode()
+
+
+def test_a_crowd_gets_the_answers_that_each_alone_would(url):
+    # The queue holds 32: most are turned away at first and come again.
+    row = run(serve_load.crowd(url, clients=60, seed=1, longest=8))
+    assert row["holds"], row
+
+
+def test_nothing_is_left_of_clients_that_come_and_go(url, engine):
+    row = run(serve_load.soak(url, None, requests=80, at_once=16, seed=2))
+    assert row["holds"] and row["left"] > 10, row
+    until(lambda: idle(engine))
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_client_that_leaves_frees_its_slot(url, engine, stream):
+    cancelled = engine.statistics().cancelled
+
+    async def ask():
+        async with Connection(url) as connection:
+            await connection.ask(TEXT, body(LONG | {"stream": stream, "n": 3}))
+            if stream:
+                await connection.head()
+            while engine.statistics().running == 0:
+                await asyncio.sleep(0.001)
+
+    run(ask())
+    until(lambda: idle(engine))
+    assert engine.statistics().cancelled > cancelled
+
+
+def test_a_full_queue_says_when_to_come_back(url, engine):
+    async def ask():
+        async with Connection(url) as busy:
+            await busy.ask(TEXT, body(LONG | {"n": 30}))
+            while engine.statistics().waiting == 0:
+                await asyncio.sleep(0.001)
+            async with Connection(url) as late:
+                await late.ask(TEXT, body(LONG | {"n": 30}))
+                status = await late.head()
+                answer = json.loads(await late.body())
+            return status, late.headers, answer["error"]["code"]
+
+    status, headers, code = run(ask())
+    assert (status, code) == (429, "busy") and int(headers["retry-after"]) >= 1
+    until(lambda: idle(engine))
+
+
+def test_too_many_requests_at_work(engine):
+    with serving(engine, Limits(max_requests=1)) as server:
+
+        async def ask():
+            async with Connection(server.url) as first:
+                await first.ask(TEXT, body(LONG))
+                while engine.statistics().running == 0:
+                    await asyncio.sleep(0.001)
+                return await post(server.url, TEXT, LONG), await get(server.url, "/health")
+
+        (status, _), (health, _) = run(ask())
+        assert (status, health) == (429, 200)
+    until(lambda: idle(engine))
+
+
+def test_a_client_that_does_not_read_is_cut_off(engine):
+    with serving(engine, Limits(write_timeout=0.3, max_unsent=8)) as server:
+
+        async def ask():
+            # Twenty alternatives a token make megabytes, more than the system holds.
+            loud = LONG | {"logprobs": 20, "n": 8, "stream": True}
+            async with Connection(server.url, room=1024) as stalled:
+                await stalled.ask(TEXT, body(loud))
+                while engine.statistics().running == 0:
+                    await asyncio.sleep(0.001)
+                # Others are served meanwhile.
+                status, _ = await post(server.url, TEXT, {"prompt": "b", "max_tokens": 4})
+                while not idle(engine) or server.server.server_state.tasks:
+                    await asyncio.sleep(0.01)
+                seen = b""
+                with contextlib.suppress(ConnectionResetError):
+                    while piece := await stalled.reader.read(2**16):
+                        seen += piece
+                return status, b"[DONE]" in seen
+
+        assert run(ask()) == (200, False)
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [b"", b"POST /v1/completions HT", b"POST /v1/completions HTTP/1.1\r\nx: 1\r\n"],
+    ids=["nothing", "half a line", "no end of headers"],
+)
+def test_a_request_that_does_not_come_is_not_waited_for(engine, sent):
+    with serving(engine, Limits(read_timeout=0.2)) as server:
+
+        async def ask():
+            async with Connection(server.url) as connection:
+                connection.writer.write(sent)
+                return await connection.reader.read()
+
+        with contextlib.suppress(ConnectionResetError):
+            assert run(ask()) == b""
+
+
+def test_a_body_that_does_not_come_is_not_waited_for(engine):
+    with serving(engine, Limits(read_timeout=0.2)) as server:
+
+        async def ask():
+            async with Connection(server.url) as connection:
+                await connection.ask(TEXT, b"{", {"content-length": "100"})
+                return await connection.head()
+
+        assert run(ask()) == 408
+
+
+def test_headers_without_end_are_refused(url):
+    async def ask():
+        async with Connection(url) as connection:
+            connection.writer.write(b"GET /health HTTP/1.1\r\n" + b"x: " + b"y" * 200_000)
+            return await connection.head()
+
+    assert run(ask()) == 400
+
+
+def test_two_requests_on_one_connection_and_garbage_on_another(url):
+    async def ask():
+        async with Connection(url) as connection:
+            for _ in range(2):
+                await connection.ask(TEXT, body({"prompt": "a", "max_tokens": 2}))
+                assert await connection.head() == 200
+                await connection.body()
+        async with Connection(url) as connection:
+            connection.writer.write(b"\x16\x03\x01 hello \r\n\r\n")
+            assert await connection.head() == 400
+        return (await get(url, "/health"))[0]
+
+    assert run(ask()) == 200
+
+
+def test_a_server_that_ends_finishes_what_it_began(tmp_path):
+    with engine_of(tmp_path / "small") as engine, serving(engine) as server:
+
+        async def ask():
+            async with Connection(server.url) as one, Connection(server.url) as late:
+                await one.ask(TEXT, body(LONG | {"stream": True}))
+                assert await one.head() == 200
+                events = one.events()
+                await anext(events)
+                server.server.stop()
+                while not server.api.draining:
+                    await asyncio.sleep(0.001)
+                await late.ask(TEXT, body(LONG))
+                refused = await late.head()
+                health, _ = await get(server.url, "/health")
+                rest = [event async for event in events]
+            return refused, health, rest[-1]["choices"][0]["finish_reason"]
+
+        assert run(ask()) == (503, 503, "length")
+        server.thread.join(20)
+        assert not server.thread.is_alive() and server.server.code == 0
+
+
+def test_a_second_signal_gives_up(tmp_path):
+    with engine_of(tmp_path / "small") as engine, serving(engine) as server:
+
+        async def ask():
+            async with Connection(server.url) as one:
+                await one.ask(TEXT, body(LONG | {"stream": True, "n": 16}))
+                await one.head()
+                events = one.events()
+                await anext(events)
+                server.server.stop()
+                server.server.stop()
+                with pytest.raises(EOFError):
+                    async for event in events:
+                        last = event
+            return last["error"]["code"]
+
+        assert run(ask()) == "stopped"
+        server.thread.join(20)
+        assert not server.thread.is_alive()
+
+
+def test_the_command_serves_and_ends(tmp_path):
+    write_run(tmp_path / "small", MODEL)
+    keys = tmp_path / "keys"
+    keys.write_text("# of the team\nsecret\n")
+    arguments = [f"--workdir={tmp_path / 'small'}", "--slots=2", f"--api_key_file={keys}"]
+    with serve_load.started(arguments) as (url, pid):
+
+        async def ask():
+            async with Connection(url) as connection:
+                await connection.ask(TEXT, body(LONG), {"authorization": "Bearer secret"})
+                # Asked to end meanwhile: the answer still comes. `started` sees to the exit code.
+                await asyncio.sleep(0.05)
+                subprocess.run(["kill", f"-{int(signal.SIGTERM)}", str(pid)], check=True)
+                status = await connection.head()
+                return status, json.loads(await connection.body())["usage"]
+
+        status, usage = run(ask())
+    assert (status, usage["completion_tokens"]) == (200, 500)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--workdir=nowhere"], "nowhere"),
+        (["--workdir=.", "--api_key_file=/dev/null"], "api_key_file"),
+        (["--workdir=.", "--port=65536"], "port=65536"),
+        (["--workdir=.", "--timeout=-1"], "limits.timeout=-1"),
+    ],
+)
+def test_the_command_says_what_is_wrong(tmp_path, monkeypatch, capsys, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    assert importlib.import_module("launch.serve").main(["--port=0", *arguments]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and message in error, error
