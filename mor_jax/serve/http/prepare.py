@@ -6,11 +6,11 @@ Everything here may take long for a long text, so it runs in a thread of its own
 import dataclasses
 from collections.abc import Sequence
 
+from mor_jax.serve.chat_template import ChatTemplate
 from mor_jax.serve.http import fields, schemas
-from mor_jax.serve.http.chat_template import ChatTemplate
 from mor_jax.serve.http.choices import ChatForm, Form, TextForm
 from mor_jax.serve.http.limits import Limits
-from mor_jax.serve.http.refusals import Refusal, need, refuse
+from mor_jax.serve.http.refusals import Refusal, need, of_value_error, refuse
 from mor_jax.serve.request import Request
 from mor_jax.serve.served import Served
 from mor_jax.serve.token_bytes import token_bytes
@@ -44,14 +44,12 @@ class Preparer:
         self._served, self._limits = served, limits
         self._token_bytes = token_bytes(served.tokenizer)
         self._max_length = max_length
-        source = served.chat_template
-        names = served.special_tokens
-        self._template = source and ChatTemplate(source, served.tokenizer, names)
+        self._template = None if served.chat_template is None else ChatTemplate(served)
 
     @property
     def chats(self) -> bool:
         """Whether there is a chat template."""
-        return bool(self._template)
+        return self._template is not None
 
     def completion(self, body: bytes) -> Prepared:
         """A request to /v1/completions."""
@@ -77,10 +75,14 @@ class Preparer:
         """A request to /v1/chat/completions."""
         asked = schemas.chat(fields.parse_object(body), self._limits)
         self._check_model(asked.options.model)
-        if not self._template:
+        if self._template is None:
             message = "this model's tokenizer has no chat template. Use /v1/completions"
             raise Refusal(400, message, param="messages", code="no_chat_template")
-        prompt = self._template.tokens(asked.messages) or (self._served.tokenizer.eos_id,)
+        try:
+            prompt = self._template.tokens(asked.messages)
+        except ValueError as error:
+            raise of_value_error(error) from None
+        prompt = prompt or (self._served.tokenizer.eos_id,)
         options = asked.options
         form = ChatForm(self._token_bytes, options.logprobs, options.depths)
         return self._prepared(options, form, [prompt], [""])
