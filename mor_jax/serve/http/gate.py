@@ -100,7 +100,8 @@ class Gate:
 
     async def _refuse(self, refusal: Refusal, send: Send, body: Body) -> None:
         try:
-            await body.skip()
+            if refusal.status != 408:
+                await body.skip()
         except ConnectionError:
             return
         await send_refusal(_closing(send) if not body.whole else send, refusal)
