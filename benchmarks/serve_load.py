@@ -145,11 +145,12 @@ async def soak(url: str, pid: int | None, requests: int, at_once: int, seed: int
     after = await settled(url)
     grown = (memory(pid) - first) / 1e6 if pid is not None else None
     row = {"question": "soak", "requests": requests, "seconds": seconds, "whole": sum(whole)}
-    row |= {"left": sum(leave is not None for _, leave in plans), "at_once": at_once}
+    stay = sum(leave is None for _, leave in plans)
+    row |= {"left": requests - sum(whole), "at_once": at_once}
     row |= {name.removeprefix("mor_"): after[name] - before[name] for name in HELD}
     row |= {"grown_mb": grown}
     fine = all(after[name] == before[name] for name in HELD) and (grown is None or grown < 50)
-    return row | {"holds": fine and sum(whole) >= requests - row["left"]}
+    return row | {"holds": fine and sum(whole) >= stay}
 
 
 def _job(url: str, asked: dict[str, Any], leave: int | None) -> Callable[[], Awaitable[bool]]:

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import logging
+import os
 import resource
 import signal
 import socket
@@ -69,7 +70,7 @@ class Server(uvicorn.Server):
 
     First the engine finishes what it has (`Limits.drain`), while new requests get 503. A second
     signal gives up what is under way. ready: called once clients can connect. code: exit code of
-    the process.
+    the process. hangs: the engine did not stop when it was told to.
     """
 
     def __init__(
@@ -93,7 +94,7 @@ class Server(uvicorn.Server):
         self._loop: asyncio.AbstractEventLoop | None = None
         self._draining: asyncio.Task[None] | None = None
         self._asked = -AGAIN
-        self.code = exit_codes.OK
+        self.code, self.hangs = exit_codes.OK, False
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -163,7 +164,7 @@ class Server(uvicorn.Server):
                 await done.wait()
         except TimeoutError:
             LOG.error("the engine does not stop: leaving it")
-            self.code = exit_codes.ERROR
+            self.code, self.hangs = exit_codes.ERROR, True
         self._api.give_up()
         self.should_exit = True
 
@@ -173,6 +174,10 @@ def run(server: Server, bound: socket.socket) -> int:
     sys.setswitchinterval(_SWITCH)
     _allow_many_connections()
     server.run(sockets=[bound])
+    if server.hangs:
+        # Its thread is inside of a device that does not answer, and nobody could join it.
+        logging.shutdown()
+        os._exit(server.code)
     return server.code
 
 
