@@ -26,28 +26,8 @@ from mor_jax import exit_codes, platforms
 def main(argv: list[str] | None = None) -> int:
     options = _parser().parse_args(argv)
     platforms.skip_absent()
-    from rich.console import Console
-
-    from mor_jax.parsing import size
-    from mor_jax.serve.generate import Options, generate
-    from mor_jax.serve.prompts import Wishes
-    from mor_jax.serve.request import Stopped
-
-    given = vars(options)
-    wishes = {name: given.pop(name) for name in Wishes.__dataclass_fields__}
-    prompts, cache = tuple(given.pop("prompt")), given.pop("cache")
     try:
-        asked = Options(
-            **given,
-            prompts=prompts,
-            wishes=Wishes(**{**wishes, "stop": tuple(wishes["stop"])}),
-            cache_bytes=None if cache is None else size("cache", cache),
-        )
-        console = Console(highlight=False, markup=False, emoji=False)
-        totals = generate(asked, sys.stdin.buffer, console)
-    except (ValueError, Stopped) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return exit_codes.ERROR
+        return _generate(vars(options))
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         return exit_codes.STOPPED
@@ -55,6 +35,30 @@ def main(argv: list[str] | None = None) -> int:
         # Whoever read the answers has enough. The interpreter's own flush must not complain.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return exit_codes.OK
+
+
+def _generate(given: dict[str, Any]) -> int:
+    from rich.console import Console
+
+    from mor_jax.parsing import size
+    from mor_jax.serve.generate import Options, generate
+    from mor_jax.serve.prompts import Wishes
+    from mor_jax.serve.request import Stopped
+
+    wishes = {name: given.pop(name) for name in Wishes.__dataclass_fields__}
+    prompts, cache = tuple(given.pop("prompt")), given.pop("cache")
+    try:
+        options = Options(
+            **given,
+            prompts=prompts,
+            wishes=Wishes(**{**wishes, "stop": tuple(wishes["stop"])}),
+            cache_bytes=None if cache is None else size("cache", cache),
+        )
+        console = Console(highlight=False, markup=False, emoji=False)
+        totals = generate(options, sys.stdin.buffer, console)
+    except (ValueError, Stopped) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return exit_codes.ERROR
     for message in totals.errors:
         print(f"error: {message}", file=sys.stderr)
     return exit_codes.ERROR if totals.errors else exit_codes.OK
@@ -111,4 +115,9 @@ def _terminate(*_: object) -> NoReturn:
 
 if __name__ == "__main__":
     signal.signal(signal.SIGTERM, _terminate)
-    sys.exit(main())
+    code = main()
+    if code == exit_codes.STOPPED:
+        # The engine's thread may be in a compiler that cannot be interrupted: nobody waits for it.
+        sys.stdout.flush()
+        os._exit(code)
+    sys.exit(code)

@@ -3,9 +3,9 @@
 import contextlib
 import dataclasses
 import functools
+import io
 import sys
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 from rich.console import Console
@@ -55,7 +55,7 @@ class Options:
     stream: bool | None = None
     depth_colours: bool = False
 
-    def asks(self, stdin: BinaryIO) -> list[Ask]:
+    def asks(self, stdin: io.BufferedIOBase) -> list[Ask]:
         """The prompts, read. Raises `ValueError` where they are none."""
         one = bool(self.prompts) != (self.jsonl is not None)
         check(one, "prompt", self.prompts, "needs either --prompt or --jsonl", "Try --prompt=Once")
@@ -75,12 +75,12 @@ class Options:
             fail("jsonl", self.jsonl, f"cannot be read ({error.strerror})", "Give another file")
 
 
-def _all(stdin: BinaryIO) -> str:
+def _all(stdin: io.BufferedIOBase) -> str:
     # The last end of line is the shell's, no part of the text.
     return stdin.read().decode("utf-8", "surrogateescape").removesuffix("\n")
 
 
-def generate(options: Options, stdin: BinaryIO, console: Console) -> Totals:
+def generate(options: Options, stdin: io.BufferedIOBase, console: Console) -> Totals:
     """Answers all prompts. Answers go to `console`, what is said about them to standard error.
 
     Raises:
@@ -169,9 +169,13 @@ def _run(engine: Engine, prompts: list[Prompt], show: Show, status: Status) -> T
                 else:
                     show.add(event)
     finally:
-        line = totals.line(_recursions(engine.served))
-        seeds = {p.requests[0].sampling.seed for p in prompts if p.requests[0].sampling.temperature}
-        if len(seeds) == 1:
-            line += f", seed {seeds.pop()}"
-        print(line, file=sys.stderr)
+        if totals.tokens or totals.answers:
+            print(_summary(totals, engine.served, prompts), file=sys.stderr)
     return totals
+
+
+def _summary(totals: Totals, served: Served, prompts: list[Prompt]) -> str:
+    line = totals.line(_recursions(served))
+    sampling = [prompt.requests[0].sampling for prompt in prompts]
+    seeds = {one.seed for one in sampling if one.temperature}
+    return f"{line}, seed {seeds.pop()}" if len(seeds) == 1 else line

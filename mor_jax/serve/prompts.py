@@ -10,8 +10,8 @@ import secrets
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NoReturn
 
-from mor_jax.data.optional import need
 from mor_jax.parsing import check, fail, parse
+from mor_jax.serve.chat_template import ChatTemplate
 from mor_jax.serve.request import Request, Sampling
 from mor_jax.serve.served import Served
 
@@ -127,13 +127,13 @@ def prepare(asks: Sequence[Ask], served: Served, max_length: int) -> list[Prompt
 
     Raises `ValueError` where the model cannot answer one, or has no chat template.
     """
-    render = None
+    template: ChatTemplate | None = None
     made = []
     for ask in asks:
         chat = isinstance(ask.prompt, tuple) and isinstance(ask.prompt[0], Mapping)
         if chat:
-            render = render or _renderer(served)
-            text, tokens = render(ask)
+            template = template or ChatTemplate(served)
+            text, tokens = _rendered(ask, template)
         elif isinstance(ask.prompt, str):
             text, tokens = ask.prompt, served.tokenizer.encode(ask.prompt).tolist()
         else:
@@ -152,6 +152,13 @@ def _prompt(ask: Ask, text: str, tokens: Sequence[int], served: Served, max_leng
     for request in requests[:1]:
         request.validate(served.cfg.vocab_size, max_length, ask.where)
     return Prompt(id=ask.id, text=text, tokens=tuple(tokens), requests=requests)
+
+
+def _rendered(ask: Ask, template: ChatTemplate) -> tuple[str, tuple[int, ...]]:
+    try:
+        return template.render(ask.prompt), template.tokens(ask.prompt)
+    except ValueError as error:
+        raise ValueError(f"{ask.where}: {error}") from None
 
 
 def _ask(where: str, number: int, line: str | bytes, wishes: Wishes) -> Ask:
@@ -216,23 +223,3 @@ def _check_text(path: str, text: str) -> None:
 def _start(line: str | bytes) -> str:
     text = line.decode("utf-8", "replace") if isinstance(line, bytes) else line
     return text.strip()[:80]
-
-
-def _renderer(served: Served) -> Any:
-    """A function that gives the text and the tokens of a chat."""
-    if served.chat_template is None:
-        rule = "this model's tokenizer has no chat template"
-        fail("chat", served.name, rule, "Leave --chat out and use texts as prompts")
-    need("jinja2", "chat", served.name)
-    from mor_jax.serve.http.chat_template import ChatTemplate
-    from mor_jax.serve.http.refusals import Refusal
-
-    template = ChatTemplate(served.chat_template, served.tokenizer, served.special_tokens)
-
-    def render(ask: Ask) -> tuple[str, tuple[int, ...]]:
-        try:
-            return template.render(ask.prompt), template.tokens(ask.prompt)
-        except Refusal as error:
-            raise ValueError(f"{ask.where}: {error}") from None
-
-    return render

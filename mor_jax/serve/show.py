@@ -4,11 +4,12 @@ Where the output is no terminal it is the bare text, as it was generated.
 """
 
 import contextlib
+import io
 import json
 import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Protocol, TextIO, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from rich.console import Console
@@ -45,7 +46,7 @@ class Show(Protocol):
 class JsonLines:
     """Writes an object for each answer when it is finished."""
 
-    def __init__(self, file: TextIO, tokenizer: Tokenizer) -> None:
+    def __init__(self, file: io.TextIOBase, tokenizer: Tokenizer) -> None:
         self._file, self._tokenizer = file, tokenizer
 
     def begin(self, answer: Answer) -> None:
@@ -62,7 +63,7 @@ class JsonLines:
 
 
 @contextlib.contextmanager
-def whole_file(path: Path, replace: bool) -> Iterator[TextIO]:
+def whole_file(path: Path, replace: bool) -> Iterator[io.TextIOBase]:
     """A text file that appears when the block is left without an error, or not at all.
 
     Raises `ValueError` if it exists (unless `replace`), or cannot be written there.

@@ -141,6 +141,19 @@ def test_requests_follow_the_wishes(served):
     assert one.requests[0].sampling.seed == other.requests[0].sampling.seed
 
 
+def test_chats_go_through_the_template(served):
+    source = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}<assistant>"
+    chatty = dataclasses.replace(served, chat_template=source)
+    asks = from_texts(["Hi"], WISHES, chat=True, system="Be brief.")
+    asks += from_lines(lines({"messages": [{"role": "user", "content": "Hi"}]}), WISHES)
+    first, second = prepare(asks, chatty, 64)
+    assert first.text == "<system>Be brief.<user>Hi<assistant>"
+    assert second.tokens == tuple(b"<user>Hi<assistant>")
+    refuses = dataclasses.replace(served, chat_template="{{ raise_exception('never') }}")
+    with pytest.raises(ValueError, match=r"prompt 1: .*never"):
+        prepare(asks, refuses, 64)
+
+
 def test_answers_come_in_order_and_are_those_of_each_request_alone(served, engine):
     rows = [{"prompt": "abc" * k, "n": 1 + k % 3, "max_tokens": 3 + 5 * k} for k in range(5)]
     prompts = prepare(from_lines(lines(*rows), WISHES), served, 64)
@@ -241,10 +254,12 @@ def test_what_is_wrong_is_said_before_anything_is_written(run, tmp_path):
 
 
 class Interrupted(io.StringIO):
-    """A terminal at which somebody presses Ctrl-C once something is printed."""
+    """A terminal at which somebody presses Ctrl-C once a few tokens are printed."""
 
     def write(self, text: str) -> int:
-        raise KeyboardInterrupt
+        if len(self.getvalue()) > 20:
+            raise KeyboardInterrupt
+        return super().write(text)
 
 
 def test_ctrl_c_cancels_and_leaves_nothing_behind(workdir, tmp_path, capsys):
