@@ -115,6 +115,8 @@ def _terminate(*_: object) -> NoReturn:
 
 if __name__ == "__main__":
     signal.signal(signal.SIGTERM, _terminate)
+    # A terminal that lacks a letter gets a question mark, not an error.
+    sys.stdout.reconfigure(errors="replace")
     code = main()
     if code == exit_codes.STOPPED:
         # The engine's thread may be in a compiler that cannot be interrupted: nobody waits for it.

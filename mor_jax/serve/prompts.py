@@ -143,7 +143,9 @@ def prepare(asks: Sequence[Ask], served: Served, max_length: int) -> list[Prompt
 
 
 def _prompt(ask: Ask, text: str, tokens: Sequence[int], served: Served, max_length: int) -> Prompt:
-    wishes = ask.wishes
+    wishes, number = ask.wishes, len(tokens)
+    rule = f"has {number} tokens; prompt and answer may hold at most {max_length} together"
+    check(number < max_length, f"{ask.where}.prompt", f"{text[:40]}...", rule, "Shorten it")
     check(wishes.n > 0, f"{ask.where}.n", wishes.n, "must be greater than 0", "Try 1")
     seed = secrets.randbits(32) if wishes.seed is None else wishes.seed
     # The first is checked as it was given: 2**32 must not pass as 0.
