@@ -68,6 +68,22 @@ def test_a_client_that_leaves_frees_its_slot(url, engine, stream):
     assert engine.statistics().cancelled > cancelled
 
 
+def test_a_client_that_sent_two_requests_at_once_and_leaves(url, engine):
+    async def ask():
+        async with Connection(url) as connection:
+            await connection.ask(TEXT, body(LONG))
+            await connection.ask(TEXT, body(LONG))
+            while engine.statistics().running == 0:
+                await asyncio.sleep(0.001)
+        ticks = engine.statistics().ticks
+        while not idle(engine):
+            await asyncio.sleep(0.001)
+        return engine.statistics().ticks - ticks
+
+    # Neither is answered to its end for nobody.
+    assert run(ask()) < 100
+
+
 def test_a_full_queue_says_when_to_come_back(url, engine):
     async def ask():
         async with Connection(url) as busy:

@@ -1,5 +1,6 @@
 """What every request passes: keys, the limit on requests at work, errors as JSON, one log line."""
 
+import asyncio
 import dataclasses
 import hmac
 import logging
@@ -74,6 +75,8 @@ class Gate:
         self._measures.at_work.set(self.at_work)
         try:
             await self._answer(scope, receive, _noted(send, record), body)
+        except ConnectionError:
+            record.status, record.reason = _LEFT, "left"
         finally:
             self.at_work -= 1
             self._measures.at_work.set(self.at_work)
@@ -88,7 +91,7 @@ class Gate:
             record.reason = record.reason or refusal.code or ""
             await self._refuse(refusal, send, body)
         except ConnectionError:
-            record.status, record.reason = _LEFT, "left"
+            raise
         except Exception:
             LOG.exception("request %s failed", record.number)
             record.reason = "error"
@@ -99,11 +102,8 @@ class Gate:
             await self._refuse(Refusal(500, message, code="internal_error"), send, body)
 
     async def _refuse(self, refusal: Refusal, send: Send, body: Body) -> None:
-        try:
-            if refusal.status != 408:
-                await body.skip()
-        except ConnectionError:
-            return
+        if refusal.status != 408:
+            await body.skip()
         await send_refusal(_closing(send) if not body.whole else send, refusal)
 
     def _check(self, scope: Scope) -> None:
@@ -142,7 +142,14 @@ def _noted(send: Send, record: Record) -> Send:
             record.status = message["status"]
             extra = (b"x-request-id", record.number.encode())
             message = {**message, "headers": [*message.get("headers", ()), extra]}
-        await send(message)
+        try:
+            await send(message)
+        except RuntimeError as error:
+            # uvloop's word for a connection that broke a moment ago, which nobody was told yet.
+            if "closed" not in str(error):
+                raise
+            await asyncio.sleep(0)
+            raise ConnectionResetError(str(error)) from error
 
     return noted
 

@@ -6,7 +6,7 @@ has stopped reading. uvicorn leaves both open for ever, so its protocol is exten
 
 from typing import Any, Protocol, runtime_checkable
 
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from mor_jax.serve.http.limits import MAX_HEAD, Limits
 
@@ -27,6 +27,7 @@ class BoundedProtocol(HttpToolsProtocol):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._head_bytes = 0
+        self._cycles: list[RequestResponseCycle] = []
         self._reading: Clock | None = None
         self._writing: Clock | None = None
 
@@ -51,10 +52,21 @@ class BoundedProtocol(HttpToolsProtocol):
             self._head_bytes = 0
             self._reading = _stop(self._reading)
 
+    def on_headers_complete(self) -> None:
+        """Remembers the request: several may have come at once."""
+        super().on_headers_complete()
+        going = [cycle for cycle in self._cycles if not cycle.response_complete]
+        self._cycles = [*going, self.cycle]
+
     def connection_lost(self, exc: Exception | None) -> None:
-        """Stops the clocks."""
+        """Stops the clocks, and tells every request; uvicorn tells the last alone."""
         self._reading, self._writing = _stop(self._reading), _stop(self._writing)
         super().connection_lost(exc)
+        for cycle in self._cycles:
+            if not cycle.response_complete:
+                cycle.disconnected = True
+                cycle.message_event.set()
+        self._cycles = []
 
     def pause_writing(self) -> None:
         """The client does not read: the clock for that starts."""

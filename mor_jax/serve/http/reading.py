@@ -11,7 +11,7 @@ from mor_jax.serve.http.refusals import Refusal
 # Seconds, and multiples of the allowed size, for which a body that is turned away is still read:
 # a connection that is closed on a client that still sends loses the answer on its way.
 _PATIENCE = 2.0
-_PATIENCE_SIZE = 4
+_PATIENCE_SIZE = 16
 
 
 class Body:
