@@ -40,7 +40,7 @@ def test_answers_are_those_of_the_full_causal_forward_pass(name):
 
 @pytest.fixture(scope="module", params=["plain", "expert"])
 def family(request):
-    """A model with and one without routers, and answers of an engine that works on one at a time."""
+    """A model with and one without routers, and answers that were given one at a time."""
     model, asked = served(request.param), requests(8, seed=3)
     with Engine(model, dataclasses.replace(SMALL, slots=1)) as engine:
         alone = [engine.submit(one).result()[0] for one in asked]
@@ -90,7 +90,7 @@ def test_a_text_that_goes_deeper_than_the_whole_cache_ends_with_an_error():
         served("expert"), shares=(1.0, 0.02, 0.02), thresholds=(0, -9e9, -9e9)
     )
     cfg = EngineConfig(slots=2, page=4, piece=8, slack=0.0, max_length=64)
-    cfg = dataclasses.replace(cfg, cache_bytes=plan(model, cfg).sequence_bytes(60))
+    cfg = dataclasses.replace(cfg, cache_bytes=plan(model, cfg).sequence_bytes(64) * 5 // 4)
     long, short = (
         Request(prompt=(5,) * 20, max_tokens=n, ignore_eos=True, logprobs=0) for n in (40, 2)
     )

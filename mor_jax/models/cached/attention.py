@@ -17,6 +17,9 @@ from mor_jax.types import Array, Float, Int
 _LOW = -1e30
 """Stands for minus infinity: differences of it are 0, not NaN."""
 
+_LIST_PARTS = 4
+"""The rows of one sequence share their keys, so a round of them takes fewer pages."""
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -144,31 +147,37 @@ def by_list(
     chunk: pages of a round. seen: `reach` and the limit beyond which entries do not count.
     """
     size, m = pages.v.shape[2], pages_of.shape[0]
-    chunk = min(chunk, m)
+    n, g, j, k = q.shape
+    chunk = max(1, min(chunk // _LIST_PARTS, m))
+    tokens = chunk * size
     padded = jnp.pad(pages_of, (0, -m % chunk))
-    rounds = (jnp.max(lengths) + chunk * size - 1) // (chunk * size)
+    # All queries of a group side by side: each round is two plain products a group.
+    asked = jnp.moveaxis(q, 1, 0).reshape(g, n * j, k)
+    last = jnp.repeat(lengths, j)
 
-    def visit(i: Array, state: Softmax) -> Softmax:
+    def visit(i: Array, state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+        top, total, mixed = state
         page = _cut(padded, i, chunk)
-        entry = (i * chunk * size + jnp.arange(chunk * size)).reshape(chunk, size)
-        mask = entry[None] < lengths[:, None, None]
+        keys = jnp.moveaxis(_pick(pages.k, page), 0, 2).reshape(g, k, tokens)
+        values = jnp.moveaxis(_pick(pages.v, page), 0, 1).reshape(g, tokens, k)
+        entry = i * tokens + jnp.arange(tokens, dtype=jnp.int32)
+        mask = entry[None] < last[:, None]
         if seen is not None:
-            mask &= (_pick(seen[0], page) <= seen[1])[None]
-        mask = mask[:, None, None]
-        scores = _scores("ngjk,pgkt->ngjpt", q, _pick(pages.k, page))
-        scores = jnp.where(mask, scores, _LOW)
-        top = jnp.maximum(state.top, jnp.max(scores, axis=(-2, -1)))
-        weight = jnp.where(mask, jnp.exp(scores - top[..., None, None]), 0.0)
-        values = _pick(pages.v, page)
-        mixed = _scores("ngjpt,pgtk->ngjk", weight.astype(values.dtype), values)
-        old = jnp.exp(state.top - top)
-        return Softmax(
-            top,
-            state.total * old + jnp.sum(weight, axis=(-2, -1)),
-            state.mixed * old[..., None] + mixed,
-        )
+            mask &= _pick(seen[0], page).reshape(1, tokens) <= seen[1]
+        scores = jnp.where(mask[None], _scores("gqk,gkt->gqt", asked, keys), _LOW)
+        best = jnp.maximum(top, jnp.max(scores, axis=-1))
+        weight = jnp.where(mask[None], jnp.exp(scores - best[..., None]), 0.0)
+        old = jnp.exp(top - best)
+        more = _scores("gqt,gtk->gqk", weight.astype(values.dtype), values)
+        return best, total * old + jnp.sum(weight, -1), mixed * old[..., None] + more
 
-    return jax.lax.fori_loop(0, rounds, visit, before)
+    start = tuple(
+        jnp.moveaxis(x, 1, 0).reshape(g, n * j, *x.shape[3:])
+        for x in (before.top, before.total, before.mixed)
+    )
+    rounds = (jnp.max(lengths) + tokens - 1) // tokens
+    done = jax.lax.fori_loop(0, rounds, visit, start)
+    return Softmax(*(jnp.moveaxis(x.reshape(g, n, j, *x.shape[2:]), 0, 1) for x in done))
 
 
 def _cut(x: Array, i: Array, chunk: int) -> Array:

@@ -91,7 +91,7 @@ def norm(
     if scale.ndim == 1:
         return rms_norm(x, scale, cfg.norm_eps)
     ones = jnp.ones(x.shape[1], jnp.float32)
-    return rms_norm(x, ones, cfg.norm_eps) * scale[r].astype(x.dtype)
+    return rms_norm(x, ones, cfg.norm_eps) * jnp.atleast_2d(scale[r]).astype(x.dtype)
 
 
 def project(
