@@ -82,7 +82,7 @@ def list_look(
     entries: tuple[Int[Array, "n"], Int[Array, "n"]],
     live: Bool[Array, "n"],
     chunk: int,
-    writes: Bool[Array, "n"] | None = None,
+    writes: Bool[Array, "n"] | Bool[Array, ""] | None = None,
 ) -> Look:
     """For one list a row (or one of all rows): entry to write, and how many are seen.
 
