@@ -1,8 +1,8 @@
 """A closed loop of clients: each has one request in the engine and asks again when it is answered.
 
-What is measured lies in a window in which every client has work: it opens when as many requests are
-answered as there are clients, so that sequences stand at all stages, and closes when the last
-request is handed in.
+What is measured lies in a window in which every client has work: it opens when half as many
+requests are answered as there are clients, so that sequences stand at all stages, and closes when
+the last request is handed in.
 """
 
 import dataclasses
@@ -129,12 +129,12 @@ def drive(engine: Engine, work: Sequence[Request], clients: int) -> Seen:
         finished += 1
         if waiting:
             submit()
-        if opened is None and finished >= clients:
+        if opened is None and finished >= clients // 2:
             opened, before = now, engine.statistics()
         if opened is not None and closed is None and not waiting:
             closed, after = now, engine.statistics()
     if opened is None or closed is None or closed <= opened:
-        raise ValueError(f"requests={len(work)}: too few for {clients} clients. Give three times")
+        raise ValueError(f"requests={len(work)}: too few for {clients} clients. Give twice as many")
     return _seen(window, closed - opened, (before, after))
 
 

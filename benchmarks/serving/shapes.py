@@ -28,7 +28,9 @@ class Shape:
 _PAPER = {1: 32, 2: 32, 3: 32, 4: 34}
 SHAPES = {
     "360m": Shape(width=960, mlp_width=2560, vocab_size=49152, layers=_PAPER),
-    "scaled": Shape(width=384, mlp_width=1024, vocab_size=49152, layers=_PAPER),
+    # The output matrix has the same part of all weights as in the full shape.
+    "scaled": Shape(width=384, mlp_width=1024, vocab_size=19712, layers=_PAPER),
+    "scaled-vocab": Shape(width=384, mlp_width=1024, vocab_size=49152, layers=_PAPER),
     "quick": Shape(width=192, mlp_width=512, vocab_size=512, layers={1: 6, 2: 6, 3: 8, 4: 10}),
 }
 
