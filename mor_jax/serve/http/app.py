@@ -101,7 +101,8 @@ class Api:
             generation.close("given_up")
             self._generations.discard(generation)
             record.tokens, record.first = generation.tokens, generation.first
-            record.reason = generation.reason
+            # Of a request that was turned away, the refusal's own code says more.
+            record.reason = generation.reason if generation.reason != "refused" else ""
 
     def _submit(self, generation: Generation, prepared: Prepared) -> None:
         # It may have come to an end while the prompt was read.

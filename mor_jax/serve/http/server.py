@@ -165,7 +165,7 @@ class Server(uvicorn.Server):
         except TimeoutError:
             LOG.error("the engine does not stop: leaving it")
             self.code, self.hangs = exit_codes.ERROR, True
-        self._api.give_up()
+            self._api.give_up()
         self.should_exit = True
 
 
