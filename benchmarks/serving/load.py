@@ -47,14 +47,15 @@ def prompts(number: int, vocab_size: int) -> np.ndarray:
 class Seen:
     """What the clients saw in the window. Seconds; rates per second.
 
-    first: from a request to its first token. between: from a token to the next. running: sequences
-    between their first and their last token, on average. stored, given: bytes of keys and values
-    for each of their tokens, and of the pages that hold them. useful: share of block rows with
-    work. host: share of the time in which the engine did not wait for the device. depth: mean
-    recursions of answer tokens.
+    cpu_seconds: of all threads of this process. first: from a request to its first token. between:
+    from a token to the next. running: sequences between their first and their last token, on
+    average. stored, given: bytes of keys and values for each of their tokens, and of the pages that
+    hold them. useful: share of block rows with work. host: share of the time in which the engine
+    did not wait for the device. depth: mean recursions of answer tokens.
     """
 
     seconds: float
+    cpu_seconds: float
     tokens: int
     rate: float
     prompt_rate: float
@@ -89,6 +90,7 @@ class _Window:
     running: list[int] = dataclasses.field(default_factory=list)
     stored: list[float] = dataclasses.field(default_factory=list)
     given: list[float] = dataclasses.field(default_factory=list)
+    cpu: float = 0.0
     prompts: int = 0
     tokens: int = 0
     depths: int = 0
@@ -131,8 +133,10 @@ def drive(engine: Engine, work: Sequence[Request], clients: int) -> Seen:
             submit()
         if opened is None and finished >= clients // 2:
             opened, before = now, engine.statistics()
+            window.cpu = time.process_time()
         if opened is not None and closed is None and not waiting:
             closed, after = now, engine.statistics()
+            window.cpu = time.process_time() - window.cpu
     if opened is None or closed is None or closed <= opened:
         raise ValueError(f"requests={len(work)}: too few for {clients} clients. Give twice as many")
     return _seen(window, closed - opened, (before, after))
@@ -199,6 +203,7 @@ def _seen(window: _Window, seconds: float, statistics_of: tuple) -> Seen:
     host = after.host_seconds - before.host_seconds
     return Seen(
         seconds=seconds,
+        cpu_seconds=window.cpu,
         tokens=window.tokens,
         rate=window.tokens / seconds,
         prompt_rate=window.prompts / seconds,
