@@ -16,7 +16,7 @@ from mor_jax.models.cached.pages import Tables
 from mor_jax.serve import programs
 from mor_jax.serve.config import Plan
 from mor_jax.serve.programs import Programs, Prompt, Step, Ticked
-from mor_jax.serve.request import Reason
+from mor_jax.serve.request import Reason, Request
 from mor_jax.serve.sampling import Want
 from mor_jax.serve.scheduler import Scheduler
 from mor_jax.serve.sequence import Sequence
@@ -52,9 +52,14 @@ class Runner:
         self._routed = plan.geometry.cfg.router.kind != "none"
         self._vocabulary = plan.geometry.cfg.vocab_size
         cfg = plan.geometry.cfg
-        self._weights = jax.jit(lambda params: Weights.of(cfg, params))(served.params)
-        self._slots = Slots.empty(plan.geometry, plan.slots)
-        self._cache = plan.geometry.cache(plan.end_pages, plan.block_pages)
+        # Bound to one device: arrays that are not would have every program compiled once more.
+        self._device = jax.local_devices()[0]
+        weights = jax.jit(lambda params: Weights.of(cfg, params))(served.params)
+        slots = Slots.empty(plan.geometry, plan.slots)
+        cache = plan.geometry.cache(plan.end_pages, plan.block_pages)
+        self._weights, self._slots, self._cache = jax.device_put(
+            (weights, slots, cache), self._device
+        )
         tokens = CHUNK_TOKENS.get(jax.default_backend(), 16384)
         thresholds = served.thresholds or (0.0,) * cfg.recursions
         ends = tuple(sorted(served.eos_ids)) or (-2,)
@@ -80,6 +85,8 @@ class Runner:
             self._tick(Step(slots, np.zeros(rows, bool), Want.of([])))
         tokens = np.zeros(self._piece, np.int32)
         self._store(Prompt(np.int32(nobody), np.int32(0), np.int32(0), tokens))
+        new = Admission.of(Request(prompt=(0,)), nobody, [], 0, self._vocabulary)
+        self._slots = self._run.admit(self._slots, new)
 
     def step(self) -> bool:
         """Sends the next piece of a prompt and the next tick, and reads the ones before.
@@ -152,7 +159,7 @@ class Runner:
         pages = self.scheduler.pages
         if self._held is None or pages.changed:
             tables = Tables(pages.end_table.copy(), pages.block_table.copy())
-            self._held = jax.device_put(Held(tables, pages.room.copy()))
+            self._held = jax.device_put(Held(tables, pages.room.copy()), self._device)
             pages.changed = False
         return self._held
 

@@ -73,7 +73,7 @@ def check_answer(model: Served, request: Request, tokens: list[Token], tolerance
             assert token.depth == depths[start + i]
 
 
-_COMPILED: dict[str, object] = {}
+_COMPILED: dict[tuple, object] = {}
 
 
 def _forward(model: Served, row: np.ndarray):
@@ -85,6 +85,7 @@ def _forward(model: Served, row: np.ndarray):
         logits = jax.nn.log_softmax(unembed(cfg, params, out.hidden)[0])
         return logits, None if out.routing is None else out.routing.depth[0]
 
-    if model.name not in _COMPILED:
-        _COMPILED[model.name] = jax.jit(run)
-    return jax.device_get(_COMPILED[model.name](model.params, row))
+    key = (model.name, model.thresholds)
+    if key not in _COMPILED:
+        _COMPILED[key] = jax.jit(run)
+    return jax.device_get(_COMPILED[key](model.params, row))

@@ -232,10 +232,12 @@ def test_an_engine_that_stops_finishes_what_runs_and_takes_no_more():
 
 def test_an_engine_that_fails_tells_everybody(monkeypatch):
     engine = Engine(served("plain"), SMALL)
-    monkeypatch.setattr(engine._runner, "step", lambda: 1 // 0)
+    waiting = engine._runner.scheduler.waiting
+    monkeypatch.setattr(engine._runner, "step", lambda: 1 // (len(waiting) - 1))
     engine.start()
     handle = engine.submit(Request(prompt=(1, 2), max_tokens=5))
     assert handle.result()[1].reason == "error"
+    engine.stop()
     assert "ZeroDivisionError" in engine.failure
     with pytest.raises(Stopped, match="ZeroDivisionError"):
         engine.submit(Request(prompt=(1, 2), max_tokens=5))
