@@ -31,8 +31,8 @@ def clone(tmp_path):
     """The launch scripts and requirements alone, in a path with a space, and a fake Python."""
     root = tmp_path / "a clone"
     shutil.copytree(ROOT / "launch", root / "launch", ignore=shutil.ignore_patterns("*.py"))
-    for name in ("requirements.txt", "requirements-dev.txt", "requirements-convert.txt"):
-        shutil.copy(ROOT / name, root)
+    for path in ROOT.glob("requirements*.txt"):
+        shutil.copy(path, root)
     python = tmp_path / "fakepython"
     python.write_text(FAKE_PYTHON)
     python.chmod(0o755)
