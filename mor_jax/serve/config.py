@@ -31,7 +31,7 @@ class EngineConfig:
     cache_bytes: int | None = None
     typical_length: int = 512
     page: int = 32
-    piece: int = 128
+    piece: int = 256
     slack: float = 0.1
     max_length: int | None = None
     max_waiting: int = 1024

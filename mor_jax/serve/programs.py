@@ -13,10 +13,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from mor_jax.models.cached import flat, routed, routed_prefill
+from mor_jax.models.cached.decoder import Decoder
 from mor_jax.models.cached.layer import Weights, logits
 from mor_jax.models.cached.pages import Cache, Geometry
 from mor_jax.models.cached.passes import Piece, Rows
-from mor_jax.models.cached.routed import Decoder, Entry, Flight
+from mor_jax.models.cached.routed import Entry, Flight
 from mor_jax.serve.request import MAX_LOGPROBS
 from mor_jax.serve.sampling import Before, Sampled, Want, sample
 from mor_jax.serve.slots import ENTERS, FLIES, IDLE, Held, Slots, admit
@@ -124,9 +125,8 @@ class Programs:
         at = rows.slot
         live = rows.live & (slots.phase[at] == ENTERS)
         rows = dataclasses.replace(rows, live=live)
-        hidden, cache = flat.decode(
-            self.geometry, weights, cache, held.tables, rows, slots.token[at], self.chunk
-        )
+        decoder = self._decoder(weights, held)
+        hidden, cache = flat.decode(decoder, cache, rows, slots.token[at])
         sampled, state = self._sample(weights, slots, rows, hidden, want)
         counts = slots.counts[at] + live[:, None]
         nothing = jnp.zeros(at.shape, jnp.int32)
@@ -290,14 +290,15 @@ class Programs:
         place = jnp.arange(n, dtype=jnp.int32)
         live = turn & (place < piece.number)
         rows = Piece(at, piece.start + place, live)
+        decoder = self._decoder(weights, held)
         if slots.flight is None:
-            cache = self._flat_prefill(weights, cache, held, rows, piece)
+            cache = self._flat_prefill(decoder, cache, rows, piece)
             after = counts + jnp.where(turn, piece.number, 0)
             nothing = jnp.zeros(n, jnp.int32)
             done = Prefilled(turn, jnp.array(True), after, after, nothing)
         else:
             group = max(min(8, n), n // 4)
-            decoder, lists = self._decoder(weights, held), (counts, held.room[at])
+            lists = (counts, held.room[at])
             stored, cache = routed_prefill.prefill(decoder, cache, rows, piece.tokens, lists, group)
             done = Prefilled(turn, stored.fits, stored.counts, stored.wanted, stored.depth)
         before = jnp.where(first, 0, slots.filled[at])
@@ -309,9 +310,7 @@ class Programs:
         )
         return slots, cache, done
 
-    def _flat_prefill(
-        self, weights: Weights, cache: Cache, held: Held, rows: Piece, piece: "Prompt"
-    ) -> Cache:
+    def _flat_prefill(self, decoder: Decoder, cache: Cache, rows: Piece, piece: "Prompt") -> Cache:
         """All layers on groups of the piece's tokens: no more groups than there are tokens for."""
         n = piece.tokens.shape[0]
         group = min(FLAT_GROUP, n)
@@ -322,9 +321,7 @@ class Programs:
 
         def store(i: Array, cache: Cache) -> Cache:
             part = Piece(rows.slot, cut(rows.position, i), cut(rows.live, i))
-            tokens = cut(piece.tokens, i)
-            tables = held.tables
-            return flat.prefill(self.geometry, weights, cache, tables, part, tokens, self.chunk)
+            return flat.prefill(decoder, cache, part, cut(piece.tokens, i))
 
         return jax.lax.fori_loop(0, rounds, store, cache)
 

@@ -133,24 +133,31 @@ def by_queue(
     return jax.lax.fori_loop(0, queue.rounds, visit, before)
 
 
+@dataclasses.dataclass(frozen=True)
+class Extent:
+    """One list's pages, of which each of n rows sees the first `lengths` entries."""
+
+    pages: Int[Array, "m"]
+    lengths: Int[Array, "n"]
+    chunk: int
+
+
 def by_list(
     before: Softmax,
     q: Float[Array, "n g j k"],
     pages: Pages,
-    pages_of: Int[Array, "m"],
-    lengths: Int[Array, "n"],
-    chunk: int,
+    extent: Extent,
     seen: tuple[Int[Array, "p t"], Array] | None = None,
 ) -> Softmax:
-    """Adds to `before` what rows of one sequence see of its list: its first `lengths` entries each.
+    """Adds to `before` what rows of one sequence see of its list.
 
-    chunk: pages of a round. seen: `reach` and the limit beyond which entries do not count.
+    seen: `reach` and the limit beyond which entries do not count.
     """
-    size, m = pages.v.shape[2], pages_of.shape[0]
+    size, m, lengths = pages.v.shape[2], extent.pages.shape[0], extent.lengths
     n, g, j, k = q.shape
-    chunk = max(1, min(chunk // _LIST_PARTS, m))
+    chunk = max(1, min(extent.chunk // _LIST_PARTS, m))
     tokens = chunk * size
-    padded = jnp.pad(pages_of, (0, -m % chunk))
+    padded = jnp.pad(extent.pages, (0, -m % chunk))
     # All queries of a group side by side: each round is two plain products a group.
     asked = jnp.moveaxis(q, 1, 0).reshape(g, n * j, k)
     last = jnp.repeat(lengths, j)

@@ -5,8 +5,9 @@ from collections.abc import Callable
 from typing import Literal, NamedTuple
 
 from mor_jax.config import ModelConfig
-from mor_jax.models.cached.layer import Weights, apply, norm, project, turns
-from mor_jax.models.cached.pages import Cache, Geometry, Pages, Tables, write
+from mor_jax.models.cached.decoder import Decoder
+from mor_jax.models.cached.layer import apply, norm, project, turns
+from mor_jax.models.cached.pages import Cache, Pages, write
 from mor_jax.models.cached.passes import Look, Piece, Rows, all_tokens, through
 from mor_jax.types import Array, Float, Int
 
@@ -31,38 +32,21 @@ def steps(cfg: ModelConfig) -> list[Step]:
 
 
 def decode(
-    geometry: Geometry,
-    weights: Weights,
-    cache: Cache,
-    tables: Tables,
-    rows: Rows,
-    token: Int[Array, "n"],
-    chunk: int,
+    decoder: Decoder, cache: Cache, rows: Rows, token: Int[Array, "n"]
 ) -> tuple[Float[Array, "n d"], Cache]:
     """Hidden states, after the final norm, of one token of each of n sequences."""
-    looks = _looks(geometry, rows, chunk, tables.ends[rows.slot], tables.block[rows.slot])
-    x, cache = _run(geometry, weights, cache, rows.position, token, looks)
-    return norm(geometry.cfg, x, weights.norm, 0), cache
+    x, cache = _run(decoder, cache, rows, token)
+    return norm(decoder.cfg, x, decoder.weights.norm, 0), cache
 
 
-def prefill(
-    geometry: Geometry,
-    weights: Weights,
-    cache: Cache,
-    tables: Tables,
-    piece: Piece,
-    token: Int[Array, "n"],
-    chunk: int,
-) -> Cache:
+def prefill(decoder: Decoder, cache: Cache, piece: Piece, token: Int[Array, "n"]) -> Cache:
     """Stores n tokens of one sequence, whose predictions nobody asks for."""
-    looks = _looks(geometry, piece, chunk, tables.ends[piece.slot], tables.block[piece.slot])
-    _, cache = _run(geometry, weights, cache, piece.position, token, looks, predicts=False)
-    return cache
+    return _run(decoder, cache, piece, token, predicts=False)[1]
 
 
-def _looks(
-    geometry: Geometry, rows: Rows | Piece, chunk: int, ends: Array, block: Array
-) -> Callable[[Step], Look]:
+def _looks(decoder: Decoder, rows: Rows | Piece) -> Callable[[Step], Look]:
+    geometry, tables, chunk = decoder.geometry, decoder.tables, decoder.chunk
+    ends, block = tables.ends[rows.slot], tables.block[rows.slot]
     made = [
         all_tokens(geometry, block[..., number, :], rows, chunk) for number in range(geometry.lists)
     ]
@@ -75,18 +59,16 @@ def _looks(
 
 
 def _run(
-    geometry: Geometry,
-    weights: Weights,
+    decoder: Decoder,
     cache: Cache,
-    position: Int[Array, "n"],
+    rows: Rows | Piece,
     token: Int[Array, "n"],
-    looks: Callable[[Step], Look],
     *,
     predicts: bool = True,
 ) -> tuple[Float[Array, "n d"], Cache]:
-    cfg = geometry.cfg
+    cfg, weights, looks = decoder.cfg, decoder.weights, _looks(decoder, rows)
     x = weights.embed[token]
-    tables = turns(cfg, position)
+    tables = turns(cfg, rows.position)
     pools = {"ends": list(cache.ends), "block": list(cache.block)}
     way = steps(cfg)
     for step in way:

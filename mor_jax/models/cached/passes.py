@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from mor_jax.config import ModelConfig
-from mor_jax.models.cached.attention import Queue, Softmax, by_list, by_queue
+from mor_jax.models.cached.attention import Extent, Queue, Softmax, by_list, by_queue
 from mor_jax.models.cached.layer import Layer, apply
 from mor_jax.models.cached.pages import Cache, Geometry, Pages, Place, write
 from mor_jax.models.rope import Rotary
@@ -95,7 +95,7 @@ def list_look(
         each = jnp.broadcast_to(lists[None], (index.shape[0], lists.shape[0]))
 
         def see_list(q: Array, pages: Pages) -> Softmax:
-            return by_list(Softmax.empty(q), q, pages, lists, seen, chunk)
+            return by_list(Softmax.empty(q), q, pages, Extent(lists, seen, chunk))
 
         return Look(Place.of(each, index, geometry.size, do), see_list)
     queue = Queue.of(lists, seen, geometry.size, chunk)
@@ -149,8 +149,9 @@ def updated_look(
 
         def of_list(reach: Array) -> Look:
             def see(q: Array, pages: Pages) -> Softmax:
-                kept = by_list(Softmax.empty(q), q, pages, first, seen, chunk, (reach, limit))
-                return by_list(kept, q, pages, mine, later, chunk)
+                whole, fresh = Extent(first, seen, chunk), Extent(mine, later, chunk)
+                kept = by_list(Softmax.empty(q), q, pages, whole, (reach, limit))
+                return by_list(kept, q, pages, fresh)
 
             return Look(own.place, see)
 

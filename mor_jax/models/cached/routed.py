@@ -12,8 +12,9 @@ import jax.numpy as jnp
 from mor_jax.config import ModelConfig
 from mor_jax.models.cached import routing
 from mor_jax.models.cached.attention import Queue, Softmax, by_queue
-from mor_jax.models.cached.layer import Weights, apply, norm, turns
-from mor_jax.models.cached.pages import Cache, Geometry, Place, Tables, write
+from mor_jax.models.cached.decoder import Decoder
+from mor_jax.models.cached.layer import apply, norm, turns
+from mor_jax.models.cached.pages import Cache, Place, write
 from mor_jax.models.cached.passes import Rows, block, block_look, updated_look
 from mor_jax.types import Array, Bool, Float, Int
 
@@ -44,22 +45,6 @@ class Flight:
         number = jnp.zeros(n, jnp.int32)
         origin = x if cfg.router.kind == "token" else None
         return cls(x, origin, jnp.zeros(n), number, number, jnp.zeros(n, bool), number)
-
-
-@dataclasses.dataclass(frozen=True)
-class Decoder:
-    """A routed model with its cache's tables: what every pass needs. chunk: pages of a round."""
-
-    geometry: Geometry
-    weights: Weights
-    tables: Tables
-    thresholds: Float[Array, "r"]
-    chunk: int
-
-    @property
-    def cfg(self) -> ModelConfig:
-        """The model."""
-        return self.geometry.cfg
 
 
 @jax.tree_util.register_dataclass

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from mor_jax.models.cached import routing
+from mor_jax.models.cached.decoder import Decoder
 from mor_jax.models.cached.layer import project, turns
 from mor_jax.models.cached.pages import Cache, write
 from mor_jax.models.cached.passes import (
@@ -21,7 +22,7 @@ from mor_jax.models.cached.passes import (
     through,
     updated_look,
 )
-from mor_jax.models.cached.routed import Decoder, weigh
+from mor_jax.models.cached.routed import weigh
 from mor_jax.models.rope import Rotary
 from mor_jax.types import Array, Bool, Float, Int
 
