@@ -19,7 +19,7 @@ from mor_jax.serve.calibration import Calibration, fingerprint, path_of, save
 from mor_jax.serve.calibrator import Calibrator, Point, Text
 from mor_jax.serve.config import compute_config
 from mor_jax.serve.depth import with_recursions
-from mor_jax.serve.served import check_finite
+from mor_jax.serve.served import check_finite, is_causal
 
 MADE = "this calibration"
 
@@ -130,7 +130,8 @@ def _curve(calibrator: Calibrator, model: ModelConfig, points: int) -> Iterator[
         name = "all recursions" if math.isclose(depth, highest) else f"depth {depth:.2f}"
         yield calibrator.calibrated(name, wanted_shares(model, depth=float(depth)))
     yield calibrator.calibrated("trained shares", trained_shares(model))
-    yield calibrator.uncalibrated()
+    if is_causal(model):
+        yield calibrator.uncalibrated()
     yield calibrator.training_rule()
 
 

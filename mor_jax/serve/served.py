@@ -18,6 +18,7 @@ from mor_jax.flops import routed_shares
 from mor_jax.load import find
 from mor_jax.manifest import describe
 from mor_jax.optim import paths
+from mor_jax.serve.aims import takes_all
 from mor_jax.serve.calibration import Calibration, created, load
 from mor_jax.serve.depth import with_recursions
 from mor_jax.types import Params
@@ -95,12 +96,17 @@ def check_causal(cfg: ModelConfig) -> None:
     Expert-choice picks the best of a row, later tokens included. A router that was not trained to
     predict that choice has logits on no known scale, so no threshold is right without calibration.
     """
-    router = cfg.router
-    if router.kind != "expert" or router.aux != "none" or min(router.shares(cfg.recursions)) == 1:
+    if is_causal(cfg):
         return
     rule = "no causal routing: these routers were never trained to predict who is chosen"
     fix = "Make thresholds from data with launch/calibrate.py, then name them with --calibration"
-    fail("model.router.aux", router.aux, rule, fix)
+    fail("model.router.aux", cfg.router.aux, rule, fix)
+
+
+def is_causal(cfg: ModelConfig) -> bool:
+    """Whether tokens can be routed by their own scores without a calibration."""
+    router = cfg.router
+    return router.kind != "expert" or router.aux != "none" or all(takes_all(cfg))
 
 
 def check_finite(params: Params, where: str) -> None:
@@ -199,4 +205,12 @@ def _ends(beside: Mapping[str, Any], tokenizer: Tokenizer, vocab_size: int) -> f
     return frozenset(known | {tokenizer.eos_id})
 
 
-__all__ = ["Served", "check_causal", "check_finite", "expected_shares", "load_served", "ready"]
+__all__ = [
+    "Served",
+    "check_causal",
+    "check_finite",
+    "expected_shares",
+    "is_causal",
+    "load_served",
+    "ready",
+]
