@@ -235,6 +235,29 @@ def test_a_second_signal_gives_up(tmp_path):
         assert not server.thread.is_alive()
 
 
+def test_an_engine_that_fails_ends_the_server_with_an_error(tmp_path, monkeypatch):
+    with engine_of(tmp_path / "small") as engine, serving(engine) as server:
+
+        async def ask():
+            async with Connection(server.url) as one:
+                await one.ask(TEXT, body(LONG | {"stream": True}))
+                await one.head()
+                events = one.events()
+                await anext(events)
+                # A device that breaks down in the middle of an answer.
+                monkeypatch.setattr(engine._runner, "step", lambda: 1 / 0)
+                with pytest.raises(EOFError):
+                    async for event in events:
+                        last = event
+            return last["error"]
+
+        error = run(ask())
+        assert (error["code"], error["type"]) == ("engine_error", "server_error")
+        assert "division by zero" in error["message"]
+        server.thread.join(20)
+        assert not server.thread.is_alive() and server.server.code == 1
+
+
 def test_the_command_serves_and_ends(tmp_path):
     write_run(tmp_path / "small", MODEL)
     keys = tmp_path / "keys"
