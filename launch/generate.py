@@ -11,6 +11,7 @@ settings of an answer under their names here. Answers keep the order of the prom
 """
 
 import argparse
+import io
 import os
 import signal
 import sys
@@ -55,7 +56,7 @@ def _generate(given: dict[str, Any]) -> int:
             cache_bytes=None if cache is None else size("cache", cache),
         )
         console = Console(highlight=False, markup=False, emoji=False)
-        totals = generate(options, sys.stdin.buffer, console)
+        totals = generate(options, sys.stdin.buffer.read, console)
     except (ValueError, Stopped) as error:
         print(f"error: {error}", file=sys.stderr)
         return exit_codes.ERROR
@@ -116,7 +117,8 @@ def _terminate(*_: object) -> NoReturn:
 if __name__ == "__main__":
     signal.signal(signal.SIGTERM, _terminate)
     # A terminal that lacks a letter gets a question mark, not an error.
-    sys.stdout.reconfigure(errors="replace")
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")
     code = main()
     if code == exit_codes.STOPPED:
         # The engine's thread may be in a compiler that cannot be interrupted: nobody waits for it.

@@ -9,7 +9,7 @@ import functools
 import itertools
 import queue
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from typing import Any
 
 from mor_jax.data.tokenizers import Tokenizer
@@ -86,7 +86,9 @@ class Answer:
         return told
 
 
-def stream(engine: Engine, prompts: Sequence[Prompt], ahead: int) -> Iterator[tuple[Answer, Event]]:
+def stream(
+    engine: Engine, prompts: Sequence[Prompt], ahead: int
+) -> Generator[tuple[Answer, Event], None, None]:
     """All events of all answers, those of the first answer first, each with its answer.
 
     ahead: answers that the engine has at one time. Those that it has are cancelled when the caller

@@ -3,8 +3,8 @@
 import contextlib
 import dataclasses
 import functools
-import io
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -55,19 +55,25 @@ class Options:
     stream: bool | None = None
     depth_colours: bool = False
 
-    def asks(self, stdin: io.BufferedIOBase) -> list[Ask]:
+    def asks(self, stdin: Callable[[], bytes]) -> list[Ask]:
         """The prompts, read. Raises `ValueError` where they are none."""
         one = bool(self.prompts) != (self.jsonl is not None)
         check(one, "prompt", self.prompts, "needs either --prompt or --jsonl", "Try --prompt=Once")
         fix = "Add --chat, or write messages into --jsonl"
         check(self.chat or not self.system, "system", self.system, "is for chats", fix)
         if self.jsonl is None:
-            texts = [_all(stdin) if text == "-" else text for text in self.prompts]
+            # Its last end of line is the shell's, no part of the text.
+            texts = [
+                stdin().decode("utf-8", "surrogateescape").removesuffix("\n")
+                if text == "-"
+                else text
+                for text in self.prompts
+            ]
             return from_texts(texts, self.wishes, self.chat, self.system)
         fix = 'Write lines like {"messages": [...]}'
         check(not self.chat, "chat", self.chat, "is for --prompt", fix)
         if self.jsonl == "-":
-            return from_lines(stdin, self.wishes)
+            return from_lines(stdin().splitlines(), self.wishes)
         try:
             with Path(self.jsonl).open("rb") as file:
                 return from_lines(file, self.wishes)
@@ -75,13 +81,10 @@ class Options:
             fail("jsonl", self.jsonl, f"cannot be read ({error.strerror})", "Give another file")
 
 
-def _all(stdin: io.BufferedIOBase) -> str:
-    # The last end of line is the shell's, no part of the text.
-    return stdin.read().decode("utf-8", "surrogateescape").removesuffix("\n")
-
-
-def generate(options: Options, stdin: io.BufferedIOBase, console: Console) -> Totals:
+def generate(options: Options, stdin: Callable[[], bytes], console: Console) -> Totals:
     """Answers all prompts. Answers go to `console`, what is said about them to standard error.
+
+    stdin: reads all of the standard input.
 
     Raises:
         ValueError: something is wrong with the options, the prompts or the model; no file is
@@ -103,7 +106,8 @@ def generate(options: Options, stdin: io.BufferedIOBase, console: Console) -> To
         status.update("compiling")
         prompts = prepare(asks, served, served.cfg.max_length)
         if file is not None or options.json or options.jsonl is not None:
-            show: Show = JsonLines(file or console.file, served.tokenizer)
+            write = functools.partial(print, file=file or console.file, flush=file is None)
+            show: Show = JsonLines(write, served.tokenizer)
         else:
             show = _screen(options, served, prompts, console)
         with Engine(served, _settings(options, served, prompts)) as engine:

@@ -7,7 +7,7 @@ makes requests of what was read.
 import dataclasses
 import json
 import secrets
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NoReturn
 
 from mor_jax.parsing import check, fail, parse
@@ -66,12 +66,13 @@ class Ask:
     """One prompt as it was read.
 
     where: what errors call it. id: any JSON value that comes back with the answers. prompt: a
-    text, token numbers, or the messages of a chat.
+    text or token numbers; unread where there are messages, those of a chat.
     """
 
     where: str
     id: Any
-    prompt: str | tuple[int, ...] | tuple[Message, ...]
+    prompt: str | tuple[int, ...] = ""
+    messages: tuple[Message, ...] = ()
     wishes: Wishes
 
 
@@ -101,8 +102,8 @@ def from_texts(
     for number, text in enumerate(texts, 1):
         where = f"prompt {number}"
         _check_text(where, text)
-        prompt = (*before, {"role": "user", "content": text}) if chat else text
-        asks.append(Ask(where=where, id=number, prompt=prompt, wishes=wishes))
+        messages = (*before, {"role": "user", "content": text}) if chat else ()
+        asks.append(Ask(where=where, id=number, prompt=text, messages=messages, wishes=wishes))
     return asks
 
 
@@ -130,8 +131,7 @@ def prepare(asks: Sequence[Ask], served: Served, max_length: int) -> list[Prompt
     template: ChatTemplate | None = None
     made = []
     for ask in asks:
-        chat = isinstance(ask.prompt, tuple) and isinstance(ask.prompt[0], Mapping)
-        if chat:
+        if ask.messages:
             template = template or ChatTemplate(served)
             text, tokens = _rendered(ask, template)
         elif isinstance(ask.prompt, str):
@@ -158,7 +158,7 @@ def _prompt(ask: Ask, text: str, tokens: Sequence[int], served: Served, max_leng
 
 def _rendered(ask: Ask, template: ChatTemplate) -> tuple[str, tuple[int, ...]]:
     try:
-        return template.render(ask.prompt), template.tokens(ask.prompt)
+        return template.render(ask.messages), template.tokens(ask.messages)
     except ValueError as error:
         raise ValueError(f"{ask.where}: {error}") from None
 
@@ -174,16 +174,17 @@ def _ask(where: str, number: int, line: str | bytes, wishes: Wishes) -> Ask:
     given_id = given.pop("id", number)
     kinds = [name for name in ("prompt", "messages") if name in given]
     check(len(kinds) == 1, where, _start(line), "needs either 'prompt' or 'messages'", fix)
-    path = f"{where}.{kinds[0]}"
-    read = _read_prompt if kinds[0] == "prompt" else _read_messages
-    prompt = read(path, given.pop(kinds[0]))
+    path, value = f"{where}.{kinds[0]}", given.pop(kinds[0])
+    chat = kinds[0] == "messages"
+    prompt = "" if chat else _read_prompt(path, value)
+    messages = _read_messages(path, value) if chat else ()
     if isinstance(given.get("stop"), str):
         given["stop"] = [given["stop"]]
     try:
         merged = parse(Wishes, {**dataclasses.asdict(wishes), **given}, f"{where}.")
     except OverflowError:
         fail(where, _start(line), "holds a number that is too large", "Write a smaller one")
-    return Ask(where=where, id=given_id, prompt=prompt, wishes=merged)
+    return Ask(where=where, id=given_id, prompt=prompt, messages=messages, wishes=merged)
 
 
 def _no_number(name: str) -> NoReturn:

@@ -46,8 +46,9 @@ class Show(Protocol):
 class JsonLines:
     """Writes an object for each answer when it is finished."""
 
-    def __init__(self, file: io.TextIOBase, tokenizer: Tokenizer) -> None:
-        self._file, self._tokenizer = file, tokenizer
+    def __init__(self, write: Callable[[str], object], tokenizer: Tokenizer) -> None:
+        """write: takes a line."""
+        self._write, self._tokenizer = write, tokenizer
 
     def begin(self, answer: Answer) -> None:
         """Writes nothing yet."""
@@ -57,9 +58,7 @@ class JsonLines:
 
     def end(self, answer: Answer) -> None:
         """Writes the line."""
-        told = answer.to_dict(self._tokenizer)
-        self._file.write(json.dumps(told, ensure_ascii=False) + "\n")
-        self._file.flush()
+        self._write(json.dumps(answer.to_dict(self._tokenizer), ensure_ascii=False))
 
 
 @contextlib.contextmanager

@@ -64,6 +64,7 @@ class TextStream:
     def _begin(self, prompt: Sequence[int]) -> tuple[list[int], str, int]:
         """The window before the first token: the last tokens of the prompt, as many as it takes to
         print whole characters; and what `_whole` says of it."""
+        window, text, missing = list[int](), "", 0
         # One of the first four begins between characters; the last reaches over blanks.
         for number in (*(2 * _SHORT - i for i in range(_MISSING + 1)), 4 * _LONG):
             window = [int(token) for token in prompt[-number:]]

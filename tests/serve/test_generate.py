@@ -75,6 +75,7 @@ def test_lines_have_settings_of_their_own():
     )
     assert [ask.id for ask in asks] == [{"k": 1}, 3, 4]
     assert [ask.prompt for ask in asks[:2]] == ["a", (1, 2)]
+    assert [len(ask.messages) for ask in asks] == [0, 0, 1]
     first, second, third = (ask.wishes for ask in asks)
     assert (first.temperature, first.stop, first.top_k, first.seed) == (0.0, ("x",), 5, 3)
     assert (second.n, second.top_k, second.stop) == (2, None, ("x", "y"))
@@ -277,7 +278,7 @@ def test_ctrl_c_cancels_and_leaves_nothing_behind(workdir, tmp_path, capsys):
 
     before = threads()
     with pytest.raises(KeyboardInterrupt):
-        generate.generate(options, io.BytesIO(), Console(file=Interrupted()))
+        generate.generate(options, bytes, Console(file=Interrupted()))
     assert threads() == before
     assert "tokens" in capsys.readouterr().err
 
