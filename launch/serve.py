@@ -46,7 +46,7 @@ def _serve(options: argparse.Namespace) -> int:
     from mor_jax.serve.engine import Engine, EngineConfig
     from mor_jax.serve.http.app import Api
     from mor_jax.serve.http.server import Server, address, bind, run
-    from mor_jax.serve.http.start import announce, log_to_terminal, read_keys
+    from mor_jax.serve.http.start import announce, log_to_stderr, read_keys
     from mor_jax.serve.served import load_served
 
     limits = _limits(options)
@@ -61,7 +61,7 @@ def _serve(options: argparse.Namespace) -> int:
         # Compiling would hold up every answer under way.
         warm=True,
     )
-    log_to_terminal()
+    log_to_stderr()
     # Before anything that takes long: an address in use is told at once.
     bound = bind(options.host, options.port)
     served = load_served(

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
-from rich.logging import RichHandler
 from rich.table import Table
 from rich.text import Text
 
@@ -43,15 +42,12 @@ def _keys(setting: str, text: str) -> Sequence[bytes]:
     return [key.encode() for key in keys]
 
 
-def log_to_terminal() -> None:
-    """One line a request on standard error, plain where that is no terminal."""
+def log_to_stderr() -> None:
+    """One line a request on standard error; on a terminal with the time alone before it."""
+    handler = logging.StreamHandler()
     if sys.stderr.isatty():
-        handler: logging.Handler = RichHandler(
-            console=Console(stderr=True), show_path=False, markup=False, highlighter=None
-        )
-        handler.setFormatter(logging.Formatter("%(message)s", "%X"))
+        handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%X"))
     else:
-        handler = logging.StreamHandler()
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     root = logging.getLogger()
     root.addHandler(handler)
