@@ -68,6 +68,7 @@ class Runner:
         self._held: Held | None = None
         self._piece = min(piece, plan.max_length)
         self._flying: list[_Sent] = []
+        self._seen_busy = 0.0
         self._wants: tuple[list[Sequence], Want] = ([], Want.of([]))
 
     def row_counts(self) -> list[int]:
@@ -97,7 +98,9 @@ class Runner:
         scheduler, sent = self.scheduler, []
         for sequence in [*scheduler.admit(), *scheduler.grow()]:
             self.end(sequence, "error", _TOO_SMALL)
-        sequence = scheduler.next_prompt()
+        sequence, rows = scheduler.next_prompt(), scheduler.decoding()
+        if sequence is not None or rows:
+            self._watch(sends=True)
         if sequence is not None:
             sent += self._send_prompt(sequence)
         rows = scheduler.decoding()
@@ -106,6 +109,7 @@ class Runner:
         before, self._flying = self._flying, sent
         waited = sum(self._read(one) for one in before)
         if before or sent:
+            self._watch(sends=False)
             spent = time.perf_counter() - begun
             self.counters.busy_seconds += spent
             self.counters.host_seconds += spent - waited
@@ -144,6 +148,16 @@ class Runner:
         self.counters.rows += rows
         return _Sent(answer, [(sequence, sequence.epoch) for sequence in sequences])
 
+    def _watch(self, *, sends: bool) -> None:
+        """Adds to the device's idle time, an upper bound: since it was last seen to have work."""
+        now = time.perf_counter()
+        if any(not jax.tree.leaves(one.answer)[0].is_ready() for one in self._flying):
+            self._seen_busy = now
+        elif sends and self._flying:
+            self.counters.idle_seconds += now - self._seen_busy
+        if sends:
+            self._seen_busy = now
+
     def _tick(self, step: Step) -> Ticked:
         run, held = self._run.tick, self._pages()
         self._slots, self._cache, done = run(self._weights, self._slots, self._cache, held, step)
@@ -167,7 +181,9 @@ class Runner:
         """Takes in what a program did; returns the seconds that it was waited for."""
         begun = time.perf_counter()
         jax.block_until_ready(sent.answer)
-        waited = time.perf_counter() - begun
+        # What was sent after it runs from now on at the latest.
+        self._seen_busy = time.perf_counter()
+        waited = self._seen_busy - begun
         if isinstance(sent.answer, Ticked):
             self._read_tick(sent)
         else:

@@ -15,7 +15,8 @@ class Statistics:
     pages, pages_used: of all pools. cache_bytes, used_bytes, stored_bytes: of all pages, of those
     given out, and of the entries in them. busy_seconds: since the start with work to do;
     host_seconds: of it, those that the engine's own thread spent at anything but waiting for the
-    device. depth_counts: tokens, of prompts too, by the recursions that they went through.
+    device; idle_seconds: of it, those in which the device had no work, at most. depth_counts:
+    tokens, of prompts too, by the recursions that they went through.
     """
 
     running: int
@@ -39,6 +40,7 @@ class Statistics:
     stored_bytes: int
     busy_seconds: float
     host_seconds: float
+    idle_seconds: float
     depth_counts: tuple[int, ...]
 
 
@@ -59,3 +61,4 @@ class Counters:
     waits: int = 0
     busy_seconds: float = 0.0
     host_seconds: float = 0.0
+    idle_seconds: float = 0.0
