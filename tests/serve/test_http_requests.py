@@ -1,4 +1,4 @@
-"""What the bodies of requests may hold: each rule by a body that breaks it."""
+"""What requests may hold, each rule by a body that breaks it; limits; keys."""
 
 import json
 
@@ -8,6 +8,7 @@ from mor_jax.serve.http import schemas
 from mor_jax.serve.http.fields import parse_object
 from mor_jax.serve.http.limits import Limits
 from mor_jax.serve.http.refusals import Refusal
+from mor_jax.serve.http.start import read_keys
 from mor_jax.serve.request import Sampling
 
 LIMITS = Limits(max_prompts=3, max_choices=8)
@@ -145,3 +146,18 @@ def test_limits_that_nothing_could_keep(name):
     wrong = {"timeout": 0.0, "max_body": -1, "max_requests": 0, "read_timeout": float("nan")}
     with pytest.raises(ValueError, match=f"limits.{name}="):
         Limits(**{name: wrong[name]}).validate()
+
+
+def test_keys_come_from_a_file_or_the_environment(tmp_path, monkeypatch):
+    file = tmp_path / "keys"
+    file.write_text("# ours\n one \n\ntwo\n")
+    assert read_keys(None) == ()
+    monkeypatch.setenv("MOR_API_KEY", "three")
+    assert (read_keys(None), read_keys(str(file))) == ((b"three",), (b"one", b"two"))
+    # Meant to be closed: never open instead, and no message repeats a key.
+    monkeypatch.setenv("MOR_API_KEY", "")
+    file.write_text("se cret")
+    for path in (None, str(file), str(tmp_path / "absent")):
+        with pytest.raises(ValueError, match="KEY|api_key_file") as caught:
+            read_keys(path)
+        assert "cret" not in str(caught.value)

@@ -32,10 +32,8 @@ _COUNTERS = {
     "preemptions": ("engine_preemptions", "Sequences that gave their pages up and began again"),
     "waits": ("cache_waits", "Rows that stood still for want of a page"),
     "busy_seconds": ("engine_busy_seconds", "Seconds with work to do"),
-    "host_seconds": (
-        "engine_host_seconds",
-        "Of these, seconds not spent on waiting for the device",
-    ),
+    "host_seconds": ("engine_host_seconds", "Of these, those not spent on waiting for the device"),
+    "idle_seconds": ("engine_idle_seconds", "Of these, those in which the device had no work"),
 }
 _GAUGES = {
     "running": ("engine_running", "Sequences in slots"),
