@@ -158,6 +158,6 @@ def test_keys_come_from_a_file_or_the_environment(tmp_path, monkeypatch):
     monkeypatch.setenv("MOR_API_KEY", "")
     file.write_text("se cret")
     for path in (None, str(file), str(tmp_path / "absent")):
-        with pytest.raises(ValueError, match="KEY|api_key_file") as caught:
+        with pytest.raises(ValueError, match=r"KEY|api_key_file") as caught:
             read_keys(path)
         assert "cret" not in str(caught.value)
