@@ -123,7 +123,8 @@ class Bench:
         return {
             "shares": shares,
             "slots": slots,
-            "allowed": 1 / allowed.seconds(parts, self.machine),
+            "allowed": 1 / allowed.seconds(parts, self.machine, bare=False),
+            "allowed_bare": 1 / allowed.seconds(parts, self.machine, bare=True),
             "flops": allowed.flops(parts),
             "cache_bytes": statistics.cache_bytes,
             "overflows": statistics.overflows,
@@ -194,7 +195,7 @@ def main(argv: list[str] | None = None) -> None:
     timing.use_cores(args.cores)
     bench = Bench.of(args)
     settings = {"shape": args.shape, "dtype": args.dtype, "requests": args.requests}
-    settings |= {"rates": bench.machine.rates, "bandwidth": bench.machine.bandwidth}
+    settings |= dataclasses.asdict(bench.machine)
     records = []
     for part, name, call in runs(bench):
         record = {"part": part, "model": name, **settings, **call()}

@@ -2,9 +2,11 @@
 
 Everything that an answer token needs is added up, its share of the prompt included: the products of
 its layers and of the output matrix at the rate that this machine reaches with as many rows as one
-call has; attention at the rate of large products, or as fast as the stored keys and values can be
-read, whichever takes longer. Nothing else is counted: no norms, softmax, routing, sampling, pages,
-scheduling. The ratio of two models is what they would differ by if all of that were free.
+call has, and attention. That is counted twice. Bare: at the rate of large products, or as fast as
+the stored keys and values can be read from memory, whichever takes longer. Measured: at the rate
+that the engine's own attention reaches by itself, softmax and gathering of pages included. Nothing
+else is counted: no norms, routing, sampling, writing of pages, scheduling. The ratio of two models
+is what they would differ by if all of that were free.
 
 A routed model advances all its sequences by one recursion a tick. A token that has finished leaves
 and its successor enters in the same tick: with B rows and P passes a token, B / P of them.
@@ -19,7 +21,10 @@ import jax
 import jax.numpy as jnp
 
 from mor_jax.config import ModelConfig
+from mor_jax.models.cached.attention import Extent, Queue, Softmax, by_list, by_queue
+from mor_jax.models.cached.pages import Geometry, Pages
 from mor_jax.parameters import key_value_weights, layer_weights
+from mor_jax.serve.runner import CHUNK_TOKENS
 from mor_jax.types import Array
 
 _ITEMSIZE = {"bfloat16": 2, "float32": 4}
@@ -28,10 +33,16 @@ _ROWS = (1, 4, 8, 12, 16, 24, 32, 64, 128, 256, 512)
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Machine:
-    """rates: rows of a product and the FLOP/s reached with them. bandwidth: bytes/s of reading."""
+    """rates: rows of a product and the FLOP/s reached with them. bandwidth: bytes/s of reading.
+
+    decoding: bytes/s of keys and values through the engine's attention, 32 sequences of 384 tokens.
+    prefill: FLOP/s of its attention for the second 128 tokens of a prompt.
+    """
 
     rates: tuple[tuple[int, float], ...]
     bandwidth: float
+    decoding: float
+    prefill: float
 
     def rate(self, rows: float) -> float:
         """FLOP/s of products with so many rows; between two that were measured, on a line."""
@@ -57,30 +68,35 @@ class Part:
     """What one token needs of some layers, or of the output matrix.
 
     products: FLOPs in calls of `rows` rows. attention: FLOPs. read: bytes of keys and values.
+    decodes: each sequence reads its own; otherwise many tokens of one read them together.
     """
 
     products: float
     rows: float
     attention: float = 0.0
     read: float = 0.0
+    decodes: bool = True
 
     @property
     def flops(self) -> float:
         """All of them."""
         return self.products + self.attention
 
-    def seconds(self, machine: Machine) -> float:
-        """Least time."""
-        fastest = machine.rates[-1][1]
-        attention = max(self.attention / fastest, self.read / machine.bandwidth)
+    def seconds(self, machine: Machine, *, bare: bool) -> float:
+        """Least time. bare: attention as fast as products and memory are, not as it is."""
+        if bare:
+            fastest = machine.rates[-1][1]
+            attention = max(self.attention / fastest, self.read / machine.bandwidth)
+        elif self.decodes:
+            attention = self.read / machine.decoding
+        else:
+            attention = self.attention / machine.prefill
         return self.products / machine.rate(self.rows) + attention
 
     def times(self, number: float) -> "Part":
         """Of so many tokens."""
-        products, attention, read = (
-            number * value for value in (self.products, self.attention, self.read)
-        )
-        return Part(products=products, rows=self.rows, attention=attention, read=read)
+        names = ("products", "attention", "read")
+        return dataclasses.replace(self, **{name: number * getattr(self, name) for name in names})
 
 
 def per_token(cfg: ModelConfig, shares: tuple[float, ...], traffic: Traffic) -> list[Part]:
@@ -98,9 +114,9 @@ def per_token(cfg: ModelConfig, shares: tuple[float, ...], traffic: Traffic) -> 
     return [*decoding, head, *(part.times(scale) for part in prefill)]
 
 
-def seconds(parts: list[Part], machine: Machine) -> float:
-    """Least time of all."""
-    return sum(part.seconds(machine) for part in parts)
+def seconds(parts: list[Part], machine: Machine, *, bare: bool) -> float:
+    """Least time of all. bare: as for `Part.seconds`."""
+    return sum(part.seconds(machine, bare=bare) for part in parts)
 
 
 def flops(parts: list[Part]) -> float:
@@ -121,6 +137,7 @@ def _layers(
             rows=rows,
             attention=4.0 * share * layers * keys * heads,
             read=share * layers * keys * entry * _ITEMSIZE[cfg.dtype] / together,
+            decodes=together == 1,
         )
 
     context, together = seen
@@ -159,7 +176,61 @@ def measure(cfg: ModelConfig) -> Machine:
     large = jnp.ones((1 << 28,), jnp.float32)
     total = jax.jit(jnp.sum)
     bandwidth = round(large.nbytes / _fastest(lambda: total(large), 3))
-    return Machine(rates=tuple(rates), bandwidth=bandwidth)
+    return Machine(
+        rates=tuple(rates),
+        bandwidth=bandwidth,
+        decoding=round(_decoding(cfg)),
+        prefill=round(_prefill(cfg)),
+    )
+
+
+_PAGE, _LAYERS, _QUERIES = 32, 8, 128
+
+
+def _pages(cfg: ModelConfig, tokens: int) -> tuple[Pages, ...]:
+    """Pages of some layers, together larger than the processor's caches."""
+    pool = Geometry(dataclasses.replace(cfg, layers=_LAYERS), _PAGE)
+    return pool.cache(0, tokens // _PAGE).block
+
+
+def _decoding(cfg: ModelConfig) -> float:
+    """Bytes a second that the attention of decoding goes through."""
+    rows, length = 32, 384
+    layers = _pages(cfg, rows * length)
+    q = jnp.ones((rows, cfg.kv_heads, cfg.heads // cfg.kv_heads, cfg.head_dim), cfg.dtype)
+    lists = jnp.arange(rows * length // _PAGE, dtype=jnp.int32).reshape(rows, -1)
+
+    @jax.jit
+    def through(layers: tuple[Pages, ...], q: Array) -> Array:
+        queue = Queue.of(lists, jnp.full(rows, length), _PAGE, _chunk())
+        for pages in layers:
+            # Each layer waits for the one before, as it does in a model.
+            q = by_queue(Softmax.empty(q), q, pages, queue).result(q.dtype)
+        return q
+
+    size = sum(leaf.nbytes for leaf in jax.tree.leaves(layers))
+    return size / _fastest(lambda: through(layers, q))
+
+
+def _prefill(cfg: ModelConfig) -> float:
+    """FLOP/s of attention while the second piece of a prompt is stored."""
+    layers = _pages(cfg, 2 * _QUERIES)
+    q = jnp.ones((_QUERIES, cfg.kv_heads, cfg.heads // cfg.kv_heads, cfg.head_dim), cfg.dtype)
+    lengths = _QUERIES + 1 + jnp.arange(_QUERIES, dtype=jnp.int32)
+    extent = Extent(jnp.arange(2 * _QUERIES // _PAGE, dtype=jnp.int32), lengths, _chunk())
+
+    @jax.jit
+    def through(layers: tuple[Pages, ...], q: Array) -> Array:
+        for pages in layers:
+            q = by_list(Softmax.empty(q), q, pages, extent).result(q.dtype)
+        return q
+
+    flops = 4.0 * float(jnp.sum(lengths)) * cfg.heads * cfg.head_dim * _LAYERS
+    return flops / _fastest(lambda: through(layers, q))
+
+
+def _chunk() -> int:
+    return max(1, CHUNK_TOKENS.get(jax.default_backend(), 16384) // _PAGE)
 
 
 def _fastest(call: Callable[[], Array], rounds: int = 5) -> float:

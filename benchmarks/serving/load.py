@@ -51,7 +51,8 @@ class Seen:
     from a token to the next. running: sequences between their first and their last token, on
     average. stored, given: bytes of keys and values for each of their tokens, and of the pages that
     hold them. useful: share of block rows with work. host: share of the time in which the engine
-    did not wait for the device. depth: mean recursions of answer tokens.
+    did not wait for the device. idle: share in which the device had nothing to do, at most. depth:
+    mean recursions of answer tokens.
     """
 
     seconds: float
@@ -68,6 +69,7 @@ class Seen:
     given: float
     useful: float
     host: float
+    idle: float
     depth: float
 
 
@@ -216,5 +218,6 @@ def _seen(window: _Window, seconds: float, statistics_of: tuple) -> Seen:
         given=statistics.fmean(window.given),
         useful=(after.useful_rows - before.useful_rows) / max(rows, 1),
         host=host / max(busy, 1e-9),
+        idle=(after.idle_seconds - before.idle_seconds) / max(busy, 1e-9),
         depth=window.depths / max(window.tokens, 1),
     )

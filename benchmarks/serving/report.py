@@ -34,7 +34,9 @@ def _group(records: list[Record]) -> str:
         f"## {first['shape']}, {first['dtype']}\n",
         f"{first['device']}, {first['cores']} cores, {dates[-1]}, JAX {first['jax']}. "
         f"Products with 32 rows {rates[32] / 1e9:,.0f} GFLOP/s, with 512 "
-        f"{rates[512] / 1e9:,.0f}; memory {first['bandwidth'] / 1e9:,.0f} GB/s.\n",
+        f"{rates[512] / 1e9:,.0f}; memory {first['bandwidth'] / 1e9:,.0f} GB/s, the engine's "
+        f"attention {first['decoding'] / 1e9:,.0f} GB/s in decoding, {first['prefill'] / 1e9:,.0f} "
+        "GFLOP/s for prompts.\n",
     ]
     fixed = [record for record in records if record["part"] == "fixed"]
     if fixed:
@@ -61,15 +63,18 @@ def _speeds(rows: list[Record]) -> str:
     deep = next((row for row in rows if row["model"].startswith("plain,")), None)
     speed, cache = [], []
     for row in rows:
-        over, allowed = row["rate"] / base["rate"], row["allowed"] / base["allowed"]
+        over, bare, allowed = (
+            row[name] / base[name] for name in ("rate", "allowed_bare", "allowed")
+        )
         speed.append(
             (
                 row["model"],
                 f"{row['slots']}",
                 f"{row['rate']:,.0f}",
                 f"{over:.2f}",
+                f"{bare:.2f}",
                 f"{allowed:.2f}",
-                f"{over / allowed:.2f}",
+                f"{over / max(bare, allowed):.2f}",
                 f"{row['first_median']:.2f} / {row['first_p99']:.2f}",
                 f"{row['between_median'] * 1e3:.0f} / {row['between_p99'] * 1e3:.0f}",
             )
@@ -83,6 +88,7 @@ def _speeds(rows: list[Record]) -> str:
                 f"{sum(row['shares']):.2f}" if routed else "-",
                 f"{row['useful']:.1%}",
                 f"{row['host']:.1%}",
+                f"{row['idle']:.1%}",
                 f"{row['stored']:,.0f}",
                 f"{row['given']:,.0f}",
                 f"{stored:.2f}",
@@ -92,9 +98,25 @@ def _speeds(rows: list[Record]) -> str:
             )
         )
     deeper = f"over {deep['model']}" if deep else "over the deeper"
-    speeds = ("model", "slots", "tokens/s", "over plain", "allowed", "of that")
+    speeds = (
+        "model",
+        "slots",
+        "tokens/s",
+        "over plain",
+        "FLOPs and bytes allow",
+        "with attention",
+        "of it",
+    )
     waits = ("first token s, p50 / p99", "between ms, p50 / p99")
-    caches = ("model", "mean depth", "useful rows", "host", "KV bytes a token", "with pages")
+    caches = (
+        "model",
+        "mean depth",
+        "useful rows",
+        "host",
+        "device idle",
+        "KV bytes a token",
+        "with pages",
+    )
     more = ("over plain", deeper, "overflows", "preemptions")
     return f"{table((*speeds, *waits), speed)}\n{table((*caches, *more), cache)}"
 
