@@ -27,10 +27,6 @@ GOES_ON, ENDED, FULL, FAILED = 0, 1, 2, 3
 """What a sampled token means for its sequence: end of text, all tokens used, logits not numbers."""
 
 
-FLAT_GROUP = 64
-"""Tokens of a prompt that pass the layers of a model without routers at one time."""
-
-
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Ticked:
@@ -88,13 +84,15 @@ class _Turned:
 class Programs:
     """Compiled for a model; shapes of rows and pieces make variants of their own.
 
-    eos: tokens that end a text. chunk: pages that attention visits at one time.
+    eos: tokens that end a text. chunk: pages that attention visits at one time. group: tokens of a
+    prompt that pass the layers at one time; fewer mean less work on those that are not there.
     """
 
     geometry: Geometry
     eos: tuple[int, ...]
     thresholds: tuple[float, ...]
     chunk: int
+    group: int
 
     def compiled(self) -> "Compiled":
         """The jitted programs; slots and cache are given to them for good."""
@@ -297,7 +295,7 @@ class Programs:
             nothing = jnp.zeros(n, jnp.int32)
             done = Prefilled(turn, jnp.array(True), after, after, nothing)
         else:
-            group = max(min(8, n), n // 4)
+            group = max(min(8, n), min(self.group, n // 4))
             lists = (counts, held.room[at])
             stored, cache = routed_prefill.prefill(decoder, cache, rows, piece.tokens, lists, group)
             done = Prefilled(turn, stored.fits, stored.counts, stored.wanted, stored.depth)
@@ -313,7 +311,9 @@ class Programs:
     def _flat_prefill(self, decoder: Decoder, cache: Cache, rows: Piece, piece: "Prompt") -> Cache:
         """All layers on groups of the piece's tokens: no more groups than there are tokens for."""
         n = piece.tokens.shape[0]
-        group = min(FLAT_GROUP, n)
+        group = min(self.group, n)
+        if group == n:
+            return flat.prefill(decoder, cache, rows, piece.tokens)
         rounds = jnp.where(rows.live[0], (piece.number + group - 1) // group, 0)
 
         def cut(x: Array, i: Array) -> Array:

@@ -27,6 +27,9 @@ from mor_jax.serve.statistics import Counters, Statistics
 CHUNK_TOKENS = {"cpu": 1024}
 """Cached tokens that attention visits at one time: what fits a core's cache; elsewhere more."""
 
+GROUP_TOKENS = {"cpu": 64}
+"""Tokens of a prompt that pass the layers at one time; elsewhere the whole piece."""
+
 _TOO_SMALL = (
     "the tokens of this text go through more recursions than the cache has pages for. Give the "
     "engine a larger cache_bytes, or ask for fewer tokens"
@@ -64,9 +67,10 @@ class Runner:
         thresholds = served.thresholds or (0.0,) * cfg.recursions
         ends = tuple(sorted(served.eos_ids)) or (-2,)
         chunk = max(1, tokens // plan.geometry.size)
-        self._run = Programs(plan.geometry, ends, thresholds, chunk).compiled()
         self._held: Held | None = None
         self._piece = min(piece, plan.max_length)
+        group = GROUP_TOKENS.get(jax.default_backend(), self._piece)
+        self._run = Programs(plan.geometry, ends, thresholds, chunk, group).compiled()
         self._flying: list[_Sent] = []
         self._seen_busy = 0.0
         self._wants: tuple[list[Sequence], Want] = ([], Want.of([]))

@@ -39,7 +39,9 @@ def test_a_queue_visits_what_every_row_sees_whatever_the_round(world, chunk, len
 
     def run(lengths):
         queue = Queue.of(jnp.asarray(lists), lengths, SIZE, chunk)
-        return by_queue(Softmax.empty(q), q, pages, queue).result(jnp.dtype("float32")), queue.rounds
+        return by_queue(Softmax.empty(q), q, pages, queue).result(
+            jnp.dtype("float32")
+        ), queue.rounds
 
     out, rounds = jax.jit(run)(jnp.asarray(lengths, jnp.int32))
     assert rounds == -(-sum(-(-n // SIZE) for n in lengths) // min(chunk, 6 * MOST))
@@ -73,7 +75,9 @@ def test_entries_beyond_their_reach_are_left_out(world):
     queue = Queue.of(
         jnp.asarray(lists), jnp.full(6, 18, jnp.int32), SIZE, 4, jnp.asarray(limits, jnp.int32)
     )
-    queued = by_queue(Softmax.empty(q), q, pages, queue, jnp.asarray(reach)).result(jnp.dtype("float32"))
+    queued = by_queue(Softmax.empty(q), q, pages, queue, jnp.asarray(reach)).result(
+        jnp.dtype("float32")
+    )
     for row, limit in enumerate(limits):
         kept = np.flatnonzero(np.concatenate([reach[p] for p in lists[row]])[:18] <= limit)
         np.testing.assert_allclose(queued[row], plainly(world, row, row, kept), atol=2e-6)
