@@ -11,9 +11,10 @@ import logging
 import queue
 import secrets
 import threading
+import time
 from collections.abc import Callable, Iterator
 
-from mor_jax.parsing import fail
+from mor_jax.parsing import check, fail
 from mor_jax.serve.config import EngineConfig, plan
 from mor_jax.serve.request import Busy, Event, Finished, Reason, Request, Stopped, Token
 from mor_jax.serve.runner import Runner
@@ -23,6 +24,9 @@ from mor_jax.serve.statistics import Statistics
 from mor_jax.serve.text import TextStream
 
 _log = logging.getLogger(__name__)
+
+_LOOK = 0.02
+"""Seconds after which the queue is searched again for requests that are cancelled or too late."""
 
 _CONTEXT = 64
 """Tokens of the prompt that the first words of an answer's text may depend on."""
@@ -34,6 +38,8 @@ class Handle:
     def __init__(self, wake: Callable[[], None]):
         self._events: queue.SimpleQueue[Event] = queue.SimpleQueue()
         self._wake = wake
+        self._result: tuple[list[Token], Finished] | None = None
+        self._ended = False
         self.sequence: Sequence | None = None
 
     def put(self, event: Event) -> None:
@@ -41,16 +47,23 @@ class Handle:
         self._events.put(event)
 
     def __iter__(self) -> Iterator[Event]:
-        while True:
+        while not self._ended:
             event = self._events.get()
+            self._ended = isinstance(event, Finished)
             yield event
-            if isinstance(event, Finished):
-                return
 
     def result(self) -> tuple[list[Token], Finished]:
-        """Waits for the end: all tokens, and how it ended."""
-        *tokens, finished = self
-        return tokens, finished
+        """Waits for the end: all tokens that were not iterated over before, and how it ended.
+
+        Raises `ValueError` if the end itself was iterated over before.
+        """
+        if self._result is None:
+            events = list(self)
+            rule = "its events were iterated over to the end, there are none left"
+            check(bool(events), "handle", self._ended, rule, "Use either the iterator or result()")
+            *tokens, finished = events
+            self._result = tokens, finished
+        return self._result
 
     def cancel(self) -> None:
         """Ends the answer soon, with reason `cancelled`; nothing happens if it has ended."""
@@ -75,6 +88,7 @@ class Engine:
         self._incoming: collections.deque[Sequence] = collections.deque()
         self._changed = threading.Condition()
         self._accepts = self._stops = self._cancels = False
+        self._looked = 0.0
         self._thread: threading.Thread | None = None
 
     def __enter__(self) -> "Engine":
@@ -174,13 +188,16 @@ class Engine:
             stops, cancels = self._stops, self._cancels
         scheduler = self._runner.scheduler
         scheduler.waiting.extend(arrived)
-        everyone = scheduler.everyone()
-        for sequence in everyone:
+        now = time.monotonic()
+        looked_at = list(scheduler.running.values())
+        if now - self._looked > _LOOK or cancels:
+            looked_at, self._looked = scheduler.everyone(), now
+        for sequence in looked_at:
             if sequence.cancelled or cancels:
                 self._end(sequence, "cancelled")
             elif sequence.late:
                 self._end(sequence, "deadline")
-        return bool(everyone) or not stops
+        return bool(scheduler.running or scheduler.waiting) or not stops
 
     def _rest(self) -> None:
         """Waits for something to do."""

@@ -4,6 +4,8 @@ import dataclasses
 import math
 from typing import Literal
 
+import numpy as np
+
 from mor_jax.parsing import check, not_negative, positive
 
 MAX_LOGPROBS = 20
@@ -82,9 +84,10 @@ class Request:
         self.sampling.validate(path)
         for name, tokens in (("prompt", self.prompt), ("stop_tokens", self.stop_tokens)):
             for i, token in enumerate(tokens):
-                rule = f"must be in 0 .. {vocab_size - 1}, the model's vocabulary"
+                rule = f"must be a whole number in 0 .. {vocab_size - 1}, the model's vocabulary"
                 fix = "Use the tokenizer of this model"
-                check(0 <= token < vocab_size, f"{path}.{name}[{i}]", token, rule, fix)
+                ok = isinstance(token, int | np.integer) and 0 <= token < vocab_size
+                check(ok, f"{path}.{name}[{i}]", token, rule, fix)
         total = len(self.prompt) + self.max_tokens
         rule = (
             f"prompt ({len(self.prompt)} tokens) and answer may hold at most {max_length} together"

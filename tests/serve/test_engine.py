@@ -152,6 +152,16 @@ class TestOneEngine:
         assert answer(5) == answer(5) != answer(6)
         assert answer(None) != answer(None)
 
+    def test_a_result_can_be_asked_for_again_but_not_after_iterating_to_the_end(self, engine):
+        request = Request(prompt=(1, 2, 3), max_tokens=3, ignore_eos=True)
+        handle = engine.submit(request)
+        assert handle.result() == handle.result()
+        assert list(handle) == []
+        other = engine.submit(request)
+        assert len(list(other)) == 4
+        with pytest.raises(ValueError, match="iterated over"):
+            other.result()
+
     def test_a_full_queue_refuses_and_a_sink_that_fails_hurts_nobody_else(self, engine):
         request = Request(prompt=(1, 2, 3), max_tokens=50, ignore_eos=True)
 
@@ -170,7 +180,8 @@ class TestOneEngine:
         ("change", "says"),
         [
             ({"prompt": ()}, "at least one token"),
-            ({"prompt": (1, 256)}, r"prompt\[1\]=256: must be in 0 .. 255"),
+            ({"prompt": (1, 256)}, r"prompt\[1\]=256: must be a whole number in 0 .. 255"),
+            ({"prompt": (1, 2.0)}, r"prompt\[1\]=2.0: must be a whole number"),
             ({"max_tokens": 62}, "at most 64 together"),
             ({"max_tokens": 0}, "max_tokens=0"),
             ({"sampling": Sampling(top_p=0.0)}, "top_p=0.0"),
