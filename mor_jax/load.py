@@ -11,7 +11,7 @@ from etils import epath
 
 from mor_jax import initial, workdir
 from mor_jax.checkpoint import Checkpoints, any_complete
-from mor_jax.config import CheckpointConfig, ModelConfig, TrainConfig
+from mor_jax.config import CheckpointConfig, TrainConfig
 from mor_jax.state import abstract_params
 from mor_jax.types import Params
 
@@ -79,28 +79,6 @@ def find(directory: epath.PathLike, step: int | None = None, *, sums: bool = Tru
     return Found(path, cfg, facts["step"], source)
 
 
-def load_params(
-    directory: epath.PathLike,
-    cfg: ModelConfig,
-    shardings: Params | None = None,
-    step: int | None = None,
-) -> Params:
-    """The parameters of the run in `directory`, for a model that is known already; as `find`.
-
-    Raises:
-        ValueError: as `find`, or the run is of another model than `cfg`.
-    """
-    found = find(directory, step)
-    lines = [
-        f"  {change.setting}: {change.old} there, {change.new} asked for"
-        for change in workdir.other_model(found.cfg.model, cfg)
-    ]
-    if lines:
-        fix = "Take the model of that run"
-        raise ValueError(f"{found}: is of another model:\n" + "\n".join([*lines, fix]))
-    return found.params(shardings)
-
-
 def _facts(path: epath.Path, step: int | None, sums: bool = True) -> dict[str, Any]:
     checkpoints = Checkpoints(path, CheckpointConfig())
     try:
@@ -113,4 +91,4 @@ def _with(leaf: jax.ShapeDtypeStruct, where: jax.sharding.Sharding) -> jax.Shape
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
 
 
-__all__ = ["Found", "find", "load_params"]
+__all__ = ["Found", "find"]

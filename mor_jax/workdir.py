@@ -8,7 +8,6 @@ run: until there is a checkpoint, only what those weights and their tokens mean 
 """
 
 import contextlib
-import dataclasses
 import difflib
 import json
 import logging
@@ -22,7 +21,7 @@ import jax
 from etils import epath
 
 from mor_jax import checkpoint, initial
-from mor_jax.config import ModelConfig, TrainConfig, check
+from mor_jax.config import TrainConfig, check
 from mor_jax.lease import Held, Lease
 from mor_jax.manifest import write_atomic
 
@@ -122,12 +121,6 @@ def read_config(workdir: epath.PathLike) -> TrainConfig:
     fix = "Give the --workdir of a training run or of an import"
     check((path / CONFIG_FILE).exists(), "workdir", str(path), rule, fix)
     return TrainConfig.from_dict(_read(path))
-
-
-def other_model(there: ModelConfig, now: ModelConfig) -> list[Change]:
-    """Settings in which weights of model `there` would mean something else in model `now`."""
-    models = ({"model": dataclasses.asdict(cfg)} for cfg in (there, now))
-    return [change for change in _differences(*models) if _is_meaning(change.setting)]
 
 
 def _is_meaning(setting: str) -> bool:

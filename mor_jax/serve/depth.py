@@ -10,6 +10,9 @@ from mor_jax.types import Array, Params
 
 Thresholds = tuple[float, ...] | None
 
+_MOST = 1024
+"""Effective layers of a model."""
+
 
 def with_recursions(
     cfg: ModelConfig, params: Params, recursions: int, thresholds: Thresholds = None
@@ -23,7 +26,7 @@ def with_recursions(
 
     Raises:
         ValueError: a plain model; more recursions than trained where each has parameters of its
-            own (norms that are not shared, the depths of token-choice).
+            own (norms that are not shared, the depths of token-choice); too many layers.
     """
     rule, setting = "must be at least 1", "recursions"
     check(recursions >= 1, setting, recursions, rule, f"Try {cfg.recursions}")
@@ -34,6 +37,9 @@ def with_recursions(
     if recursions > cfg.recursions:
         _check_more(cfg, recursions)
     layers = cfg.shared_layers * recursions + 2 * cfg.is_middle
+    rule = f"makes {layers:,} layers; programs are compiled layer by layer, for {_MOST} at most"
+    most = (_MOST - 2 * cfg.is_middle) // cfg.shared_layers
+    check(layers <= _MOST, setting, recursions, rule, f"Use at most {most}")
     changed = dataclasses.replace(cfg, recursions=recursions, layers=layers)
     if cfg.router.kind == "expert":
         shares = _first(cfg.router.shares(cfg.recursions), recursions)

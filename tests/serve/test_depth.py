@@ -84,3 +84,9 @@ def test_what_makes_no_sense_is_refused():
         with_recursions(TINY["plain"], params, 2)
     with pytest.raises(ValueError, match="recursions=0: must be at least 1"):
         with_recursions(TINY["plain"], params, 0)
+
+
+def test_a_depth_that_nobody_could_compile_is_refused():
+    cfg = TINY["expert"]
+    with pytest.raises(ValueError, match=r"recursions=100000: makes 200,002 layers.*at most 511"):
+        with_recursions(cfg, {}, 100000)
