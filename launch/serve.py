@@ -39,6 +39,9 @@ def main(argv: list[str] | None = None) -> int:
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return exit_codes.ERROR
+    except MemoryError:
+        print("error: not enough memory. Give a smaller --cache or --slots", file=sys.stderr)
+        return exit_codes.ERROR
 
 
 def _serve(options: argparse.Namespace) -> int:
