@@ -36,6 +36,10 @@ def main(argv: list[str] | None = None) -> int:
         # Whoever read the answers has enough. The interpreter's own flush must not complain.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return exit_codes.OK
+    # A full disk, or less memory than was asked for.
+    except (OSError, MemoryError) as error:
+        print(f"error: {type(error).__name__}: {error}", file=sys.stderr)
+        return exit_codes.ERROR
 
 
 def _generate(given: dict[str, Any]) -> int:
@@ -56,13 +60,18 @@ def _generate(given: dict[str, Any]) -> int:
             cache_bytes=None if cache is None else size("cache", cache),
         )
         console = Console(highlight=False, markup=False, emoji=False)
-        totals = generate(options, sys.stdin.buffer.read, console)
+        totals = generate(options, _standard_input, console)
     except (ValueError, Stopped) as error:
         print(f"error: {error}", file=sys.stderr)
         return exit_codes.ERROR
     for message in totals.errors:
         print(f"error: {message}", file=sys.stderr)
     return exit_codes.ERROR if totals.errors else exit_codes.OK
+
+
+def _standard_input() -> bytes:
+    # There is none where a caller has closed it.
+    return b"" if sys.stdin is None else sys.stdin.buffer.read()
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -18,6 +18,9 @@ from mor_jax.serve.served import Served
 USUAL_TOKENS = 256
 """Longest answer where none is asked for, as far as the context has room."""
 
+MOST_ANSWERS = 10_000
+"""To one prompt."""
+
 Message = dict[str, str]
 
 
@@ -146,7 +149,8 @@ def _prompt(ask: Ask, text: str, tokens: Sequence[int], served: Served, max_leng
     wishes, number = ask.wishes, len(tokens)
     rule = f"has {number} tokens; prompt and answer may hold at most {max_length} together"
     check(number < max_length, f"{ask.where}.prompt", f"{text[:40]}...", rule, "Shorten it")
-    check(wishes.n > 0, f"{ask.where}.n", wishes.n, "must be greater than 0", "Try 1")
+    ok, rule = 0 < wishes.n <= MOST_ANSWERS, f"must be in 1 .. {MOST_ANSWERS}"
+    check(ok, f"{ask.where}.n", wishes.n, rule, "Try 1")
     seed = secrets.randbits(32) if wishes.seed is None else wishes.seed
     # The first is checked as it was given: 2**32 must not pass as 0.
     seeds = [seed, *((seed + i) % 2**32 for i in range(1, wishes.n))]

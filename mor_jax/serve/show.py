@@ -67,6 +67,10 @@ def whole_file(path: Path, replace: bool) -> Iterator[io.TextIOBase]:
 
     Raises `ValueError` if it exists (unless `replace`), or cannot be written there.
     """
+    path = path.resolve()
+    # Replacing a device, such as /dev/null, would take it from everybody.
+    file = path.is_file() or not path.exists()
+    check(file, "output", str(path), "is there and no file", "Give the path of a file")
     exists = path.exists() and not replace
     check(not exists, "output", str(path), "exists already", "Add --overwrite to replace it")
     draft = path.with_name(f"{path.name}.draft")

@@ -116,7 +116,7 @@ def test_lines_that_say_nothing_sensible(line, message):
         ({"prompt": "a", "temperature": -1}, r"line 2\.temperature=-1\.0: must not be negative"),
         ({"prompt": "a", "max_tokens": 64}, r"line 2\.max_tokens=64: prompt \(1 tokens\)"),
         ({"prompt": "a" * 64, "max_tokens": None}, r"line 2\.prompt='a*\.\.\.': has 64 tokens"),
-        ({"prompt": "a", "n": 0}, r"line 2\.n=0: must be greater than 0"),
+        ({"prompt": "a", "n": 0}, r"line 2\.n=0: must be in 1 \.\. 10000"),
         ({"prompt": "a", "seed": 2**32}, r"line 2\.seed=4294967296: must be in"),
         ({"prompt": "a", "logprobs": 21}, r"line 2\.logprobs=21: must be in 0 \.\. 20"),
         ({"messages": [{"role": "user", "content": "a"}]}, "has no chat template"),
@@ -248,6 +248,7 @@ def test_what_is_wrong_is_said_before_anything_is_written(run, tmp_path):
         (("--prompt=a", "--system=b"), "system='b': is for chats"),
         (("--jsonl=-", "--chat"), "is for --prompt"),
         (("--prompt=a", "--output=no/such/place.jsonl"), "cannot be written (No such file"),
+        (("--prompt=a", "--output=/dev/null", "--overwrite"), "is there and no file"),
     ):
         code, out, err = run(output, *options)
         assert (code, out) == (exit_codes.ERROR, "") and message in err, options
