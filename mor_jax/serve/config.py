@@ -114,8 +114,10 @@ def plan(served: Served, cfg: EngineConfig) -> Plan:
     )
     full = Plan(geometry, cfg.slots or 32, 0, 0, longest, share)
     wanted = full.slots * full.sequence_bytes(longest)
-    free = _free_bytes() // 2
-    budget = min(wanted, free) if cfg.cache_bytes is None else cfg.cache_bytes
+    free = _free_bytes()
+    budget = min(wanted, free // 2) if cfg.cache_bytes is None else cfg.cache_bytes
+    rule = f"only {free:,} bytes of memory are free"
+    check(budget <= free, "engine.cache_bytes", budget, rule, "Give less")
     slots = cfg.slots or full.holds(budget, min(cfg.typical_length, longest))
     slots = max(1, min(256, slots))
     # Pages of the two pools in the proportion that sequences of full length use them in.

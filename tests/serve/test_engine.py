@@ -259,6 +259,7 @@ def test_an_engine_that_fails_tells_everybody(monkeypatch):
     [
         (EngineConfig(slots=0), "slots=0"),
         (EngineConfig(cache_bytes=100), "must hold a sequence's first pages"),
+        (EngineConfig(cache_bytes=2**60), "bytes of memory are free"),
         (EngineConfig(max_length=65), "max_length=65: the model's context is"),
         (EngineConfig(slack=-0.1), "slack=-0.1"),
     ],
