@@ -38,7 +38,9 @@ def main(argv: list[str] | None = None) -> int:
         aim = calibrate.Aim(
             shares=_numbers(options.shares), depth=options.mean_depth, points=points
         )
-        measured = calibrate.calibrate(find(options.workdir, options.step), asked, aim)
+        found = find(options.workdir, options.step)
+        calibrate.check_name(found, options.name)
+        measured = calibrate.calibrate(found, asked, aim)
         files = calibrate.write(measured, options.name)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -15,7 +15,13 @@ from mor_jax.evaluation import Asked, config_for
 from mor_jax.load import Found
 from mor_jax.manifest import write_atomic
 from mor_jax.serve.aims import takes_all, trained_shares, wanted_shares
-from mor_jax.serve.calibration import Calibration, fingerprint, path_of, save
+from mor_jax.serve.calibration import (
+    Calibration,
+    check_replaceable,
+    fingerprint,
+    path_of,
+    save,
+)
 from mor_jax.serve.calibrator import Calibrator, Point, Text
 from mor_jax.serve.config import compute_config
 from mor_jax.serve.depth import with_recursions
@@ -133,6 +139,11 @@ def _curve(calibrator: Calibrator, model: ModelConfig, points: int) -> Iterator[
     if is_causal(model):
         yield calibrator.uncalibrated()
     yield calibrator.training_rule()
+
+
+def check_name(found: Found, name: str) -> None:
+    """Raises `ValueError` unless a calibration may be saved as `name`; before the work is done."""
+    check_replaceable(path_of(found.path, name))
 
 
 def write(measured: Measured, name: str) -> list[epath.Path]:

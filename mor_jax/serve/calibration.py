@@ -101,16 +101,29 @@ def path_of(directory: epath.PathLike, name: str) -> epath.Path:
 
 
 def save(path: epath.Path, calibration: Calibration) -> None:
-    """Writes it whole or not at all; an older one of the name is replaced.
+    """Writes it whole or not at all; an older calibration of the name is replaced.
 
-    Raises `ValueError` where the directory cannot be written.
+    Raises `ValueError` where the directory cannot be written, or another file has the name.
     """
+    check_replaceable(path)
     text = json.dumps(dataclasses.asdict(calibration), indent=2) + "\n"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         manifest.write_atomic(path, text)
     except OSError as error:
         fail("name", str(path), f"cannot be written ({error})", "Give --name=FILE.json elsewhere")
+
+
+def check_replaceable(path: epath.Path) -> None:
+    """Raises `ValueError` unless `path` is a .json file that is free or holds a calibration."""
+    fix = "Give another --name, such as 'fast' or FILE.json"
+    check(path.suffix == ".json", "name", str(path), "must end with .json where it is a path", fix)
+    if not path.exists():
+        return
+    try:
+        _values(json.loads(path.read_text()))["weights"]
+    except (OSError, ValueError, TypeError, KeyError):
+        fail("name", str(path), "is there and is no calibration; it is not replaced", fix)
 
 
 def load(found: Found, name: str) -> Calibration:

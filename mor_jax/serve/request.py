@@ -37,7 +37,8 @@ class Sampling:
 
     def validate(self, path: str = "sampling") -> None:
         """Raises `ValueError` on a setting out of range."""
-        for name in ("temperature", "presence_penalty", "frequency_penalty"):
+        numbers = ("temperature", "presence_penalty", "frequency_penalty", "repetition_penalty")
+        for name in numbers:
             value = getattr(self, name)
             check(math.isfinite(value), f"{path}.{name}", value, "must be finite", "Leave it out")
         not_negative(path, self, "temperature")

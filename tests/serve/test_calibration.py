@@ -154,6 +154,11 @@ def test_what_cannot_be_calibrated_leaves_nothing_behind(run, command, tmp_path)
     (run / "file").touch()
     wrong = command("calibrate", f"--workdir={run}", f"--name={run}/file/x.json")
     assert wrong[0] != 0 and "cannot be written" in wrong[2]
+    (tmp_path / "mine.json").write_text('{"a": 1}')
+    for name, why in (("mine.json", "is no calibration"), ("few.txt", "must end with .json")):
+        before = (tmp_path / name).read_text()
+        wrong = command("calibrate", f"--workdir={run}", f"--name={tmp_path}/{name}")
+        assert wrong[0] != 0 and why in wrong[2] and (tmp_path / name).read_text() == before
     for name, model in (
         ("plain", of_bytes("plain")),
         ("whole", with_router(of_bytes("expert_cycle"), capacities=(1.0, 1.0, 1.0))),
