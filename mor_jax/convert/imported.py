@@ -11,6 +11,7 @@ from mor_jax.config import ModelConfig, check, fail
 from mor_jax.convert.lazy import Lazy
 from mor_jax.convert.sources import Weights
 from mor_jax.data.optional import need
+from mor_jax.data.tokenizers import files_beside
 
 # Files that make up a tokenizer, or say how a model wants to be prompted.
 TOKENIZER_FILES = (
@@ -61,8 +62,7 @@ def tokenizer_beside(directory: Path, vocab_size: int) -> dict[str, bytes] | Non
     Raises:
         ValueError: a damaged file, or a tokenizer with more tokens than the model has.
     """
-    paths = [directory / name for name in TOKENIZER_FILES]
-    files = {path.name: path.read_bytes() for path in paths if path.is_file()}
+    files = files_beside(directory, TOKENIZER_FILES)
     if not {"tokenizer.json", "tokenizer.model"} & files.keys():
         return None
     check_tokenizer(files, vocab_size, str(directory))

@@ -5,7 +5,6 @@ stands: classes of single models would rebuild parts of it by rules of their own
 """
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from mor_jax.config import check, fail
 from mor_jax.convert.imported import TOKENIZER_FILES
 from mor_jax.convert.sentencepiece_json import Kind, Pieces, files_of, tokenizer_of
 from mor_jax.data.optional import need
-from mor_jax.data.tokenizers import ByteTokenizer, Tokenizer
+from mor_jax.data.tokenizers import ByteTokenizer, Tokenizer, byte_letters, files_beside
 
 CONFIG = "tokenizer_config.json"
 BYTES_EOS = "<|endoftext|>"
@@ -40,7 +39,7 @@ def tokenizer_files(tokenizer: Tokenizer) -> dict[str, bytes]:
     if isinstance(tokenizer, ByteTokenizer):
         return files_of(_bytes(), _paddable({"eos_token": BYTES_EOS}))
     held = tokenizer.files()
-    beside = _beside(tokenizer)
+    beside = files_beside(Path(tokenizer.name).expanduser(), TOKENIZER_FILES)
     if "tokenizer.json" in held:
         files = beside | held
         files[CONFIG] = _told(tokenizer, files)
@@ -69,13 +68,6 @@ def _content(token: Any) -> str:
     return token["content"] if isinstance(token, Mapping) else token or ""
 
 
-def _beside(tokenizer: Tokenizer) -> dict[str, bytes]:
-    path = Path(os.path.expanduser(tokenizer.name))
-    directory = path if path.is_dir() else path.parent
-    paths = [directory / name for name in TOKENIZER_FILES]
-    return {path.name: path.read_bytes() for path in paths if path.is_file()}
-
-
 def _told(tokenizer: Tokenizer, files: Mapping[str, bytes]) -> bytes:
     """tokenizer_config.json that makes every release take tokenizer.json as it stands."""
     told = json.loads(files.get(CONFIG, b"{}"))
@@ -102,7 +94,7 @@ def _paddable(told: dict[str, Any]) -> dict[str, Any]:
 
 def _bytes() -> tokenizers.Tokenizer:
     """Byte b is token b, but for byte 0, which no text has."""
-    letters = _byte_letters()
+    letters = byte_letters()
     vocabulary = {letters[byte]: byte for byte in range(1, 256)} | {BYTES_EOS: 0}
     tokenizer = tokenizers.Tokenizer(models.BPE(vocabulary, []))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -110,15 +102,6 @@ def _bytes() -> tokenizers.Tokenizer:
     end = tokenizers.AddedToken(BYTES_EOS, normalized=False, special=True)
     tokenizer.add_special_tokens([end])
     return tokenizer
-
-
-def _byte_letters() -> dict[int, str]:
-    """The printable letter that byte-level vocabularies write for each byte."""
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [byte for byte in range(256) if byte not in printable]
-    return {byte: chr(byte) for byte in printable} | {
-        byte: chr(256 + place) for place, byte in enumerate(others)
-    }
 
 
 def _from_sentencepiece(

@@ -109,6 +109,22 @@ def load_tokenizer(name: str, setting: str = "data.tokenizer") -> Tokenizer:
     return subwords.HuggingFaceTokenizer(name, path, setting)
 
 
+def files_beside(path: Path, names: Sequence[str]) -> dict[str, bytes]:
+    """Those files of `names` that stand in the directory `path`, or beside the file `path`."""
+    directory = path if path.is_dir() else path.parent
+    paths = [directory / name for name in names]
+    return {path.name: path.read_bytes() for path in paths if path.is_file()}
+
+
+def byte_letters() -> dict[int, str]:
+    """The printable letter that byte-level vocabularies write for each byte."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {byte: chr(byte) for byte in printable} | {
+        byte: chr(256 + place) for place, byte in enumerate(others)
+    }
+
+
 def check_vocabulary(tokenizer: Tokenizer, vocab_size: int) -> None:
     """Raises `ValueError` unless a model with `vocab_size` embeddings can read every token."""
     rule = f"must be at least {tokenizer.vocab_size}, the tokens of data.tokenizer="

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import sentencepiece
 from tokenizers import Tokenizer as Encoder
 
-from mor_jax.data.tokenizers import ByteTokenizer, Tokenizer
+from mor_jax.data.tokenizers import ByteTokenizer, Tokenizer, byte_letters
 
 _BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
@@ -63,8 +63,4 @@ def _letters(piece: str) -> bytes:
 
 @functools.cache
 def _byte_of_letter() -> dict[str, int]:
-    """The letters of byte-level vocabularies: printable bytes stand for themselves, the others,
-    in order, for what follows U+0100."""
-    own = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [byte for byte in range(256) if byte not in own]
-    return {chr(byte): byte for byte in own} | {chr(256 + i): b for i, b in enumerate(others)}
+    return {letter: byte for byte, letter in byte_letters().items()}
