@@ -61,8 +61,9 @@ def _pick(x: Array, index: Int[Array, "b m"]) -> Array:
     return jnp.take_along_axis(x, expanded, axis=1, mode="promise_in_bounds")
 
 
-def _where(chosen: Bool[Array, "b n"], yes: Array, no: Array) -> Array:
-    return jnp.where(chosen.reshape(chosen.shape + (1,) * (yes.ndim - 2)), yes, no)
+def where_rows(chosen: Bool[Array, "..."], yes: Array, no: Array) -> Array:
+    """Whole rows: those of `yes` where `chosen`, else of `no`; `chosen` has their leading axes."""
+    return jnp.where(chosen.reshape(chosen.shape + (1,) * (yes.ndim - chosen.ndim)), yes, no)
 
 
 @jax.custom_vjp
@@ -76,12 +77,12 @@ def _take_fwd(x: Array, rows: Rows) -> tuple[Array, Rows]:
 
 def _take_bwd(rows: Rows, grad: Array) -> tuple[Array, Rows]:
     spread = _pick(grad, rows.slot)
-    return _where(rows.chosen, spread, jnp.zeros_like(spread)), _no_gradient(rows)
+    return where_rows(rows.chosen, spread, jnp.zeros_like(spread)), _no_gradient(rows)
 
 
 @jax.custom_vjp
 def _put(x: Array, slots: Array, rows: Rows) -> Array:
-    return _where(rows.chosen, _pick(slots, rows.slot), x)
+    return where_rows(rows.chosen, _pick(slots, rows.slot), x)
 
 
 def _put_fwd(x: Array, slots: Array, rows: Rows) -> tuple[Array, Rows]:
@@ -89,9 +90,9 @@ def _put_fwd(x: Array, slots: Array, rows: Rows) -> tuple[Array, Rows]:
 
 
 def _put_bwd(rows: Rows, grad: Array) -> tuple[Array, Array, Rows]:
-    kept = _where(rows.chosen, jnp.zeros_like(grad), grad)
+    kept = where_rows(rows.chosen, jnp.zeros_like(grad), grad)
     # A filler slot was never put anywhere: its row is not `chosen`, so its gradient is zero.
-    replaced = _where(rows.chosen, grad, jnp.zeros_like(grad))
+    replaced = where_rows(rows.chosen, grad, jnp.zeros_like(grad))
     return kept, _pick(replaced, rows.index), _no_gradient(rows)
 
 

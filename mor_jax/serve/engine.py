@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 
 from mor_jax.parsing import check, fail
 from mor_jax.serve.config import EngineConfig, plan
-from mor_jax.serve.request import Busy, Event, Finished, Reason, Request, Stopped, Token
+from mor_jax.serve.request import Busy, Event, Finished, Request, Stopped, Token
 from mor_jax.serve.runner import Runner
 from mor_jax.serve.sequence import Sequence, Sink
 from mor_jax.serve.served import Served
@@ -194,9 +194,9 @@ class Engine:
             looked_at, self._looked = scheduler.everyone(), now
         for sequence in looked_at:
             if sequence.cancelled or cancels:
-                self._end(sequence, "cancelled")
+                self._runner.end(sequence, "cancelled")
             elif sequence.late:
-                self._end(sequence, "deadline")
+                self._runner.end(sequence, "deadline")
         return bool(scheduler.running or scheduler.waiting) or not stops
 
     def _rest(self) -> None:
@@ -204,9 +204,6 @@ class Engine:
         with self._changed:
             if not self._incoming and not self._stops:
                 self._changed.wait(timeout=1.0)
-
-    def _end(self, sequence: Sequence, reason: Reason) -> None:
-        self._runner.end(sequence, reason)
 
     def _give_up(self) -> None:
         with self._changed:

@@ -18,6 +18,7 @@ from mor_jax.models.cached.layer import Weights, logits
 from mor_jax.models.cached.pages import Cache, Geometry
 from mor_jax.models.cached.passes import Piece, Rows
 from mor_jax.models.cached.routed import Entry, Flight
+from mor_jax.models.gather import where_rows
 from mor_jax.serve.request import MAX_LOGPROBS
 from mor_jax.serve.sampling import Before, Sampled, Want, sample
 from mor_jax.serve.slots import ENTERS, FLIES, IDLE, Held, Slots, admit
@@ -32,21 +33,18 @@ GOES_ON, ENDED, FULL, FAILED = 0, 1, 2, 3
 class Ticked:
     """What a tick did with its n rows.
 
-    sampled: the row has a new token. state: one of `GOES_ON` .. `FAILED`. depth: recursions of the
-    token before it. useful: the row had work for the block. waits: it had, but its list is full.
-    counts: entries of its lists afterwards.
+    sampled: the row has a new token, `drawn`. state: one of `GOES_ON` .. `FAILED`. depth:
+    recursions of the token before it. useful: the row had work for the block. waits: it had, but
+    its list is full. counts: entries of its lists afterwards.
     """
 
     sampled: Bool[Array, "n"]
-    token: Int[Array, "n"]
+    drawn: Sampled
     state: Int[Array, "n"]
     depth: Int[Array, "n"]
     useful: Bool[Array, "n"]
     waits: Bool[Array, "n"]
     counts: Int[Array, "n lists"]
-    logprob: Float[Array, "n"]
-    top_ids: Int[Array, "n top"]
-    top_logprobs: Float[Array, "n top"]
 
 
 @jax.tree_util.register_dataclass
@@ -130,15 +128,12 @@ class Programs:
         nothing = jnp.zeros(at.shape, jnp.int32)
         ticked = Ticked(
             sampled=live,
-            token=sampled.token,
+            drawn=sampled,
             state=state,
             depth=nothing,
             useful=live,
             waits=jnp.zeros(at.shape, bool),
             counts=counts,
-            logprob=sampled.logprob,
-            top_ids=sampled.top_ids,
-            top_logprobs=sampled.top_logprobs,
         )
         return self._kept(slots, rows, ticked, None), cache, ticked
 
@@ -156,13 +151,14 @@ class Programs:
         flight = jax.tree.map(lambda x: x[at], slots.flight)
         decoder = self._decoder(weights, held)
         flies = rows.live & (slots.phase[at] == FLIES)
-        which = jnp.zeros_like(at) if cfg.kv == "shared" else flight.recursion
+        which = self.geometry.list_of(flight.recursion)
         mine = jnp.take_along_axis(slots.counts[at], which[:, None], axis=1)[:, 0]
         room = jnp.take_along_axis(held.room[at], which[:, None], axis=1)[:, 0]
-        adds = flies & routed.writes_list(cfg, flight)
+        runs = flies & routed.needs_block(cfg, flight.taken, flight.recursion)
+        adds = routed.writes_list(cfg, runs, flight.recursion)
         waits = adds & (mine >= room)
         moves = flies & ~waits
-        useful = moves & routed.needs_block(cfg, flight)
+        useful = moves & runs
         here = dataclasses.replace(rows, live=moves)
         flight, leaves, cache = routed.advance(decoder, cache, here, flight, mine)
         grown = (adds & moves)[:, None] & (jnp.arange(self.geometry.lists)[None] == which[:, None])
@@ -170,22 +166,18 @@ class Programs:
         enters = rows.live & (slots.phase[at] == ENTERS)
         depth = flight.depth
         turned = self._turnover(decoder, slots, cache, rows, (leaves, enters, flight, want))
-        sampled = turned.sampled
         left = dataclasses.replace(rows, live=leaves)
         cache = routed.store(decoder, cache, left, turned.last, 1)
         following = Rows(at, rows.position + leaves, turned.goes)
         cache = routed.store(decoder, cache, following, turned.first, 0)
         ticked = Ticked(
             sampled=leaves,
-            token=sampled.token,
+            drawn=turned.sampled,
             state=turned.state,
             depth=depth,
             useful=useful,
             waits=waits,
             counts=counts,
-            logprob=sampled.logprob,
-            top_ids=sampled.top_ids,
-            top_logprobs=sampled.top_logprobs,
         )
         return self._kept(slots, rows, ticked, turned.flight), cache, ticked
 
@@ -223,7 +215,7 @@ class Programs:
             following = Rows(part.slot, part.position + part.live, goes)
             new, first = routed.enter(decoder, cache, following, jnp.maximum(token, 0))
             old = jax.tree.map(lambda x: x[index], flight)
-            new = jax.tree.map(lambda a, b: _where(goes, a, b), new, old)
+            new = jax.tree.map(lambda a, b: where_rows(goes, a, b), new, old)
             made = _Turned(sampled, state, new, goes, last, first)
             return jax.tree.map(lambda whole, x: whole.at[index].set(x), nothing, made)
 
@@ -256,7 +248,7 @@ class Programs:
         entered = sampled | (slots.phase[at] == ENTERS)
         phase = jnp.where(rows.live & entered, resting, slots.phase[at])
         phase = jnp.where(sampled & (ticked.state != GOES_ON), IDLE, phase)
-        token = jnp.where(sampled, ticked.token, slots.token[at])
+        token = jnp.where(sampled, ticked.drawn.token, slots.token[at])
         # Rows that fill the shape all point to the last slot, whose contents mean nothing.
         said = slots.said.at[at, jnp.maximum(token, 0)].add(sampled.astype(jnp.int16))
         new = dataclasses.replace(
@@ -369,7 +361,3 @@ def _unsampled(n: int) -> Sampled:
         top_ids=jnp.full((n, MAX_LOGPROBS), -1, jnp.int32),
         top_logprobs=jnp.full((n, MAX_LOGPROBS), -jnp.inf),
     )
-
-
-def _where(live: Bool[Array, "n"], new: Array, old: Array) -> Array:
-    return jnp.where(live.reshape(live.shape + (1,) * (new.ndim - 1)), new, old)

@@ -73,19 +73,13 @@ class Runner:
         self._run = Programs(plan.geometry, ends, thresholds, chunk, group).compiled()
         self._flying: list[_Sent] = []
         self._seen_busy = 0.0
+        self._row_counts = _row_counts(plan.slots)
         self._wants: tuple[list[Sequence], Want] = ([], Want.of([]))
-
-    def row_counts(self) -> list[int]:
-        """Numbers of rows for which there is a program of a tick."""
-        sizes = [self.plan.slots]
-        while sizes[-1] > 4:
-            sizes.append(sizes[-1] // 4)
-        return sizes[::-1]
 
     def warm(self) -> None:
         """Compiles every program by running it on nobody."""
         nobody = self.plan.slots
-        for rows in self.row_counts():
+        for rows in self._row_counts:
             slots = np.full(rows, nobody, np.int32)
             self._tick(Step(slots, np.zeros(rows, bool), Want.of([])))
         tokens = np.zeros(self._piece, np.int32)
@@ -102,9 +96,9 @@ class Runner:
         scheduler, sent = self.scheduler, []
         for sequence in [*scheduler.admit(), *scheduler.grow()]:
             self.end(sequence, "error", _TOO_SMALL)
-        sequence, rows = scheduler.next_prompt(), scheduler.decoding()
-        if sequence is not None or rows:
+        if scheduler.running:
             self._watch(sends=True)
+        sequence = scheduler.next_prompt()
         if sequence is not None:
             sent += self._send_prompt(sequence)
         rows = scheduler.decoding()
@@ -141,7 +135,7 @@ class Runner:
         return sent
 
     def _send_tick(self, sequences: list[Sequence]) -> _Sent:
-        rows = next(size for size in self.row_counts() if size >= len(sequences))
+        rows = next(size for size in self._row_counts if size >= len(sequences))
         slots = np.full(rows, self.plan.slots, np.int32)
         slots[: len(sequences)] = [sequence.slot for sequence in sequences]
         live = np.arange(rows) < len(sequences)
@@ -197,9 +191,10 @@ class Runner:
     def _read_tick(self, sent: _Sent) -> None:
         wanted = any(one.request.logprobs is not None for one, _ in sent.who)
         ticked = sent.answer
-        names = ["sampled", "token", "state", "depth", "useful", "waits", "counts"]
-        names += ["logprob", "top_ids", "top_logprobs"] if wanted else []
+        names = ["sampled", "state", "depth", "useful", "waits", "counts"]
         told = {name: np.asarray(getattr(ticked, name)) for name in names}
+        names = ["token", "logprob", "top_ids", "top_logprobs"] if wanted else ["token"]
+        told |= {name: np.asarray(getattr(ticked.drawn, name)) for name in names}
         self.counters.useful_rows += int(told["useful"].sum())
         self.counters.waits += int(told["waits"].sum())
         if self._routed:
@@ -283,6 +278,14 @@ class Runner:
         known = len(sequence.tokens) - 1 if sequence.decodes else sequence.stored
         ends = geometry.end_layers * known
         return geometry.token_bytes * int(ends + geometry.block_layers * int(counts.sum()))
+
+
+def _row_counts(slots: int) -> list[int]:
+    """Numbers of rows for which there is a program of a tick, ascending."""
+    sizes = [slots]
+    while sizes[-1] > 4:
+        sizes.append(sizes[-1] // 4)
+    return sizes[::-1]
 
 
 def _logprobs(sequence: Sequence, row: int, told: dict[str, np.ndarray]) -> dict[str, object]:

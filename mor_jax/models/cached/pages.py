@@ -20,8 +20,6 @@ import jax.numpy as jnp
 from mor_jax.config import ModelConfig
 from mor_jax.types import Array, Float, Int
 
-_ITEMSIZE = {"bfloat16": 2, "float32": 4}
-
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -84,7 +82,7 @@ class Geometry:
     @property
     def token_bytes(self) -> int:
         """Bytes of one token's key and value in one layer."""
-        return 2 * self.cfg.kv_heads * self.cfg.head_dim * _ITEMSIZE[self.cfg.dtype]
+        return 2 * self.cfg.kv_heads * self.cfg.head_dim * jnp.dtype(self.cfg.dtype).itemsize
 
     @property
     def end_page_bytes(self) -> int:
@@ -95,6 +93,10 @@ class Geometry:
     def block_page_bytes(self) -> int:
         """Bytes of one page of all layers of the block."""
         return self.block_layers * self.size * self.token_bytes
+
+    def list_of(self, recursion: Int[Array, "*n"]) -> Int[Array, "*n"]:
+        """The list that tokens of a recursion are written to."""
+        return jnp.zeros_like(recursion) if self.cfg.kv == "shared" else recursion
 
     def holds_all(self, number: int) -> bool:
         """Whether list `number` gets every token, whatever the routers say."""

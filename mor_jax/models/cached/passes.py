@@ -8,10 +8,14 @@ import jax.numpy as jnp
 
 from mor_jax.config import ModelConfig
 from mor_jax.models.cached.attention import Extent, Queue, Softmax, by_list, by_queue
+from mor_jax.models.cached.decoder import Decoder
 from mor_jax.models.cached.layer import Layer, apply
 from mor_jax.models.cached.pages import Cache, Geometry, Pages, Place, write
 from mor_jax.models.rope import Rotary
 from mor_jax.types import Array, Bool, Float, Int
+
+Lists = Int[Array, "n m"] | Int[Array, "m"]
+"""Page numbers of one list for each row, or of one list that all rows share."""
 
 _ALWAYS = 127
 """A limit that no token's reach is beyond."""
@@ -69,121 +73,96 @@ def through(
     return x, tuple(written)
 
 
-def all_tokens(
-    geometry: Geometry, lists: Int[Array, "n m"] | Int[Array, "m"], rows: Rows | Piece, chunk: int
-) -> Look:
+def all_tokens(geometry: Geometry, lists: Lists, rows: Rows | Piece, chunk: int) -> Look:
     """For a list that every token is in, where its index is its position."""
-    return list_look(geometry, lists, (rows.position, rows.position + 1), rows.live, chunk)
-
-
-def list_look(
-    geometry: Geometry,
-    lists: Int[Array, "n m"] | Int[Array, "m"],
-    entries: tuple[Int[Array, "n"], Int[Array, "n"]],
-    live: Bool[Array, "n"],
-    chunk: int,
-    writes: Bool[Array, "n"] | Bool[Array, ""] | None = None,
-) -> Look:
-    """For one list a row (or one of all rows): entry to write, and how many are seen.
-
-    writes: rows that write, where those are not all live ones. chunk: pages of a round.
-    """
-    index, seen = entries
-    seen = jnp.where(live, seen, 0)
-    do = live if writes is None else writes & live
-    if lists.ndim == 1:
-        each = jnp.broadcast_to(lists[None], (index.shape[0], lists.shape[0]))
-
-        def see_list(q: Array, pages: Pages) -> Softmax:
-            return by_list(Softmax.empty(q), q, pages, Extent(lists, seen, chunk))
-
-        return Look(Place.of(each, index, geometry.size, do), see_list)
-    queue = Queue.of(lists, seen, geometry.size, chunk)
-
-    def see(q: Array, pages: Pages) -> Softmax:
-        return by_queue(Softmax.empty(q), q, pages, queue)
-
-    return Look(Place.of(lists, index, geometry.size, do), see)
-
-
-def block_look(
-    geometry: Geometry,
-    tables: Int[Array, "n lists m"] | Int[Array, "lists m"],
-    rows: Rows | Piece,
-    recursion: Int[Array, "n"] | Int[Array, ""],
-    counts: Int[Array, "n"],
-    chunk: int,
-) -> Look:
-    """For rows at `recursion`. counts: entries that its list holds before each of the rows."""
-    if geometry.cfg.kv == "shared":
-        first = tables[:, 0] if tables.ndim == 3 else tables[0]
-        entries = (rows.position, rows.position + 1)
-        return list_look(geometry, first, entries, rows.live, chunk, recursion == 0)
-    if tables.ndim == 3:
-        own = jnp.take_along_axis(tables, recursion[:, None, None], axis=1)[:, 0]
-    else:
-        own = tables[recursion]
-    return list_look(geometry, own, (counts, counts + 1), rows.live, chunk)
-
-
-def updated_look(
-    geometry: Geometry,
-    tables: Int[Array, "n lists m"] | Int[Array, "lists m"],
-    rows: Rows | Piece,
-    recursion: Int[Array, "n"] | Int[Array, ""],
-    counts: Int[Array, "n"],
-    chunk: int,
-) -> tuple[Callable[[Int[Array, "p t"]], Look], Place]:
-    """For updated sharing: recursion 0's entries that are not replaced, and the list's own.
-
-    Returns the look, made from `reach` once that holds the rows themselves, and their entries in
-    list 0, where it is kept.
-    """
-    own = block_look(geometry, tables, rows, recursion, counts, chunk)
-    limit = jnp.where(recursion == 0, _ALWAYS, recursion - 1)
-    seen = jnp.where(rows.live, rows.position + 1, 0)
-    later = jnp.where(recursion == 0, 0, jnp.where(rows.live, counts + 1, 0))
-    if tables.ndim == 2:
-        first, mine = tables[0], tables[recursion]
-        each = jnp.broadcast_to(first[None], (seen.shape[0], first.shape[0]))
-
-        def of_list(reach: Array) -> Look:
-            def see(q: Array, pages: Pages) -> Softmax:
-                whole, fresh = Extent(first, seen, chunk), Extent(mine, later, chunk)
-                kept = by_list(Softmax.empty(q), q, pages, whole, (reach, limit))
-                return by_list(kept, q, pages, fresh)
-
-            return Look(own.place, see)
-
-        return of_list, Place.of(each, rows.position, geometry.size, rows.live)
-    first = tables[:, 0]
-    mine = jnp.take_along_axis(tables, recursion[:, None, None], axis=1)[:, 0]
-    whole = Queue.of(first, seen, geometry.size, chunk, limit)
-    fresh = Queue.of(mine, later, geometry.size, chunk)
-
-    def of_queue(reach: Array) -> Look:
-        def see(q: Array, pages: Pages) -> Softmax:
-            return by_queue(by_queue(Softmax.empty(q), q, pages, whole, reach), q, pages, fresh)
-
-        return Look(own.place, see)
-
-    return of_queue, Place.of(first, rows.position, geometry.size, rows.live)
+    see = _reader(geometry, lists, jnp.where(rows.live, rows.position + 1, 0), chunk)
+    place = _place(geometry, lists, rows.position, rows.live)
+    return Look(place, lambda q, pages: see(Softmax.empty(q), q, pages))
 
 
 def block(
-    geometry: Geometry,
-    layers: Sequence[Layer],
+    decoder: Decoder,
     cache: Cache,
+    rows: Rows | Piece,
     x: Float[Array, "n d"],
     at: tuple[Rotary, Int[Array, "n"] | Int[Array, ""]],
-    look: Look | tuple[Callable[[Int[Array, "p t"]], Look], Place],
+    counts: Int[Array, "n"],
 ) -> tuple[Float[Array, "n d"], Cache]:
-    """Rows once through the shared block. look: of `block_look`, or of `updated_look`."""
-    reach = cache.reach
-    if isinstance(look, tuple):
-        make, place = look
-        entered = jnp.broadcast_to(at[1], place.page.shape).astype(jnp.int8)
-        reach = reach.at[place.page, place.offset].set(entered, mode="drop")
-        look = make(reach)
-    x, pages = through(geometry.cfg, layers, cache.block, x, at, look)
+    """Rows once through the shared block. at: their rotary tables and recursions.
+
+    counts: entries that its list holds before each of the rows.
+    """
+    geometry, recursion = decoder.geometry, at[1]
+    tables = decoder.tables.block[rows.slot]
+    first, chunk, reach = tables[..., 0, :], decoder.chunk, cache.reach
+    if geometry.cfg.kv == "shared":
+        look = all_tokens(geometry, first, rows, chunk)
+        writes = rows.live & (recursion == 0)
+        look = dataclasses.replace(look, place=_place(geometry, first, rows.position, writes))
+    elif geometry.updates:
+        whole = _place(geometry, first, rows.position, rows.live)
+        entered = jnp.broadcast_to(recursion, whole.page.shape).astype(jnp.int8)
+        reach = reach.at[whole.page, whole.offset].set(entered, mode="drop")
+        look = _updated(decoder, reach, rows, recursion, counts)
+    else:
+        own = _own(tables, recursion)
+        see = _reader(geometry, own, jnp.where(rows.live, counts + 1, 0), chunk)
+        place = _place(geometry, own, counts, rows.live)
+        look = Look(place, lambda q, pages: see(Softmax.empty(q), q, pages))
+    x, pages = through(geometry.cfg, decoder.weights.block, cache.block, x, at, look)
     return x, dataclasses.replace(cache, block=pages, reach=reach)
+
+
+def _updated(
+    decoder: Decoder,
+    reach: Int[Array, "p t"],
+    rows: Rows | Piece,
+    recursion: Int[Array, "n"] | Int[Array, ""],
+    counts: Int[Array, "n"],
+) -> Look:
+    """For updated sharing: recursion 0's entries that are not replaced, and the list's own.
+
+    reach: holds the rows themselves already.
+    """
+    geometry, chunk = decoder.geometry, decoder.chunk
+    tables = decoder.tables.block[rows.slot]
+    own = _own(tables, recursion)
+    limit = jnp.where(recursion == 0, _ALWAYS, recursion - 1)
+    before = jnp.where(rows.live, rows.position + 1, 0)
+    later = jnp.where(rows.live & (recursion > 0), counts + 1, 0)
+    kept = _reader(geometry, tables[..., 0, :], before, chunk, (reach, limit))
+    fresh = _reader(geometry, own, later, chunk)
+    place = _place(geometry, own, counts, rows.live)
+    return Look(place, lambda q, pages: fresh(kept(Softmax.empty(q), q, pages), q, pages))
+
+
+def _reader(
+    geometry: Geometry,
+    lists: Lists,
+    lengths: Int[Array, "n"],
+    chunk: int,
+    within: tuple[Int[Array, "p t"], Array] | None = None,
+) -> Callable[[Softmax, Array, Pages], Softmax]:
+    """What adds the first `lengths` entries of one list a row, or of one of all rows.
+
+    within: `reach`, and the limit beyond which entries do not count.
+    """
+    reach, limit = (None, None) if within is None else within
+    if lists.ndim == 1:
+        extent = Extent(lists, lengths, chunk)
+        return lambda before, q, pages: by_list(before, q, pages, extent, within)
+    queue = Queue.of(lists, lengths, geometry.size, chunk, limit)
+    return lambda before, q, pages: by_queue(before, q, pages, queue, reach)
+
+
+def _place(geometry: Geometry, lists: Lists, index: Int[Array, "n"], do: Array) -> Place:
+    """Entry `index` of each row's list, for the rows where `do`."""
+    each = jnp.broadcast_to(jnp.atleast_2d(lists), (index.shape[0], lists.shape[-1]))
+    return Place.of(each, index, geometry.size, do)
+
+
+def _own(tables: Array, recursion: Int[Array, "n"] | Int[Array, ""]) -> Lists:
+    """The list of each row's recursion, or of that of all rows."""
+    if tables.ndim == 2:
+        return tables[recursion]
+    return jnp.take_along_axis(tables, recursion[:, None, None], axis=1)[:, 0]

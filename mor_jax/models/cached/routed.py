@@ -15,7 +15,8 @@ from mor_jax.models.cached.attention import Queue, Softmax, by_queue
 from mor_jax.models.cached.decoder import Decoder
 from mor_jax.models.cached.layer import apply, norm, turns
 from mor_jax.models.cached.pages import Cache, Place, write
-from mor_jax.models.cached.passes import Rows, block, block_look, updated_look
+from mor_jax.models.cached.passes import Rows, block
+from mor_jax.models.gather import where_rows
 from mor_jax.types import Array, Bool, Float, Int
 
 
@@ -80,20 +81,21 @@ def enter(
     return dataclasses.replace(empty, x=x, gate=verdict.gate, taken=verdict.goes), entry
 
 
-def needs_block(cfg: ModelConfig, flight: Flight) -> Bool[Array, "n"]:
-    """Tokens whose pass through the block does something.
+def needs_block(
+    cfg: ModelConfig, taken: Bool[Array, "n"], recursion: Int[Array, "*n"]
+) -> Bool[Array, "n"]:
+    """Tokens whose pass through the block does something. taken: the routers send them through.
 
     Shared keys and values are those of all tokens, also of such that recursion 0 does not take.
     """
-    if cfg.kv == "recursion":
-        return flight.taken
-    return flight.taken | (flight.recursion == 0)
+    return taken if cfg.kv == "recursion" else taken | (recursion == 0)
 
 
-def writes_list(cfg: ModelConfig, flight: Flight) -> Bool[Array, "n"]:
-    """Tokens whose pass adds an entry to a list of the block's pool."""
-    needed = needs_block(cfg, flight)
-    return needed & (flight.recursion == 0) if cfg.kv == "shared" else needed
+def writes_list(
+    cfg: ModelConfig, runs: Bool[Array, "n"], recursion: Int[Array, "*n"]
+) -> Bool[Array, "n"]:
+    """Tokens, of those that run, whose pass adds an entry to a list of the block's pool."""
+    return runs & (recursion == 0) if cfg.kv == "shared" else runs
 
 
 def advance(
@@ -103,17 +105,15 @@ def advance(
 
     counts: entries of the list that each row writes to. Rows that are not live stay as they are.
     """
-    cfg, geometry = decoder.cfg, decoder.geometry
-    does = dataclasses.replace(rows, live=rows.live & needs_block(cfg, flight))
-    make = updated_look if geometry.updates else block_look
-    tables = decoder.tables.block[rows.slot]
-    look = make(geometry, tables, does, flight.recursion, counts, decoder.chunk)
+    cfg = decoder.cfg
+    runs = rows.live & needs_block(cfg, flight.taken, flight.recursion)
+    does = dataclasses.replace(rows, live=runs)
     at = (turns(cfg, rows.position), flight.recursion)
-    y, cache = block(geometry, decoder.weights.block, cache, flight.x, at, look)
+    y, cache = block(decoder, cache, does, flight.x, at, counts)
     step = _token_step if cfg.router.kind == "token" else _expert_step
     after, leaves = step(decoder, flight, y)
     live = rows.live
-    merged = jax.tree.map(lambda new, old: _where(live, new, old), after, flight)
+    merged = jax.tree.map(lambda new, old: where_rows(live, new, old), after, flight)
     return merged, leaves & live, cache
 
 
@@ -194,7 +194,3 @@ def _end(
 
     x = apply(cfg, decoder.weights.ends[which], x, (turns(cfg, rows.position), 0), mix)
     return x, entries[-1]
-
-
-def _where(live: Bool[Array, "n"], new: Array, old: Array) -> Array:
-    return jnp.where(live.reshape(live.shape + (1,) * (new.ndim - 1)), new, old)

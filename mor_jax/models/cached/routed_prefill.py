@@ -14,15 +14,8 @@ from mor_jax.models.cached import routing
 from mor_jax.models.cached.decoder import Decoder
 from mor_jax.models.cached.layer import project, turns
 from mor_jax.models.cached.pages import Cache, write
-from mor_jax.models.cached.passes import (
-    Piece,
-    all_tokens,
-    block,
-    block_look,
-    through,
-    updated_look,
-)
-from mor_jax.models.cached.routed import weigh
+from mor_jax.models.cached.passes import Piece, all_tokens, block, through
+from mor_jax.models.cached.routed import needs_block, weigh, writes_list
 from mor_jax.models.rope import Rotary
 from mor_jax.types import Array, Bool, Float, Int
 
@@ -113,11 +106,11 @@ def _recursion(
         taken, gate = carry.active & verdict.goes, verdict.gate
     else:
         taken, gate = carry.active & (last >= r), None
-    runs = taken if cfg.kv == "recursion" else taken | (piece.live & (r == 0))
+    runs = piece.live & needs_block(cfg, taken, r)
     number = jnp.sum(runs, dtype=jnp.int32)
     old = carry.stored
-    which = jnp.zeros((), jnp.int32) if cfg.kv == "shared" else r
-    adds = jnp.where((cfg.kv != "shared") | (r == 0), number, 0)
+    which = decoder.geometry.list_of(r)
+    adds = jnp.sum(writes_list(cfg, runs, r), dtype=jnp.int32)
     fits = old.fits & (old.counts[which] + adds <= room[which])
     wanted = old.wanted.at[which].add(jnp.where(old.fits, adds, 0))
     number, adds = jnp.where(fits, number, 0), jnp.where(fits, adds, 0)
@@ -140,11 +133,9 @@ def _groups(
 ) -> tuple[Float[Array, "n d"], Cache]:
     """The block on the first `number` tokens of `order`, by groups; rows as in `carry.x`."""
     r, number, group, order = how
-    n, geometry = order.shape[0], decoder.geometry
+    n = order.shape[0]
     padded = jnp.pad(order, (0, -n % group))
-    of_slot = decoder.tables.block[piece.slot]
-    held = carry.stored.counts[r if geometry.cfg.kv != "shared" else 0]
-    make = updated_look if geometry.updates else block_look
+    held = carry.stored.counts[decoder.geometry.list_of(r)]
 
     def one(i: Array, state: tuple[Array, Cache]) -> tuple[Array, Cache]:
         y, cache = state
@@ -152,13 +143,9 @@ def _groups(
         rank = i * group + jnp.arange(group, dtype=jnp.int32)
         live = rank < number
         rows = Piece(piece.slot, piece.position[index], live)
-        look = make(geometry, of_slot, rows, r, held + rank, decoder.chunk)
         at = (Rotary(tables.cos[:, index], tables.sin[:, index]), r)
-        out, cache = block(geometry, decoder.weights.block, cache, carry.x[index], at, look)
+        out, cache = block(decoder, cache, rows, carry.x[index], at, held + rank)
         return y.at[jnp.where(live, index, n)].set(out, mode="drop"), cache
 
     rounds = (number + group - 1) // group
     return jax.lax.fori_loop(0, rounds, one, (jnp.zeros_like(carry.x), carry.cache))
-
-
-__all__ = ["Stored", "prefill"]
