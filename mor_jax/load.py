@@ -34,6 +34,17 @@ class Found:
         what = f"step {self.step}" if self.step else initial.origin(self.path)
         return f"{self.path}, {what}"
 
+    @property
+    def name(self) -> str:
+        """The same without the path of the directory, for titles."""
+        return str(self).removeprefix(f"{self.path.parent}/")
+
+    def changes(self, recursions: int, calibration: str | None) -> str:
+        """`, 2 recursions in place of 3, calibration fast`: what makes it another than trained."""
+        there = self.cfg.model.recursions
+        told = f", {recursions} recursions in place of {there}" if recursions != there else ""
+        return f"{told}, calibration {calibration}" if calibration else told
+
     def check(self) -> None:
         """Reads every file through once. Raises `ValueError` if one is not as it was written."""
         if self.step == 0:

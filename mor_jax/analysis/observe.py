@@ -47,13 +47,14 @@ class Model:
     @property
     def name(self) -> str:
         """For titles: the run's directory without its path, the step, what is not as trained."""
-        return str(self).removeprefix(f"{self.found.path.parent}/")
+        return f"{self.found.name}{self._changes}"
 
     def __str__(self) -> str:
-        there, now = self.found.cfg.model.recursions, self.model.recursions
-        told = f", {now} recursions in place of {there}" if now != there else ""
-        named = f", calibration {self.calibration}" if self.calibration else ""
-        return f"{self.found}{told}{named}"
+        return f"{self.found}{self._changes}"
+
+    @property
+    def _changes(self) -> str:
+        return self.found.changes(self.model.recursions, self.calibration)
 
 
 def routed_model(

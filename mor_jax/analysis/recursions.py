@@ -154,8 +154,7 @@ class Scaling:
         curves = {ROUTINGS[m]: self.of("loss", routing=m) for m in self.model.routings}
         if self.model.cfg.model.router.kind == "none":
             curves = {"": self.of("loss")}
-        found, trained = self.model.found, self.model.cfg.model.recursions
-        about = str(found).removeprefix(f"{found.path.parent}/")
+        about, trained = self.model.found.name, self.model.cfg.model.recursions
         return {
             "recursions.jsonl": json_lines(self.records),
             "recursions.png": lambda path: recursion_figure(curves, trained, about, path),

@@ -53,9 +53,7 @@ class Evaluation:
 
     def lines(self) -> list[str]:
         """The same for a terminal: aligned tables."""
-        there, now = self.found.cfg.model.recursions, self.cfg.model.recursions
-        told = f", {now} recursions in place of {there}" if now != there else ""
-        told += f", calibration {self.calibration}" if self.calibration else ""
+        told = self.found.changes(self.cfg.model.recursions, self.calibration)
         size = f"{self.rows} rows of {self.cfg.length} tokens"
         return [f"{self.found}{told}", *report.lines(f"{self.text}: {size}", self.values)]
 
