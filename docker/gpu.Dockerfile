@@ -6,8 +6,8 @@ FROM python:3.12.11-slim-bookworm
 RUN useradd --create-home --uid 1000 train
 WORKDIR /mor_jax
 
-COPY requirements.txt requirements-gpu.txt ./
-RUN pip install --no-cache-dir -r requirements.txt -r requirements-gpu.txt
+COPY requirements.lock requirements.txt requirements-gpu.txt ./
+RUN pip install --no-cache-dir -c requirements.lock -r requirements.txt -r requirements-gpu.txt
 
 COPY pyproject.toml README.md LICENSE ./
 COPY mor_jax mor_jax

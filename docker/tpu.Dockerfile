@@ -4,8 +4,8 @@ FROM python:3.12.11-slim-bookworm
 # TPU devices belong to root on their machines, so this image stays root, unlike the one for GPUs.
 WORKDIR /mor_jax
 
-COPY requirements.txt requirements-tpu.txt ./
-RUN pip install --no-cache-dir -r requirements.txt -r requirements-tpu.txt
+COPY requirements.lock requirements.txt requirements-tpu.txt ./
+RUN pip install --no-cache-dir -c requirements.lock -r requirements.txt -r requirements-tpu.txt
 
 COPY pyproject.toml README.md LICENSE ./
 COPY mor_jax mor_jax

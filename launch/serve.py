@@ -30,7 +30,7 @@ def main(argv: list[str] | None = None) -> int:
     options = _parser().parse_args(argv)
     missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
     if missing:
-        fix = "pip install -r requirements-serve.txt"
+        fix = "pip install -c requirements.lock -r requirements-serve.txt"
         print(f"error: {', '.join(missing)} not installed. Try {fix}", file=sys.stderr)
         return exit_codes.ERROR
     platforms.skip_absent()

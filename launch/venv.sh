@@ -1,9 +1,12 @@
 # shellcheck shell=bash
-# Sourced by the scripts beside it: makes and fills the project's own .venv.
-# Defines: root (the repository), python (its .venv's interpreter), install FILE...
+# Sourced by the scripts beside it: makes and fills the project's own virtual environment.
+# Defines: root (the repository), python (the environment's interpreter), install FILE...
+# LATEST=1 installs the newest versions that the ranges allow, in an environment of their own,
+# instead of those of requirements.lock: that finds what tomorrow's releases break.
 
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
-python="$root/.venv/bin/python"
+venv="$root/.venv${LATEST:+-latest}"
+python="$venv/bin/python"
 
 # Prints the first interpreter that is new enough; PYTHON names one to use instead.
 find_python() {
@@ -23,23 +26,29 @@ make_venv() {
   "$python" -c '' 2>/dev/null && return
   local base
   base="$(find_python)"
-  echo "Making .venv with $("$base" --version)"
-  if ! "$base" -m venv --clear "$root/.venv"; then
-    echo "Making .venv failed. On Debian and Ubuntu: apt install python3-venv" >&2
+  echo "Making $(basename "$venv") with $("$base" --version)"
+  if ! "$base" -m venv --clear "$venv"; then
+    echo "Making $(basename "$venv") failed. On Debian and Ubuntu: apt install python3-venv" >&2
     return 1
   fi
 }
 
-# Installs the requirements files that have changed since the last time, all in one step.
+# Installs requirements files, all in one step: at the versions of requirements.lock, where anything
+# has changed since the last time; with LATEST=1 at the newest ones, always.
 install() {
   make_venv
-  local stamp="$root/.venv/requirements.stamp" wanted file args=()
-  wanted="$(cd "$root" && cat "$@" | cksum) $*"
-  if [[ -f "$stamp" ]] && grep -qxF "$wanted" "$stamp"; then
+  local stamp="$venv/requirements.stamp" wanted file args=()
+  wanted="$(cd "$root" && cat "$@" requirements.lock | cksum) $*"
+  if [[ -z "${LATEST:-}" && -f "$stamp" ]] && grep -qxF "$wanted" "$stamp"; then
     return
   fi
-  for file in "$@"; do args+=(-r "$root/$file"); done
-  echo "Installing $* into .venv (once; a few minutes)"
+  if [[ -n "${LATEST:-}" ]]; then
+    args=(--upgrade --upgrade-strategy=eager)
+  else
+    args=(--constraint "$root/requirements.lock")
+  fi
+  for file in "$@"; do args+=(--requirement "$root/$file"); done
+  echo "Installing $* into $(basename "$venv") (${LATEST:+newest versions; }a few minutes)"
   "$python" -m pip --version >/dev/null 2>&1 || "$python" -m ensurepip --upgrade >/dev/null
   "$python" -m pip install --quiet --disable-pip-version-check "${args[@]}"
   echo "$wanted" >>"$stamp"

@@ -149,7 +149,7 @@ def devices(topology: Topology) -> list[jax.Device]:
     """
     if topology.platform == "gpu":
         return _fake(topology)
-    fix = "Run pip install -r requirements-tpu.txt; no TPU is needed"
+    fix = "Run pip install -c requirements.lock -r requirements-tpu.txt; no TPU is needed"
     there = importlib.util.find_spec("libtpu") or os.environ.get("TPU_LIBRARY_PATH")
     rule = "the compiler for TPUs is in the package libtpu, which is not installed"
     check(bool(there), "topology", topology.name, rule, fix)

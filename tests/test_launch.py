@@ -31,7 +31,7 @@ def clone(tmp_path):
     """The launch scripts and requirements alone, in a path with a space, and a fake Python."""
     root = tmp_path / "a clone"
     shutil.copytree(ROOT / "launch", root / "launch", ignore=shutil.ignore_patterns("*.py"))
-    for path in ROOT.glob("requirements*.txt"):
+    for path in ROOT.glob("requirements*"):
         shutil.copy(path, root)
     python = tmp_path / "fakepython"
     python.write_text(FAKE_PYTHON)
@@ -87,6 +87,27 @@ def test_changed_requirements_are_installed(clone):
         file.write("another\n")
     _, _, calls = run(clone, "quickstart.sh")
     assert len(installs(calls)) == 1
+
+
+def test_the_versions_are_those_of_the_lock(clone):
+    _, _, calls = run(clone, "quickstart.sh")
+    assert f"--constraint {clone}/requirements.lock" in installs(calls)[0]
+    assert "--upgrade" not in installs(calls)[0]
+    with (clone / "requirements.lock").open("a") as file:
+        file.write("another==1.0\n")
+    _, _, calls = run(clone, "quickstart.sh")
+    assert len(installs(calls)) == 1, "a lock that changed is installed"
+
+
+def test_latest_upgrades_an_environment_of_its_own_every_time(clone):
+    run(clone, "quickstart.sh")
+    for _ in range(2):
+        code, _, calls = run(clone, "quickstart.sh", LATEST="1")
+        assert code == 0 and "--upgrade --upgrade-strategy=eager" in installs(calls)[0]
+        assert "requirements.lock" not in installs(calls)[0]
+    assert (clone / ".venv-latest").is_dir()
+    _, _, calls = run(clone, "quickstart.sh")
+    assert not installs(calls), "the locked environment is as it was"
 
 
 def test_a_failed_installation_stops_and_is_tried_again(clone):

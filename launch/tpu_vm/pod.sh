@@ -88,7 +88,7 @@ setup() {
   url="$(quoted "$repository")" checkout="$(quoted "$commit")"
   on_all_hosts "if [ ! -d mor_jax ]; then git clone $url mor_jax; fi && cd mor_jax && git fetch && \
 git checkout --detach $checkout && python3 -m venv .venv && \
-.venv/bin/pip install -r requirements.txt -r requirements-tpu.txt"
+.venv/bin/pip install -c requirements.lock -r requirements.txt -r requirements-tpu.txt"
 }
 
 train() {
