@@ -23,6 +23,7 @@ moves of the `loss_free` bias) is left as training ended it.
 """
 
 import dataclasses
+import inspect
 import math
 from collections.abc import Callable
 from functools import partial
@@ -35,11 +36,18 @@ from torch import Tensor, nn
 from transformers import Cache, GenerationMixin, PreTrainedModel
 from transformers.configuration_utils import PretrainedConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.utils import ModelOutput
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+
+# Of this file, raised when exports gain by a newer one; `launch/convert.py refresh` renews theirs.
+FILE_VERSION = 2
 
 Keep = Callable[[Tensor], None]
 """Takes the residual stream after a layer, where a caller asked for it."""
 
+# Names under which releases of transformers hand a cache over: the second one from 5.24 on.
+CACHE_NAMES = ("past_key_values", "cache")
+# Keywords that ask for what the models do anyway.
+GRANTED = {"output_attentions": False, "output_router_logits": False, "is_causal": True}
 SHARING = ("none", "cycle", "sequence", "middle_cycle", "middle_sequence")
 ROUTINGS = ("causal", "topk")
 # Settings of the router that a config.json may leave out.
@@ -79,7 +87,7 @@ class MoRConfig(PretrainedConfig):
 
     model_type = "mor"
     keys_to_ignore_at_inference: ClassVar[list[str]] = [
-        "past_key_values",
+        *CACHE_NAMES,
         "hidden_states",
         "depths",
         "router_loss",
@@ -170,6 +178,24 @@ def _choose_from(name: str, value: Any, known: tuple[str, ...]) -> None:
         raise ValueError(f"{name}={value!r}: must be one of {known}")
 
 
+def cache_field(output: type) -> str:
+    """The name that this release of transformers has for the cache in an output of a model."""
+    fields = [field.name for field in dataclasses.fields(output)]
+    found = [name for name in fields if name in CACHE_NAMES]
+    if len(found) != 1:
+        raise ImportError(
+            f"transformers {transformers.__version__}: {output.__name__} has the fields {fields}, "
+            f"and this file looks for one of {CACHE_NAMES}. Renew it with a newer mor_jax "
+            "(launch/convert.py refresh), or install transformers 5.24"
+        )
+    return found[0]
+
+
+CACHE = cache_field(BaseModelOutputWithPast)
+# Older releases read crop(0) as "keep no token", later ones as "remove no token".
+CROP_KEEPS = "max_length" in inspect.signature(Cache.crop).parameters
+
+
 class MoRCache(Cache):
     """Keys and values of the tokens that the model has seen.
 
@@ -182,8 +208,13 @@ class MoRCache(Cache):
     entered: (b, length) by recursion: which tokens went into it; only packed recursions.
     """
 
+    # transformers derives these from a list of layers, which is empty here, and then "all of them"
+    # is true: it would, among others, take the cache for one that knows of no length.
     is_compileable = False
     is_croppable = True
+    is_linear: ClassVar[list[bool]] = [False]
+    is_sliding: ClassVar[list[bool]] = [False]
+    is_dummy: ClassVar[list[bool]] = [False]
 
     def __init__(self):
         super().__init__(layers=[])
@@ -234,8 +265,12 @@ class MoRCache(Cache):
         return new
 
     def crop(self, max_length: int) -> None:
-        """Keeps the first `max_length` tokens of each row; a negative number drops as many."""
-        keep = max_length if max_length > 0 else self.length + max_length
+        """Keeps the first `max_length` tokens of each row; a negative number drops as many.
+
+        0 means what it means to the release of transformers: keep nothing, or drop nothing.
+        """
+        keeps = max_length > 0 or (max_length == 0 and CROP_KEEPS)
+        keep = max_length if keeps else self.length + max_length
         if keep >= self.length:
             return
         self.length = keep
@@ -546,30 +581,23 @@ class MoRPreTrainedModel(PreTrainedModel):
 
 
 @dataclasses.dataclass
-class MoRModelOutput(ModelOutput):
+class MoRModelOutput(BaseModelOutputWithPast):
     """depths: recursions that each token went through, (b, l); 0 for padding. None: no router.
 
     router_loss: weighted sum of the losses of the routers, under top-k routing; else None.
     """
 
-    last_hidden_state: Tensor | None = None
-    past_key_values: MoRCache | None = None
-    hidden_states: tuple[Tensor, ...] | None = None
     depths: Tensor | None = None
     router_loss: Tensor | None = None
 
 
 @dataclasses.dataclass
-class MoROutput(ModelOutput):
+class MoROutput(CausalLMOutputWithPast):
     """depths: recursions that each token went through, (b, l); 0 for padding. None: no router.
 
     router_loss: weighted sum of the losses of the routers, under top-k routing; else None.
     """
 
-    loss: Tensor | None = None
-    logits: Tensor | None = None
-    past_key_values: MoRCache | None = None
-    hidden_states: tuple[Tensor, ...] | None = None
     depths: Tensor | None = None
     router_loss: Tensor | None = None
 
@@ -625,28 +653,33 @@ class MoRModel(MoRPreTrainedModel):
         routing: str | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
+        cache: Cache | None = None,
         **kwargs,
     ) -> MoRModelOutput | tuple:
-        """Runs tokens (b, l), after those that `past_key_values` has seen.
+        """Runs tokens (b, l), after those that the cache has seen.
 
         attention_mask: (b, l) or (b, seen + l), 0 at padding; padding may stand at either end.
         position_ids: of the rotary embedding; by default padding is not counted.
+        past_key_values, cache: two names of one thing.
         routing: "causal" or "topk"; None: what the configuration says.
         hidden_states: after the embedding and every layer (routed models: every recursion as a
             whole), the last one after the final norm.
 
         Raises:
-            ValueError: top-k routing with a cache; a mask or a cache of an unknown kind;
-                `output_attentions`.
+            ValueError: top-k routing with a cache; a mask, a cache or a keyword of an unknown kind;
+                a cache whose tokens would be lost; several texts in a row; `output_attentions`.
         """
-        if kwargs.get("output_attentions"):
+        if kwargs.get("output_attentions") or self.config.output_attentions:
             raise ValueError("output_attentions=True: attention weights are never computed whole")
+        cache_position = kwargs.pop("cache_position", None)
+        _refuse_unknown(kwargs)
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         routing = self.config.routing if routing is None else routing
         _choose_from("routing", routing, ROUTINGS)
-        cache = self._cache(past_key_values, use_cache, routing)
+        cache = self._cache(_either(past_key_values, cache), use_cache, routing)
+        _check_cache_position(cache_position, cache, x.shape[1])
         row = self._row(x, attention_mask, position_ids, cache)
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
@@ -664,44 +697,57 @@ class MoRModel(MoRPreTrainedModel):
             keep(x)
         x = self.norm(x)
         hidden_states = (*states[:-1], x) if output_hidden_states else None
-        out = MoRModelOutput(x, cache, hidden_states, depths, router_loss)
+        out = MoRModelOutput(
+            last_hidden_state=x,
+            hidden_states=hidden_states,
+            depths=depths,
+            router_loss=router_loss,
+            **{CACHE: cache},
+        )
         return_dict = self.config.return_dict if return_dict is None else return_dict
         return out if return_dict else out.to_tuple()
 
     def _cache(self, given: Cache | None, use_cache: bool | None, routing: str) -> MoRCache | None:
-        routed = self.config.router["kind"] != "none"
         if use_cache is None:
             use_cache = given is not None or (self.config.use_cache and not self.training)
-        if routed and routing == "topk":
-            if given is not None and use_cache:
-                raise ValueError(
-                    "routing='topk' looks at the whole row, so tokens cannot be added to it one "
-                    "after the other. Generate with routing='causal', or score whole rows with "
-                    "use_cache=False"
-                )
-            return None
-        if not use_cache or self._checkpoints:
-            return None
-        if isinstance(given, MoRCache):
-            return given
-        if given is not None and given.get_seq_length() > 0:
+        topk = self.config.router["kind"] != "none" and routing == "topk"
+        if topk and given is not None and use_cache:
             raise ValueError(
-                f"past_key_values is a {type(given).__name__}; these models keep other tokens at "
-                "every recursion. Pass a MoRCache, or nothing"
+                "routing='topk' looks at the whole row, so tokens cannot be added to it one after "
+                "the other. Generate with routing='causal', or score whole rows with "
+                "use_cache=False"
             )
-        return MoRCache()
+        kept = use_cache and not topk and not self._checkpoints
+        if isinstance(given, MoRCache) and kept:
+            return given
+        seen = 0 if given is None else given.get_seq_length()
+        if seen and not kept:
+            why = "use_cache=False" if not use_cache else "gradient checkpointing keeps no cache"
+            raise ValueError(
+                f"cache: holds {seen} tokens, which would be lost ({why}). Pass all tokens and no "
+                "cache, or use_cache=True to a model that is evaluated"
+            )
+        if seen:
+            raise ValueError(
+                f"cache: is a {type(given).__name__}; these models keep other tokens at every "
+                "recursion. Pass a MoRCache, or nothing"
+            )
+        return MoRCache() if kept else None
 
     @property
     def _checkpoints(self) -> bool:
-        # A layer that is run again for its gradient would enter its keys twice.
+        # A layer that is run again for its gradient would enter its keys twice; without gradients
+        # none is, and a model in training mode generates like any other.
         layers = self.layers or self.shared
-        return self.training and layers[0].gradient_checkpointing
+        return self.training and torch.is_grad_enabled() and layers[0].gradient_checkpointing
 
     def _row(
         self, x: Tensor, mask: Tensor | None, positions: Tensor | None, cache: MoRCache | None
     ) -> Row:
         (b, length), past = x.shape[:2], 0 if cache is None else cache.length
         real = _real(mask, past, length)
+        if past:
+            _check_past(mask, cache)
         keys = real
         if cache is not None and (real is not None or cache.real is not None):
             ones = partial(torch.ones, dtype=torch.bool, device=x.device)
@@ -713,6 +759,8 @@ class MoRModel(MoRPreTrainedModel):
                 positions = torch.arange(past, past + length, device=x.device)[None]
             else:
                 positions = (keys.cumsum(1) - 1).clamp(min=0)[:, past:]
+        else:
+            _check_positions(positions, real, length)
         cos, sin = rotary(self.config, positions)
         visible = None
         if keys is not None or (past and length > 1):
@@ -895,6 +943,88 @@ class MoRModel(MoRPreTrainedModel):
         return _visible(rank, size, None), store, entered
 
 
+def _refuse_unknown(keywords: dict[str, Any]) -> None:
+    """Raises `ValueError` on a keyword that is not known here.
+
+    Releases of transformers rename theirs, and one that is lost changes the text without a word.
+    """
+    for name, value in keywords.items():
+        if value is None or (isinstance(value, bool) and GRANTED.get(name) is value):
+            continue
+        if isinstance(value, Cache):
+            raise ValueError(
+                f"{name}={type(value).__name__}: a cache under this name would be lost, and the "
+                f"text be wrong. Pass it as one of {CACHE_NAMES}"
+            )
+        if name == "token_type_ids" and not torch.compiler.is_compiling() and not value.any():
+            # Many tokenizers add them; all 0 says that there is one text.
+            continue
+        shown = tuple(value.shape) if isinstance(value, Tensor) else value
+        raise ValueError(
+            f"{name}={shown!r}: these models know no such keyword, and it would have no effect. "
+            "Leave it out"
+        )
+
+
+def _either(past_key_values: Cache | None, cache: Cache | None) -> Cache | None:
+    """The cache, by whichever name it came."""
+    given = cache if past_key_values is None else past_key_values
+    if cache is not None and cache is not given:
+        raise ValueError(
+            "past_key_values and cache: two names of one thing, and two different caches. This "
+            f"release of transformers ({transformers.__version__}) calls it {CACHE}; pass that one"
+        )
+    if given is not None and not isinstance(given, Cache):
+        raise ValueError(f"cache={type(given).__name__}: must be a MoRCache. Pass one, or nothing")
+    return given
+
+
+def _check_cache_position(places: Tensor | None, cache: MoRCache | None, length: int) -> None:
+    """Raises `ValueError` unless the new tokens come right after those of the cache.
+
+    places: (l,), which older releases pass along; None: nothing is said.
+    """
+    if places is None or torch.compiler.is_compiling():
+        return
+    past = 0 if cache is None else cache.length
+    if places.shape != (length,) or int(places[0]) != past or int(places[-1]) != past + length - 1:
+        raise ValueError(
+            f"cache_position={places.tolist()}: the cache holds {past} tokens and {length} are "
+            f"new, so it must be {past}, ..., {past + length - 1}. Leave it out"
+        )
+
+
+def _check_past(mask: Tensor | None, cache: MoRCache) -> None:
+    """Raises `ValueError` if a mask says of tokens in the cache what they were not taken for."""
+    if mask is None or mask.shape[1] <= cache.length or torch.compiler.is_compiling():
+        return
+    before = mask[:, : cache.length].bool()
+    if bool((~before if cache.real is None else before != cache.real).any()):
+        raise ValueError(
+            "attention_mask: has other padding among the tokens of the cache than they were given "
+            "with. Pass the same mask again, longer by the new tokens"
+        )
+
+
+def _check_positions(positions: Tensor, real: Tensor | None, length: int) -> None:
+    """Raises `ValueError` if positions do not fit, or tell of several texts in one row."""
+    if positions.dim() != 2 or positions.shape[1] != length:
+        raise ValueError(
+            f"position_ids has shape {tuple(positions.shape)}: needs (batch, {length}), one for "
+            "each new token"
+        )
+    if length == 1 or torch.compiler.is_compiling():
+        return
+    back = positions[:, 1:] <= positions[:, :-1]
+    if real is not None:
+        back = back & real[:, 1:] & real[:, :-1]
+    if bool(back.any()):
+        raise ValueError(
+            "position_ids: start again within a row, as for texts packed one after the other, "
+            "which would see each other here. Give each text a row of its own, padded"
+        )
+
+
 def _real(mask: Tensor | None, past: int, length: int) -> Tensor | None:
     """Which of the new tokens are none of padding, (b, l); None: all of them."""
     if mask is None:
@@ -1048,6 +1178,8 @@ class MoRForCausalLM(MoRPreTrainedModel, GenerationMixin):
         output_attentions: bool | None = None,
         return_dict: bool | None = None,
         logits_to_keep: int | Tensor = 0,
+        num_items_in_batch: Tensor | int | None = None,
+        cache: Cache | None = None,
         **kwargs,
     ) -> MoROutput | tuple:
         """As `MoRModel.forward`, and logits and loss.
@@ -1056,6 +1188,7 @@ class MoRForCausalLM(MoRPreTrainedModel, GenerationMixin):
             Padding neither learns nor is learnt. In training mode under top-k routing the loss
             includes that of the routers.
         logits_to_keep: how many of the last positions, or which ones, get logits; 0: all.
+        num_items_in_batch: targets that the loss is divided by, instead of those of this call.
         """
         out = self.model(
             input_ids,
@@ -1068,22 +1201,27 @@ class MoRForCausalLM(MoRPreTrainedModel, GenerationMixin):
             output_hidden_states=output_hidden_states,
             output_attentions=output_attentions,
             return_dict=True,
+            cache=cache,
+            **kwargs,
         )
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(out.last_hidden_state[:, keep])
         loss = None
         if labels is not None:
             size, targets = self.config.vocab_size, _targets(labels, attention_mask)
-            loss = self.loss_function(logits=logits, labels=targets, vocab_size=size, **kwargs)
+            items = num_items_in_batch
+            loss = self.loss_function(
+                logits=logits, labels=targets, vocab_size=size, num_items_in_batch=items
+            )
             if self.training and out.router_loss is not None:
-                loss = loss + out.router_loss * _weight(labels, kwargs.get("num_items_in_batch"))
+                loss = loss + out.router_loss * _weight(labels, items)
         made = MoROutput(
-            loss,
-            logits,
-            out.past_key_values,
-            out.hidden_states,
-            out.depths,
-            out.router_loss,
+            loss=loss,
+            logits=logits,
+            hidden_states=out.hidden_states,
+            depths=out.depths,
+            router_loss=out.router_loss,
+            **{CACHE: getattr(out, CACHE)},
         )
         return_dict = self.config.return_dict if return_dict is None else return_dict
         return made if return_dict else made.to_tuple()
