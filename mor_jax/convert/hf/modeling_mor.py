@@ -698,11 +698,7 @@ class MoRModel(MoRPreTrainedModel):
         x = self.norm(x)
         hidden_states = (*states[:-1], x) if output_hidden_states else None
         out = MoRModelOutput(
-            last_hidden_state=x,
-            hidden_states=hidden_states,
-            depths=depths,
-            router_loss=router_loss,
-            **{CACHE: cache},
+            x, hidden_states=hidden_states, depths=depths, router_loss=router_loss, **{CACHE: cache}
         )
         return_dict = self.config.return_dict if return_dict is None else return_dict
         return out if return_dict else out.to_tuple()
