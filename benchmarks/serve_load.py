@@ -79,7 +79,8 @@ def started(arguments: list[str]) -> Iterator[tuple[str, int]]:
             yield found[1], process.pid
         finally:
             process.terminate()
-            if process.wait(90):
+            # The server's own limits end it long before.
+            if process.wait(3600):
                 raise RuntimeError(f"the server ended with code {process.returncode}")
 
 
@@ -91,28 +92,34 @@ def question(rng: random.Random, longest: int) -> dict[str, Any]:
 
 
 async def answer(url: str, asked: dict[str, Any], leave_after: int | None = None) -> str | None:
-    """The streamed text; None if the client was made to leave after that many events."""
-    async with Connection(url) as connection:
-        body = {**asked, "stream": True, "stream_options": {"include_usage": True}}
-        while True:
+    """The streamed text; None if the client was made to leave after that many characters."""
+    body = {**asked, "stream": True, "stream_options": {"include_usage": True}}
+    while True:
+        async with Connection(url) as connection:
             await connection.ask(TEXT, json.dumps(body).encode())
             if await connection.head() == 200:
-                break
+                return await _streamed(connection, asked["max_tokens"], leave_after)
             problem = await connection.body()
             if connection.status != 429:
                 raise RuntimeError(f"{connection.status}: {problem.decode()}")
-            await asyncio.sleep(float(connection.headers["retry-after"]) * random.random())
-        texts, tokens = [], 0
-        async for event in connection.events():
-            if "error" in event:
-                raise RuntimeError(str(event))
-            texts += [choice["text"] for choice in event["choices"]]
-            tokens = (event["usage"] or {}).get("completion_tokens", tokens)
-            if leave_after is not None and len(texts) >= leave_after:
-                return None
-        if tokens != asked["max_tokens"]:
-            raise RuntimeError(f"{tokens} tokens of {asked['max_tokens']}")
-        return "".join(texts)
+            wait = float(connection.headers["retry-after"])
+        # The server has closed that connection, as it said with the refusal.
+        await asyncio.sleep(wait * random.random())
+
+
+async def _streamed(connection: Connection, wanted: int, leave_after: int | None) -> str | None:
+    texts, tokens = [], 0
+    async for event in connection.events():
+        if "error" in event:
+            raise RuntimeError(str(event))
+        texts += [choice["text"] for choice in event["choices"]]
+        tokens = (event["usage"] or {}).get("completion_tokens", tokens)
+        # Characters, about one a token: how many tokens come at once depends on the machine.
+        if leave_after is not None and sum(map(len, texts)) >= leave_after:
+            return None
+    if tokens != wanted:
+        raise RuntimeError(f"{tokens} tokens of {wanted}")
+    return "".join(texts)
 
 
 async def crowd(url: str, clients: int, seed: int, longest: int = 32) -> dict[str, Any]:

@@ -5,11 +5,11 @@ import contextlib
 import dataclasses
 import sys
 import threading
-import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 
+from patience import PATIENCE, until
 from served_runs import of_bytes, write_run
 
 from mor_jax.serve.engine import Engine, EngineConfig
@@ -41,7 +41,7 @@ class Serving:
 
     def stop(self):
         self.server.stop()
-        self.thread.join(30)
+        self.thread.join(PATIENCE)
         assert not self.thread.is_alive()
 
 
@@ -60,16 +60,31 @@ def serving(engine, limits=None, keys=()):
         yield running
     finally:
         server.should_exit = True
-        thread.join(30)
+        thread.join(PATIENCE)
         assert not thread.is_alive()
 
 
-def until(done, seconds=20.0):
-    """Waits until `done()`; fails after that time."""
-    deadline = time.monotonic() + seconds
-    while not done():
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
+@contextlib.contextmanager
+def held(engine, monkeypatch, steps=0):
+    """The engine stands still after so many steps with work, until the event given here is set.
+
+    What a test does to an answer under way would otherwise race with the answer.
+    """
+    going, step, left = threading.Event(), engine._runner.step, [steps]
+    scheduler = engine._runner.scheduler
+
+    def slow():
+        if scheduler.running or scheduler.waiting:
+            left[0] -= 1
+            assert left[0] >= 0 or going.wait(PATIENCE)
+        return step()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine._runner, "step", slow)
+        try:
+            yield going
+        finally:
+            going.set()
 
 
 def idle(engine):
@@ -79,5 +94,5 @@ def idle(engine):
 
 
 def run(coroutine):
-    """Result of a coroutine that has to end within half a minute."""
-    return asyncio.run(asyncio.wait_for(coroutine, 30))
+    """Result of a coroutine that has to come to an end."""
+    return asyncio.run(asyncio.wait_for(coroutine, PATIENCE))

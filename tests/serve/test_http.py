@@ -4,7 +4,8 @@ import json
 
 import openai
 import pytest
-from http_server import engine_of, idle, run, serving, until
+from http_server import engine_of, idle, run, serving
+from patience import until
 from serve_client import CHAT, TEXT, Connection, get, numbers, post
 
 from mor_jax.serve.request import Request, Sampling

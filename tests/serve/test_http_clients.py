@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import dataclasses
 import importlib
 import json
 import signal
@@ -14,13 +15,17 @@ import pytest
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 
 import serve_load
-from http_server import MODEL, engine_of, idle, run, serving, until
-from serve_client import TEXT, Connection, get, post
+from http_server import MODEL, engine_of, held, idle, run, serving
+from patience import PATIENCE, until
+from serve_client import TEXT, Connection, get, numbers, post
 from served_runs import write_run
 
 from mor_jax.serve.http.limits import Limits
 
 LONG = {"prompt": "a", "max_tokens": 500, "ignore_eos": True}
+
+# Steps of the engine in which a long answer begins and does not end.
+SOME = 50
 
 
 @pytest.fixture(scope="module")
@@ -30,9 +35,22 @@ def engine(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def url(engine):
+def server(engine):
     with serving(engine) as server:
-        yield server.url
+        yield server
+
+
+@pytest.fixture(scope="module")
+def url(server):
+    return server.url
+
+
+@pytest.fixture
+def going(engine, monkeypatch):
+    """Answers begin, and go on once this is set."""
+    with held(engine, monkeypatch, SOME) as going:
+        yield going
+    until(lambda: idle(engine))
 
 
 def body(value):
@@ -52,11 +70,11 @@ def test_nothing_is_left_of_clients_that_come_and_go(url, engine):
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_a_client_that_leaves_frees_its_slot(url, engine, stream):
+def test_a_client_that_leaves_frees_its_slot(server, engine, going, stream):
     cancelled = engine.statistics().cancelled
 
     async def ask():
-        async with Connection(url) as connection:
+        async with Connection(server.url) as connection:
             await connection.ask(TEXT, body(LONG | {"stream": stream, "n": 3}))
             if stream:
                 await connection.head()
@@ -64,27 +82,30 @@ def test_a_client_that_leaves_frees_its_slot(url, engine, stream):
                 await asyncio.sleep(0.001)
 
     run(ask())
+    until(lambda: not server.api._generations)
+    going.set()
     until(lambda: idle(engine))
     assert engine.statistics().cancelled > cancelled
 
 
-def test_a_client_that_sent_two_requests_at_once_and_leaves(url, engine):
+def test_a_client_that_sent_two_requests_at_once_and_leaves(server, engine, going):
     async def ask():
-        async with Connection(url) as connection:
+        async with Connection(server.url) as connection:
             await connection.ask(TEXT, body(LONG))
             await connection.ask(TEXT, body(LONG))
             while engine.statistics().running == 0:
                 await asyncio.sleep(0.001)
-        ticks = engine.statistics().ticks
-        while not idle(engine):
-            await asyncio.sleep(0.001)
-        return engine.statistics().ticks - ticks
 
+    run(ask())
+    until(lambda: not server.server.server_state.tasks)
+    ticks = engine.statistics().ticks
+    going.set()
+    until(lambda: idle(engine))
     # Neither is answered to its end for nobody.
-    assert run(ask()) < 100
+    assert engine.statistics().ticks - ticks < 100
 
 
-def test_a_full_queue_says_when_to_come_back(url, engine):
+def test_a_full_queue_says_when_to_come_back(url, engine, going):
     async def ask():
         async with Connection(url) as busy:
             await busy.ask(TEXT, body(LONG | {"n": 30}))
@@ -98,10 +119,9 @@ def test_a_full_queue_says_when_to_come_back(url, engine):
 
     status, headers, code = run(ask())
     assert (status, code) == (429, "busy") and int(headers["retry-after"]) >= 1
-    until(lambda: idle(engine))
 
 
-def test_too_many_requests_at_work(engine):
+def test_too_many_requests_at_work(engine, going):
     with serving(engine, Limits(max_requests=1)) as server:
 
         async def ask():
@@ -113,18 +133,18 @@ def test_too_many_requests_at_work(engine):
 
         (status, _), (health, _) = run(ask())
         assert (status, health) == (429, 200)
-    until(lambda: idle(engine))
 
 
 def test_a_client_that_does_not_read_is_cut_off(engine):
     with serving(engine, Limits(write_timeout=0.3, max_unsent=8)) as server:
+        ticks = engine.statistics().ticks
 
         async def ask():
             # Twenty alternatives a token make megabytes, more than the system holds.
             loud = LONG | {"logprobs": 20, "n": 8, "stream": True}
             async with Connection(server.url, room=1024) as stalled:
                 await stalled.ask(TEXT, body(loud))
-                while engine.statistics().running == 0:
+                while engine.statistics().ticks == ticks:
                     await asyncio.sleep(0.001)
                 # Others are served meanwhile.
                 status, _ = await post(server.url, TEXT, {"prompt": "b", "max_tokens": 4})
@@ -157,7 +177,10 @@ def test_a_request_that_does_not_come_is_not_waited_for(engine, sent):
 
 
 def test_a_body_that_does_not_come_is_not_waited_for(engine):
-    with serving(engine, Limits(read_timeout=0.2)) as server:
+    limits = Limits(read_timeout=PATIENCE)
+    with serving(engine, limits) as server:
+        # For bodies alone: however late this client is, its headers must not be.
+        server.api.app._limits = dataclasses.replace(limits, read_timeout=0.2)
 
         async def ask():
             async with Connection(server.url) as connection:
@@ -191,8 +214,12 @@ def test_two_requests_on_one_connection_and_garbage_on_another(url):
     assert run(ask()) == 200
 
 
-def test_a_server_that_ends_finishes_what_it_began(tmp_path):
-    with engine_of(tmp_path / "small") as engine, serving(engine) as server:
+def test_a_server_that_ends_finishes_what_it_began(tmp_path, monkeypatch):
+    with (
+        engine_of(tmp_path / "small") as engine,
+        held(engine, monkeypatch, SOME) as going,
+        serving(engine, Limits(drain=PATIENCE, read_timeout=PATIENCE)) as server,
+    ):
 
         async def ask():
             async with Connection(server.url) as one, Connection(server.url) as late:
@@ -206,16 +233,21 @@ def test_a_server_that_ends_finishes_what_it_began(tmp_path):
                 await late.ask(TEXT, body(LONG))
                 refused = await late.head()
                 health, _ = await get(server.url, "/health")
+                going.set()
                 rest = [event async for event in events]
             return refused, health, rest[-1]["choices"][0]["finish_reason"]
 
         assert run(ask()) == (503, 503, "length")
-        server.thread.join(20)
+        server.thread.join(PATIENCE)
         assert not server.thread.is_alive() and server.server.code == 0
 
 
-def test_a_second_signal_gives_up(tmp_path):
-    with engine_of(tmp_path / "small") as engine, serving(engine) as server:
+def test_a_second_signal_gives_up(tmp_path, monkeypatch):
+    with (
+        engine_of(tmp_path / "small") as engine,
+        held(engine, monkeypatch, SOME) as going,
+        serving(engine, Limits(drain=PATIENCE)) as server,
+    ):
 
         async def ask():
             async with Connection(server.url) as one:
@@ -228,15 +260,20 @@ def test_a_second_signal_gives_up(tmp_path):
                 with pytest.raises(EOFError):
                     async for event in events:
                         last = event
+            going.set()
             return last["error"]["code"]
 
         assert run(ask()) == "stopped"
-        server.thread.join(20)
+        server.thread.join(PATIENCE)
         assert not server.thread.is_alive()
 
 
 def test_an_engine_that_fails_ends_the_server_with_an_error(tmp_path, monkeypatch):
-    with engine_of(tmp_path / "small") as engine, serving(engine) as server:
+    with (
+        engine_of(tmp_path / "small") as engine,
+        held(engine, monkeypatch, SOME) as going,
+        serving(engine) as server,
+    ):
 
         async def ask():
             async with Connection(server.url) as one:
@@ -245,7 +282,8 @@ def test_an_engine_that_fails_ends_the_server_with_an_error(tmp_path, monkeypatc
                 events = one.events()
                 await anext(events)
                 # A device that breaks down in the middle of an answer.
-                monkeypatch.setattr(engine._runner, "step", lambda: 1 / 0)
+                engine._runner.step = lambda: 1 / 0
+                going.set()
                 with pytest.raises(EOFError):
                     async for event in events:
                         last = event
@@ -254,7 +292,7 @@ def test_an_engine_that_fails_ends_the_server_with_an_error(tmp_path, monkeypatc
         error = run(ask())
         assert (error["code"], error["type"]) == ("engine_error", "server_error")
         assert "division by zero" in error["message"]
-        server.thread.join(20)
+        server.thread.join(PATIENCE)
         assert not server.thread.is_alive() and server.server.code == 1
 
 
@@ -263,13 +301,15 @@ def test_the_command_serves_and_ends(tmp_path):
     keys = tmp_path / "keys"
     keys.write_text("# of the team\nsecret\n")
     arguments = [f"--workdir={tmp_path / 'small'}", "--slots=2", f"--api_key_file={keys}"]
+    arguments.append(f"--drain={PATIENCE}")
     with serve_load.started(arguments) as (url, pid):
 
         async def ask():
             async with Connection(url) as connection:
                 await connection.ask(TEXT, body(LONG), {"authorization": "Bearer secret"})
                 # Asked to end meanwhile: the answer still comes. `started` sees to the exit code.
-                await asyncio.sleep(0.05)
+                while (await numbers(url))["mor_generated_tokens_total"] == 0:
+                    await asyncio.sleep(0.01)
                 subprocess.run(["kill", f"-{int(signal.SIGTERM)}", str(pid)], check=True)
                 status = await connection.head()
                 return status, json.loads(await connection.body())["usage"]

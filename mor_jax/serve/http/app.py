@@ -1,6 +1,7 @@
 """The endpoints: completions, chat, models, health and metrics over one engine."""
 
 import asyncio
+import dataclasses
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -36,6 +37,9 @@ class Api:
     def __init__(self, engine: Engine, limits: Limits, keys: Sequence[bytes] = ()) -> None:
         """Raises `ValueError` if the model's chat template cannot be read."""
         limits.validate()
+        # More than the queue ever holds would be told to come back again and again.
+        most = min(limits.max_choices, engine.cfg.max_waiting)
+        limits = dataclasses.replace(limits, max_choices=most)
         self._engine, self._limits = engine, limits
         self._served = engine.served
         self._preparer = Preparer(engine.served, engine.max_length, limits)
@@ -55,7 +59,7 @@ class Api:
             Route("/metrics", _Only("GET", self._metrics)),
         ]
         router = Router(routes, redirect_slashes=False, default=_not_found)
-        self.app: ASGIApp = Gate(router, limits, self.measures, keys)
+        self.app: ASGIApp = Gate(router, limits, self.measures, keys, lambda: bool(self.trouble))
 
     @property
     def trouble(self) -> str:
@@ -84,6 +88,7 @@ class Api:
         record: Record = scope["state"]["record"]
         body = await scope["state"]["body"].read(scope)
         self._check_open()
+        arrived = time.perf_counter()
         loop = asyncio.get_running_loop()
         prepared = await loop.run_in_executor(self._threads, prepare, body)
         del body
@@ -93,7 +98,7 @@ class Api:
         self._generations.add(generation)
         began = time.perf_counter()
         try:
-            self._submit(generation, prepared)
+            self._submit(generation, prepared.after(time.perf_counter() - arrived))
             answer = Answer(prepared, generation, record.number, self._served.name)
             await answer.send(receive, send, self._limits.ping)
             self._usual += 0.1 * (time.perf_counter() - began - self._usual)

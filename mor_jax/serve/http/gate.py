@@ -6,7 +6,7 @@ import hmac
 import logging
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -52,14 +52,20 @@ class Record:
 class Gate:
     """An ASGI application around another one, which finds a `Record` and a `Body` in its scope.
 
-    keys: those that open /v1, any if there are none. Paths outside of `ENDPOINTS` are turned away.
+    keys: those that open /v1, any if there are none. ends: whether the server is about to end.
+    Paths outside of `ENDPOINTS` are turned away.
     """
 
     def __init__(
-        self, app: ASGIApp, limits: Limits, measures: Measures, keys: Sequence[bytes] = ()
+        self,
+        app: ASGIApp,
+        limits: Limits,
+        measures: Measures,
+        keys: Sequence[bytes],
+        ends: Callable[[], bool],
     ) -> None:
         self._app, self._limits, self._measures = app, limits, measures
-        self._keys = tuple(keys)
+        self._keys, self._ends = tuple(keys), ends
         self.at_work = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -74,7 +80,9 @@ class Gate:
         self.at_work += 1
         self._measures.at_work.set(self.at_work)
         try:
-            await self._answer(scope, receive, _noted(send, record), body)
+            # Connections go when the server does: what is answered until then says so, and nobody
+            # sends the next request into one that is just being closed.
+            await self._answer(scope, receive, _closing(_noted(send, record), self._ends), body)
         except ConnectionError:
             record.status, record.reason = _LEFT, "left"
         finally:
@@ -104,7 +112,8 @@ class Gate:
     async def _refuse(self, refusal: Refusal, send: Send, body: Body) -> None:
         if refusal.status != 408:
             await body.skip()
-        await send_refusal(_closing(send) if not body.whole else send, refusal)
+        # The rest of the request is not read.
+        await send_refusal(_closing(send, lambda: not body.whole), refusal)
 
     def _check(self, scope: Scope) -> None:
         path = scope["path"]
@@ -154,11 +163,11 @@ def _noted(send: Send, record: Record) -> Send:
     return noted
 
 
-def _closing(send: Send) -> Send:
-    """Ends the connection after the response: the rest of the request is not read."""
+def _closing(send: Send, when: Callable[[], bool]) -> Send:
+    """Ends the connection after a response that begins while `when()` holds."""
 
     async def closing(message: Message) -> None:
-        if message["type"] == "http.response.start":
+        if message["type"] == "http.response.start" and when():
             kept: list[Any] = [h for h in message.get("headers", ()) if h[0] != b"connection"]
             message = {**message, "headers": [*kept, (b"connection", b"close")]}
         await send(message)

@@ -10,13 +10,13 @@ from mor_jax.parsing import check, not_negative, positive
 class Limits:
     """Bounds that hold for every request. Times in seconds, sizes in bytes.
 
-    timeout: until an answer is cut off, from its arrival; a request may ask for less, never for
-    more. drain: that answers under way are given when the server is told to stop. max_requests: at
-    work or waiting at once; more are turned away. max_body: of a request. max_prompts: texts in
-    one request. max_choices: prompts times `n`. read_timeout: for a request to arrive whole.
-    write_timeout: that a client may leave its answer unread before it is cut off. max_unsent:
-    events of one choice that may wait to be written. keep_alive: that a connection may idle.
-    ping: of silence after which a stream carries a comment.
+    timeout: until an answer is cut off, from when its request was read; a request may ask for less,
+    never for more. drain: that answers under way are given when the server is told to stop.
+    max_requests: at work or waiting at once; more are turned away. max_body: of a request.
+    max_prompts: texts in one request. max_choices: prompts times `n`. read_timeout: for the head of
+    a request to arrive, and for its body. write_timeout: that a client may leave its answer unread
+    before it is cut off. max_unsent: events of one choice that may wait to be written. keep_alive:
+    that a connection may idle. ping: of silence after which a stream carries a comment.
     """
 
     timeout: float = 600.0
@@ -28,7 +28,9 @@ class Limits:
     read_timeout: float = 30.0
     write_timeout: float = 30.0
     max_unsent: int = 1024
-    keep_alive: float = 10.0
+    # Longer than nginx and the balancers of clouds keep idle connections (60): whoever closes first
+    # must be the one that sends, or a request meets a connection that is just being closed.
+    keep_alive: float = 75.0
     ping: float = 15.0
 
     def validate(self, path: str = "limits") -> None:

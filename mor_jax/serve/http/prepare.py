@@ -18,6 +18,9 @@ from mor_jax.serve.token_bytes import token_bytes
 # OpenAI's own default for completions; a chat may fill what the context leaves.
 _COMPLETION_TOKENS = 16
 
+# Seconds: a deadline has to be positive.
+_SHORTEST = 1e-6
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Prepared:
@@ -33,6 +36,20 @@ class Prepared:
     prompts: tuple[int, ...]
     stream: bool
     include_usage: bool
+
+    def after(self, seconds: float) -> "Prepared":
+        """The same, that long after it arrived: its deadlines are as much nearer.
+
+        One that has passed stays in the request, just as short as the engine takes, so that it ends
+        like any other.
+        """
+        requests = tuple(
+            request
+            if request.deadline is None
+            else dataclasses.replace(request, deadline=max(request.deadline - seconds, _SHORTEST))
+            for request in self.requests
+        )
+        return dataclasses.replace(self, requests=requests)
 
 
 class Preparer:

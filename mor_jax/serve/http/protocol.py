@@ -34,6 +34,9 @@ class BoundedProtocol(HttpToolsProtocol):
     def connection_made(self, transport: Any) -> None:
         """Starts the clock for the first request line."""
         super().connection_made(transport)
+        # By default nobody is told of the last 64 kB that the system does not take, and the clock
+        # for a client that does not read would never start.
+        transport.set_write_buffer_limits(high=0)
         self._expect_head()
 
     def data_received(self, data: bytes) -> None:

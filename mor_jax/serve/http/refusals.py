@@ -64,6 +64,13 @@ class Refusal(Exception):
         if self.status in (408, 413):
             # What is left of the body is not read, so nothing may follow on this connection.
             out["connection"] = "close"
+        if self.retry is not None:
+            # A kept connection would have to outlive the wait, or a client that comes back as told
+            # writes into one that is just being closed, and cannot know whether its request was
+            # read. Pools of clients and proxies open another one instead: free of that race
+            # whatever the times are, no burden on a full server meanwhile, and behind a balancer
+            # of connections the way to another server.
+            out["connection"] = "close"
         return out
 
 

@@ -95,11 +95,17 @@ class Answer:
         generation = self._generation
         openings = [self._form.opening(choice.index) for choice in generation.choices]
         body = b"".join(self._chunk(opening) for opening in openings if opening)
+        loop = asyncio.get_running_loop()
+        sent = loop.time()
         while generation.open:
             if body:
                 await send({"type": "http.response.body", "body": body, "more_body": True})
-            came = await generation.wait(ping)
-            body = self._news() if came else b": waiting\n\n"
+                sent = loop.time()
+            # Tokens may come without text: what counts is when the client last got something.
+            came = await generation.wait(max(sent + ping - loop.time(), 0.0))
+            body = self._news() if came else b""
+            if generation.open and not body and loop.time() >= sent + ping:
+                body = b": waiting\n\n"
         if self._prepared.include_usage:
             body += _event(self._head | {"choices": [], "usage": self._usage()})
         return body + b"data: [DONE]\n\n"
