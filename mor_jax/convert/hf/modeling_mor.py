@@ -1204,13 +1204,10 @@ class MoRForCausalLM(MoRPreTrainedModel, GenerationMixin):
         logits = self.lm_head(out.last_hidden_state[:, keep])
         loss = None
         if labels is not None:
-            size, targets = self.config.vocab_size, _targets(labels, attention_mask)
-            items = num_items_in_batch
-            loss = self.loss_function(
-                logits=logits, labels=targets, vocab_size=size, num_items_in_batch=items
-            )
+            targets = _targets(labels, attention_mask)
+            loss = self._text_loss(logits, targets, num_items_in_batch)
             if self.training and out.router_loss is not None:
-                loss = loss + out.router_loss * _weight(labels, items)
+                loss = loss + out.router_loss * _weight(labels, num_items_in_batch)
         made = MoROutput(
             loss=loss,
             logits=logits,
@@ -1221,6 +1218,14 @@ class MoRForCausalLM(MoRPreTrainedModel, GenerationMixin):
         )
         return_dict = self.config.return_dict if return_dict is None else return_dict
         return made if return_dict else made.to_tuple()
+
+    def _text_loss(self, logits: Tensor, targets: Tensor, items: Tensor | int | None) -> Tensor:
+        return self.loss_function(
+            logits=logits,
+            labels=targets,
+            vocab_size=self.config.vocab_size,
+            num_items_in_batch=items,
+        )
 
 
 MoRConfig.register_for_auto_class()
