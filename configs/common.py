@@ -102,6 +102,7 @@ def _router(routing: str) -> ConfigDict:
             "balance_warmup_steps": 0,
             "bias_rate": 0.001,
             "capacity_factor": _optional(None),
+            "capacity_multiple": _optional(None),
             **ROUTERS[routing],
         }
     )

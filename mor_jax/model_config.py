@@ -39,6 +39,8 @@ class RouterConfig:
     balance_warmup_steps: int = 0
     bias_rate: float = 0.001
     capacity_factor: float | None = None
+    # Both: tokens kept are a multiple of it. None: as the run's device likes it, else 1.
+    capacity_multiple: int | None = None
 
     def validate(self, path: str, recursions: int) -> None:
         """Raises `ValueError` on a setting out of range for `recursions` recursions."""
@@ -47,6 +49,8 @@ class RouterConfig:
         positive(path, self, "alpha", "temperature", "capacity_warmup_levels")
         not_negative(path, self, "z_coeff", "aux_coeff", "balance_coeff", "bias_rate")
         not_negative(path, self, "capacity_warmup_steps", "balance_warmup_steps")
+        if self.capacity_multiple is not None:
+            positive(path, self, "capacity_multiple")
         allowed = {"expert": ("sigmoid", "tanh", "none"), "token": ("softmax", "sigmoid")}[
             self.kind
         ]

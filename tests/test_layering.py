@@ -37,6 +37,7 @@ LAYERS = (
         "parsing",
         "parameters",
         "chips",
+        "gpu_targets",
         "host_memory",
         "platforms",
         "exit_codes",

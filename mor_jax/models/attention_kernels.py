@@ -9,7 +9,8 @@ import jax.numpy as jnp
 
 from mor_jax.config import Attention, check
 from mor_jax.models.blockwise import blockwise_attention
-from mor_jax.models.masks import Visibility, check_visibility, sees_any, visible_keys
+from mor_jax.models.cudnn import cudnn_attention, cudnn_obstacle
+from mor_jax.models.masks import Visibility, check_visibility, visible_keys
 from mor_jax.sharding import platform
 from mor_jax.types import Array, Bool, Float
 
@@ -38,11 +39,11 @@ def attend(
     check_visibility(visible, q.shape[1], k.shape[1])
     chosen = implementation
     if chosen == "auto":
-        chosen = best_implementation(q, k, visible, platform())
+        chosen = best_implementation(q, platform())
     elif chosen == "cudnn":
-        _check_cudnn(q, k, visible, platform())
+        _check_cudnn(q, platform())
     if chosen == "cudnn":
-        return _cudnn_attention(q, k, v, visible)
+        return cudnn_attention(q, k, v, visible)
     if chosen == "splash":
         # Imported late: Pallas slows the start of a program and is of no use off TPUs.
         from mor_jax.models.splash import splash_attention
@@ -53,49 +54,21 @@ def attend(
     return dense_attention(q, k, v, visible)
 
 
-def best_implementation(
-    q: Float[Array, "b c h k"], k: Float[Array, "b n g k"], visible: Visibility, platform: str
-) -> Attention:
+def best_implementation(q: Float[Array, "b c h k"], platform: str) -> Attention:
     """What `auto` stands for on a platform (see `platform`)."""
     if platform == "tpu":
         return "splash"
-    if platform == "cuda" and cudnn_obstacle(q, k, visible) is None:
+    if platform == "cuda" and cudnn_obstacle(q) is None:
         return "cudnn"
     return "blockwise"
 
 
-def cudnn_obstacle(
-    q: Float[Array, "b c h k"], k: Float[Array, "b n g k"], visible: Visibility
-) -> tuple[str, str] | None:
-    """Why cuDNN's flash attention cannot serve these arrays, and what would help; else `None`.
-
-    The limits are those of `jax.nn.dot_product_attention(implementation="cudnn")`.
-    """
-    if q.dtype not in (jnp.bfloat16, jnp.float16):
-        return f"needs 16-bit arrays, got {q.dtype}", "Set model.dtype='bfloat16'"
-    if q.shape[-1] % 8 or q.shape[-1] > 128:
-        return f"needs head_dim to be a multiple of 8 up to 128, got {q.shape[-1]}", "Try 64"
-    if not visible.is_plain and (q.shape[1] % 2 or k.shape[1] % 2):
-        rule = "needs even lengths where positions or segments mask keys"
-        return f"{rule}, got {q.shape[1]} queries and {k.shape[1]} keys", "Try 'blockwise'"
-    return None
-
-
-def _check_cudnn(q: Array, k: Array, visible: Visibility, platform: str) -> None:
+def _check_cudnn(q: Array, platform: str) -> None:
     rule = f"cuDNN runs on NVIDIA GPUs, this computation is for {platform!r}"
     check(platform == "cuda", PATH, "cudnn", rule, "Use 'auto'")
-    obstacle = cudnn_obstacle(q, k, visible)
+    obstacle = cudnn_obstacle(q)
     if obstacle is not None:
         check(False, PATH, "cudnn", *obstacle)
-
-
-def _cudnn_attention(q: Array, k: Array, v: Array, visible: Visibility) -> Array:
-    if visible.is_plain:
-        return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="cudnn")
-    mask = dense_mask(visible, q, k)[:, None]
-    out = jax.nn.dot_product_attention(q, k, v, mask=mask, implementation="cudnn")
-    alive = sees_any(visible)
-    return out if alive is None else jnp.where(alive[:, :, None, None], out, 0)
 
 
 def dense_mask(visible: Visibility, q: Array, k: Array) -> Bool[Array, "_ c n"]:

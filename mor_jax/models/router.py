@@ -18,6 +18,9 @@ from mor_jax.types import Array, Bool, Float, Int
 
 EXACT = jax.lax.Precision.HIGHEST
 
+TILE = 128
+"""Tokens that the attention and product kernels of accelerators handle at once; docs/gpu.md."""
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Route:
@@ -55,7 +58,14 @@ def capacity_counts(cfg: ModelConfig, length: int, step: int | None = None) -> t
     (`step` counted from 1) c_r falls from 1 along half a cosine (as the authors' code does),
     in `capacity_warmup_levels` equal stairs, each a shape of its own that compiles once.
     Token-choice: ceil(capacity_factor * (Nr - r) / Nr * length), at most `length`.
+    Both are then rounded up to `capacity_multiple`, to `length` at most.
     """
+    multiple = cfg.router.capacity_multiple or 1
+    exact = _exact_counts(cfg, length, step)
+    return tuple(min(length, -(-count // multiple) * multiple) for count in exact)
+
+
+def _exact_counts(cfg: ModelConfig, length: int, step: int | None) -> tuple[int, ...]:
     router, nr = cfg.router, cfg.recursions
     if router.kind == "expert":
         shares = warm_shares(router, nr, step)
@@ -65,6 +75,17 @@ def capacity_counts(cfg: ModelConfig, length: int, step: int | None = None) -> t
         # The small term keeps a product such as 0.1 * 3 * 10 from rounding up past 3.
         return tuple(max(1, min(length, math.ceil(room - 1e-9))) for room in rooms)
     return (length,) * nr
+
+
+def kernel_multiple(platform: str, length: int) -> int:
+    """What `capacity_multiple=None` stands for in a run on a platform (see `sharding.platform`).
+
+    On accelerators `TILE`, or the largest power of two that is at most a sixteenth of the row, so
+    that short rows do not keep many more tokens than their capacities say. On CPUs 1.
+    """
+    if platform == "cpu":
+        return 1
+    return min(TILE, 1 << max(length // 16, 1).bit_length() - 1)
 
 
 def warm_shares(router: RouterConfig, recursions: int, step: int | None) -> tuple[float, ...]:

@@ -1,0 +1,1 @@
+"""What the compile benchmark for absent GPUs is made of: cases, their programs, worker, tables."""

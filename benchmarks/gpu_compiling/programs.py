@@ -1,0 +1,137 @@
+"""A case's program: traced and lowered for its devices, then compiled, and what came out."""
+
+import re
+import time
+from collections import Counter
+from functools import partial
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, SingleDeviceSharding
+
+from gpu_compiling.matrix import ENGINE, Case, config
+from mor_jax import aot, sharding, steps
+from mor_jax.aot import parse_topology
+from mor_jax.config import TrainConfig
+from mor_jax.data.tokenizers import load_tokenizer
+from mor_jax.flops import flops
+from mor_jax.gpu_targets import TARGETS, gpu_devices
+from mor_jax.hlo.memory import traffic
+from mor_jax.hlo.text import parse_module
+from mor_jax.models.cached.layer import Weights
+from mor_jax.models.cached.pages import Tables
+from mor_jax.models.router import capacity_counts
+from mor_jax.serve.config import EngineConfig, plan
+from mor_jax.serve.programs import Programs, Prompt, Step
+from mor_jax.serve.runner import CHUNK_TOKENS, GROUP_TOKENS
+from mor_jax.serve.sampling import Want
+from mor_jax.serve.served import Served, expected_shares
+from mor_jax.serve.slots import Held, Slots
+from mor_jax.state import abstract_params
+from mor_jax.train_step import eval_step
+
+SLOTS, PIECE, PAGE = 64, 256, 32
+"""Of the engine: sequences that decode together, tokens of a prompt stored at a time, of a page."""
+
+_KERNEL = re.compile(r'custom_call_target="(__cudnn\$fmha\w+|tpu_custom_call)"')
+
+
+def compiled(case: Case) -> dict[str, Any]:
+    """Bytes, kernels and seconds of the case's program. Raises whatever its compilation raises."""
+    cfg, devices = config(case), _devices(case)
+    mesh, start = sharding.make_mesh(cfg.mesh, devices), time.perf_counter()
+    with jax.set_mesh(mesh):
+        lowered = _engine(case, cfg, mesh) if case.program in ENGINE else _model(case, cfg, mesh)
+        traced = time.perf_counter()
+        program = lowered.compile()
+    text, stats = program.as_text() or "", program.memory_analysis()
+    fresh = stats.output_size_in_bytes - stats.alias_size_in_bytes
+    return {
+        "capacities": capacity_counts(cfg.model, cfg.length),
+        "arguments": stats.argument_size_in_bytes,
+        "temporaries": stats.temp_size_in_bytes,
+        "peak": stats.argument_size_in_bytes + fresh + stats.temp_size_in_bytes,
+        "kernels": dict(Counter(_KERNEL.findall(text))),
+        "accessed": traffic(parse_module(text)).bytes,
+        "flops": _flops(cfg, case) if case.program == "train" else None,
+        "trace_seconds": traced - start,
+        "compile_seconds": time.perf_counter() - traced,
+    }
+
+
+def _devices(case: Case) -> list[jax.Device]:
+    if case.target in TARGETS:
+        return gpu_devices(case.target, case.devices)
+    return aot.devices(parse_topology(case.target))
+
+
+def _flops(cfg: TrainConfig, case: Case) -> float:
+    """Of a device's matrix products, by accounting; recomputed ones too."""
+    return flops(cfg.model, cfg.length).hardware() * case.rows * cfg.length
+
+
+def _model(case: Case, cfg: TrainConfig, mesh: Mesh) -> jax.stages.Lowered:
+    """The train step, or an evaluation of one batch."""
+    state, batch = aot.abstract(cfg, mesh)
+    if case.program == "train":
+        return steps.jitted_steps(cfg)(capacity_counts(cfg.model, cfg.length)).lower(state, batch)
+    step = jax.jit(partial(eval_step, cfg), static_argnums=2)
+    return step.lower(state.params, batch, case.program)
+
+
+def _engine(case: Case, cfg: TrainConfig, mesh: Mesh) -> jax.stages.Lowered:
+    """A tick of full slots, or a piece of a prompt, as `serve.runner` has them on a GPU."""
+    engine = EngineConfig(slots=SLOTS, cache_bytes=2**32, dtype="bfloat16", piece=PIECE, page=PAGE)
+    made = plan(_served(cfg), engine)
+    model = made.geometry.cfg
+    chunk = CHUNK_TOKENS.get("gpu", 16384) // PAGE
+    group = GROUP_TOKENS.get("gpu", PIECE)
+    programs = Programs(made.geometry, (0,), (0.0,) * model.recursions, chunk, group).compiled()
+
+    def arguments() -> tuple[Any, ...]:
+        slots = Slots.empty(made.geometry, made.slots)
+        return slots, made.geometry.cache(made.end_pages, made.block_pages)
+
+    slots, cache = jax.eval_shape(arguments)
+    weights = jax.eval_shape(partial(Weights.of, model), abstract_params(model))
+    asked = _step(made.slots) if case.program == "decode" else _prompt()
+    given = (weights, slots, cache, _held(made), asked)
+    where = SingleDeviceSharding(mesh.devices.flat[0])
+    placed = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(np.shape(x), x.dtype, sharding=where), given
+    )
+    return (programs.tick if case.program == "decode" else programs.prefill).lower(*placed)
+
+
+def _served(cfg: TrainConfig) -> Served:
+    tokenizer = load_tokenizer("bytes")
+    return Served(
+        name="none",
+        cfg=cfg.model,
+        params={},
+        thresholds=None,
+        shares=expected_shares(cfg.model),
+        tokenizer=tokenizer,
+        chat_template=None,
+        special_tokens={},
+        eos_ids=frozenset({0}),
+        created=0,
+    )
+
+
+def _held(made: Any) -> Held:
+    rows, lists, most = made.slots + 1, made.geometry.lists, -(-made.max_length // PAGE)
+
+    def whole(*shape: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, np.int32)
+
+    return Held(Tables(whole(rows, most), whole(rows, lists, most)), whole(rows, lists))
+
+
+def _step(rows: int) -> Step:
+    return Step(np.zeros(rows, np.int32), np.zeros(rows, bool), Want.of([]))
+
+
+def _prompt() -> Prompt:
+    return Prompt(np.int32(0), np.int32(0), np.int32(0), np.zeros(PIECE, np.int32))
