@@ -7,6 +7,7 @@
     python launch/convert.py import --from=gguf --source=FILE.gguf --workdir=runs/smollm2 \\
         --upcycle=recursions=3,sharing=middle_cycle,init=stepwise
     python launch/convert.py import --from=reference --source=DIR --workdir=runs/theirs
+    python launch/convert.py refresh --path=exports/mor
 
 What is written is complete or absent, and an existing directory is refused. docs/conversion.md.
 """
@@ -51,7 +52,7 @@ def _parser() -> argparse.ArgumentParser:
     about, _, more = (__doc__ or "").partition("\n")
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=about, epilog=more, formatter_class=raw)
-    commands = parser.add_subparsers(required=True, metavar="export|import")
+    commands = parser.add_subparsers(required=True, metavar="export|import|refresh")
     out = commands.add_parser("export", help="a run's weights for other programs")
     out.set_defaults(run=_export)
     out.add_argument("--to", required=True, choices=("hf", "llama", "reference"))
@@ -77,6 +78,10 @@ def _parser() -> argparse.ArgumentParser:
     inn.add_argument("--upcycle", metavar="KEY=VALUE,...", help="recursions=3,sharing=...,init=...")
     inn.add_argument("--reference_config", help="YAML of the reference's run")
     inn.add_argument("--overwrite", action="store_true", help="replace an existing directory")
+    renew = commands.add_parser("refresh", help="an older export's modelling file, as of today")
+    renew.set_defaults(run=_refresh)
+    renew.add_argument("--path", required=True, help="directory of an export made with --to=hf")
+    renew.add_argument("--force", action="store_true", help="also a file that was changed")
     return parser
 
 
@@ -128,6 +133,18 @@ def _import(options: argparse.Namespace) -> int:
     config = shlex.quote(f"--config=configs/from_workdir.py:{written.workdir}")
     workdir = shlex.quote(f"--workdir={written.workdir}")
     print(f"train from it: python launch/train.py {config} {workdir}")
+    return exit_codes.OK
+
+
+def _refresh(options: argparse.Namespace) -> int:
+    from mor_jax.convert.modeling_file import MODELING, refresh
+
+    done = refresh(options.path, force=options.force)
+    if not done.changed:
+        print(f"{done.path}: {MODELING} is current, {done.after}; nothing to do")
+        return exit_codes.OK
+    kept = "" if done.kept is None else f"; the changed file is now {done.kept.name}"
+    print(f"{done.path}: {MODELING} renewed, from {done.before} to {done.after}{kept}")
     return exit_codes.OK
 
 

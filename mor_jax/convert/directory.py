@@ -1,4 +1,4 @@
-"""Directories that are either whole or absent: written beside their place, then renamed."""
+"""Directories and files that are either whole or as before: written beside, then renamed."""
 
 import contextlib
 import glob
@@ -60,6 +60,32 @@ def fresh_directory(
         _open.discard(draft)
 
 
+def replace_file(target: Path, contents: bytes) -> None:
+    """Writes a file that is the old one, if there was one, or the new one at any time.
+
+    Raises:
+        ValueError: it cannot be written; what was there is there.
+    """
+    _tidy(target)
+    draft = target.with_name(_name(target))
+    _open.add(draft)
+    try:
+        draft.write_bytes(contents)
+        if target.exists():
+            draft.chmod(target.stat().st_mode & 0o777)
+        flush(draft)
+        draft.replace(target)
+        flush(target.parent)
+    except OSError as error:
+        raise ValueError(
+            f"output={target}: cannot be written: {error}. Free space, or copy the directory to "
+            "where it may be written"
+        ) from error
+    finally:
+        _remove(draft)
+        _open.discard(draft)
+
+
 def abandon() -> bool:
     """Takes away what this process has begun, for a signal's handler that ends it next.
 
@@ -70,10 +96,18 @@ def abandon() -> bool:
     for draft in _open:
         # Threads may write there still.
         for _ in range(10):
-            shutil.rmtree(draft, ignore_errors=True)
+            _remove(draft)
             if not draft.exists():
                 break
     return True
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with contextlib.suppress(OSError):
+            path.unlink(missing_ok=True)
 
 
 def check_target(
@@ -129,7 +163,7 @@ def _tidy(target: Path) -> None:
         if path.name.startswith(f"{_DRAFT}{target.name}-{_REPLACED}") and not target.exists():
             path.rename(target)
         else:
-            shutil.rmtree(path, ignore_errors=True)
+            _remove(path)
 
 
 def _dead(draft: Path) -> bool:

@@ -5,6 +5,7 @@ from typing import Any
 
 from mor_jax.config import ModelConfig, RouterConfig, check
 from mor_jax.convert.hf_config import SHAPE, STRUCTURE
+from mor_jax.convert.modeling_file import AUTO_MAP
 from mor_jax.convert.reference import merge_options
 
 Plain = dict[str, Any]
@@ -24,15 +25,11 @@ def llama_config(cfg: ModelConfig) -> Plain:
 
 def mor_config(cfg: ModelConfig) -> Plain:
     """config.json of our own export, which `modeling_mor.py` reads."""
-    module = "modeling_mor"
     values = dataclasses.asdict(cfg)
     return {
         "architectures": ["MoRForCausalLM"],
         "model_type": "mor",
-        "auto_map": {
-            "AutoConfig": f"{module}.MoRConfig",
-            "AutoModelForCausalLM": f"{module}.MoRForCausalLM",
-        },
+        "auto_map": dict(AUTO_MAP),
         **_shape(cfg),
         **{name: values[ours] for ours, name in STRUCTURE.items()},
         "routing": "causal",

@@ -6,7 +6,6 @@ import json
 import math
 import time
 from collections.abc import Callable, Sequence
-from importlib import resources
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -15,6 +14,7 @@ from mor_jax.convert.card import model_card
 from mor_jax.convert.directory import PathLike, absolute, check_target, fresh_directory
 from mor_jax.convert.export_config import llama_config, mor_config, reference_options
 from mor_jax.convert.lazy import Lazy
+from mor_jax.convert.modeling_file import MODELING, modeling_text
 from mor_jax.convert.names import Entry, entries, llama_entries, mor_entries
 from mor_jax.convert.run_source import RunSource
 from mor_jax.convert.shards import DEFAULT_SHARD, DTYPES, Dtype, write_shards
@@ -24,7 +24,6 @@ from mor_jax.convert.views import as_tensors
 Target = Literal["hf", "llama", "reference"]
 TARGETS: tuple[Target, ...] = get_args(Target)
 
-MODELING = "modeling_mor.py"
 GENERATION = "generation_config.json"
 
 
@@ -95,8 +94,7 @@ def export(run: RunSource, target: Target, options: ExportOptions) -> Exported:
 
 def _hf(run: RunSource, options: ExportOptions, draft: Path) -> int:
     tensors = _tensors(run, mor_entries(run.cfg.model))
-    source = resources.files("mor_jax.convert.hf") / MODELING
-    (draft / MODELING).write_text(source.read_text())
+    (draft / MODELING).write_text(modeling_text(), encoding="utf-8")
     write_shards(draft, tensors, options.dtype, options.shard_bytes)
     _beside(run, draft, mor_config(run.cfg.model), options.dtype)
     use = _USE.format(title=_title(options), code=", trust_remote_code=True")
