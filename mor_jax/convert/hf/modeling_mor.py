@@ -728,6 +728,8 @@ class MoRModel(MoRPreTrainedModel):
                 f"cache: is a {type(given).__name__}; these models keep other tokens at every "
                 "recursion. Pass a MoRCache, or nothing"
             )
+        if given is not None and kept:
+            _check_first(given)
         return MoRCache() if kept else None
 
     @property
@@ -973,6 +975,20 @@ def _either(past_key_values: Cache | None, cache: Cache | None) -> Cache | None:
     if given is not None and not isinstance(given, Cache):
         raise ValueError(f"cache={type(given).__name__}: must be a MoRCache. Pass one, or nothing")
     return given
+
+
+def _check_first(given: Cache) -> None:
+    """Raises `ValueError` if an empty cache of another kind comes a second time.
+
+    `generate` hands one over at first and goes on with that of the output. Whoever goes on with the
+    one they gave, which transformers' own models fill, would lose all tokens so far.
+    """
+    if getattr(given, "given_to_mor", False):
+        raise ValueError(
+            f"cache: this {type(given).__name__} was given before and stays empty. Go on with the "
+            f"{CACHE} of the output, or begin with a MoRCache, which is filled in place"
+        )
+    given.given_to_mor = True
 
 
 def _check_cache_position(places: Tensor | None, cache: MoRCache | None, length: int) -> None:
