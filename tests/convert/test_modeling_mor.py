@@ -55,14 +55,19 @@ MORE = {
         ),
     ),
     "expert_narrow": dataclasses.replace(
-        TINY["expert"], router=RouterConfig(kind="expert", capacities=(0.75, 0.5, 0.25))
+        TINY["expert"],
+        router=RouterConfig(kind="expert", capacities=(0.75, 0.5, 0.25), capacity_multiple=5),
     ),
     "token_tight": dataclasses.replace(
         TINY["token_mlp"],
         kv="shared_update",
         share_norms=False,
         router=dataclasses.replace(
-            TINY["token_mlp"].router, capacity_factor=0.8, gating="additive", temperature=0.5
+            TINY["token_mlp"].router,
+            capacity_factor=0.8,
+            capacity_multiple=4,
+            gating="additive",
+            temperature=0.5,
         ),
     ),
 }

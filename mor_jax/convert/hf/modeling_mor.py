@@ -65,6 +65,7 @@ ROUTER = {
     "balancing": "loss",
     "balance_coeff": 0.1,
     "capacity_factor": None,
+    "capacity_multiple": None,
 }
 
 
@@ -831,7 +832,7 @@ class MoRModel(MoRPreTrainedModel):
             thresholds = self.config.thresholds
             passing = trained >= (0.0 if thresholds is None else thresholds[r])
             return Level.of(passing if active is None else passing & active)
-        room = max(1, int(share * length))
+        room = _whole(max(1, int(share * length)), length, self.config.router)
         return Level(active) if room == length else Level.of(_best(score, room, active))
 
     def _recur_token(
@@ -852,6 +853,7 @@ class MoRModel(MoRPreTrainedModel):
             room = length
             if routing == "topk" and router["capacity_factor"] is not None:
                 room = _room(router["capacity_factor"] * (nr - r) / nr * length, length)
+                room = _whole(room, length, router)
             level = _admit(active, choice, gate[..., 0], r, room)
             active = level.chosen
             depths = depths + (1 if active is None else active.long())
@@ -1117,6 +1119,12 @@ def _best(scores: Tensor, room: int, active: Tensor | None) -> Tensor:
 def _room(wanted: float, length: int) -> int:
     # The small term keeps a product such as 0.1 * 3 * 10 from rounding up past 3.
     return max(1, min(length, math.ceil(wanted - 1e-9)))
+
+
+def _whole(room: int, length: int, router: dict[str, Any]) -> int:
+    # Rounded up as in training, where kernels like whole tiles.
+    multiple = router["capacity_multiple"] or 1
+    return min(length, -(-room // multiple) * multiple)
 
 
 def _admit(active: Tensor | None, choice: Tensor, gate: Tensor, r: int, room: int) -> Level:
