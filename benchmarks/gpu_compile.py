@@ -187,7 +187,7 @@ def main() -> None:
         record = {**dataclasses.asdict(case), "version": __version__, **answer}
         told = answer.get("error") or f"{answer['compile_seconds']:.0f} s"
         print(f"{case}: {told}", file=sys.stderr, flush=True)
-        timing.report(QUESTION, record, args.save)
+        timing.report(QUESTION, record, args.save and "error" not in answer)
         records[case] = record
 
     compile_all(missing, args.workers, keep)

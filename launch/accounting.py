@@ -2,6 +2,7 @@
 
     python launch/accounting.py --config=configs/mor.py:size=360m
     python launch/accounting.py --config=configs/mor.py:size=360m,kv=shared --json
+    python launch/accounting.py --config=configs/mor.py:size=360m --platform=gpu
 
 Conventions: docs/accounting.md.
 """
@@ -23,9 +24,13 @@ from mor_jax.flops import (
     memory,
     unique_parameters,
 )
+from mor_jax.settled import settled
 
 CONFIG = config_flags.DEFINE_config_file("config", "configs/mor.py", "what to account for")
 LENGTH = flags.DEFINE_integer("length", None, "tokens of a row; the configuration's if unset")
+PLATFORM = flags.DEFINE_enum(
+    "platform", "cpu", ["cpu", "gpu", "tpu"], "where a run would train; rounds capacities"
+)
 JSON = flags.DEFINE_bool("json", False, "print one JSON line instead of tables")
 
 
@@ -34,6 +39,7 @@ def main(argv: list[str]) -> None:
         raise app.UsageError(f"unexpected arguments {argv[1:]}; settings are --config.NAME=VALUE")
     cfg = TrainConfig.from_dict(CONFIG.value.to_dict())
     length = LENGTH.value or cfg.length
+    cfg = settled(dataclasses.replace(cfg, length=length), PLATFORM.value)
     report, room = flops(cfg.model, length), memory(cfg.model, length)
     counts = {
         name: count(cfg.model, embedding=embedding)

@@ -110,7 +110,7 @@ class ByteReport:
 def routed_shares(cfg: ModelConfig, length: int) -> tuple[float, ...]:
     """Share of a row's tokens that each recursion takes, 0 .. 1, before any step is run.
 
-    Expert-choice: max(1, int(c_r * length)) / length. Token-choice: (Nr - r) / Nr, what perfectly
+    Expert-choice: `capacity_counts` over the length. Token-choice: (Nr - r) / Nr, what perfectly
     balanced depths give. Unrouted models: 1.
     """
     if cfg.router.kind == "token":

@@ -32,6 +32,7 @@ from mor_jax.hosts import Hosts
 from mor_jax.loop import Desk, Loop, Start, TooManySkipped, fields
 from mor_jax.models.remat import check_remat
 from mor_jax.readers import reader
+from mor_jax.settled import settled_in
 from mor_jax.state import TrainState, abstract_params, logical_axes
 from mor_jax.steps import CompiledSteps, abstract_state, first_state, fresh_state
 from mor_jax.stopping import Diverged, Leave, Signals, Stopped, StoppedAtOnce
@@ -95,6 +96,8 @@ def fit(
         try:
             path = workdir.resolved(directory)
             _prepare(cfg)
+            places = [path] if branch is None else [path, branch.source]
+            cfg = _everywhere(partial(settled_in, places, cfg, sharding.platform()))
             if branch is not None:
                 _everywhere(partial(_begin, cfg, path, allow_changes, branch))
             _fit(cfg, path, allow_changes, signals)

@@ -64,6 +64,7 @@ _RECIPE = (
     "model.dtype",
     "model.init_std",
     "model.router.z_coeff",
+    "model.router.capacity_multiple",
     "model.router.capacity_warmup_steps",
     "model.router.capacity_warmup_levels",
     "model.router.aux_coeff",
@@ -72,8 +73,10 @@ _RECIPE = (
     "model.router.bias_rate",
 )
 
+_MULTIPLE = "model.router.capacity_multiple"
+
 # Settings that older versions did not have. Their runs did what the defaults say.
-_LATER = ("model.rope_scaling",)
+_LATER = ("model.rope_scaling", _MULTIPLE)
 
 
 def resolved(directory: epath.PathLike) -> epath.Path:
@@ -116,6 +119,15 @@ def check_workdir(
     if refused:
         raise _refusal(path, refused, unused)
     return differing
+
+
+def read_values(workdir: epath.PathLike) -> dict[str, Any] | None:
+    """What `config.json` in a directory says, older settings as they were; None without one.
+
+    Raises `ValueError` if it is damaged or another program's.
+    """
+    path = resolved(workdir)
+    return _read(path) if (path / CONFIG_FILE).exists() else None
 
 
 def read_config(workdir: epath.PathLike) -> TrainConfig:
@@ -280,6 +292,9 @@ def _differences(old: dict[str, Any], new: dict[str, Any]) -> list[Change]:
     before, after = flat(old), flat(new)
     defaults = flat(plain(TrainConfig()))
     before = {key: value for key, value in defaults.items() if within(key, _LATER)} | before
+    for side in (before, after):
+        # Where nobody wrote it out, capacities were not rounded.
+        side[_MULTIPLE] = side.get(_MULTIPLE) or 1
     found = []
     for key in sorted(before.keys() | after.keys()):
         pair = [repr(side[key]) if key in side else "absent" for side in (before, after)]

@@ -61,6 +61,7 @@ LAYERS = (
         "summary",
         "metrics",
         "workdir",
+        "settled",
         "progress",
         "agreement",
         "together",

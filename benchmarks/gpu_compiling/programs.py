@@ -63,7 +63,8 @@ def compiled(case: Case) -> dict[str, Any]:
 def _devices(case: Case) -> list[jax.Device]:
     if case.target in TARGETS:
         return gpu_devices(case.target, case.devices)
-    return aot.devices(parse_topology(case.target))
+    # libtpu describes a host's chips together; a program may be for one of them.
+    return aot.devices(parse_topology(case.target))[: case.devices]
 
 
 def _flops(cfg: TrainConfig, case: Case) -> float:

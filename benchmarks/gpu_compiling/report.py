@@ -11,7 +11,7 @@ HEAD = (
     *("attention kernels", "compile s"),
 )
 HEAD_MULTIPLES = (
-    *("device", "multiple", "capacities", "peak", "temporaries", "bytes accessed", "TFLOP"),
+    *("model, device", "multiple", "capacities", "peak", "temporaries", "bytes accessed", "TFLOP"),
     "compile s",
 )
 
@@ -47,7 +47,8 @@ def multiples(records: list[Record]) -> str:
     rows = []
     for record in records:
         first = next(r for r in records if r["target"] == record["target"])
-        cells = [record["target"], str(record["multiple"])]
+        where = f"{record['size']} {record['model']}, {record['target']}"
+        cells = [where, str(record["multiple"])]
         if "error" in record:
             rows.append([*cells, record["error"], "", "", "", "", ""])
             continue

@@ -75,6 +75,7 @@ def reference_options(cfg: ModelConfig) -> Plain:
     rule = "the reference shares keys and values in cycle, sequence and middle_cycle only"
     known = cfg.kv == "recursion" or cfg.sharing != "middle_sequence"
     check(known, "model.sharing", cfg.sharing, rule, "Use --to=hf")
+    _check_capacities(cfg.router)
     sharing = {"num_recursion": cfg.recursions, "sharing": cfg.sharing} if shared else {}
     blocks = {
         "recursive": {
@@ -96,6 +97,13 @@ def reference_options(cfg: ModelConfig) -> Plain:
     }
     # Their code looks up every option, also those of what is switched off.
     return {**merge_options(blocks), "relaxation": {"enable": False}}
+
+
+def _check_capacities(router: RouterConfig) -> None:
+    exact = router.kind != "expert" or router.capacity_multiple in (None, 1)
+    path, value = "model.router.capacity_multiple", router.capacity_multiple
+    rule = "the reference keeps int(capacity * length) tokens and rounds nothing up"
+    check(exact, path, value, rule, "Use --to=hf, or train with 1")
 
 
 def _mor(router: RouterConfig, recursions: int) -> Plain:

@@ -114,6 +114,9 @@ def mor_config(hf: Mapping[str, Any], where: str = CONFIG, *, tied: bool) -> Mod
     values = {ours: hf[name] for ours, name in names.items()}
     fixed = {"rope_theta": theta, "tie_embeddings": tied, "dtype": "float32"}
     cfg = parse(ModelConfig, values | fixed, f"{where}: ")
+    if cfg.router.kind != "none" and cfg.router.capacity_multiple is None:
+        # Exports that do not say otherwise were made of runs that rounded nothing.
+        cfg = dataclasses.replace(cfg, router=dataclasses.replace(cfg.router, capacity_multiple=1))
     cfg = dataclasses.replace(cfg, rope_scaling=scaling)
     cfg.validate(where)
     return cfg

@@ -196,6 +196,8 @@ def _router(options: Options) -> RouterConfig:
         z_coeff=float(mor["z_coeff"]) if mor["z_loss"] else 0.0,
         gating=_choice(mor[kind]["gating"], ("weighted", "additive"), f"mor.{kind}.gating"),
         alpha=float(mor[kind]["alpha"]),
+        # The reference rounds no capacity, whatever it runs on.
+        capacity_multiple=1,
     )
     return _expert(base, mor) if kind == "expert" else _token(base, mor["token"])
 

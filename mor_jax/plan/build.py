@@ -18,6 +18,7 @@ from mor_jax.hlo.memory import Traffic, traffic
 from mor_jax.hlo.text import parse_module
 from mor_jax.parameters import unique_parameters
 from mor_jax.plan.report import Exchange, Gathered, Memory, Plan, Times, TooLarge
+from mor_jax.settled import settled
 from mor_jax.state import abstract_params, logical_axes
 from mor_jax.train_step import shares_once
 
@@ -42,6 +43,7 @@ def make_plan(
         ValueError: the mesh does not match the topology, or a size does not divide.
     """
     start = time.perf_counter()
+    cfg = settled(cfg, topology.platform)
     mesh = aot.mesh_of(cfg, topology)
     try:
         program = aot.compile_step(cfg, mesh)

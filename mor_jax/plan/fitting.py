@@ -11,6 +11,7 @@ from mor_jax import aot
 from mor_jax.aot import OutOfMemory, Topology
 from mor_jax.config import TrainConfig
 from mor_jax.plan.report import Attempt, TooLarge
+from mor_jax.settled import settled
 
 Change = dict[str, Any]
 """Dotted setting -> value."""
@@ -98,6 +99,7 @@ def try_others(
     report: is told each change and the bytes that it is short of, None if it fits.
     """
     start, attempts, left = time.perf_counter(), [], False
+    cfg = settled(cfg, topology.platform)
     mesh = aot.mesh_of(cfg, topology)
     held = dict(answer.parts)
     state = held["parameters"] + held["optimiser state"]

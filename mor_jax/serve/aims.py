@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from mor_jax.config import ModelConfig, check, fail
+from mor_jax.models.router import capacity_counts
 from mor_jax.serve.calibration import ALWAYS, NEVER
 
 _ROUNDS = 200
@@ -16,7 +17,10 @@ def trained_shares(cfg: ModelConfig) -> tuple[float, ...]:
     nr = cfg.recursions
     if cfg.router.kind == "token":
         return tuple((nr - r) / nr for r in range(nr))
-    return cfg.router.shares(nr)
+    if (cfg.router.capacity_multiple or 1) == 1:
+        return cfg.router.shares(nr)
+    # Rounded up, here by the longest row: how long those of training were is not known.
+    return tuple(count / cfg.max_length for count in capacity_counts(cfg, cfg.max_length))
 
 
 def takes_all(cfg: ModelConfig) -> tuple[bool, ...]:

@@ -18,7 +18,7 @@ from mor_jax.flops import routed_shares
 from mor_jax.load import find
 from mor_jax.manifest import describe
 from mor_jax.optim import paths
-from mor_jax.serve.aims import takes_all
+from mor_jax.serve.aims import takes_all, trained_shares
 from mor_jax.serve.calibration import Calibration, created, load
 from mor_jax.serve.depth import with_recursions
 from mor_jax.types import Params
@@ -123,7 +123,7 @@ def check_finite(params: Params, where: str) -> None:
 def expected_shares(cfg: ModelConfig) -> tuple[float, ...]:
     """Share of all tokens that goes through each recursion, as trained, in [0, 1]."""
     if cfg.router.kind == "expert":
-        return cfg.router.shares(cfg.recursions)
+        return trained_shares(cfg)
     return routed_shares(cfg, cfg.max_length)
 
 

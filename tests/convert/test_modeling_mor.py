@@ -56,7 +56,7 @@ MORE = {
     ),
     "expert_narrow": dataclasses.replace(
         TINY["expert"],
-        router=RouterConfig(kind="expert", capacities=(0.75, 0.5, 0.25), capacity_multiple=5),
+        router=RouterConfig(kind="expert", capacities=(0.75, 0.5, 0.25), capacity_multiple=4),
     ),
     "token_tight": dataclasses.replace(
         TINY["token_mlp"],
@@ -65,7 +65,7 @@ MORE = {
         router=dataclasses.replace(
             TINY["token_mlp"].router,
             capacity_factor=0.8,
-            capacity_multiple=4,
+            capacity_multiple=3,
             gating="additive",
             temperature=0.5,
         ),

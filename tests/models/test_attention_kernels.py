@@ -164,19 +164,12 @@ def test_a_repeated_index_in_filler_slots_stays_finite():
             assert np.all(np.isfinite(x))
 
 
-def test_auto_chooses_by_platform_and_shape():
-    (q, k, _), _, plain = arrays("plain", jnp.bfloat16)
-    assert best_implementation(q, k, plain, "cpu") == "blockwise"
-    assert best_implementation(q, k, plain, "tpu") == "splash"
-    assert best_implementation(q, k, plain, "cuda") == "cudnn"
-    assert best_implementation(q, k, plain, "rocm") == "blockwise"
-    wide = q.astype(jnp.float32), k.astype(jnp.float32)
-    assert best_implementation(*wide, plain, "cuda") == "blockwise"
-    assert best_implementation(q[..., :4], k[..., :4], plain, "cuda") == "blockwise"
-    (q, k, _), _, gathered = arrays("gathered", jnp.bfloat16)
-    assert best_implementation(q, k, gathered, "cuda") == "cudnn"
-    odd = Visibility(gathered.q_index[:, :79])
-    assert best_implementation(q[:, :79], k, odd, "cuda") == "blockwise"
+def test_auto_chooses_by_platform():
+    (q, _, _), _, _ = arrays("plain", jnp.bfloat16)
+    assert best_implementation(q, "cpu") == "blockwise"
+    assert best_implementation(q, "tpu") == "splash"
+    assert best_implementation(q, "cuda") == "cudnn"
+    assert best_implementation(q, "rocm") == "blockwise"
 
 
 def test_a_mesh_of_absent_devices_decides(monkeypatch):
@@ -186,25 +179,10 @@ def test_a_mesh_of_absent_devices_decides(monkeypatch):
     assert attention_kernels.platform() == "tpu"
 
 
-def test_cudnn_is_refused_with_the_reason(monkeypatch):
+def test_cudnn_is_refused_off_nvidia_gpus():
     inputs, _, visible = arrays("plain")
     with pytest.raises(ValueError, match=r"model\.attention='cudnn': .*'cpu'.*Use 'auto'"):
         attend(*inputs, visible, "cudnn")
-    monkeypatch.setattr(attention_kernels, "platform", lambda: "cuda")
-    with pytest.raises(ValueError, match=r"16-bit arrays, got float32.*bfloat16"):
-        attend(*inputs, visible, "cudnn")
-
-
-@pytest.mark.parametrize("case", ["plain", "gathered_documents"])
-def test_cudnn_is_asked_for_the_same_thing(monkeypatch, case):
-    inputs, _, visible = arrays(case, jnp.bfloat16)
-    asked = jax.nn.dot_product_attention
-    monkeypatch.setattr(attention_kernels, "platform", lambda: "cuda")
-    monkeypatch.setattr(
-        jax.nn, "dot_product_attention", lambda *x, implementation, **kw: asked(*x, **kw)
-    )
-    ours, reference = attend(*inputs, visible, "cudnn"), dense_attention(*inputs, visible)
-    np.testing.assert_allclose(ours.astype(jnp.float32), reference.astype(jnp.float32), atol=0.05)
 
 
 @pytest.mark.parametrize(

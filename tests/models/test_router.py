@@ -11,7 +11,14 @@ from seeded import random_params
 from tiny import EXPERT_ROUTER, TINY, TOKEN_ROUTER, batch
 
 from mor_jax.config import RouterConfig
-from mor_jax.models.router import Route, capacity_counts, expert_score, select, token_score
+from mor_jax.models.router import (
+    Route,
+    capacity_counts,
+    expert_score,
+    kernel_multiple,
+    select,
+    token_score,
+)
 from mor_jax.state import forward
 
 
@@ -60,6 +67,34 @@ def test_room_of_token_choice():
     assert capacity_counts(with_router("token", capacity_factor=0.1), 30) == (3, 2, 1)
     # 0.1 * 3 is a little more than 0.3, which is no reason for one more token.
     assert capacity_counts(with_router("token", capacity_factor=0.3), 10)[0] == 3
+
+
+def test_counts_are_rounded_up_to_the_multiple():
+    cfg = with_router("expert", capacity_multiple=128)
+    assert capacity_counts(cfg, 2048) == (2048, 1408, 768)
+    assert capacity_counts(cfg, 1000) == (1000, 768, 384)
+    assert capacity_counts(cfg, 100) == (100, 100, 100)
+    assert capacity_counts(with_router("expert", capacity_multiple=1), 2048) == (2048, 1365, 682)
+    roomy = with_router("token", capacity_factor=0.8, capacity_multiple=16)
+    assert capacity_counts(roomy, 100) == (80, 64, 32)
+    assert capacity_counts(with_router("token", capacity_multiple=16), 100) == (100, 100, 100)
+
+
+def test_rounded_counts_fall_through_the_warm_up_in_no_more_stairs():
+    cfg = with_router("expert", capacity_warmup_steps=50, capacity_multiple=128)
+    counts = [capacity_counts(cfg, 2048, step) for step in range(1, 71)]
+    assert counts[0] == (2048, 2048, 2048) and counts[-1] == (2048, 1408, 768)
+    for before, after in itertools.pairwise(counts):
+        assert all(a >= b for a, b in zip(before, after, strict=True))
+    assert all(count % 128 == 0 for kept in counts for count in kept)
+    assert len(set(counts)) <= 9
+
+
+@pytest.mark.parametrize("platform", ["cuda", "rocm", "tpu"])
+def test_a_device_wants_tiles_that_short_rows_can_afford(platform):
+    found = {n: kernel_multiple(platform, n) for n in (2, 16, 31, 256, 1000, 2047, 2048, 32768)}
+    assert list(found.values()) == [1, 1, 1, 16, 32, 64, 128, 128]
+    assert kernel_multiple("cpu", 2048) == 1
 
 
 SCORES = jnp.asarray([[0.3, 0.9, -0.5, 0.7, 0.1], [5.0, 4.0, 3.0, 2.0, 1.0]])

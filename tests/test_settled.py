@@ -1,0 +1,91 @@
+"""Where a run trains decides on the multiple of its capacities, and its directory keeps it."""
+
+import dataclasses
+import json
+
+import pytest
+from tiny import TINY, train_config
+
+from mor_jax import workdir
+from mor_jax.config import RouterConfig, TrainConfig
+from mor_jax.settled import settled, settled_in
+from mor_jax.workdir import check_workdir, claim_workdir, read_config
+
+RUN = train_config("expert")
+LONG = dataclasses.replace(RUN, length=2048, model=dataclasses.replace(RUN.model, max_length=2048))
+
+
+def multiple(cfg: TrainConfig) -> int | None:
+    return cfg.model.router.capacity_multiple
+
+
+def with_multiple(cfg: TrainConfig, value: int | None) -> TrainConfig:
+    router = dataclasses.replace(cfg.model.router, capacity_multiple=value)
+    return dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, router=router))
+
+
+def older(directory) -> None:
+    """Makes the run in `directory` one of a version without the setting."""
+    file = directory / "config.json"
+    values = json.loads(file.read_text())
+    del values["model"]["router"]["capacity_multiple"]
+    file.write_text(json.dumps(values))
+
+
+@pytest.mark.parametrize("platform", ["cuda", "rocm", "gpu", "tpu"])
+def test_accelerators_want_tiles_and_cpus_exact_numbers(platform):
+    assert multiple(settled(LONG, platform)) == 128
+    assert multiple(settled(LONG, "cpu")) == 1
+    assert multiple(settled(with_multiple(LONG, 8), platform)) == 8
+    assert multiple(settled(train_config("plain"), platform)) is None
+
+
+def test_a_run_goes_on_elsewhere_with_its_own_capacities(tmp_path):
+    first = settled_in([tmp_path], LONG, "cuda")
+    claim_workdir(tmp_path, first)
+    assert multiple(read_config(tmp_path)) == 128
+    again = settled_in([tmp_path], LONG, "cpu")
+    assert again == first
+    assert check_workdir(tmp_path, again) == []
+    with pytest.raises(ValueError, match=r"capacity_multiple: 128 there, 1 now"):
+        check_workdir(tmp_path, settled_in([tmp_path], with_multiple(LONG, 1), "cpu"))
+
+
+def test_an_older_run_keeps_exactly_its_capacities(tmp_path):
+    claim_workdir(tmp_path, LONG)
+    older(tmp_path)
+    again = settled_in([tmp_path], LONG, "cuda")
+    assert multiple(again) == 1
+    assert check_workdir(tmp_path, again) == []
+    with pytest.raises(ValueError, match=r"capacity_multiple: 1 there, 128 now"):
+        check_workdir(tmp_path, with_multiple(LONG, 128))
+
+
+def test_an_older_plain_run_goes_on(tmp_path):
+    plain = train_config("plain")
+    claim_workdir(tmp_path, plain)
+    older(tmp_path)
+    assert check_workdir(tmp_path, settled_in([tmp_path], plain, "cuda")) == []
+
+
+def test_imported_weights_that_nobody_trained_on_take_any(tmp_path):
+    # A directory that a conversion made leaves it open where the routers are new.
+    claim_workdir(tmp_path, LONG)
+    (tmp_path / "initial").mkdir()
+    assert workdir.initial.present(tmp_path)
+    cfg = settled_in([tmp_path], LONG, "cuda")
+    assert multiple(cfg) == 128
+    assert check_workdir(tmp_path, cfg) == []
+
+
+def test_a_branch_takes_that_of_its_source(tmp_path):
+    claim_workdir(tmp_path / "source", with_multiple(LONG, 64))
+    cfg = settled_in([tmp_path / "new", tmp_path / "source"], LONG, "cpu")
+    assert multiple(cfg) == 64
+
+
+def test_the_setting_is_checked():
+    router = RouterConfig(kind="expert", capacity_multiple=0)
+    with pytest.raises(ValueError, match=r"router\.capacity_multiple=0: must be greater than 0"):
+        router.validate("router", 3)
+    assert TINY["expert"].router.capacity_multiple is None
