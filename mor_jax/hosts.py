@@ -8,6 +8,7 @@ prints one message that names the dead process, and ends with `exit_codes.HOST_L
 """
 
 import json
+import math
 import os
 import socket
 import sys
@@ -140,10 +141,22 @@ class Hosts:
         if not self._several:
             return None
         if _from_elsewhere(error):
-            self._known.wait(self._timeout + 3 * self._every)
+            self._await_evidence()
         if self._lost is not None:
             self._tell()
         return self._lost
+
+    def _await_evidence(self) -> None:
+        """Until it is known who is lost, or would be if anybody were.
+
+        In beats, as silence is counted: on a machine that is busy with other things the watch needs
+        longer. A file system that hangs stops the beats, so there is an end to it.
+        """
+        enough = self._counter + math.ceil(self._timeout / self._every) + 3
+        end = time.monotonic() + 3 * self._timeout
+        while self._counter < enough and time.monotonic() < end:
+            if self._known.wait(self._every):
+                return
 
     def _leave(self, state: str, code: int, text: str) -> None:
         if not self._several or self._last_word["state"] != "running":
@@ -265,7 +278,7 @@ class Hosts:
 
     def _on_abort(self) -> None:
         """JAX, told by its coordinator or missing it, is about to abort this process."""
-        self._known.wait(self._timeout + 3 * self._every)
+        self._await_evidence()
         if self._lost is not None:
             self._tell()
             self._ended.wait(_PATIENCE)

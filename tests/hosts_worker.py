@@ -5,6 +5,7 @@
 Prints one JSON object a line; ends like launch/train.py does, by os._exit with a code.
 """
 
+import itertools
 import json
 import os
 import sys
@@ -22,7 +23,12 @@ from mor_jax import distributed, exit_codes, hosts
 from mor_jax.hosts import HostLost, Hosts
 from mor_jax.together import agree_on_start, code_version, gather
 
-TIMEOUT = 3
+# Nobody who lives is taken for dead, however busy the machine is. Heartbeats all the same come
+# twice a second, so that word of an end spreads at once.
+TIMEOUT = 600
+hosts._BEATS = 2 * TIMEOUT
+# For those who are to notice that somebody is gone.
+SHORT = 3
 # This machine's file system shows new files at once.
 hosts._SIGHT = 2
 
@@ -53,15 +59,20 @@ def disagreements(process: int, directory: Path) -> None:
 
 
 def loop(case: str, process: int, directory: Path) -> None:
-    """100 small collectives; with `die`, `hang`, `fail`, `stop` the last process ends early."""
+    """Small collectives without end; with `fail` and `stop` the last process ends early, with
+    `finish` all do, the first one last. A file `short<i>` makes process i impatient."""
     mesh = jax.sharding.Mesh(np.array(jax.devices()), ("d",))
     cut = NamedSharding(mesh, PartitionSpec("d"))
     ones = jax.make_array_from_process_local_data(cut, np.ones(jax.local_device_count()))
     step = jax.jit(lambda x: x.sum() + x, out_shardings=cut)
+    short = directory / f"short{process}"
     with Hosts(epath.Path(directory), TIMEOUT) as watch:
         say(pid=os.getpid())
-        for number in range(100 if case != "finish" else 10):
+        for number in range(10) if case == "finish" else itertools.count():
             watch.phase(f"step {number}")
+            if watch._timeout != SHORT and short.exists():
+                watch._timeout = SHORT
+                say(short=True)
             if number == 20 and process == 1 and case == "fail":
                 raise KeyError("no such key")
             if number == 20 and process == 1 and case == "stop":
@@ -74,14 +85,19 @@ def loop(case: str, process: int, directory: Path) -> None:
                 raise (lost or error) from error
             time.sleep(0.1)
         if case == "finish" and process == 0:
-            # The others have finished meanwhile, which is no loss.
-            time.sleep(1.5 * TIMEOUT)
+            # The others finish meanwhile, which is no loss, however long they are silent then.
+            others = [directory / hosts.DIRECTORY / f"{i}.json" for i in range(1, 3)]
+            while not all('"finished"' in file.read_text() for file in others):
+                time.sleep(0.1)
+            watch._timeout, first = SHORT, watch._counter
+            while watch._counter < first + 2 * hosts._BEATS * SHORT // TIMEOUT:
+                time.sleep(0.1)
 
 
 def main() -> None:
     case, port, processes, process, directory = sys.argv[1:]
     try:
-        wait = 3 if case == "alone" else 30
+        wait = 3 if case == "alone" else TIMEOUT
         distributed.initialize(f"127.0.0.1:{port}", int(processes), int(process), wait)
         if case == "refused":
             disagreements(int(process), Path(directory))
