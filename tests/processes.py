@@ -8,6 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from patience import PATIENCE
+
 ROOT = Path(__file__).parent.parent
 
 
@@ -39,12 +41,12 @@ class Process:
     def send(self, number: int) -> None:
         self._process.send_signal(number)
 
-    def code(self, timeout: float = 60) -> int:
+    def code(self) -> int:
         """The exit code, once it has one; fails with the output otherwise."""
         try:
-            return self._process.wait(timeout)
+            return self._process.wait(PATIENCE)
         except subprocess.TimeoutExpired:
-            raise AssertionError(f"still running after {timeout} s:\n{self.output}") from None
+            raise AssertionError(f"still running after {PATIENCE:g} s:\n{self.output}") from None
 
     def end(self) -> None:
         if self.running():
@@ -52,12 +54,12 @@ class Process:
             self._process.wait()
 
 
-def until(ready: Callable[[], Any], processes: list[Process], timeout: float = 60) -> Any:
+def until(ready: Callable[[], Any], processes: list[Process]) -> Any:
     """Waits for `ready()` to be true and returns it; fails when a process ends before."""
-    stop = time.monotonic() + timeout
+    stop = time.monotonic() + PATIENCE
     while not (value := ready()):
         outputs = "\n".join(p.output for p in processes)
-        assert time.monotonic() < stop, f"not ready after {timeout} s:\n{outputs}"
+        assert time.monotonic() < stop, f"not ready after {PATIENCE:g} s:\n{outputs}"
         assert all(p.running() for p in processes), f"a process ended early:\n{outputs}"
         time.sleep(0.05)
     return value

@@ -9,13 +9,15 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 
 import chaos
+from patience import PATIENCE
 
 from mor_jax import events, exit_codes
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def test_a_run_killed_twice_and_stopped_once_ends_as_one_left_alone(tmp_path):
+def test_a_run_killed_twice_and_stopped_once_ends_as_one_left_alone(tmp_path, monkeypatch):
+    monkeypatch.setattr(chaos, "PATIENCE", PATIENCE)
     smaller = {"model.layers": 1, "eval.every": 25, "optim.warmup_steps": 1}
     trial = chaos.Trial(
         config=str(ROOT / "configs" / "vanilla.py") + ":size=debug",

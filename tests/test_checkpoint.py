@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint.experimental.v1 as ocp
 import pytest
+from patience import PATIENCE
 
 from mor_jax import checkpoint
 from mor_jax.checkpoint import Checkpoints, DiskFull, WriteFailed
@@ -367,7 +368,7 @@ def test_a_save_that_hangs_is_an_error(store, state, monkeypatch):
 
     class Hanging:
         def result(self):
-            assert end.wait(60)
+            assert end.wait(PATIENCE)
 
     with monkeypatch.context() as patch:
         patch.setattr(ocp, "save_async", lambda *_: Hanging())

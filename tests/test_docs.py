@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+from patience import PATIENCE
 
 from configs import mor
 from mor_jax.config import TrainConfig
@@ -102,7 +103,7 @@ def execute(command: str, root: Path) -> str:
         text=True,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
-        timeout=300,
+        timeout=PATIENCE,
     )
     assert done.returncode == 0, f"{command}\n{done.stdout[-4000:]}"
     return done.stdout

@@ -75,8 +75,9 @@ def test_a_jumping_wall_clock_changes_no_duration(tmp_path, monkeypatch):
         log.write("end", step=1)
     found = read(tmp_path / "events.jsonl")
     assert found[0]["time"] > found[1]["time"]
-    assert 0 <= found[1]["seconds"] < 60
-    assert 0 <= found[0]["clock"] <= found[2]["clock"] < 60
+    # Nothing of the jumps, by a billion.
+    assert 0 <= found[1]["seconds"] < 1e8
+    assert 0 <= found[0]["clock"] <= found[2]["clock"] < 1e8
 
 
 def line(start, clock, event, **values):

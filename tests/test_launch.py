@@ -6,6 +6,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from patience import PATIENCE
 
 ROOT = Path(__file__).parent.parent
 
@@ -55,7 +56,7 @@ def run(clone: Path, script: str, *args: str, **variables: str) -> tuple[int, st
         env=environment,
         text=True,
         capture_output=True,
-        timeout=60,
+        timeout=PATIENCE,
     )
     made = calls.read_text().splitlines() if calls.exists() else []
     return done.returncode, done.stdout + done.stderr, made

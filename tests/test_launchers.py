@@ -9,11 +9,11 @@ import shlex
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import yaml
+from patience import PATIENCE, until
 
 ROOT = Path(__file__).parent.parent
 # Beside the interpreter, whether or not its environment is active.
@@ -34,7 +34,7 @@ def execute(*command: str, **variables: str) -> subprocess.CompletedProcess:
         env={**os.environ, **variables},
         text=True,
         capture_output=True,
-        timeout=60,
+        timeout=PATIENCE,
     )
 
 
@@ -82,11 +82,11 @@ def test_slurm_dry_run():
     assert trained(step) == ["--distributed=auto", *TRAINING]
 
 
-# Stand-ins for Slurm: srun is the step, scontrol says that it was called.
+# Stand-ins for Slurm: srun is the step, which waits for a signal, scontrol says that it was called.
 SRUN = """#!/usr/bin/env bash
 trap 'echo got USR1; exit 75' USR1
 echo "srun $*"
-[[ -n "${WAIT:-}" ]] && for i in {1..200}; do sleep 0.05; done
+[[ -n "${WAIT:-}" ]] && for i in {1..24000}; do sleep 0.05; done
 exit "${CODE:-0}"
 """
 SCONTROL = '#!/usr/bin/env bash\necho "scontrol $*"\n'
@@ -133,9 +133,9 @@ def test_slurm_job_passes_the_signal_on(slurm, tmp_path):
             stdout=file,
             stderr=subprocess.STDOUT,
         )
-        wait_for(lambda: "srun --kill" in output.read_text())
+        until(lambda: "srun --kill" in output.read_text())
         job.send_signal(signal.SIGUSR1)
-        assert job.wait(30) == 75
+        assert job.wait(PATIENCE) == 75
     assert "got USR1" in output.read_text() and "scontrol requeue 7" in output.read_text()
 
 
@@ -259,7 +259,7 @@ def test_bad_flags_are_named(script, command, message):
 
 # A stand-in for Python: process 1 ends as it is told to, the others wait for a signal.
 WORKER = """
-import os, signal, sys, time
+import os, pathlib, signal, sys, time
 
 if sys.argv[1] == "-c":
     sys.exit(print(4711))
@@ -275,17 +275,15 @@ def stop(kind, _):
 for kind in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
     signal.signal(kind, stop)
 print(f"devices {os.environ['JAX_NUM_CPU_DEVICES']}:", *sys.argv[1:], flush=True)
+here = pathlib.Path(__file__).parent
+(here / f"ready{process}").touch()
 if process == "1" and "CODE" in os.environ:
-    sys.exit(int(os.environ["CODE"]))
-time.sleep(30)
-"""
-
-
-def wait_for(ready, timeout: float = 30):
-    stop = time.monotonic() + timeout
-    while not ready():
-        assert time.monotonic() < stop
+    # Not before the others can tell that they got a signal.
+    while len(list(here.glob("ready*"))) < 3:
         time.sleep(0.05)
+    sys.exit(int(os.environ["CODE"]))
+time.sleep(PATIENCE)
+""".replace("PATIENCE", str(PATIENCE))
 
 
 @pytest.fixture
@@ -334,18 +332,18 @@ def launched(tmp_path):
 )
 def test_local_processes_are_stopped_by_a_signal(kind, to_group, launched):
     process, output = launched("--devices=4")
-    wait_for(lambda: output.read_text().count("devices 4:") == 3)
+    until(lambda: output.read_text().count("devices 4:") == 3)
     (os.killpg if to_group else os.kill)(process.pid, kind)
-    assert process.wait(30) == 75
+    assert process.wait(PATIENCE) == 75
     lines = output.read_text().splitlines()
     assert {f"[{i}] got {kind.name}" for i in range(3)} <= set(lines), lines
 
 
 def test_local_processes_join_by_the_same_port(launched):
     process, output = launched()
-    wait_for(lambda: output.read_text().count("devices 1:") == 3)
+    until(lambda: output.read_text().count("devices 1:") == 3)
     process.terminate()
-    process.wait(30)
+    process.wait(PATIENCE)
     lines = sorted(line for line in output.read_text().splitlines() if "devices" in line)
     for i, line in enumerate(lines):
         join = "--distributed=manual --coordinator=127.0.0.1:4711 --processes=3"
@@ -356,7 +354,7 @@ def test_local_processes_join_by_the_same_port(launched):
 def test_a_refused_process_ends_the_others(launched):
     """The exit code is that of the first failure, not of those that were ended because of it."""
     process, output = launched(CODE="2")
-    assert process.wait(60) == 2
+    assert process.wait(PATIENCE) == 2
     lines = output.read_text().splitlines()
     assert {"[0] got SIGTERM", "[2] got SIGTERM"} <= set(lines)
 

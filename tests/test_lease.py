@@ -3,43 +3,47 @@
 import json
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from etils import epath
+from patience import PATIENCE
 
-from mor_jax import workdir
+from mor_jax import lease, workdir
 from mor_jax.lease import Held, Lease
 
 ROOT = Path(__file__).parent.parent
 
 
-def test_a_second_one_is_refused_while_the_first_lives_and_not_after(tmp_path):
+def test_a_second_one_is_refused_while_the_first_lives_and_not_after(tmp_path, monkeypatch):
     file = epath.Path(tmp_path) / "lock"
     with Lease(file, "process 1 on here", every=0.05):
-        with pytest.raises(Held, match="process 1 on here"), Lease(file, "another", every=0.5):
-            pass
+        # On a machine that is slow enough nobody knows when the first gets its turn: the second
+        # one's time stands still until then.
+        clock = SimpleNamespace(monotonic=lambda: 0.0, sleep=lambda _: time.sleep(0.01))
+        with monkeypatch.context() as patch:
+            patch.setattr(lease, "time", clock)
+            with pytest.raises(Held, match="process 1 on here"), Lease(file, "another"):
+                pass
         assert json.loads(file.read_text())["owner"] == "process 1 on here"
     assert not file.exists()
     with Lease(file, "another", every=0.05):
         assert json.loads(file.read_text())["owner"] == "another"
 
 
-def test_a_file_that_is_just_being_written_is_no_sign_of_death(tmp_path):
+def test_a_file_that_is_just_being_written_is_no_sign_of_death(tmp_path, monkeypatch):
     file = epath.Path(tmp_path) / "lock"
     file.write_text("")
 
-    def write():
-        time.sleep(0.05)
+    def written(_):
+        """Between two looks at it."""
         file.write_text(json.dumps({"owner": "the living", "id": "0", "counter": 8}))
 
-    writer = threading.Thread(target=write)
-    writer.start()
-    with pytest.raises(Held, match="the living"), Lease(file, "another", every=0.5):
+    monkeypatch.setattr(lease, "time", SimpleNamespace(monotonic=time.monotonic, sleep=written))
+    with pytest.raises(Held, match="the living"), Lease(file, "another"):
         pass
-    writer.join()
 
 
 def test_one_that_was_killed_is_followed(tmp_path):
@@ -59,14 +63,14 @@ from etils import epath
 from mor_jax.lease import Lease
 with Lease(epath.Path(sys.argv[2]), "the sleeper", every=0.05):
     print("held", flush=True)
-    time.sleep(60)
+    time.sleep(float(sys.argv[3]))
 """
 
 
 def test_one_that_was_taken_for_dead_ends_when_it_wakes(tmp_path):
     file = tmp_path / "lock"
     sleeper = subprocess.Popen(
-        [sys.executable, "-c", SLEEPER, str(ROOT), str(file)],
+        [sys.executable, "-c", SLEEPER, str(ROOT), str(file), str(PATIENCE)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -76,7 +80,7 @@ def test_one_that_was_taken_for_dead_ends_when_it_wakes(tmp_path):
         # Again, should the sleeper have written just then.
         file.write_text(json.dumps({"owner": "the heir", "id": "1", "counter": 1}))
         time.sleep(0.02)
-    _, told = sleeper.communicate(timeout=60)
+    _, told = sleeper.communicate(timeout=PATIENCE)
     assert sleeper.returncode == 1
     assert told == f"error: {tmp_path}: the heir took it over\n"
 

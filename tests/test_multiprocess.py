@@ -7,16 +7,18 @@ import contextlib
 import dataclasses
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
-import time
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 from fit_worker import record_rows
+from patience import PATIENCE
+from patience import until as in_time
 from processes import ROOT, Process, until
 from seeded import random_params
 from tiny import TINY, train_config
@@ -144,7 +146,7 @@ def together(corpus, alone, tmp_path_factory):
         for i in range(2)
     ]
     try:
-        codes = [process.code(240) for process in started]
+        codes = [process.code() for process in started]
         assert codes == [0, 0], "\n".join(process.output for process in started)
     finally:
         for process in started:
@@ -259,6 +261,8 @@ def test_a_tensor_axis_that_straddles_processes_is_refused():
         share_of(0, holders)
 
 
+TIMEOUT = 15
+
 # A run of launch/train.py that lasts until it is ended.
 ENDLESS = [
     "--config=configs/mor.py",
@@ -281,7 +285,8 @@ ENDLESS = [
     "--config.eval.completion_tokens=0",
     "--config.log.every=1",
     "--config.checkpoint.every=5",
-    "--config.hosts.timeout=5",
+    # Time enough for whoever lives to beat on a busy machine.
+    f"--config.hosts.timeout={TIMEOUT}",
     "--config.compilation_cache=False",
 ]
 
@@ -304,7 +309,7 @@ def endless(workdir, corpus):
 
 @pytest.fixture(scope="module")
 def killed(corpus, tmp_path_factory):
-    """A run of two processes, one of them killed: workdir, pid, exit code, time and words of the
+    """A run of two processes, one of them killed: workdir, pid, exit code and words of the
     other."""
     folder = tmp_path_factory.mktemp("killed")
     workdir, port = folder / "run", distributed.free_port()
@@ -318,21 +323,22 @@ def killed(corpus, tmp_path_factory):
         for i in range(2)
     ]
     try:
-        until(lambda: saved(workdir), started, 120)
+        until(lambda: saved(workdir), started)
         started[1].send(signal.SIGKILL)
-        began = time.monotonic()
-        code = started[0].code(60)
-        yield workdir, started[1].pid, code, time.monotonic() - began, started[0].output
+        code = started[0].code()
+        yield workdir, started[1].pid, code, started[0].output
     finally:
         for process in started:
             process.end()
 
 
-def test_a_killed_process_is_named_within_a_minute(killed):
-    _, pid, code, seconds, output = killed
+def test_a_killed_process_is_named(killed):
+    _, pid, code, output = killed
     assert code == exit_codes.HOST_LOST, output
-    assert seconds < 60
     assert "host lost: process 1 of 2" in output and f"pid {pid})" in output
+    silent = int(re.search(r"no sign of life for (\d+) s", output)[1])
+    # A third of the time at most is added at once.
+    assert TIMEOUT <= silent <= TIMEOUT + TIMEOUT // 3
 
 
 def test_the_relaunch_goes_on_and_stops_as_one(killed, corpus, tmp_path):
@@ -343,12 +349,14 @@ def test_the_relaunch_goes_on_and_stops_as_one(killed, corpus, tmp_path):
     output = tmp_path / "output"
     command = ["launch/local_multiprocess.sh", "2", "--devices=4", "--", *endless(workdir, corpus)]
     with output.open("w") as file, script(command, file) as launcher:
-        stop = time.monotonic() + 120
-        while max(logged(workdir), default=0) < seen + 3:
-            assert time.monotonic() < stop and launcher.poll() is None, output.read_text()
-            time.sleep(0.1)
+
+        def further():
+            assert launcher.poll() is None, output.read_text()
+            return max(logged(workdir), default=0) >= seen + 3
+
+        in_time(further)
         os.kill(json.loads((workdir / "hosts" / "1.json").read_text())["pid"], signal.SIGTERM)
-        assert launcher.wait(60) == exit_codes.STOPPED, output.read_text()
+        assert launcher.wait(PATIENCE) == exit_codes.STOPPED, output.read_text()
     told = [line for line in output.read_text().splitlines() if "stopped after step" in line]
     assert len(told) == 2, output.read_text()
     steps = {line.split("stopped after step ")[1].split(",")[0] for line in told}

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import jax
 import pytest
+from patience import PATIENCE
 from rich.console import Console
 from tiny import train_config
 
@@ -375,7 +376,7 @@ TINY = [
 
 def command(*arguments: str) -> subprocess.CompletedProcess:
     line = [sys.executable, str(ROOT / "launch" / "plan.py"), *arguments]
-    return subprocess.run(line, capture_output=True, text=True, timeout=240, cwd=ROOT)
+    return subprocess.run(line, capture_output=True, text=True, timeout=PATIENCE, cwd=ROOT)
 
 
 def test_the_step_compiled_for_a_tpu():

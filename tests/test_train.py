@@ -11,6 +11,7 @@ import time
 import jax
 import numpy as np
 import pytest
+from patience import PATIENCE
 from tiny import TINY, train_config
 
 from mor_jax import data, events, train
@@ -169,7 +170,7 @@ def test_an_evaluation_is_left_for_a_signal_and_made_up_for(whole, tmp_path, mon
         if number == 1:
             kill_self()
             # A compilation takes minutes and cannot be interrupted.
-            assert not stuck or done.wait(60)
+            assert not stuck or done.wait(PATIENCE)
 
     with monkeypatch.context() as patch:
         evaluator(patch, before_batch)
@@ -228,7 +229,8 @@ def test_a_signal_inside_a_save_and_clocks_that_jump(whole, tmp_path, monkeypatc
     spent = goodput(events.read(tmp_path / "run" / "events.jsonl"))
     assert (spent.starts, spent.again) == (2, 0)
     assert all(seconds >= 0 for seconds in spent.seconds.values())
-    assert spent.total < 600
+    # Nothing of the jumps, by a day.
+    assert spent.total < 43200
 
 
 def test_what_this_machine_cannot_do_is_refused_before_anything_is_written(corpus, tmp_path):

@@ -129,7 +129,7 @@ sys.path.insert(0, sys.argv[1])
 from mor_jax.workdir import hold
 with hold(sys.argv[2]):
     print("held", flush=True)
-    time.sleep(600)
+    time.sleep(86400)
 """
 
 

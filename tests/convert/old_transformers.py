@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 from filelock import FileLock
+from patience import PATIENCE
 
 OLDEST = "4.56.0"
 # Beside the other caches of the tests, which git ignores.
@@ -23,7 +24,7 @@ def directory() -> Path:
             shutil.rmtree(draft, ignore_errors=True)
             install = [sys.executable, "-m", "pip", "install", "--quiet", "--target", str(draft)]
             packages = [f"transformers=={OLDEST}", "tokenizers>=0.22,<0.23", "huggingface-hub<1"]
-            subprocess.run([*install, *packages], check=True, capture_output=True, timeout=280)
+            subprocess.run([*install, *packages], check=True, capture_output=True, timeout=PATIENCE)
             # numpy and others are those of the tests; two of them in one process do not mix.
             for name in ("numpy", "numpy.libs"):
                 shutil.rmtree(draft / name, ignore_errors=True)
@@ -36,6 +37,8 @@ def run(code: str, *args: str) -> str:
     path = os.pathsep.join([str(directory()), str(Path(__file__).parent.parent.parent)])
     environment = os.environ | {"PYTHONPATH": path, "HF_HUB_OFFLINE": "1"}
     command = [sys.executable, "-c", code, *args]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280)
+    done = subprocess.run(
+        command, env=environment, capture_output=True, text=True, timeout=PATIENCE
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout

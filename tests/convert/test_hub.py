@@ -10,6 +10,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 import pytest
+from patience import PATIENCE
 
 ROOT = Path(__file__).parent.parent.parent
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -89,7 +90,7 @@ def ask(home, endpoint, *names, **environment):
     told |= {"HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"} | environment
     command = [sys.executable, "-c", ASK, *names]
     done = subprocess.run(
-        command, env=os.environ | told, capture_output=True, text=True, timeout=120
+        command, env=os.environ | told, capture_output=True, text=True, timeout=PATIENCE
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout.splitlines()

@@ -19,7 +19,9 @@ order = orders.read_text() if orders.exists() else ""
 
 signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))
 if order == "sleep":
-    time.sleep(60)
+    # Until it is ended.
+    print("asleep", flush=True)
+    time.sleep(86400)
 if order == "fail":
     orders.unlink()
 if order.startswith("fail"):

@@ -7,11 +7,10 @@ import os
 import signal
 import subprocess
 import sys
-import threading
-import time
 from pathlib import Path
 
 import pytest
+from patience import PATIENCE, until
 from test_study_plan import CONFIGS, SMALL
 
 from mor_jax.scaling.cluster import Cluster, submit
@@ -105,20 +104,22 @@ def test_only_a_part_is_run_with_what_it_needs(study):
 
 def test_a_signal_ends_the_trainings_and_a_second_runner_is_refused(study):
     order(study, "plain-w16-1e12-s0", "sleep")
-    stop = threading.Timer(2.0, lambda: os.kill(os.getpid(), signal.SIGTERM))
     second = []
 
     def tell(event):
-        if event.kind == "start" and not second:
+        if event.kind == "start" and event.run.name == "plain-w16-1e12-s0":
             with pytest.raises(ValueError, match="is running it"):
                 run(study)
-            second.append(True)
+            second.append(event.run)
+            log = study / "logs" / f"{event.run.name}.log"
+            until(lambda: "asleep" in log.read_text())
+            os.kill(os.getpid(), signal.SIGTERM)
 
-    stop.start()
-    began = time.monotonic()
     with pytest.raises(StudyStopped):
         run_local(study, read(study), Local(train=STAND_IN), tell)
-    assert second and time.monotonic() - began < 30
+    # It was ended in its sleep: after that it would have left results.
+    [asleep] = second
+    assert not (directory(study, asleep) / "metrics.jsonl").exists()
     (study / "orders" / "plain-w16-1e12-s0").unlink()
     assert run(study)[0] == {} and len(read_points(study)) == 12
 
@@ -154,10 +155,17 @@ def test_results_of_another_study_are_refused(study):
 def test_a_training_that_outlived_its_runner_is_waited_for(study):
     first = directory(study, read(study).runs[0])
     first.mkdir(parents=True)
+    events = []
     with (first / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        threading.Timer(0.5, lambda: fcntl.flock(lock, fcntl.LOCK_UN)).start()
-        failed, events = run(study, only=("plain", "w16"), retries=0)
+
+        def tell(event):
+            events.append((event.kind, event.run.name))
+            if event.kind == "waiting":
+                fcntl.flock(lock, fcntl.LOCK_UN)
+
+        how = Local(train=STAND_IN, only=("plain", "w16"), retries=0)
+        failed = run_local(study, read(study), how, tell)
     assert not failed and [kind for kind, name in events if name == first.name] == [
         "waiting",
         "start",
@@ -234,7 +242,7 @@ def test_the_command_plans_trains_fits_and_reports(tmp_path):
 
     def command(name, *words):
         line = [sys.executable, "launch/isoflop.py", name, f"--study={study}", *words]
-        done = subprocess.run(line, cwd=ROOT, text=True, capture_output=True, timeout=200)
+        done = subprocess.run(line, cwd=ROOT, text=True, capture_output=True, timeout=PATIENCE)
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
 

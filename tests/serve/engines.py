@@ -1,9 +1,12 @@
 """Engines of tiny models, and what their answers have to agree with."""
 
+import contextlib
 import dataclasses
+import threading
 
 import jax
 import numpy as np
+from patience import PATIENCE
 from seeded import random_params
 from tiny import TINY
 
@@ -50,6 +53,29 @@ def requests(number: int, seed: int = 0, longest: int = 64) -> list[Request]:
             )
         )
     return made
+
+
+@contextlib.contextmanager
+def paused(engine, monkeypatch, steps=0):
+    """The engine stands still after so many steps with work, until the event given here is set.
+
+    What a test does to an answer under way would otherwise race with the answer.
+    """
+    going, step, left = threading.Event(), engine._runner.step, [steps]
+    scheduler = engine._runner.scheduler
+
+    def slow():
+        if scheduler.running or scheduler.waiting:
+            left[0] -= 1
+            assert left[0] >= 0 or going.wait(PATIENCE)
+        return step()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine._runner, "step", slow)
+        try:
+            yield going
+        finally:
+            going.set()
 
 
 def check_answer(model: Served, request: Request, tokens: list[Token], tolerance: float) -> None:

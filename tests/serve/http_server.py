@@ -64,29 +64,6 @@ def serving(engine, limits=None, keys=()):
         assert not thread.is_alive()
 
 
-@contextlib.contextmanager
-def held(engine, monkeypatch, steps=0):
-    """The engine stands still after so many steps with work, until the event given here is set.
-
-    What a test does to an answer under way would otherwise race with the answer.
-    """
-    going, step, left = threading.Event(), engine._runner.step, [steps]
-    scheduler = engine._runner.scheduler
-
-    def slow():
-        if scheduler.running or scheduler.waiting:
-            left[0] -= 1
-            assert left[0] >= 0 or going.wait(PATIENCE)
-        return step()
-
-    with monkeypatch.context() as patch:
-        patch.setattr(engine._runner, "step", slow)
-        try:
-            yield going
-        finally:
-            going.set()
-
-
 def idle(engine):
     """Whether nothing is at the engine."""
     now = engine.statistics()

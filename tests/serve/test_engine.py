@@ -6,7 +6,7 @@ import time
 
 import jax
 import pytest
-from serve.engines import check_answer, requests, served
+from serve.engines import check_answer, paused, requests, served
 from tiny import TINY
 
 from mor_jax.serve.config import plan
@@ -104,17 +104,20 @@ class TestOneEngine:
             yield made
         assert made.statistics().pages_used == 0
 
-    def test_cancelled_answers_end_at_once_and_free_their_slots(self, engine):
-        handles = [
-            engine.submit(Request(prompt=(1, 2, 3), max_tokens=60, ignore_eos=True))
-            for _ in range(4)
-        ]
-        for event in handles[0]:
-            if event.index == 2 if not isinstance(event, Finished) else True:
-                break
-        for handle in handles:
-            handle.cancel()
-        ends = [handle.result()[1] for handle in handles]
+    def test_cancelled_answers_end_at_once_and_free_their_slots(self, engine, monkeypatch):
+        # So many steps give some tokens, not sixty.
+        with paused(engine, monkeypatch, 40) as going:
+            handles = [
+                engine.submit(Request(prompt=(1, 2, 3), max_tokens=60, ignore_eos=True))
+                for _ in range(4)
+            ]
+            for event in handles[0]:
+                if event.index == 2 if not isinstance(event, Finished) else True:
+                    break
+            for handle in handles:
+                handle.cancel()
+            going.set()
+            ends = [handle.result()[1] for handle in handles]
         assert {end.reason for end in ends} == {"cancelled"}
         assert all(end.tokens < 60 for end in ends)
         assert engine.statistics().pages_used == 0
@@ -155,17 +158,20 @@ class TestOneEngine:
         with pytest.raises(ValueError, match="iterated over"):
             other.result()
 
-    def test_a_full_queue_refuses_and_a_sink_that_fails_hurts_nobody_else(self, engine):
+    def test_a_full_queue_refuses_and_a_sink_that_fails_hurts_nobody_else(
+        self, engine, monkeypatch
+    ):
         request = Request(prompt=(1, 2, 3), max_tokens=50, ignore_eos=True)
 
         def fails(event):
             raise RuntimeError("sink")
 
-        engine.submit(request, fails)
         handles = []
-        with pytest.raises(Busy, match="6 requests are waiting"):
-            for _ in range(30):
-                handles.append(engine.submit(request))
+        with paused(engine, monkeypatch, 10):
+            engine.submit(request, fails)
+            with pytest.raises(Busy, match="6 requests are waiting"):
+                for _ in range(30):
+                    handles.append(engine.submit(request))
         assert {handle.result()[1].reason for handle in handles} == {"length"}
         assert engine.failure is None
 

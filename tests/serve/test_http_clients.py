@@ -15,7 +15,8 @@ import pytest
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 
 import serve_load
-from http_server import MODEL, engine_of, held, idle, run, serving
+from engines import paused
+from http_server import MODEL, engine_of, idle, run, serving
 from patience import PATIENCE, until
 from serve_client import TEXT, Connection, get, numbers, post
 from served_runs import write_run
@@ -48,7 +49,7 @@ def url(server):
 @pytest.fixture
 def going(engine, monkeypatch):
     """Answers begin, and go on once this is set."""
-    with held(engine, monkeypatch, SOME) as going:
+    with paused(engine, monkeypatch, SOME) as going:
         yield going
     until(lambda: idle(engine))
 
@@ -217,7 +218,7 @@ def test_two_requests_on_one_connection_and_garbage_on_another(url):
 def test_a_server_that_ends_finishes_what_it_began(tmp_path, monkeypatch):
     with (
         engine_of(tmp_path / "small") as engine,
-        held(engine, monkeypatch, SOME) as going,
+        paused(engine, monkeypatch, SOME) as going,
         serving(engine, Limits(drain=PATIENCE, read_timeout=PATIENCE)) as server,
     ):
 
@@ -245,7 +246,7 @@ def test_a_server_that_ends_finishes_what_it_began(tmp_path, monkeypatch):
 def test_a_second_signal_gives_up(tmp_path, monkeypatch):
     with (
         engine_of(tmp_path / "small") as engine,
-        held(engine, monkeypatch, SOME) as going,
+        paused(engine, monkeypatch, SOME) as going,
         serving(engine, Limits(drain=PATIENCE)) as server,
     ):
 
@@ -271,7 +272,7 @@ def test_a_second_signal_gives_up(tmp_path, monkeypatch):
 def test_an_engine_that_fails_ends_the_server_with_an_error(tmp_path, monkeypatch):
     with (
         engine_of(tmp_path / "small") as engine,
-        held(engine, monkeypatch, SOME) as going,
+        paused(engine, monkeypatch, SOME) as going,
         serving(engine) as server,
     ):
 

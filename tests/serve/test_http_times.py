@@ -10,7 +10,8 @@ import time
 
 import openai
 import pytest
-from http_server import engine_of, held, idle, run, serving
+from engines import paused
+from http_server import engine_of, idle, run, serving
 from patience import PATIENCE, until
 from serve_client import TEXT, Connection, post
 
@@ -35,7 +36,7 @@ def engine(tmp_path_factory):
 @pytest.fixture
 def going(engine, monkeypatch):
     """The engine computes nothing until this is set."""
-    with held(engine, monkeypatch) as going:
+    with paused(engine, monkeypatch) as going:
         yield going
     until(lambda: idle(engine))
 
@@ -153,7 +154,7 @@ def test_a_server_that_ends_says_so_on_every_connection(tmp_path, monkeypatch):
     limits = Limits(drain=PATIENCE, keep_alive=PATIENCE)
     with (
         engine_of(tmp_path / "small") as engine,
-        held(engine, monkeypatch) as going,
+        paused(engine, monkeypatch) as going,
         serving(engine, limits) as server,
     ):
 

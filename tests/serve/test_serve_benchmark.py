@@ -1,10 +1,13 @@
 """The serving benchmark's models, its load, and what a machine allows; not its numbers."""
 
+import queue
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from patience import until
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent / "benchmarks"))
 
@@ -82,7 +85,17 @@ def test_the_load_is_drawn_around_the_papers_lengths():
     assert made == load.requests(400, 1000) and made != load.requests(400, 1000, seed=1)
 
 
+class InStep(queue.Queue):
+    """The engine waits until an event has been taken, so that nobody looks at a later state of it
+    than the clients have seen, however seldom they get their turn."""
+
+    def put(self, item):
+        super().put(item)
+        until(self.empty, every=0.0005)
+
+
 def test_a_closed_loop_counts_what_its_clients_see(monkeypatch):
+    monkeypatch.setattr(load, "queue", SimpleNamespace(SimpleQueue=InStep))
     monkeypatch.setattr(load, "MEAN", 24)
     monkeypatch.setattr(load, "SPREAD", 6)
     monkeypatch.setattr(load, "SHORTEST", 4)
