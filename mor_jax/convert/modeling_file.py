@@ -38,6 +38,11 @@ def modeling_text() -> str:
     return f"{source}\n{_SEAL}{_sum(source)}\n"
 
 
+def modeling_version() -> str:
+    """What it is called: "version 2 (956c41b6)"."""
+    return _version(modeling_text())
+
+
 @dataclasses.dataclass(frozen=True)
 class Refreshed:
     """What became of an export's modelling file.
@@ -66,7 +71,7 @@ def refresh(path: PathLike, *, force: bool = False) -> Refreshed:
     place = absolute(path)
     _check_export(place)
     target, new = place / MODELING, modeling_text()
-    after = _version(new)
+    after = modeling_version()
     if not target.is_file():
         replace_file(target, new.encode())
         return Refreshed(place, "no file at all", after, True)

@@ -3,11 +3,7 @@
 import ast
 import dataclasses
 import functools
-import json
-import os
-import subprocess
 import sys
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -37,8 +33,6 @@ from mor_jax.train_step import loss_fn
 from mor_jax.types import IGNORE, Batch
 
 NEW = 64
-OLDEST = {"transformers": "4.56.0", "huggingface-hub": "0.36.2", "tokenizers": "0.22.2"}
-ROOT = Path(__file__).parent.parent.parent
 STRETCHED = RopeScaling(kind="llama3", factor=8.0, original_max_length=32)
 # Settings that no variant of TINY has, several at a time.
 MORE = {
@@ -427,48 +421,3 @@ def test_the_file_needs_torch_and_transformers_and_nothing_private():
             top = module.split(".")[0]
             assert top in {"torch", "transformers"} or top in sys.stdlib_module_names, module
             assert not any(name.name.startswith("_") for name in node.names)
-
-
-@pytest.fixture(scope="session")
-def oldest():
-    """A folder with the oldest transformers that is promised, kept between runs."""
-    folder = ROOT / ".pytest_cache" / f"transformers-{OLDEST['transformers']}"
-    if not folder.exists():
-        part = folder.with_name(f"{folder.name}.{os.getpid()}")
-        packages = [f"{name}=={version}" for name, version in OLDEST.items()]
-        command = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(part)]
-        subprocess.run([*command, *packages], check=True)
-        try:
-            part.rename(folder)
-        except OSError:  # Another worker was faster.
-            assert folder.exists()
-    return folder
-
-
-def test_the_oldest_transformers_gives_the_same(oldest, tmp_path):
-    names = ("plain_untied", "expert_kv_update", "token_loss_free")
-    for name in names:
-        out, _ = generated(name)
-        torch_model(ALL[name]).save_pretrained(tmp_path / name)
-        np.savez(
-            tmp_path / name / "expected.npz",
-            sequences=out.sequences.numpy(),
-            logits=torch.stack(out.logits, dim=1).numpy(),
-        )
-    environment = {
-        **os.environ,
-        "PYTHONPATH": str(oldest),
-        "HF_MODULES_CACHE": str(tmp_path / "modules"),
-        "HF_HUB_OFFLINE": "1",
-    }
-    worker = [sys.executable, str(Path(__file__).parent / "hf_worker.py")]
-    done = subprocess.run(
-        [*worker, *(str(tmp_path / name) for name in names)],
-        env=environment,
-        stdout=subprocess.PIPE,
-        text=True,
-        check=True,
-    )
-    told = json.loads(done.stdout.splitlines()[-1])
-    assert told.pop("version") == OLDEST["transformers"]
-    assert set(told) == set(names) and max(told.values()) < 1e-6, told
