@@ -104,12 +104,21 @@ def test_logits_are_those_of_transformers(options, tmp_path):
     assert np.max(np.abs(got - expected)) < 1e-5 * np.max(np.abs(expected))
 
 
+def test_rounded_capacities_come_back(tmp_path):
+    router = dataclasses.replace(TINY["expert"].router, capacity_multiple=128)
+    cfg = dataclasses.replace(TINY["expert"], router=router)
+    write(tmp_path, cfg, exported_mor(cfg), mor_entries)
+    assert import_hf(str(tmp_path)).cfg.router == router
+
+
 @pytest.mark.parametrize("name", TINY)
 def test_our_own_export_comes_back(name, tmp_path):
     cfg = TINY[name]
     write(tmp_path, cfg, exported_mor(cfg), mor_entries)
     imported = import_hf(str(tmp_path))
-    assert imported.cfg == dataclasses.replace(cfg, attention="auto")
+    exact = dataclasses.replace(cfg.router, capacity_multiple=1)
+    router = cfg.router if cfg.router.kind == "none" else exact
+    assert imported.cfg == dataclasses.replace(cfg, attention="auto", router=router)
     assert_equal(imported.params, random_params(cfg))
     assert imported.facts["architecture"] == "mor" and not imported.facts["notes"]
 

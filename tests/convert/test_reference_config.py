@@ -1,8 +1,11 @@
 """The reference's options: each is expressed in our configuration, or refused with a reason."""
 
+import dataclasses
+
 import pytest
 
 from mor_jax.config import ModelConfig, RouterConfig
+from mor_jax.convert.export_config import reference_options
 from mor_jax.convert.reference import fitted_layers, merge_options, model_config
 
 LLAMA = {
@@ -92,7 +95,24 @@ def test_expert_options():
         capacity_warmup_levels=10,
         aux="aux_router",
         aux_coeff=0.02,
+        capacity_multiple=1,
     )
+
+
+def test_rounded_capacities_are_not_for_the_reference():
+    cfg = routed("expert", {})
+    assert reference_options(cfg)["mor"]["type"] == "expert"
+    rounded = with_multiple(cfg, 128)
+    words = r"model\.router\.capacity_multiple=128: .*rounds nothing.*--to=hf, or train with 1"
+    with pytest.raises(ValueError, match=words):
+        reference_options(rounded)
+    # Token-choice has no capacities there.
+    assert reference_options(with_multiple(routed("token", {}), 128))["mor"]["type"] == "token"
+
+
+def with_multiple(cfg, multiple):
+    router = dataclasses.replace(cfg.router, capacity_multiple=multiple)
+    return dataclasses.replace(cfg, router=router)
 
 
 def test_token_options():
@@ -117,6 +137,7 @@ def test_token_options():
         balance_coeff=0.2,
         balance_warmup_steps=4,
         bias_rate=0.01,
+        capacity_multiple=1,
     )
 
 
