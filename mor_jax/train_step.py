@@ -5,6 +5,7 @@ tokens at each depth.
 """
 
 import dataclasses
+from functools import partial
 from typing import Any
 
 import jax
@@ -121,13 +122,18 @@ def accumulate(
         grads, metrics = grad_fn(params, cfg, batch, route, counts)
         return metrics, grads
 
+    # jit only so that the shapes and the loop's body share one trace, which takes seconds.
+    @partial(jax.jit, inline=True)
+    def part_grads(params: Params, part: Batch, step: Array, counts: Counts) -> Any:
+        return grad_fn(params, cfg, part, dataclasses.replace(route, step=step), counts)
+
     def body(total: tuple[Metrics, Params], part: Batch):
-        grads, metrics = grad_fn(params, cfg, part, route, counts)
+        grads, metrics = part_grads(params, part, route.step, counts)
         return jax.tree.map(jnp.add, total, (metrics, grads)), None
 
     parts = micro_batches(batch, cfg.accumulate)
     first = jax.tree.map(lambda x: x[0], parts)
-    shapes = jax.eval_shape(lambda: grad_fn(params, cfg, first, route, counts))
+    shapes = jax.eval_shape(part_grads, params, first, route.step, counts)
     # Gradients of gathered parameters may come in 16 bits, too few to add many of them.
     zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, jnp.float32), (shapes[1], shapes[0]))
     return jax.lax.scan(body, zeros, parts)[0]

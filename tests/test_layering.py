@@ -5,11 +5,11 @@ arguments count like the others. Dataclasses have no limit on their fields.
 """
 
 import ast
+import functools
 import sys
 import tomllib
+from collections.abc import Callable
 from pathlib import Path
-
-import pytest
 
 ROOT = Path(__file__).parent.parent
 CODE = sorted(
@@ -84,6 +84,23 @@ LAYERS = (
 LAYER_OF = {name: depth for depth, names in enumerate(LAYERS) for name in names}
 
 
+def each_module(check: Callable[[Path], None]) -> Callable[[], None]:
+    """The test that `check` holds for every file, naming all where it does not."""
+
+    def test() -> None:
+        broken = []
+        for path in CODE:
+            try:
+                check(path)
+            except AssertionError as error:
+                broken.append(f"{path.relative_to(ROOT)}: {error}")
+        assert not broken, "\n".join(broken)
+
+    test.__name__ = test.__qualname__ = check.__name__
+    return test
+
+
+@functools.cache
 def tree_of(path: Path) -> ast.Module:
     return ast.parse(path.read_text(), str(path))
 
@@ -94,7 +111,8 @@ def module_of(path: Path) -> str:
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
-def imports(path: Path) -> set[str]:
+@functools.cache
+def imports(path: Path) -> frozenset[str]:
     """Absolute dotted names that a file imports anywhere, `from a import b` as a and a.b."""
     package = module_of(path).split(".")
     if path.name != "__init__.py":
@@ -107,7 +125,7 @@ def imports(path: Path) -> set[str]:
             base = package[: len(package) - node.level + 1] if node.level else []
             source = ".".join([*base, *([node.module] if node.module else [])])
             found |= {source} | {f"{source}.{alias.name}" for alias in node.names}
-    return found
+    return frozenset(found)
 
 
 def part(module: str) -> str | None:
@@ -126,7 +144,7 @@ def test_every_part_has_a_layer():
     assert not unknown, f"give {sorted(unknown)} a place in LAYERS of {__file__}"
 
 
-@pytest.mark.parametrize("path", CODE, ids=IDS)
+@each_module
 def test_imports_point_downwards(path):
     own = part(module_of(path))
     if path.is_relative_to(ROOT / "mor_jax"):
@@ -141,7 +159,7 @@ def test_imports_point_downwards(path):
         )
 
 
-@pytest.mark.parametrize("path", CODE, ids=IDS)
+@each_module
 def test_only_its_command_imports_the_http_server(path):
     if not path.is_relative_to(SERVER) and path != ROOT / "launch" / "serve.py":
         assert not {m for m in imports(path) if m.startswith("mor_jax.serve.http")}
@@ -154,7 +172,7 @@ def test_lm_eval_is_imported_only_where_tasks_are_asked_for():
             assert not [name for name in top if name.startswith("mor_jax.harness")], path
 
 
-@pytest.mark.parametrize("path", CODE, ids=IDS)
+@each_module
 def test_models_know_only_the_models_config(path):
     """`models` never sees the root config, the optimiser or the data."""
     if part(module_of(path)) == "models":
@@ -162,19 +180,19 @@ def test_models_know_only_the_models_config(path):
         assert not imports(path) & forbidden
 
 
-@pytest.mark.parametrize("path", CODE, ids=IDS)
+@each_module
 def test_nnx_stays_in_models_and_state(path):
     users = {m for m in imports(path) if m.startswith("flax")}
     if part(module_of(path)) not in ("models", "state"):
         assert not users, f"{path} imports {sorted(users)}; only models/ and state.py may"
 
 
-@pytest.mark.parametrize("path", CODE, ids=IDS)
+@each_module
 def test_no_private_jax(path):
     assert not {m for m in imports(path) if "jax._src" in m or "jaxlib" in m}
 
 
-@pytest.mark.parametrize("path", CODE, ids=IDS)
+@each_module
 def test_files_and_names(path):
     lines = len(path.read_text().splitlines())
     assert lines <= MAX_FILE or path == EXPORTED, f"{lines} lines: split it (hard limit {MAX_FILE})"
@@ -182,7 +200,7 @@ def test_files_and_names(path):
     assert not (set(path.relative_to(ROOT).parts[:-1]) & {"common", "utils"})
 
 
-@pytest.mark.parametrize("path", CODE, ids=IDS)
+@each_module
 def test_modules_and_public_functions_have_docstrings(path):
     tree = tree_of(path)
     assert ast.get_docstring(tree), "the module docstring says what the module owns"
@@ -195,7 +213,7 @@ def test_modules_and_public_functions_have_docstrings(path):
     assert not missing, f"no docstring: {missing}"
 
 
-@pytest.mark.parametrize("path", CODE, ids=IDS)
+@each_module
 def test_functions_fit_on_a_screen(path):
     for node in ast.walk(tree_of(path)):
         if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
@@ -246,7 +264,7 @@ def third_party(nodes) -> set[str]:
     return {package(t) for t in tops if t not in sys.stdlib_module_names | OWN}
 
 
-@pytest.mark.parametrize("path", CODE, ids=IDS)
+@each_module
 def test_third_party_imports_are_declared(path):
     """Imports at the top of a module in requirements.txt, those inside functions there or as an
     extra in pyproject.toml."""
