@@ -4,11 +4,13 @@ import dataclasses
 import json
 
 import pytest
-from tiny import TINY, train_config
+from tiny import EXPERT_ROUTER, TINY, train_config
 
-from mor_jax import workdir
-from mor_jax.config import RouterConfig, TrainConfig
+from mor_jax import sharding, workdir
+from mor_jax.config import DataConfig, EvalConfig, OptimConfig, RouterConfig, TrainConfig
+from mor_jax.load import find
 from mor_jax.settled import settled, settled_in
+from mor_jax.train import fit
 from mor_jax.workdir import check_workdir, claim_workdir, read_config
 
 RUN = train_config("expert")
@@ -82,6 +84,30 @@ def test_a_branch_takes_that_of_its_source(tmp_path):
     claim_workdir(tmp_path / "source", with_multiple(LONG, 64))
     cfg = settled_in([tmp_path / "new", tmp_path / "source"], LONG, "cpu")
     assert multiple(cfg) == 64
+
+
+def test_training_writes_it_down_and_goes_on_elsewhere(tmp_path, monkeypatch):
+    for i in range(40):
+        (tmp_path / f"{i}.txt").write_text(f"Text {i}: " + " ".join(map(str, range(i, i + 60))))
+    model = dataclasses.replace(
+        TINY["expert_cycle"], vocab_size=256, layers=2, recursions=2, router=EXPERT_ROUTER
+    )
+    cfg = train_config(
+        length=64,
+        batch_size=8,
+        steps=2,
+        model=model,
+        optim=OptimConfig(warmup_steps=1, decay_steps=1),
+        data=DataConfig(sources=(f"text:{tmp_path}/*.txt",), heldout_share=0.2),
+        eval=EvalConfig(every=None, batches=1, batch_size=8, prompt="", completion_tokens=0),
+    )
+    monkeypatch.setattr(sharding, "platform", lambda: "cuda")
+    fit(cfg, tmp_path / "run")
+    assert multiple(read_config(tmp_path / "run")) == 4
+    monkeypatch.undo()
+    # The same command, where no GPU is: nothing has changed, and weights know how they came about.
+    fit(cfg, tmp_path / "run")
+    assert multiple(find(tmp_path / "run").cfg) == 4
 
 
 def test_the_setting_is_checked():
