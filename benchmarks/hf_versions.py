@@ -60,7 +60,7 @@ def main() -> int:
                 for name, result in found["models"].items():
                     rows.append({"transformers": found["transformers"], "model": name, **result})
                     print(line(rows[-1]), flush=True)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return exit_codes.ERROR
     bad = [row for row in rows if not good(row)]
