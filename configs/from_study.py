@@ -31,9 +31,10 @@ def get_config(arg: str = "") -> ConfigDict:
     cfg = train(plain_model("debug"), "debug")
     with cfg.unlocked():
         fill(cfg, _read(arg, epath.Path(study).expanduser() / "manifest.json", name))
-        if cfg.model.router.capacity_multiple is None:
+        router = cfg.model.router
+        if router.kind != "none" and router.capacity_multiple is None:
             # The plan counted the FLOPs of exact capacities, wherever its runs are made.
-            cfg.model.router.capacity_multiple = 1
+            router.capacity_multiple = 1
     return cfg
 
 

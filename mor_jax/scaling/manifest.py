@@ -14,6 +14,7 @@ from mor_jax.config import TrainConfig
 from mor_jax.manifest import write_atomic
 from mor_jax.parsing import changed, check, fail, flat
 from mor_jax.scaling.seal import digest
+from mor_jax.settled import settled
 
 FILE = "manifest.json"
 FORMAT = 1
@@ -94,8 +95,8 @@ class Manifest:
         fail("run", name, f"the study {self.study} has no such run, only {names}", "Name one")
 
     def config(self, run: Run) -> TrainConfig:
-        """The complete configuration of a run."""
-        return TrainConfig.from_dict(self.values(run))
+        """The complete configuration of a run; capacities that it leaves open are exact."""
+        return settled(TrainConfig.from_dict(self.values(run)), "cpu")
 
     def values(self, run: Run) -> dict[str, Any]:
         """The same as nested plain values."""

@@ -152,7 +152,12 @@ def test_training_reads_the_planned_settings(tmp_path):
     manifest = read(study)
     for run in manifest.runs[::5]:
         values = from_study.get_config(f"{study}/{run.name}").to_dict()
-        assert TrainConfig.from_dict(values) == manifest.config(run)
+        cfg = TrainConfig.from_dict(values)
+        assert cfg == manifest.config(run)
+        # Wherever it is made: the plan counted exact capacities.
+        assert cfg.model.router.capacity_multiple == (
+            None if cfg.model.router.kind == "none" else 1
+        )
     for bad, told in ((f"{study}/nothing", "has no run"), ("nowhere/run", "there is no file")):
         with pytest.raises(ValueError, match=told):
             from_study.get_config(bad)
