@@ -89,12 +89,15 @@ def test_a_client_that_leaves_frees_its_slot(server, engine, going, stream):
     assert engine.statistics().cancelled > cancelled
 
 
-def test_a_client_that_sent_two_requests_at_once_and_leaves(server, engine, going):
+@pytest.mark.parametrize("meanwhile", [False, True], ids=["at once", "meanwhile"])
+def test_a_client_that_sent_two_requests_and_leaves(server, engine, going, meanwhile):
     async def ask():
         async with Connection(server.url) as connection:
             await connection.ask(TEXT, body(LONG))
+            while meanwhile and engine.statistics().running == 0:
+                await asyncio.sleep(0.001)
             await connection.ask(TEXT, body(LONG))
-            while engine.statistics().running == 0:
+            while not any(len(c._cycles) == 2 for c in server.server.server_state.connections):
                 await asyncio.sleep(0.001)
 
     run(ask())

@@ -10,6 +10,9 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResp
 
 from mor_jax.serve.http.limits import MAX_HEAD, Limits
 
+# Requests that a client may send before it has the answer to the first.
+_AHEAD = 16
+
 
 @runtime_checkable
 class Clock(Protocol):
@@ -58,6 +61,10 @@ class BoundedProtocol(HttpToolsProtocol):
     def on_headers_complete(self) -> None:
         """Remembers the request: several may have come at once."""
         super().on_headers_complete()
+        if 0 < len(self.pipeline) <= _AHEAD:
+            # uvicorn stops reading while a request waits for another one's answer, and so would
+            # not see the client leave.
+            self.flow.resume_reading()
         going = [cycle for cycle in self._cycles if not cycle.response_complete]
         self._cycles = [*going, self.cycle]
 
