@@ -151,6 +151,26 @@ def test_test_script_checks_before_it_tests(clone):
     assert calls[-1].startswith("-m pytest") and calls[-1].endswith("-k router")
 
 
+@pytest.mark.parametrize("code", [0, 5])
+def test_busy_loops_run_beside_the_tests_and_end_with_them(clone, code):
+    # The stand-in for pytest sees who else runs, and fails as asked.
+    beside = """#!/usr/bin/env bash
+if [[ "$1 $2" == "-m pytest" ]]; then
+  pgrep -P "$PPID" > "$CALLS.beside"
+  exit CODE
+fi
+"""
+    fake = clone.parent / "fakepython"
+    fake.write_text(
+        beside.replace("CODE", str(code)) + FAKE_PYTHON.removeprefix("#!/usr/bin/env bash")
+    )
+    assert run(clone, "test.sh", BUSY="1")[0] == code
+    processes = (clone.parent / "calls.beside").read_text().split()
+    # One loop a core, and the tests themselves.
+    assert len(processes) >= os.cpu_count() + 1
+    assert not [number for number in processes if Path(f"/proc/{number}").exists()]
+
+
 def test_ci_runs_the_test_script():
     assert "./launch/test.sh" in (ROOT / ".ci" / "run").read_text()
     for script in ("launch/quickstart.sh", "launch/test.sh", ".ci/run"):
