@@ -8,8 +8,8 @@ No GPU is needed: XLA compiles for one from its description. The command makes a
 own for that, .venv-gpu, once (4 GB are downloaded). Training takes 32 rows of 2048 tokens a device
 in 8 micro-batches, bf16, remat full, and is compiled for one H100 and for eight (fsdp=8); both
 evaluations take the 32 rows at once; the engine decodes 64 sequences, or stores 256 tokens of a
-prompt. With --multiples the training step of one MoR is compiled with its capacities rounded to
-different multiples, also for a TPU v5e (requirements-tpu.txt), four rows a device.
+prompt. With --multiples programs of one MoR are compiled with its capacities rounded to different
+multiples, four rows a device, the evaluation also for a TPU v5e (requirements-tpu.txt).
 
 Prints tables. With --save each program's record is appended to results/gpu_compile.jsonl as it
 comes and results/gpu_compile.md is made anew; a run that was stopped goes on where it was. Programs

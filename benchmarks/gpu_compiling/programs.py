@@ -54,7 +54,7 @@ def compiled(case: Case) -> dict[str, Any]:
         "peak": stats.argument_size_in_bytes + fresh + stats.temp_size_in_bytes,
         "kernels": dict(Counter(_KERNEL.findall(text))),
         "accessed": traffic(parse_module(text)).bytes,
-        "flops": _flops(cfg, case) if case.program == "train" else None,
+        "flops": None if case.program in ENGINE else _flops(cfg, case),
         "trace_seconds": traced - start,
         "compile_seconds": time.perf_counter() - traced,
     }
@@ -69,7 +69,10 @@ def _devices(case: Case) -> list[jax.Device]:
 
 def _flops(cfg: TrainConfig, case: Case) -> float:
     """Of a device's matrix products, by accounting; recomputed ones too."""
-    return flops(cfg.model, cfg.length).hardware() * case.rows * cfg.length
+    report = flops(cfg.model, cfg.length)
+    forward = report.head + sum(stage.forward(causal=False) for stage in report.computed)
+    a_token = report.hardware() if case.program == "train" else forward
+    return a_token * case.rows * cfg.length
 
 
 def _model(case: Case, cfg: TrainConfig, mesh: Mesh) -> jax.stages.Lowered:

@@ -11,7 +11,15 @@ HEAD = (
     *("attention kernels", "compile s"),
 )
 HEAD_MULTIPLES = (
-    *("model, device", "multiple", "capacities", "peak", "temporaries", "bytes accessed", "TFLOP"),
+    *(
+        "model, program, device",
+        "multiple",
+        "capacities",
+        "peak",
+        "temporaries",
+        "bytes accessed",
+        "TFLOP",
+    ),
     "compile s",
 )
 
@@ -46,8 +54,8 @@ def multiples(records: list[Record]) -> str:
     """The same step with capacities rounded differently."""
     rows = []
     for record in records:
-        first = next(r for r in records if r["target"] == record["target"])
-        where = f"{record['size']} {record['model']}, {record['target']}"
+        first = next(r for r in records if _program(r) == _program(record))
+        where = ", ".join(_program(record))
         cells = [where, str(record["multiple"])]
         if "error" in record:
             rows.append([*cells, record["error"], "", "", "", "", ""])
@@ -62,6 +70,10 @@ def multiples(records: list[Record]) -> str:
             ]
         )
     return markdown(HEAD_MULTIPLES, rows)
+
+
+def _program(record: Record) -> tuple[str, ...]:
+    return f"{record['size']} {record['model']}", record["program"], record["target"]
 
 
 def _beside(record: Record, first: Record, key: str) -> str:
