@@ -70,9 +70,9 @@ def cudnn_attention(
 def _mask(visible: Visibility, sizes: Sizes, q: Array, k: Array) -> Bool[Array, "_ 1 c n"]:
     """The mask of one head, False at padding.
 
-    cuDNN can hide documents without a mask only where it is told their lengths one by one, in an
-    order that gathered tokens do not have. It adds the mask as numbers of 16 bits and has as many
-    for their gradients: 5 bytes a query and key of a micro-batch's rows, for one layer at a time.
+    cuDNN adds it as numbers of 16 bits and makes as many for their gradient: 5 bytes a query and
+    key of a micro-batch's rows, for one layer at a time. Its packed layout, which needs none for
+    documents, is not in JAX's public function.
     """
     (c, n), (queries, keys) = (q.shape[1], k.shape[1]), (sizes.queries, sizes.keys)
     mask = visible_keys(visible, slice(0, c), slice(0, n))
