@@ -8,7 +8,6 @@ numbers are those of XLA's own `target_config/specs`.
 import contextlib
 import dataclasses
 import importlib.util
-import os
 
 import jax
 from jax.experimental import topologies
@@ -134,8 +133,3 @@ def _installed() -> bool:
         names = (f"{FOLDER}.xla_cuda{version}" for version in (12, 13))
         return any(importlib.util.find_spec(name) for name in names)
     return False
-
-
-def stay_off_devices() -> None:
-    """Keeps this process off accelerators that are here; call before JAX starts."""
-    os.environ["JAX_PLATFORMS"] = "cpu"
