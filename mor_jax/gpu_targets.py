@@ -118,7 +118,7 @@ def gpu_devices(name: str, gpus: int = 1, nodes: int = 1) -> list[jax.Device]:
     """
     rule = f"is described for none but {', '.join(TARGETS)}"
     check(name in TARGETS, "gpu", name, rule, "Try h100")
-    fix = "Run pip install -r requirements-gpu.txt in an environment of its own; no GPU is needed"
+    fix = "Run pip install -c requirements.lock -r requirements-gpu.txt; no GPU is needed"
     check(_installed(), "gpu", name, "the compiler for GPUs is in jax[cuda], not installed", fix)
     found = topologies.get_topology_desc(
         platform="cuda",

@@ -6,9 +6,18 @@ import json
 import pytest
 from tiny import EXPERT_ROUTER, TINY, train_config
 
-from mor_jax import sharding, workdir
-from mor_jax.config import DataConfig, EvalConfig, OptimConfig, RouterConfig, TrainConfig
+from mor_jax import aot, sharding, workdir
+from mor_jax.config import (
+    DataConfig,
+    EvalConfig,
+    MeshConfig,
+    OptimConfig,
+    RouterConfig,
+    TrainConfig,
+)
 from mor_jax.load import find
+from mor_jax.plan.build import make_plan
+from mor_jax.plan.fitting import try_others
 from mor_jax.settled import settled, settled_in
 from mor_jax.train import fit
 from mor_jax.workdir import check_workdir, claim_workdir, read_config
@@ -108,6 +117,20 @@ def test_training_writes_it_down_and_goes_on_elsewhere(tmp_path, monkeypatch):
     # The same command, where no GPU is: nothing has changed, and weights know how they came about.
     fit(cfg, tmp_path / "run")
     assert multiple(find(tmp_path / "run").cfg) == 4
+
+
+def test_a_plan_rounds_as_its_devices_would(monkeypatch):
+    seen = []
+
+    def refuse(cfg, mesh):
+        seen.append(multiple(cfg))
+        raise aot.OutOfMemory(2, 1, ())
+
+    monkeypatch.setattr(aot, "compile_step", refuse)
+    cfg = dataclasses.replace(LONG, batch_size=8, mesh=MeshConfig(data=1, fsdp=8))
+    topology = aot.parse_topology("h100:8")
+    try_others(cfg, topology, make_plan(cfg, topology), 1)
+    assert set(seen) == {128}
 
 
 def test_the_setting_is_checked():
