@@ -2,9 +2,10 @@
 
     ./launch/quickstart.sh
 
-Reads the source text of Python's standard library as bytes. Five effective layers, three stored.
-800 steps take a minute and a half on two CPU cores and end at 1.49 nats per held-out byte under
-causal routing (a bigram model: 2.46). No choices after the colon.
+Reads the source text of Python's standard library as bytes. Five effective layers, three stored, of
+width 96, two wide heads, rows of 128 bytes: on a CPU scores and small products cost more than
+their FLOPs say. 600 steps end at 1.51 nats per held-out byte under causal routing (a bigram model:
+2.46); README.md has the time. No choices after the colon.
 """
 
 from ml_collections import ConfigDict
@@ -20,9 +21,15 @@ def get_config(arg: str = "") -> ConfigDict:
     )
     with cfg.unlocked():
         cfg.model.layers = 5
-        cfg.steps = 800
+        cfg.model.width, cfg.model.mlp_width = 96, 256
+        cfg.model.heads, cfg.model.kv_heads, cfg.model.head_dim = 2, 1, 48
+        cfg.length = 128
+        cfg.batch_size = cfg.eval.batch_size = 16
+        cfg.steps = 600
+        cfg.optim.lr = 4.5e-3
         cfg.optim.warmup_steps = 30
-        cfg.optim.decay_steps = 240
+        cfg.optim.decay_steps = 260
         cfg.eval.every = 200
+        cfg.eval.completion_tokens = 120
         cfg.checkpoint.every = 200
     return cfg

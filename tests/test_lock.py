@@ -1,4 +1,5 @@
 """requirements.lock: one version of every package, which fits every range, from no named index."""
+
 from pathlib import Path
 
 import pytest
