@@ -73,8 +73,8 @@ def commands(text: str) -> list[str]:
 def copy(tmp_path_factory):
     """A copy of the repository with a stand-in .venv and a tiny finished quickstart."""
     root = tmp_path_factory.mktemp("docs") / "copy"
-    ignored = (".git", ".venv", "runs", "data", "__pycache__", ".pytest_cache", ".ruff_cache")
-    top = {str(ROOT / name) for name in ignored}
+    ignored = (".git", "runs", "data", "__pycache__", ".pytest_cache", ".ruff_cache")
+    top = {str(ROOT / name) for name in ignored} | {str(path) for path in ROOT.glob(".venv*")}
 
     def skip(folder, names):
         return [n for n in names if f"{folder}/{n}" in top or n == "__pycache__"]
@@ -99,7 +99,7 @@ def execute(command: str, root: Path) -> str:
     done = subprocess.run(
         ["bash", "-ec", command],
         cwd=root,
-        env=os.environ | settings,
+        env={name: value for name, value in os.environ.items() if name != "LATEST"} | settings,
         text=True,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

@@ -23,7 +23,11 @@ def run(engine, asked):
     return [handle.result() for handle in handles]
 
 
-@pytest.mark.parametrize("name", TINY)
+# Without ends of their own these run the same code as their middle variants and expert_cycle.
+COVERED = ("cycle", "sequence", "token_cycle")
+
+
+@pytest.mark.parametrize("name", [name for name in TINY if name not in COVERED])
 def test_answers_are_those_of_the_full_causal_forward_pass(name):
     """For every router, sharing scheme and key/value mode; slots and prompts of every length."""
     model, asked = served(name), requests(7)
