@@ -19,6 +19,7 @@ say goes to .venv-gpu/compile.log.
 
 import argparse
 import dataclasses
+import hashlib
 import json
 import os
 import queue
@@ -45,6 +46,7 @@ ROOT = Path(__file__).resolve().parent.parent
 HOME = ROOT / ".venv-gpu"
 LOG = HOME / "compile.log"
 QUESTION = "gpu_compile"
+PACKAGES = ("requirements.lock", "requirements.txt", "requirements-gpu.txt")
 _DONE = "complete"
 
 
@@ -64,18 +66,19 @@ def parse_args() -> argparse.Namespace:
 def environment() -> Path:
     """The interpreter of the environment with XLA's compiler for GPUs; makes it if need be."""
     python = HOME / "bin" / "python"
-    if (HOME / _DONE).exists():
+    lock, *needed = (ROOT / name for name in PACKAGES)
+    wanted = hashlib.sha256(b"".join(path.read_bytes() for path in (lock, *needed))).hexdigest()
+    stamp = HOME / _DONE
+    if stamp.exists() and stamp.read_text() == wanted:
         return python
     print(f"making {HOME}: several GB are downloaded", file=sys.stderr, flush=True)
     if not python.exists():
         venv.create(HOME, with_pip=True)
-    lock = ROOT / "requirements.lock"
-    locked = ["-c", str(lock)] if lock.exists() else []
-    needed = ("requirements.txt", "requirements-gpu.txt")
-    files = [word for name in needed for word in ("-r", str(ROOT / name))]
-    install = [str(python), "-m", "pip", "install", "--quiet", *locked, *files]
-    subprocess.run(install, check=True, stdout=sys.stderr)
-    (HOME / _DONE).write_text("")
+    files = [word for path in needed for word in ("-r", str(path))]
+    install = [str(python), "-m", "pip", "install", "--quiet", "-c", str(lock), *files]
+    if code := subprocess.run(install, stdout=sys.stderr).returncode:
+        sys.exit(f"error: {HOME}: pip ended with code {code}; what it said is above. Try again")
+    stamp.write_text(wanted)
     return python
 
 
@@ -174,14 +177,26 @@ def document(records: dict[Case, dict]) -> str:
     return text
 
 
+def chosen(cases: list[Case], only: str | None, workers: int) -> list[Case]:
+    """The cases that were asked for. Ends the program with a line if there are none."""
+    if workers < 1:
+        sys.exit(f"error: --workers={workers}: must be at least 1. Try 2")
+    found = [case for case in cases if only is None or (only and only in str(case))]
+    if not found:
+        near = f"'{cases[0]}' or '{cases[-1]}'"
+        sys.exit(f"error: --only={only}: must be part of a program's name, such as {near}")
+    return found
+
+
 def main() -> None:
     """Compiles, prints, saves."""
     args = parse_args()
     which = matrix.quick if args.quick else matrix.multiples if args.multiples else matrix.full
-    cases = [case for case in which() if not args.only or args.only in str(case)]
+    cases = chosen(which(), args.only, args.workers)
     records = known() if args.save and not args.again else {}
     missing = [case for case in cases if case not in records]
-    environment()
+    if missing:
+        environment()
 
     def keep(case: Case, answer: dict) -> None:
         record = {**dataclasses.asdict(case), "version": __version__, **answer}

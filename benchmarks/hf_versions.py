@@ -20,6 +20,7 @@ benchmarks/results/hf_versions.jsonl, one line a row.
 
 import argparse
 import json
+import re
 import subprocess
 import sys
 import tempfile
@@ -48,6 +49,10 @@ def main() -> int:
     if wrong:
         names = ", ".join(models.MODELS)
         print(f"error: --models={options.models}: must be some of {names}", file=sys.stderr)
+        return exit_codes.ERROR
+    if not all(re.fullmatch(r"\d+(\.\d+)+", version) for version in versions):
+        rule = f"must be releases such as {VERSIONS[0]},{VERSIONS[-1]}"
+        print(f"error: --versions={options.versions}: {rule}", file=sys.stderr)
         return exit_codes.ERROR
     rows = []
     try:

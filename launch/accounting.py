@@ -27,7 +27,9 @@ from mor_jax.flops import (
 from mor_jax.settled import settled
 
 CONFIG = config_flags.DEFINE_config_file("config", "configs/mor.py", "what to account for")
-LENGTH = flags.DEFINE_integer("length", None, "tokens of a row; the configuration's if unset")
+LENGTH = flags.DEFINE_integer(
+    "length", None, "tokens of a row; the configuration's if unset", lower_bound=1
+)
 PLATFORM = flags.DEFINE_enum(
     "platform", "cpu", ["cpu", "gpu", "tpu"], "where a run would train; rounds capacities"
 )
@@ -37,7 +39,10 @@ JSON = flags.DEFINE_bool("json", False, "print one JSON line instead of tables")
 def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments {argv[1:]}; settings are --config.NAME=VALUE")
-    cfg = TrainConfig.from_dict(CONFIG.value.to_dict())
+    try:
+        cfg = TrainConfig.from_dict(CONFIG.value.to_dict())
+    except ValueError as error:
+        sys.exit(f"error: {error}")
     length = LENGTH.value or cfg.length
     cfg = settled(dataclasses.replace(cfg, length=length), PLATFORM.value)
     report, room = flops(cfg.model, length), memory(cfg.model, length)

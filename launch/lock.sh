@@ -17,9 +17,13 @@ cp "$old" "$new"
 if (($# == 0)); then set -- --upgrade; fi
 # One version for all Pythons (fewest), so that what is tested is what others get. torch names its
 # CUDA packages by exact version itself. No hashes: torch has builds for CPUs beside that for CUDA.
-"$python" -m uv pip compile requirements*.txt --output-file="$new" --quiet --no-config \
+if ! "$python" -m uv pip compile requirements*.txt --output-file="$new" --quiet --no-config \
   --universal --python-version=3.11 --fork-strategy=fewest --strip-extras --no-emit-index-url \
-  --no-annotate --custom-compile-command=./launch/lock.sh "$@"
+  --no-annotate --custom-compile-command=./launch/lock.sh "$@"; then
+  echo "requirements.lock: is as it was ($new above is a copy of it). If it is damaged:" \
+    "git checkout requirements.lock" >&2
+  exit 1
+fi
 cp "$new" requirements.lock
 
 if changed="$(diff --unchanged-line-format= --old-line-format='- %L' --new-line-format='+ %L' \

@@ -10,8 +10,13 @@ python="$venv/bin/python"
 
 # Prints the first interpreter that is new enough; PYTHON names one to use instead.
 find_python() {
-  local candidate
-  for candidate in ${PYTHON:+"$PYTHON"} python3 python3.13 python3.12 python3.11; do
+  local candidate candidates=(python3 python3.13 python3.12 python3.11)
+  if [[ -n "${PYTHON:-}" ]]; then candidates=("$PYTHON"); fi
+  if [[ -n "${PYTHON:-}" ]] && ! "$PYTHON" -c '' 2>/dev/null; then
+    echo "PYTHON=$PYTHON: is no interpreter that runs. Give the path of one, or leave it out" >&2
+    return 1
+  fi
+  for candidate in "${candidates[@]}"; do
     if "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
       echo "$candidate"
       return
@@ -38,6 +43,10 @@ make_venv() {
 install() {
   make_venv
   local stamp="$venv/requirements.stamp" wanted file args=()
+  if [[ ! -f "$root/requirements.lock" ]]; then
+    echo "requirements.lock: is missing. Get it back: git checkout requirements.lock" >&2
+    return 1
+  fi
   wanted="$(cd "$root" && cat "$@" requirements.lock | cksum) $*"
   if [[ -z "${LATEST:-}" && -f "$stamp" ]] && grep -qxF "$wanted" "$stamp"; then
     return

@@ -1,6 +1,9 @@
 """FLOPs, parameters and bytes: against XLA's own count, the paper's numbers and each other."""
 
 import dataclasses
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -330,3 +333,18 @@ def test_mfu():
     assert mfu(2e9, 100_000.0, "NVIDIA H100 80GB HBM3") == pytest.approx(2e14 / 989e12)
     assert mfu(2e9, 100_000.0, "NVIDIA H100 80GB HBM3", devices=4) == pytest.approx(5e13 / 989e12)
     assert mfu(2e9, 100_000.0, "cpu") is None
+
+
+@pytest.mark.parametrize(
+    ("argument", "told"),
+    [
+        ("--config.model.router.capacity_multiple=0", "error: model.router.capacity_multiple=0: "),
+        ("--length=-5", "length"),
+    ],
+)
+def test_the_command_says_what_is_wrong_without_a_traceback(argument, told):
+    root = Path(__file__).parent.parent
+    command = [sys.executable, str(root / "launch" / "accounting.py")]
+    config = f"--config={root / 'configs' / 'mor.py'}"
+    done = subprocess.run([*command, config, argument], capture_output=True, text=True)
+    assert done.returncode == 1 and told in done.stderr and "Traceback" not in done.stderr

@@ -1,6 +1,7 @@
 """The benchmark of programs for absent GPUs: cases, what it skips, tables. None is compiled."""
 
 import dataclasses
+import subprocess
 import sys
 from pathlib import Path
 
@@ -70,3 +71,38 @@ def test_tables_name_kernels_errors_and_ratios():
 @pytest.mark.parametrize("case", ["360m token, 3: train for 1 h100", "360m plain: decode"])
 def test_cases_are_found_by_name(case):
     assert any(case in str(one) for one in matrix.full())
+
+
+@pytest.mark.parametrize(
+    ("only", "workers", "told"),
+    [
+        ("nonsense", 2, "--only=nonsense: must be part of a program's name, such as '360m plain"),
+        ("", 2, "--only=: must be part"),
+        (None, 0, "--workers=0: must be at least 1"),
+    ],
+)
+def test_wrong_arguments_end_before_anything_is_downloaded(only, workers, told):
+    with pytest.raises(SystemExit) as ended:
+        gpu_compile.chosen(matrix.full(), only, workers)
+    assert told in str(ended.value)
+
+
+def test_the_environment_is_made_again_when_its_packages_change(tmp_path, monkeypatch):
+    calls = []
+    done = subprocess.CompletedProcess([], 0)
+    monkeypatch.setattr(gpu_compile, "HOME", tmp_path / "home")
+    monkeypatch.setattr(gpu_compile, "ROOT", tmp_path)
+    monkeypatch.setattr(gpu_compile.venv, "create", lambda place, **_: place.mkdir(exist_ok=True))
+    monkeypatch.setattr(gpu_compile.subprocess, "run", lambda *a, **_: calls.append(a) or done)
+    for name in gpu_compile.PACKAGES:
+        (tmp_path / name).write_text(name)
+    for _ in range(2):
+        assert gpu_compile.environment() == tmp_path / "home" / "bin" / "python"
+    assert len(calls) == 1
+    (tmp_path / "requirements.lock").write_text("jax==9")
+    done.returncode = 1
+    with pytest.raises(SystemExit, match="pip ended with code 1"):
+        gpu_compile.environment()
+    done.returncode = 0
+    gpu_compile.environment()
+    assert len(calls) == 3

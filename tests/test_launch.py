@@ -143,6 +143,19 @@ def test_an_old_python_is_refused_with_the_fix(clone):
     assert not installs(calls)
 
 
+def test_an_interpreter_that_does_not_run_is_named_not_passed_over(clone):
+    code, output, calls = run(clone, "quickstart.sh", PYTHON="/nowhere/python")
+    assert code != 0 and "PYTHON=/nowhere/python: is no interpreter that runs" in output
+    assert not calls
+
+
+def test_a_missing_lock_is_said_with_the_fix(clone):
+    (clone / "requirements.lock").unlink()
+    code, output, calls = run(clone, "quickstart.sh")
+    assert code != 0 and "requirements.lock: is missing. Get it back: git checkout" in output
+    assert not installs(calls)
+
+
 def test_test_script_checks_before_it_tests(clone):
     code, _, calls = run(clone, "test.sh", "-k", "router")
     assert code == 0

@@ -68,10 +68,13 @@ def refresh(path: PathLike, *, force: bool = False) -> Refreshed:
         ValueError: no export of ours is there, its file was edited or is newer, or it cannot be
             written.
     """
+    check(str(path) != "", "path", "''", "is empty", "Give the directory of an export")
     place = absolute(path)
     _check_export(place)
     target, new = place / MODELING, modeling_text()
     after = modeling_version()
+    rule = f"must be a file, that of the export's {MODELING}"
+    check(not target.is_dir(), "path", str(target), rule, "Move the directory away")
     if not target.is_file():
         replace_file(target, new.encode())
         return Refreshed(place, "no file at all", after, True)
@@ -111,7 +114,9 @@ def _check_export(place: Path) -> None:
 
 def _read(target: Path) -> str:
     # Bytes that are no text would be an edit like any other.
-    return target.read_bytes().decode("utf-8", errors="surrogateescape")
+    # Git on Windows writes other line ends, which change nothing.
+    contents = target.read_bytes().replace(b"\r\n", b"\n")
+    return contents.decode("utf-8", errors="surrogateescape")
 
 
 def _is_edited(text: str) -> bool:

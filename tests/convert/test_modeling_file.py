@@ -74,6 +74,22 @@ def test_a_changed_file_stays_unless_it_is_forced_and_then_beside(export, text):
     assert (export / MODELING).read_text() == modeling_text()
 
 
+def test_line_ends_of_windows_are_no_change(export):
+    (export / MODELING).write_bytes(sealed(OLDER).replace("\n", "\r\n").encode())
+    done = refresh(export)
+    assert done.changed and done.kept is None
+
+
+def test_an_empty_path_and_a_directory_in_the_way_are_refused(export, monkeypatch):
+    monkeypatch.chdir(export)
+    with pytest.raises(ValueError, match="is empty"):
+        refresh("")
+    (export / MODELING).unlink()
+    (export / MODELING).mkdir()
+    with pytest.raises(ValueError, match="must be a file"):
+        refresh(export)
+
+
 def test_a_newer_file_stays_unless_it_is_forced(export):
     (export / MODELING).write_text(sealed(NEWER))
     with pytest.raises(ValueError, match=r"is version 99 .*newer.*Update mor_jax"):

@@ -56,6 +56,13 @@ def test_a_model_that_is_not_there_is_named():
     assert done.stderr.startswith("error: --models=other: must be some of plain, ")
 
 
+def test_a_release_that_is_none_is_named_before_anything_is_installed(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["hf_versions.py", "--versions=newest"])
+    monkeypatch.setattr(environments, "interpreter", lambda *_: pytest.fail("installs"))
+    assert hf_versions.main() == 1
+    assert "--versions=newest: must be releases such as 4.56.0,5.24.0" in capsys.readouterr().err
+
+
 def test_an_environment_that_cannot_be_made_is_named(tmp_path, monkeypatch):
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     with pytest.raises(ValueError, match=r"could not be installed: .*Try pip by hand"):
