@@ -37,7 +37,7 @@ while (($#)); do
 done
 (($#)) || usage "nothing after --: give at least --config=FILE and --workdir=DIR"
 
-python="${PYTHON:-$root/.venv/bin/python}"
+python="${PYTHON:-$root/.venv${LATEST:+-latest}/bin/python}"
 [[ -x "$(command -v "$python")" ]] || python=python3
 port="$("$python" -c 'import socket; s = socket.create_server(("127.0.0.1", 0)); print(s.getsockname()[1])')" ||
   usage "$python: is not a Python that works. Name one: PYTHON=/path/to/python $0 ..."
