@@ -63,14 +63,14 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def environment() -> Path:
-    """The interpreter of the environment with XLA's compiler for GPUs; makes it if need be."""
+def make_environment() -> None:
+    """Makes the environment with XLA's compiler for GPUs, if its packages are not there yet."""
     python = HOME / "bin" / "python"
     lock, *needed = (ROOT / name for name in PACKAGES)
     wanted = hashlib.sha256(b"".join(path.read_bytes() for path in (lock, *needed))).hexdigest()
     stamp = HOME / _DONE
     if stamp.exists() and stamp.read_text() == wanted:
-        return python
+        return
     print(f"making {HOME}: several GB are downloaded", file=sys.stderr, flush=True)
     if not python.exists():
         venv.create(HOME, with_pip=True)
@@ -79,7 +79,6 @@ def environment() -> Path:
     if code := subprocess.run(install, stdout=sys.stderr).returncode:
         sys.exit(f"error: {HOME}: pip ended with code {code}; what it said is above. Try again")
     stamp.write_text(wanted)
-    return python
 
 
 class Worker:
@@ -90,7 +89,7 @@ class Worker:
 
     def __call__(self, case: Case) -> dict[str, Any]:
         """What became of the case; an error is an answer."""
-        python = str(environment()) if case.target in TARGETS else sys.executable
+        python = str(HOME / "bin" / "python") if case.target in TARGETS else sys.executable
         process = self._processes.get(python)
         if process is None or process.poll() is not None:
             process = self._processes[python] = _started(python)
@@ -196,7 +195,7 @@ def main() -> None:
     records = known() if args.save and not args.again else {}
     missing = [case for case in cases if case not in records]
     if missing:
-        environment()
+        make_environment()
 
     def keep(case: Case, answer: dict) -> None:
         record = {**dataclasses.asdict(case), "version": __version__, **answer}

@@ -8,7 +8,8 @@
 # are killed 90 seconds later. The exit code is that of the first to fail. Ctrl-C, SIGTERM and
 # SIGUSR1 go to all of them.
 set -uo pipefail
-root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+# shellcheck source=launch/venv.sh
+source "$(dirname "${BASH_SOURCE[0]}")/venv.sh"
 # shellcheck source=launch/processes.sh
 source "$root/launch/processes.sh"
 
@@ -37,7 +38,7 @@ while (($#)); do
 done
 (($#)) || usage "nothing after --: give at least --config=FILE and --workdir=DIR"
 
-python="${PYTHON:-$root/.venv${LATEST:+-latest}/bin/python}"
+python="${PYTHON:-$python}"
 [[ -x "$(command -v "$python")" ]] || python=python3
 port="$("$python" -c 'import socket; s = socket.create_server(("127.0.0.1", 0)); print(s.getsockname()[1])')" ||
   usage "$python: is not a Python that works. Name one: PYTHON=/path/to/python $0 ..."

@@ -11,10 +11,12 @@ python="$venv/bin/python"
 # Prints the first interpreter that is new enough; PYTHON names one to use instead.
 find_python() {
   local candidate candidates=(python3 python3.13 python3.12 python3.11)
-  if [[ -n "${PYTHON:-}" ]]; then candidates=("$PYTHON"); fi
-  if [[ -n "${PYTHON:-}" ]] && ! "$PYTHON" -c '' 2>/dev/null; then
-    echo "PYTHON=$PYTHON: is no interpreter that runs. Give the path of one, or leave it out" >&2
-    return 1
+  if [[ -n "${PYTHON:-}" ]]; then
+    if ! "$PYTHON" -c '' 2>/dev/null; then
+      echo "PYTHON=$PYTHON: is no interpreter that runs. Give the path of one, or leave it out" >&2
+      return 1
+    fi
+    candidates=("$PYTHON")
   fi
   for candidate in "${candidates[@]}"; do
     if "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then

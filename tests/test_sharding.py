@@ -81,21 +81,16 @@ def losses(name, mesh_config, **changes):
 
 # Every variant where all axes are cut at once; every other mesh; routing where only rows and
 # parameters are cut, within a slice and over slices.
-PAIRS = [(name, "all") for name in VARIANTS if name != "expert"]
-PAIRS += [("plain", mesh) for mesh in MESHES if mesh != "all"]
-PAIRS += [("expert", mesh) for mesh in ("fsdp", "slices")]
+CASES = [(name, "all", 2) for name in VARIANTS if name != "expert"]
+CASES += [("plain", mesh, 2) for mesh in MESHES if mesh != "all"]
+CASES += [("expert", mesh, 2) for mesh in ("fsdp", "slices")]
+# The third recursion chooses among the tokens of the second.
+CASES += [("expert", "all", 3)]
 
 
-@pytest.mark.parametrize(("name", "mesh"), PAIRS)
-def test_eight_devices_compute_what_one_does(name, mesh):
-    many, one = losses(name, MESHES[mesh]), losses(name, ONE)
-    np.testing.assert_allclose(many[:, 0], one[:, 0], rtol=1e-5)
-    np.testing.assert_allclose(many[:, 1], one[:, 1], rtol=1e-4)
-
-
-def test_eight_devices_compute_what_one_does_where_recursions_are_nested():
-    """The third recursion chooses among the tokens of the second, all axes cut."""
-    many, one = (losses("expert", mesh, recursions=3) for mesh in (MESHES["all"], ONE))
+@pytest.mark.parametrize(("name", "mesh", "recursions"), CASES)
+def test_eight_devices_compute_what_one_does(name, mesh, recursions):
+    many, one = (losses(name, where, recursions=recursions) for where in (MESHES[mesh], ONE))
     np.testing.assert_allclose(many[:, 0], one[:, 0], rtol=1e-5)
     np.testing.assert_allclose(many[:, 1], one[:, 1], rtol=1e-4)
 

@@ -113,9 +113,9 @@ def _check_export(place: Path) -> None:
 
 
 def _read(target: Path) -> str:
-    # Bytes that are no text would be an edit like any other.
     # Git on Windows writes other line ends, which change nothing.
     contents = target.read_bytes().replace(b"\r\n", b"\n")
+    # Bytes that are no text would be an edit like any other.
     return contents.decode("utf-8", errors="surrogateescape")
 
 

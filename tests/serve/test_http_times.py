@@ -60,6 +60,17 @@ async def refused(connection):
     return status, connection.headers["retry-after"], connection.headers["connection"], code
 
 
+def refused_beside_another(server):
+    """What a client gets while another one fills the server, as `refused` says it."""
+
+    async def ask():
+        async with Connection(server.url) as busy, Connection(server.url) as late:
+            await fill(busy)
+            return await refused(late)
+
+    return run(ask())
+
+
 # Much shorter and much longer than any wait that the server asks for.
 @pytest.mark.parametrize("keep_alive", [0.05, PATIENCE])
 def test_a_client_that_is_told_to_come_back_is_told_that_its_connection_ends(
@@ -68,24 +79,12 @@ def test_a_client_that_is_told_to_come_back_is_told_that_its_connection_ends(
     with serving(engine, Limits(keep_alive=keep_alive)) as server:
         # As after answers that took long: the longest wait that is ever asked for.
         server.api._usual = 1e6
-
-        async def ask():
-            async with Connection(server.url) as busy, Connection(server.url) as late:
-                await fill(busy)
-                return await refused(late)
-
-        assert run(ask()) == (429, "30", "close", "busy")
+        assert refused_beside_another(server) == (429, "30", "close", "busy")
 
 
 def test_with_too_many_requests_at_work_too(engine, going):
     with serving(engine, Limits(max_requests=1, keep_alive=PATIENCE)) as server:
-
-        async def ask():
-            async with Connection(server.url) as busy, Connection(server.url) as late:
-                await fill(busy)
-                return await refused(late)
-
-        assert run(ask()) == (429, "1", "close", "busy")
+        assert refused_beside_another(server) == (429, "1", "close", "busy")
 
 
 def test_clients_that_come_back_as_told_are_answered(engine, going):
