@@ -12,10 +12,12 @@ PATIENCE = 1200.0
 """Seconds that anything may take before a test gives it up for stuck."""
 
 
-def until(ready: Callable[[], Any], every: float = 0.01) -> Any:
-    """Waits for `ready()` to be true and returns it."""
+def until(
+    ready: Callable[[], Any], every: float = 0.01, seen: Callable[[], str] = lambda: ""
+) -> Any:
+    """Waits for `ready()` to be true and returns it; else fails with what is `seen()` then."""
     end = time.monotonic() + PATIENCE
     while not (value := ready()):
-        assert time.monotonic() < end, f"did not happen within {PATIENCE:g} s"
+        assert time.monotonic() < end, f"did not happen within {PATIENCE:g} s\n{seen()}"
         time.sleep(every)
     return value

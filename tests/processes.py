@@ -3,11 +3,11 @@
 import os
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import patience
 from patience import PATIENCE
 
 ROOT = Path(__file__).parent.parent
@@ -56,10 +56,14 @@ class Process:
 
 def until(ready: Callable[[], Any], processes: list[Process]) -> Any:
     """Waits for `ready()` to be true and returns it; fails when a process ends before."""
-    stop = time.monotonic() + PATIENCE
-    while not (value := ready()):
-        outputs = "\n".join(p.output for p in processes)
-        assert time.monotonic() < stop, f"not ready after {PATIENCE:g} s:\n{outputs}"
-        assert all(p.running() for p in processes), f"a process ended early:\n{outputs}"
-        time.sleep(0.05)
-    return value
+
+    def outputs() -> str:
+        return "\n".join(p.output for p in processes)
+
+    def look() -> Any:
+        value = ready()
+        running = value or all(p.running() for p in processes)
+        assert running, f"a process ended early:\n{outputs()}"
+        return value
+
+    return patience.until(look, every=0.05, seen=outputs)

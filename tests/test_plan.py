@@ -82,7 +82,8 @@ def test_devices_of_two_slices_stand_slice_by_slice():
 def test_a_missing_compiler_is_named_with_the_fix(monkeypatch):
     monkeypatch.setattr(aot.importlib.util, "find_spec", lambda name: None)
     monkeypatch.delenv("TPU_LIBRARY_PATH", raising=False)
-    with pytest.raises(ValueError, match=r"libtpu.*pip install .*-r requirements-tpu\.txt"):
+    fix = r"libtpu.*pip install -c requirements\.lock -r requirements-tpu\.txt"
+    with pytest.raises(ValueError, match=fix):
         aot.devices(parse_topology("v5e:2x2"))
 
 

@@ -5,7 +5,7 @@ import importlib
 from typing import Any
 
 from mor_jax.config import TrainConfig
-from mor_jax.models.router import kernel_multiple
+from mor_jax.settled import settled
 
 # Name -> configuration, its choices, settings.
 MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
@@ -104,12 +104,10 @@ def config(case: Case) -> TrainConfig:
         "mesh.data": 1,
         "mesh.fsdp": case.devices,
     }
-    if values.model.router.kind != "none":
-        length = settings.get("length", values.length)
-        found = case.multiple or kernel_multiple("accelerator", length)
-        settings["model.router.capacity_multiple"] = found
+    if case.multiple is not None:
+        settings["model.router.capacity_multiple"] = case.multiple
     values.update_from_flattened_dict(settings)
-    return TrainConfig.from_dict(values.to_dict())
+    return settled(TrainConfig.from_dict(values.to_dict()), "gpu")
 
 
 def _is_routed(model: str) -> bool:

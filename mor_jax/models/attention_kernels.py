@@ -10,9 +10,9 @@ import jax.numpy as jnp
 from mor_jax.config import Attention, check
 from mor_jax.models.blockwise import blockwise_attention
 from mor_jax.models.cudnn import cudnn_attention, cudnn_obstacle
-from mor_jax.models.masks import Visibility, check_visibility, visible_keys
+from mor_jax.models.masks import Visibility, check_visibility, dense_mask
 from mor_jax.sharding import platform
-from mor_jax.types import Array, Bool, Float
+from mor_jax.types import Array, Float
 
 PATH = "model.attention"
 
@@ -71,11 +71,6 @@ def _check_cudnn(q: Array, platform: str) -> None:
         check(False, PATH, "cudnn", *obstacle)
 
 
-def dense_mask(visible: Visibility, q: Array, k: Array) -> Bool[Array, "_ c n"]:
-    """All of the mask; its leading axis is 1 or b."""
-    return visible_keys(visible, slice(0, q.shape[1]), slice(0, k.shape[1]))
-
-
 def dense_attention(
     q: Float[Array, "b c h k"],
     k: Float[Array, "b n g k"],
@@ -87,7 +82,7 @@ def dense_attention(
     g = k.shape[2]
     grouped = q.reshape(b, c, g, h // g, width)
     scores = jnp.einsum("bcgmk,bngk->bgmcn", grouped, k, preferred_element_type=jnp.float32)
-    mask = dense_mask(visible, q, k)[:, None, None]
+    mask = dense_mask(visible, c, k.shape[1])[:, None, None]
     scores = jnp.where(mask, scores * width**-0.5, jnp.finfo(jnp.float32).min)
     top = jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True))
     weights = jnp.where(mask, jnp.exp(scores - top), 0.0)

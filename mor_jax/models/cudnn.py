@@ -10,7 +10,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from mor_jax.models.masks import Visibility, sees_any, visible_keys
+from mor_jax.models.masks import Visibility, dense_mask, sees_any
 from mor_jax.types import Array, Bool, Float
 
 LENGTHS, HEADS = 2, 8
@@ -75,7 +75,7 @@ def _mask(visible: Visibility, sizes: Sizes, q: Array, k: Array) -> Bool[Array, 
     documents, is not in JAX's public function.
     """
     (c, n), (queries, keys) = (q.shape[1], k.shape[1]), (sizes.queries, sizes.keys)
-    mask = visible_keys(visible, slice(0, c), slice(0, n))
+    mask = dense_mask(visible, c, n)
     return jnp.pad(mask, [(0, 0), (0, queries - c), (0, keys - n)])[:, None]
 
 

@@ -70,9 +70,14 @@ def visible_keys(visible: Visibility, queries: slice, keys: slice) -> Bool[Array
     return mask & (visible.q_segments[:, queries, None] == visible.k_segments[:, None, keys])
 
 
+def dense_mask(visible: Visibility, queries: int, keys: int) -> Bool[Array, "_ queries keys"]:
+    """All of the mask; its leading axis is 1 or b."""
+    return visible_keys(visible, slice(0, queries), slice(0, keys))
+
+
 def sees_any(visible: Visibility) -> Bool[Array, "b c"] | None:
     """Queries with at least one visible key; `None` where that is every one of them."""
     if visible.q_segments is None or visible.k_segments is None:
         return None
     queries, keys = visible.q_segments.shape[1], visible.k_segments.shape[1]
-    return jnp.any(visible_keys(visible, slice(0, queries), slice(0, keys)), axis=-1)
+    return jnp.any(dense_mask(visible, queries, keys), axis=-1)
