@@ -58,6 +58,7 @@ LAYERS = (
         "evaluation",
         "branch",
         "manifest",
+        "made_files",
         "summary",
         "metrics",
         "workdir",

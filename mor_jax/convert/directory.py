@@ -1,8 +1,8 @@
 """Directories and files that are either whole or as before: written beside, then renamed."""
 
 import contextlib
-import glob
 import os
+import re
 import shutil
 import socket
 from collections.abc import Iterator, Sequence
@@ -11,6 +11,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from mor_jax.config import check
+from mor_jax.convert.marker import check_ours, write_marker
 
 PathLike = str | os.PathLike[str]
 
@@ -29,8 +30,8 @@ def fresh_directory(
 
     When the block raises, or the process is killed, `path` is as before; what was written lies in
     `.partial-NAME-...` beside it at the most, and the next conversion to `path` removes it.
-    replace: what an earlier conversion made there gives way, once the new one is complete, unless
-    it is one of `sources`, or in the way of one.
+    replace: what an earlier conversion made there gives way, once the new one is complete; not
+    what is one of `sources`, or in the way of one, and nothing that was added or changed since.
 
     Raises:
         ValueError: `path` exists and may not be replaced, or cannot be written.
@@ -48,6 +49,7 @@ def fresh_directory(
     _open.add(draft)
     try:
         yield draft
+        write_marker(draft)
         _settle(draft)
         _publish(draft, target, replace)
     except (OSError, SafetensorError) as error:
@@ -138,11 +140,10 @@ def _check_replaceable(target: Path, sources: Sequence[Path]) -> None:
         rule = f"is {source}, which is read, or lies around or inside of it"
         apart = target != source and target not in source.parents and source not in target.parents
         check(apart, "output", str(target), rule, "Choose another directory")
-    rule = "was not made by a conversion (no config.json), and nothing else is replaced"
-    fix = "Choose another directory, or delete this one yourself"
-    check((target / "config.json").is_file(), "output", str(target), rule, fix)
     rule = "holds the checkpoints of a run, which are not replaced"
+    fix = "Choose another directory, or delete this one yourself"
     check(not (target / "checkpoints").exists(), "output", str(target), rule, fix)
+    check_ours(target, target, quick=True)
 
 
 def absolute(path: PathLike) -> Path:
@@ -158,26 +159,33 @@ def _tidy(target: Path) -> None:
     """Takes away what killed conversions to `target` left, and puts back what one had replaced."""
     if not target.parent.is_dir():
         return
-    left = [p for p in target.parent.glob(f"{_DRAFT}{glob.escape(target.name)}-*") if _dead(p)]
-    for path in left:
-        if path.name.startswith(f"{_DRAFT}{target.name}-{_REPLACED}") and not target.exists():
+    # Nothing but the whole name will do: `out` is also the beginning of `out-old`.
+    host = re.escape(socket.gethostname())
+    named = re.compile(rf"{re.escape(_DRAFT + target.name)}-({_REPLACED})?{host}-(\d+)")
+    for path in list(target.parent.iterdir()):
+        found = named.fullmatch(path.name)
+        # Drafts of other hosts stay: their processes cannot be seen from here.
+        if found is None or _lives(int(found[2])):
+            continue
+        if found[1] is None:
+            _remove(path)
+        elif not target.exists():
             path.rename(target)
         else:
-            _remove(path)
+            # What was set aside and is not as it was made is somebody's; it stays there.
+            with contextlib.suppress(ValueError):
+                check_ours(path, target)
+                _remove(path)
 
 
-def _dead(draft: Path) -> bool:
-    # Drafts of other hosts stay: their processes cannot be seen from here.
-    front, _, number = draft.name.rpartition("-")
-    if not front.endswith(f"-{socket.gethostname()}"):
-        return False
+def _lives(process: int) -> bool:
     try:
-        os.kill(int(number), 0)
-    except (ValueError, ProcessLookupError):
-        return True
-    except PermissionError:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
         return False
-    return False
+    except PermissionError:
+        return True
+    return True
 
 
 def _settle(directory: Path) -> None:
@@ -205,15 +213,19 @@ def _publish(draft: Path, target: Path, replace: bool) -> None:
     try:
         if replace and target.exists():
             target.rename(old)
-        draft.rename(target)
-    except OSError as error:
-        if not target.exists():
-            if old.exists():
-                old.rename(target)
-            raise
-        told = "was written by another conversion meanwhile. Choose another directory"
-        raise ValueError(f"output={target}: {told}") from error
-    finally:
-        _renaming.discard(draft)
+            # Nobody adds to it by its name any more: what is found now is all there is.
+            if any(old.iterdir()):
+                check_ours(old, target)
+        try:
+            draft.rename(target)
+        except OSError as error:
+            if not target.exists():
+                raise
+            told = "was written by another conversion meanwhile. Choose another directory"
+            raise ValueError(f"output={target}: {told}") from error
         shutil.rmtree(old, ignore_errors=True)
+    finally:
+        if old.exists() and not target.exists():
+            old.rename(target)
+        _renaming.discard(draft)
     flush(target.parent)

@@ -13,6 +13,7 @@ from pathlib import Path
 from mor_jax.config import check
 from mor_jax.convert.directory import PathLike, absolute, replace_file
 from mor_jax.convert.hf_config import CONFIG, read_config
+from mor_jax.convert.marker import MARKER, renew
 
 MODELING = "modeling_mor.py"
 # What config.json has to say, or transformers does not read the file that lies beside it.
@@ -76,7 +77,7 @@ def refresh(path: PathLike, *, force: bool = False) -> Refreshed:
     rule = f"must be a file, that of the export's {MODELING}"
     check(not target.is_dir(), "path", str(target), rule, "Move the directory away")
     if not target.is_file():
-        replace_file(target, new.encode())
+        _write(target, new)
         return Refreshed(place, "no file at all", after, True)
     old = _read(target)
     if old == new:
@@ -93,8 +94,16 @@ def refresh(path: PathLike, *, force: bool = False) -> Refreshed:
     if edited:
         kept = target.with_name(f"modeling_mor-edited-{_sum(old)[:8]}.py")
         replace_file(kept, target.read_bytes())
-    replace_file(target, new.encode())
+    _write(target, new)
     return Refreshed(place, before, after, True, kept)
+
+
+def _write(target: Path, text: str) -> None:
+    replace_file(target, text.encode())
+    # It is what this project made again: the export may be replaced like any other.
+    listed = renew(target.parent, target.name)
+    if listed is not None:
+        replace_file(target.with_name(MARKER), listed)
 
 
 def _check_export(place: Path) -> None:

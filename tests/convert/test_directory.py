@@ -1,6 +1,7 @@
 """Output directories are whole or absent, and nobody's work is overwritten unasked."""
 
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -9,8 +10,10 @@ from pathlib import Path
 
 import pytest
 
+from mor_jax import made_files
 from mor_jax.convert import directory
 from mor_jax.convert.directory import check_target, fresh_directory
+from mor_jax.convert.marker import MARKER
 
 KILLED = """
 import os, signal, sys
@@ -59,28 +62,94 @@ def test_what_is_there_is_refused_unless_it_may_be_replaced(tmp_path):
     with pytest.raises(RuntimeError), fresh_directory(out, replace=True) as draft:
         (draft / "b").write_text("2")
         raise RuntimeError
-    assert names(out) == ["config.json"]
+    assert names(out) == ["config.json", MARKER]
     with fresh_directory(out, replace=True) as draft:
         (draft / "b").write_text("2")
-    assert names(out) == ["b"] and names(tmp_path) == ["out"]
+    assert names(out) == ["b", MARKER] and names(tmp_path) == ["out"]
     with pytest.raises(ValueError, match="is a file"), fresh_directory(out / "b", replace=True):
         pass
     with pytest.raises(ValueError, match="b is a file"), fresh_directory(out / "b" / "c"):
         pass
 
 
-def test_only_what_a_conversion_made_is_ever_replaced(tmp_path):
-    photos, run = made(tmp_path / "photos", "cat.jpg"), made(tmp_path / "run")
-    (run / "checkpoints").mkdir()
-    for path, reason in ((photos, "not made by a conversion"), (run, "holds the checkpoints")):
-        with pytest.raises(ValueError, match=reason), fresh_directory(path, replace=True):
-            pass
-    assert names(photos) == ["cat.jpg"] and names(run) == ["checkpoints", "config.json"]
+def everything(path):
+    """All below a directory, with contents."""
+    return {p: p.read_bytes() if p.is_file() else None for p in sorted(path.rglob("*"))}
+
+
+def write(path, text="mine"):
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(text)
+
+
+# What becomes of a directory after the conversion, and what the refusal has to name.
+CHANGES = {
+    "a file beside": (lambda out: write(out / "thesis.tex"), r"thesis\.tex \(added\)"),
+    "hidden": (lambda out: write(out / ".notes"), r"\.notes \(added\)"),
+    "deep": (lambda out: write(out / "inner" / "data.csv"), r"inner/data\.csv \(added\)"),
+    "an empty directory": (lambda out: (out / "results").mkdir(), r"results \(added\)"),
+    "a link": (lambda out: (out / "data").symlink_to("/usr"), r"data \(added\)"),
+    "longer": (lambda out: write(out / "config.json", "mine"), r"config\.json \(changed\)"),
+    "of the same size": (lambda out: write(out / "config.json", "2"), r"config\.json \(changed\)"),
+    "many": (lambda out: [write(out / f"{i}") for i in range(40)], r"17 \(added\) and 30 more"),
+    "a run with checkpoints": (lambda out: (out / "checkpoints").mkdir(), "holds the checkpoints"),
+    "no list": (lambda out: (out / MARKER).unlink(), f"has no {MARKER}.*delete it yourself"),
+    "another list": (lambda out: write(out / MARKER, '{"files": [1]}'), f"has no {MARKER}"),
+    "a damaged list": (lambda out: write(out / MARKER, '{"fil'), f"has no {MARKER}"),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_only_what_a_conversion_made_is_ever_replaced(change, tmp_path):
+    out = made(tmp_path / "out")
+    happens, words = CHANGES[change]
+    happens(out)
+    before = everything(out)
+    with pytest.raises(ValueError, match=words) as told, fresh_directory(out, replace=True):
+        pass
+    assert everything(out) == before and names(tmp_path) == ["out"]
+    assert "\n" not in str(told.value)
+
+
+def test_a_project_with_a_configuration_is_no_conversion(tmp_path):
+    project = tmp_path / "project"
+    write(project / "config.json", "{}")
+    write(project / "thesis.tex")
+    with pytest.raises(ValueError, match=f"has no {MARKER}"):
+        check_target(project, replace=True)
+
+
+def test_what_is_added_while_a_conversion_runs_is_kept(tmp_path, monkeypatch):
+    monkeypatch.setattr(made_files, "_SMALL", 4)
+    out = tmp_path / "out"
+    with fresh_directory(out) as draft:
+        write(draft / "model", "weights")
+    for name, text in (("late.txt", "mine"), ("model", "trained")):
+        with (
+            pytest.raises(ValueError, match=rf"{name} \((added|changed)\)"),
+            fresh_directory(out, replace=True) as draft,
+        ):
+            write(draft / "model", "others")
+            write(out / name, text)
+        assert (out / name).read_text() == text and names(tmp_path) == ["out"]
+        (out / "late.txt").unlink(missing_ok=True)
+        # The first look compares large files by their size; the one before deleting does not.
+        check_target(out, replace=True)
+
+
+def test_a_copied_directory_may_be_replaced(tmp_path):
+    copied = shutil.copytree(made(tmp_path / "out"), tmp_path / "copied")
+    (copied / "config.json").unlink()
+    with fresh_directory(copied, replace=True) as draft:
+        write(draft / "b")
+    assert names(copied) == ["b", MARKER]
 
 
 def test_what_is_read_is_not_replaced(tmp_path):
-    out = made(tmp_path / "out")
-    (out / "inner").mkdir()
+    out = tmp_path / "out"
+    with fresh_directory(out) as draft:
+        (draft / "config.json").write_text("1")
+        write(draft / "inner" / "a")
     for source in (out, out / "inner", out / "config.json", tmp_path):
         with pytest.raises(ValueError, match=f"is {source}, which is read"):
             check_target(out, replace=True, sources=[source])
@@ -104,7 +173,23 @@ def test_a_directory_is_put_back_if_the_writer_died_between_the_two_renames(tmp_
     out.rename(tmp_path / f".partial-out-replaced-{socket.gethostname()}-{dead.pid}")
     with pytest.raises(ValueError, match="not empty"), fresh_directory(out):
         pass
-    assert names(tmp_path) == ["out"] and names(out) == ["config.json"]
+    assert names(tmp_path) == ["out"] and names(out) == ["config.json", MARKER]
+
+
+def test_only_leavings_of_the_same_place_are_taken_away(tmp_path):
+    dead = subprocess.Popen(["true"])
+    dead.wait()
+    end = f"{socket.gethostname()}-{dead.pid}"
+    # Another place's only copy, and one that somebody wrote into: a start of its name is no reason.
+    others = [f".partial-out-old-replaced-{end}", f".partial-out-replaced-{end}"]
+    for name in others:
+        write(tmp_path / name / "notes")
+    mine = tmp_path / f".partial-out-{end}"
+    mine.mkdir()
+    made(tmp_path / "out2").rename(tmp_path / "out")
+    with fresh_directory(tmp_path / "out", replace=True):
+        pass
+    assert names(tmp_path) == sorted([*others, "out"])
 
 
 def test_a_killed_writer_leaves_nothing_that_looks_complete(tmp_path):

@@ -49,8 +49,16 @@ def test_what_is_there_stays_unless_it_may_be_replaced(plain, tmp_path):
     with pytest.raises(ValueError, match=r"not empty.*--overwrite"):
         import_run("hf", str(done.output), options)
     options = dataclasses.replace(options, replace=True)
-    import_run("hf", str(done.output), options)
+    with pytest.raises(ValueError, match=r"has no conversion\.json"):
+        import_run("hf", str(done.output), options)
+    (tmp_path / "run" / "config.json").unlink()
+    for _ in range(2):
+        import_run("hf", str(done.output), options)
     assert (tmp_path / "run" / "config.json").read_text() and initial.present(tmp_path / "run")
+    (tmp_path / "run" / "notes.md").write_text("mine")
+    with pytest.raises(ValueError, match=r"notes\.md \(added\)"):
+        import_run("hf", str(done.output), options)
+    assert (tmp_path / "run" / "notes.md").read_text() == "mine"
     with pytest.raises(ValueError, match="which is read"):
         import_run("hf", str(done.output), dataclasses.replace(options, workdir=done.output))
 

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from mor_jax import exit_codes
 from mor_jax.convert import modeling_file
+from mor_jax.convert.marker import check_ours, write_marker
 from mor_jax.convert.modeling_file import AUTO_MAP, MODELING, modeling_text, refresh
 
 COMMAND = [sys.executable, str(Path(__file__).parents[2] / "launch" / "convert.py"), "refresh"]
@@ -54,6 +55,18 @@ def test_an_older_file_is_renewed_and_nothing_else(export, text, told):
     assert (export / MODELING).stat().st_mode & 0o777 == 0o640
     again = refresh(export)
     assert not again.changed and again.before == again.after == done.after
+
+
+def test_a_renewed_export_may_still_be_replaced(export):
+    write_marker(export)
+    refresh(export)
+    check_ours(export, export)
+    (export / MODELING).write_text(sealed(NEWER) + "x")
+    with pytest.raises(ValueError, match=r"modeling_mor\.py \(changed\)"):
+        check_ours(export, export)
+    kept = refresh(export, force=True).kept
+    with pytest.raises(ValueError, match=rf"made: {kept.name} \(added\)\."):
+        check_ours(export, export)
 
 
 def test_a_file_that_is_missing_is_written(export):
