@@ -17,6 +17,7 @@ from ml_collections import config_flags
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from mor_jax import command_line, exit_codes
 from mor_jax.config import TrainConfig
 from mor_jax.flops import (
     effective_parameters,
@@ -36,13 +37,12 @@ PLATFORM = flags.DEFINE_enum(
 JSON = flags.DEFINE_bool("json", False, "print one JSON line instead of tables")
 
 
-def main(argv: list[str]) -> None:
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected arguments {argv[1:]}; settings are --config.NAME=VALUE")
+def main(_: list[str]) -> None:
     try:
         cfg = TrainConfig.from_dict(CONFIG.value.to_dict())
     except ValueError as error:
-        sys.exit(f"error: {error}")
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(exit_codes.REFUSED)
     length = LENGTH.value or cfg.length
     cfg = settled(dataclasses.replace(cfg, length=length), PLATFORM.value)
     report, room = flops(cfg.model, length), memory(cfg.model, length)
@@ -98,4 +98,4 @@ def _print_tables(report, counts, totals, room) -> None:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    app.run(main, flags_parser=command_line.parsed)

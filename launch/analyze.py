@@ -31,7 +31,7 @@ def main(argv: list[str] | None = None) -> int:
         result = command.run(given, _standard_input)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
-        return exit_codes.ERROR
+        return exit_codes.REFUSED
     if as_json:
         print(json.dumps(result.to_dict()))
     else:

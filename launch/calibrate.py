@@ -44,7 +44,7 @@ def main(argv: list[str] | None = None) -> int:
         files = calibrate.write(measured, options.name)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
-        return exit_codes.ERROR
+        return exit_codes.REFUSED
     if options.json:
         print(json.dumps(measured.to_dict()))
     else:

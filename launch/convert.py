@@ -36,7 +36,7 @@ def main(argv: list[str] | None = None) -> int:
         return options.run(options)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
-        return exit_codes.ERROR
+        return exit_codes.of(error)
 
 
 def _stop(*_: object) -> None:

@@ -34,7 +34,7 @@ def main(argv: list[str] | None = None) -> int:
         _watch(options, others) if options.watch else _once(options, others)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
-        return exit_codes.ERROR
+        return exit_codes.REFUSED
     except KeyboardInterrupt:
         print("stopped; the same command goes on", file=sys.stderr)
         return exit_codes.STOPPED

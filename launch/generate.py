@@ -63,7 +63,7 @@ def _generate(given: dict[str, Any]) -> int:
         totals = generate(options, _standard_input, console)
     except (ValueError, Stopped) as error:
         print(f"error: {error}", file=sys.stderr)
-        return exit_codes.ERROR
+        return exit_codes.of(error)
     for message in totals.errors:
         print(f"error: {message}", file=sys.stderr)
     return exit_codes.ERROR if totals.errors else exit_codes.OK

@@ -36,7 +36,7 @@ def main(argv: list[str] | None = None) -> int:
         return options.call(options, rest)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
-        return exit_codes.ERROR
+        return exit_codes.REFUSED
     except (OSError, ImportError) as error:
         # A disk, its permissions, or what an object store needs installed.
         print(f"error: study={options.study!r}: cannot be used: {error}", file=sys.stderr)

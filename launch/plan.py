@@ -25,6 +25,8 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 from absl import app, flags, logging
 from ml_collections import config_flags
 
+from mor_jax import command_line, exit_codes
+
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Configuration, such as configs/mor.py.")
 _TOPOLOGY = flags.DEFINE_string("topology", None, "Devices: v5e:16x16, 2xv5e:16x16, h100:8x4.")
 _TOKENS = flags.DEFINE_float("tokens", None, "Tokens of the whole run; default: its steps.")
@@ -34,15 +36,14 @@ _TRY = flags.DEFINE_float("try_seconds", 300, "Time for other settings where the
 flags.mark_flags_as_required(["config", "topology"])
 
 
-def main(argv: list[str]) -> None:
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected arguments {argv[1:]}; settings are --config.NAME=VALUE")
+def main(_: list[str]) -> None:
     logging.set_verbosity(logging.WARNING)
     start = time.perf_counter()
     try:
         plans = _plans()
     except ValueError as error:
-        sys.exit(f"error: {error}")
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(exit_codes.REFUSED)
     seconds = time.perf_counter() - start
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     if _JSON.value:
@@ -102,4 +103,4 @@ def _tell_attempt(change: dict, short: int | None) -> None:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    app.run(main, flags_parser=command_line.parsed)

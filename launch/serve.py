@@ -38,7 +38,7 @@ def main(argv: list[str] | None = None) -> int:
         return _serve(options)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
-        return exit_codes.ERROR
+        return exit_codes.REFUSED
     except MemoryError:
         print("error: not enough memory. Give a smaller --cache or --slots", file=sys.stderr)
         return exit_codes.ERROR

@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from mor_jax import exit_codes, platforms
+from mor_jax import command_line, exit_codes, platforms
 from mor_jax.stopping import Diverged, Leave, Signals, Stopped, StoppedAtOnce
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Configuration, such as configs/mor.py.")
@@ -71,7 +71,7 @@ def main(_: list[str]) -> None:
     except (ValueError, WriteFailed) as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         distributed.linger()
-        _leave("", exit_codes.ERROR)
+        _leave("", exit_codes.of(error))
 
 
 def _join() -> None:
@@ -102,6 +102,6 @@ def _leave(message: str, code: int) -> NoReturn:
 if __name__ == "__main__":
     with _SIGNALS:
         try:
-            app.run(main)
+            app.run(main, flags_parser=command_line.parsed)
         except Leave as left:
             _leave(f"stopped: {left}. The same command starts it again", exit_codes.STOPPED)

@@ -1,4 +1,4 @@
-"""Exit codes of a training run: what a scheduler may read from them. docs/faults.md explains them.
+"""Exit codes of all commands: what a scheduler may read from them. docs/faults.md explains them.
 
 Anything else (a negative code, 137, 139) means that the process was killed or crashed: the same
 command goes on from the newest good checkpoint.
@@ -6,10 +6,20 @@ command goes on from the newest good checkpoint.
 
 OK = 0
 ERROR = 1
-"""Something is wrong with a setting, the data, the directory or a disk; the message says what."""
+"""Something went wrong under way, such as a disk that is full; the message says what."""
+REFUSED = 2
+"""A setting, the data or the directory does not fit; the message says what, nothing was changed."""
 STOPPED = 75
 """Ended on a signal, everything worth saving saved: run the same command again."""
 HOST_LOST = 76
 """Another process of the run died or hung: run the same command again."""
 DIVERGED = 77
 """Steps were not finite again after the one rollback: a person has to look, do not requeue."""
+
+
+def of(error: BaseException) -> int:
+    """The code to end with after `error`, that which it carries itself if it does."""
+    code = getattr(error, "code", None)
+    if isinstance(code, int):
+        return code
+    return REFUSED if isinstance(error, ValueError) else ERROR

@@ -118,9 +118,9 @@ class Hosts:
 
     def failed(self, error: BaseException) -> None:
         """Leaves word that this process ends with an error; the others end with the same code."""
-        code = getattr(error, "code", exit_codes.ERROR)
+        code = exit_codes.of(error)
         text = f"{type(error).__name__}: {error}"
-        self._leave("failed", code if isinstance(code, int) else exit_codes.ERROR, text)
+        self._leave("failed", code, text)
 
     def stopped(self, reason: str) -> None:
         """Leaves word that this process stops at once, and the others have to as well."""

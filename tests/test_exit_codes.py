@@ -20,7 +20,7 @@ ENDS = [
     # Hosts print their message themselves, also where the main thread hangs.
     (HostLost("process 1"), exit_codes.HOST_LOST, "", False),
     (HostLost("process 1 failed", exit_codes.ERROR), exit_codes.ERROR, "", False),
-    (ValueError("seed=-1: wrong"), exit_codes.ERROR, "error: seed=-1: wrong\n", False),
+    (ValueError("seed=-1: wrong"), exit_codes.REFUSED, "error: seed=-1: wrong\n", False),
     (WriteFailed("wire cut"), exit_codes.ERROR, "error: wire cut\n", False),
     (DiskFull("no space"), exit_codes.ERROR, "error: no space\n", False),
     (None, None, "", True),
@@ -65,5 +65,5 @@ def test_every_end_has_its_code(monkeypatch, capsys, error, code, message, toget
 
 
 def test_codes_are_those_of_the_documentation_and_differ():
-    names = ("OK", "ERROR", "STOPPED", "HOST_LOST", "DIVERGED")
-    assert [getattr(exit_codes, name) for name in names] == [0, 1, 75, 76, 77]
+    names = ("OK", "ERROR", "REFUSED", "STOPPED", "HOST_LOST", "DIVERGED")
+    assert [getattr(exit_codes, name) for name in names] == [0, 1, 2, 75, 76, 77]

@@ -347,4 +347,4 @@ def test_the_command_says_what_is_wrong_without_a_traceback(argument, told):
     command = [sys.executable, str(root / "launch" / "accounting.py")]
     config = f"--config={root / 'configs' / 'mor.py'}"
     done = subprocess.run([*command, config, argument], capture_output=True, text=True)
-    assert done.returncode == 1 and told in done.stderr and "Traceback" not in done.stderr
+    assert done.returncode == 2 and told in done.stderr and "Traceback" not in done.stderr

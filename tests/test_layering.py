@@ -41,6 +41,7 @@ LAYERS = (
         "host_memory",
         "platforms",
         "exit_codes",
+        "command_line",
         "stopping",
         "aborts",
         "distributed",

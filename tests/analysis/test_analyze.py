@@ -168,7 +168,7 @@ def test_map(runs, tmp_path, capsys):
     assert "&lt;" in page and "<b>" not in page and page.count('<span class="causal-') >= 62
     assert image.imread(where / "map.png").shape[2] == 4
     code, _, error = run(capsys, *given[:2], "--prompt=other", given[3])
-    assert code == 1 and "holds another analysis (digest, prompt, window differ)" in error
+    assert code == 2 and "holds another analysis (digest, prompt, window differ)" in error
 
 
 def test_statistics_of_token_choice(runs, tmp_path, capsys):
@@ -224,7 +224,7 @@ def test_what_a_model_cannot_do_is_refused(runs, capsys):
     ):
         name, run_name, *more = given
         code, out, error = run(capsys, name, f"--workdir={runs / run_name}", *more)
-        assert code == 1 and not out
+        assert code == 2 and not out
         with pytest.raises(ValueError, match=told):
             raise ValueError(error)
         assert not (runs / run_name / "analysis").exists()

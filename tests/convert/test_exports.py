@@ -208,7 +208,7 @@ def test_the_command_reports_and_refuses(tmp_path):
     assert done.returncode == exit_codes.OK, done.stderr
     assert f"step {STEP}" in done.stdout and "modeling_mor.py" in done.stdout
     again = subprocess.run([*COMMAND, *parts], capture_output=True, text=True)
-    assert again.returncode == exit_codes.ERROR and again.stderr.startswith("error: output=")
+    assert again.returncode == exit_codes.REFUSED and again.stderr.startswith("error: output=")
     source, workdir = f"--source={tmp_path / 'out'}", f"--workdir={tmp_path / 'back'}"
     parts = ["import", "--from=hf", source, workdir]
     done = subprocess.run([*COMMAND, *parts], capture_output=True, text=True)
@@ -217,5 +217,5 @@ def test_the_command_reports_and_refuses(tmp_path):
     tensors = load_file(tmp_path / "out" / "model.safetensors")
     save_file(dict(list(tensors.items())[1:]), tmp_path / "out" / "model.safetensors")
     done = subprocess.run([*COMMAND, *parts, "--overwrite"], capture_output=True, text=True)
-    assert done.returncode == exit_codes.ERROR and "missing" in done.stderr
+    assert done.returncode == exit_codes.REFUSED and "missing" in done.stderr
     assert (tmp_path / "back" / "config.json").exists()

@@ -176,5 +176,5 @@ def test_the_command_renews_a_saved_model_that_then_generates(tmp_path):
     model.save_pretrained(tmp_path / "again")
     assert not refresh(tmp_path / "again").changed
     done = subprocess.run([*COMMAND, f"--path={tmp_path}"], capture_output=True, text=True)
-    assert done.returncode == exit_codes.ERROR
+    assert done.returncode == exit_codes.REFUSED
     assert done.stderr.startswith("error: ") and len(done.stderr.splitlines()) == 1

@@ -225,7 +225,7 @@ def test_files_of_json_lines(run, tmp_path):
     assert set(last["depths"]) <= {1, 2} and last["reason"] == "length"
     # Written once, then refused; the same again on the standard output.
     code, _, err = run(*options)
-    assert code == exit_codes.ERROR and "exists already. Add --overwrite" in err
+    assert code == exit_codes.REFUSED and "exists already. Add --overwrite" in err
     _, out, _ = run("--jsonl=-", *options[2:], stdin=source.read_bytes())
     again = [json.loads(line) for line in out.splitlines()]
     assert [row["tokens"] for row in again] == [row["tokens"] for row in told]
@@ -254,7 +254,7 @@ def test_what_is_wrong_is_said_before_anything_is_written(run, tmp_path):
         (("--prompt=a", "--output=/dev/null", "--overwrite"), "is there and no file"),
     ):
         code, out, err = run(output, *options)
-        assert (code, out) == (exit_codes.ERROR, "") and message in err, options
+        assert (code, out) == (exit_codes.REFUSED, "") and message in err, options
         assert not list(tmp_path.iterdir())
 
 

@@ -333,6 +333,6 @@ def test_the_command_serves_and_ends(tmp_path):
 )
 def test_the_command_says_what_is_wrong(tmp_path, monkeypatch, capsys, arguments, message):
     monkeypatch.chdir(tmp_path)
-    assert importlib.import_module("launch.serve").main(["--port=0", *arguments]) == 1
+    assert importlib.import_module("launch.serve").main(["--port=0", *arguments]) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ") and message in error, error
