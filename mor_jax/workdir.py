@@ -197,7 +197,8 @@ def hold(workdir: epath.PathLike) -> Iterator[None]:
 
 def _hold_local(path: epath.Path) -> Iterator[None]:
     local = Path(path)
-    made = [part for part in (local, *local.parents) if not part.exists()]
+    places = (local / "compilation_cache", local, *local.parents)
+    made = [part for part in places if not part.exists()]
     try:
         local.mkdir(parents=True, exist_ok=True)
         file = (local / LOCK_FILE).open("a+")
@@ -243,12 +244,12 @@ def _take_back(path: Path, made: list[Path]) -> None:
     with contextlib.suppress(OSError):
         (path / LOCK_FILE).unlink()
         cache = path / "compilation_cache"
-        for entry in cache.iterdir() if cache.exists() else ():
+        # One that was there before is somebody's.
+        for entry in cache.iterdir() if cache in made and cache.exists() else ():
             entry.unlink()
-        if cache.exists():
-            cache.rmdir()
         for part in made:
-            part.rmdir()
+            if part != cache or cache.exists():
+                part.rmdir()
 
 
 def _check_writable(path: epath.Path) -> None:

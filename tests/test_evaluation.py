@@ -20,6 +20,7 @@ from mor_jax.convert.lazy import flatten, held
 from mor_jax.data.bpe import train_bpe
 from mor_jax.evaluate import Evaluator
 from mor_jax.evaluation import Asked, evaluate
+from mor_jax.evaluation.figure import check_path, draw
 from mor_jax.evaluation.records import FILE, Records
 from mor_jax.evaluation.text_bytes import TextBytes
 from mor_jax.evaluation.watch import Watch
@@ -240,6 +241,14 @@ def test_the_command_prints_a_table_or_json(trained, imported, tmp_path, capsys)
     assert float(row[2]) == pytest.approx(math.exp(float(row[1])), rel=1e-3)
     assert command.main([f"--workdir={imported}", *few, f"--figure={tmp_path}/loss.png"]) == 0
     assert (tmp_path / "loss.png").read_bytes()[1:4] == b"PNG"
+    for name in ("loss.png", "loss.svg", "loss.pdf"):
+        # What was drawn here may be drawn again, somebody's picture may not.
+        draw(told, tmp_path / name)
+        check_path(tmp_path / name)
+        (tmp_path / name).write_bytes(b"\x89PNG holidays")
+        with pytest.raises(ValueError, match="was not drawn by an evaluation"):
+            draw(told, tmp_path / name)
+        assert (tmp_path / name).read_bytes() == b"\x89PNG holidays"
     assert command.main([f"--workdir={imported}", *few, f"--output={tmp_path}/a.jsonl"]) == 0
     assert json.loads((tmp_path / "a.jsonl").read_text())["text"]["rows"] == 8
     capsys.readouterr()

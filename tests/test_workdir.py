@@ -167,6 +167,10 @@ def test_an_unclaimed_directory_is_taken_back_and_a_killed_start_leaves_it_free(
         (run / name).touch()
     (run / "compilation_cache").mkdir()
     assert check_workdir(run, CFG) is None
+    (run / "compilation_cache" / "entry-cache").write_text("somebody's")
+    with pytest.raises(RuntimeError), hold(run):
+        raise RuntimeError
+    assert (run / "compilation_cache" / "entry-cache").read_text() == "somebody's"
 
 
 def as_user(user, call):

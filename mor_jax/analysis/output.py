@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from mor_jax import made_files
 from mor_jax.parsing import check, fail
 
 FILE = "analysis.json"
@@ -45,14 +46,20 @@ class Place:
         return place
 
     def check_free(self) -> None:
-        """Raises `ValueError` if a file, another directory or another run's analysis is there."""
+        """Raises `ValueError` if what is there is not all of an analysis of the same run.
+
+        A file, another directory, another run's analysis, and files that were added to an analysis
+        or changed since.
+        """
         path, fix = self.path, "Give another --output"
         if not path.exists() or (path.is_dir() and not any(path.iterdir())):
             return
         check(path.is_dir(), "output", str(path), "is a file", fix)
         try:
-            asked = json.loads((path / FILE).read_text())["asked"]
-            owner = asked["workdir"]
+            told = json.loads((path / FILE).read_text())
+            asked, owner = told["asked"], told["asked"]["workdir"]
+            # Earlier releases kept names alone.
+            made = told.get("stamps") or dict.fromkeys(told["files"])
         except (OSError, ValueError, TypeError, KeyError):
             rule = "is there and holds no analysis; it is not replaced"
             fail("output", str(path), rule, fix)
@@ -63,6 +70,9 @@ class Place:
         rule = f"holds another analysis ({', '.join(other)} differ); it is not replaced"
         fix = "Give another --output, or --overwrite"
         check(not other or self.overwrite, "output", str(path), rule, fix)
+        added = made_files.strangers(path, made, FILE)
+        rule = f"holds what no analysis made: {', '.join(added[:10])}; it is not replaced"
+        check(not added, "output", str(path), rule, "Move that away, or give another --output")
 
     def write(self, facts: Mapping[str, Any], files: Mapping[str, Write]) -> list[Path]:
         """Writes all files beside the place and moves them there together; their paths.
@@ -74,11 +84,13 @@ class Place:
         told = {"asked": dict(self.asked), **facts, "files": sorted(files)}
         try:
             draft.mkdir(parents=True)
-            for name, contents in {**files, FILE: json.dumps(told, indent=1) + "\n"}.items():
+            for name, contents in files.items():
                 if isinstance(contents, str):
                     (draft / name).write_text(contents, encoding="utf-8")
                 else:
                     contents(draft / name)
+            told["stamps"] = made_files.stamps(draft, FILE)
+            (draft / FILE).write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
             # Someone else may have come meanwhile.
             self.check_free()
             if self.path.exists():

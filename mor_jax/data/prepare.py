@@ -18,7 +18,7 @@ from mor_jax.data.documents import Documents, open_documents
 from mor_jax.data.heldout import is_heldout, text_hash
 from mor_jax.data.prepare_config import PrepareConfig, Progress, Report
 from mor_jax.data.prepare_parts import PARTS, PartWork, clear_partial, to_json
-from mor_jax.data.shard_writer import write_beside
+from mor_jax.data.shard_writer import PARTIAL, write_beside
 from mor_jax.data.shards import FORMAT, MANIFEST, RECORD_TOKENS, SPLITS
 from mor_jax.data.tokenizers import Tokenizer, load_tokenizer
 
@@ -41,6 +41,8 @@ def prepare(cfg: PrepareConfig, report: Report) -> dict[str, Any]:
     tokenizer = None if cfg.train_bpe else load_tokenizer(cfg.tokenizer, "--tokenizer")
     settings = _settings(cfg, sources, tokenizer)
     with _alone(cfg.output):
+        # Before anything is tidied there: what is not ours stays as it is.
+        _check_ours(cfg.output, settings)
         try:
             _claim(cfg.output, settings)
             tokenizer = tokenizer or _trained(cfg, sources)
@@ -90,8 +92,8 @@ def _settings(
     }
 
 
-def _claim(output: Path, settings: dict[str, Any]) -> None:
-    """Makes the directory ours, or checks that it was begun with the same settings."""
+def _check_ours(output: Path, settings: dict[str, Any]) -> None:
+    """Raises `ValueError` unless the directory is empty or was begun with the same settings."""
     path = output / SETTINGS
     if path.exists():
         before = json.loads(path.read_text())
@@ -99,10 +101,17 @@ def _claim(output: Path, settings: dict[str, Any]) -> None:
         rule = f"was begun with other settings (before, now): {changed}"
         fix = "Name another directory, remove this one, or use the settings of before"
         check(not changed, "--output", str(output), rule, fix)
-    else:
-        rule = "is not empty and was not begun by this program"
-        check(not any(output.iterdir()), "--output", str(output), rule, "Name a new directory")
-        write_beside(path, to_json(settings))
+        return
+    # A start that was killed leaves no more than this.
+    others = {entry.name for entry in output.iterdir()} - {f"{SETTINGS}{PARTIAL}"}
+    rule = "is not empty and was not begun by this program"
+    check(not others, "--output", str(output), rule, "Name a new directory")
+
+
+def _claim(output: Path, settings: dict[str, Any]) -> None:
+    """Makes the directory ours."""
+    if not (output / SETTINGS).exists():
+        write_beside(output / SETTINGS, to_json(settings))
     (output / PARTS).mkdir(exist_ok=True)
     clear_partial(output)
 

@@ -8,6 +8,9 @@ from typing import Any
 from mor_jax.evaluation.report import NAMES
 from mor_jax.parsing import check, fail
 
+# What a picture says of where it comes from, and the field for it in each format.
+_MAKER = "mor_jax evaluation"
+_TELLS = {".png": "Software", ".svg": "Creator", ".pdf": "Creator"}
 _COLOURS = {"causal": "#c2410c", "topk": "#1d4ed8"}
 
 
@@ -44,7 +47,7 @@ def draw(values: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
         one.grid(alpha=0.3)
     figure.suptitle(f"{Path(values['workdir']).name}, step {values['step']}: {values['text']}")
     try:
-        figure.savefig(path, dpi=150)
+        figure.savefig(path, dpi=150, metadata={_TELLS[Path(path).suffix]: _MAKER})
     except OSError as error:
         fail("figure", str(path), f"cannot be written ({error})", "Give another --figure")
 
@@ -56,3 +59,6 @@ def check_path(path: str | os.PathLike[str]) -> None:
     check(where.suffix in (".png", ".svg", ".pdf"), "figure", str(path), rule, "Try loss.png")
     rule = "its directory does not exist"
     check(where.parent.is_dir(), "figure", str(path), rule, "Make it first")
+    ours = not where.exists() or (where.is_file() and _MAKER.encode() in where.read_bytes())
+    rule = "is there and was not drawn by an evaluation; it is not replaced"
+    check(ours, "figure", str(path), rule, "Give another --figure")

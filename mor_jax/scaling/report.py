@@ -6,10 +6,11 @@ from typing import Any
 from etils import epath
 
 from mor_jax.manifest import write_atomic
+from mor_jax.parsing import check
 from mor_jax.scaling.figures import Figures
 from mor_jax.scaling.fit import Fit, View
 from mor_jax.scaling.points import Point
-from mor_jax.scaling.report_page import Picture, page
+from mor_jax.scaling.report_page import OPENING, Picture, page
 
 PAGE = "report.html"
 
@@ -35,7 +36,10 @@ def write_report(
 
     manifest: plain values with `study`, `unit`, `code` and `runs`; it is printed as it is. Every
     file is absent, the old one or complete. Needs a fit and the points that it was made of.
+
+    Raises `ValueError` where files of these names are there and no report made them.
     """
+    _check_free(fit, folder)
     folder.mkdir(parents=True, exist_ok=True)
     unit = str(manifest.get("unit", "training"))
     pictures: dict[tuple[str, str], list[Picture]] = {}
@@ -50,12 +54,23 @@ def write_report(
     return [folder / PAGE, *paths]
 
 
+def _check_free(fit: Fit, folder: epath.Path) -> None:
+    names = [
+        _file(name, view) for view in fit.views for name in _DRAWN[view.routing, view.kind]
+    ] + [PAGE]
+    there = [name for name in names if (folder / name).exists()]
+    ours = (folder / PAGE).exists() and OPENING.encode() in (folder / PAGE).read_bytes()
+    rule = f"holds {', '.join(there[:5])}, which no report made, and would replace"
+    check(ours or not there, "output", str(folder), rule, "Give another --output")
+
+
+def _file(name: str, view: View) -> str:
+    return f"{_FILES[name]}-{view.routing}-{view.kind}.png"
+
+
 def _draw(fit: Fit, view: View, unit: str, names: Sequence[str]) -> list[Picture]:
     figures = Figures(fit, view, unit)
-    return [
-        Picture(name, f"{_FILES[name]}-{view.routing}-{view.kind}.png", getattr(figures, name)())
-        for name in names
-    ]
+    return [Picture(name, _file(name, view), getattr(figures, name)()) for name in names]
 
 
 def _write_bytes(path: epath.Path, content: bytes) -> None:

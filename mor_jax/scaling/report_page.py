@@ -22,6 +22,9 @@ from mor_jax.scaling.fit_tables import (
 )
 from mor_jax.scaling.points import Point
 
+OPENING = "<h2>Findings</h2>"
+"""Every page has it, and no other file of its name."""
+
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #1f2937; max-width: 1180px; margin: 2rem auto;
   padding: 0 1rem; }
@@ -71,7 +74,7 @@ def page(
     parts = [
         f"<h1>{_text(name)}</h1>",
         f"<p class='faint'>{_text(_subtitle(fit, points, manifest))}</p>",
-        "<h2>Findings</h2>",
+        OPENING,
         _list(findings(fit, main)),
         _refused(main),
         _list(fit.notes, "note"),

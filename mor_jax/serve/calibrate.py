@@ -143,7 +143,12 @@ def _curve(calibrator: Calibrator, model: ModelConfig, points: int) -> Iterator[
 
 def check_name(found: Found, name: str) -> None:
     """Raises `ValueError` unless a calibration may be saved as `name`; before the work is done."""
-    check_replaceable(path_of(found.path, name))
+    path = path_of(found.path, name)
+    check_replaceable(path)
+    # Beside a calibration that is there, they are its curve.
+    there = [] if path.exists() else [file.name for file in _curve(path) if file.exists()]
+    rule = f"{there} would be replaced, and no calibration is there that made them"
+    check(not there, "name", str(path), rule, "Give another --name, such as 'fast' or FILE.json")
 
 
 def write(measured: Measured, name: str) -> list[epath.Path]:
@@ -153,7 +158,7 @@ def write(measured: Measured, name: str) -> list[epath.Path]:
     """
     path = path_of(measured.found.path, name)
     save(path, measured.calibration)
-    curve, picture = (path.with_name(path.stem + end) for end in (".curve.jsonl", ".curve.png"))
+    curve, picture = _curve(path)
     if len(measured.points) == 1:
         # Those of an older calibration of the name would be taken for this one's.
         for old in (curve, picture):
@@ -165,3 +170,8 @@ def write(measured: Measured, name: str) -> list[epath.Path]:
     marks = [(p.name, p.depth, p.loss, p.name.startswith(on)) for p in measured.points]
     plots.depth_curve(marks, picture, title=f"Loss over depth: {measured.found}")
     return [path, curve, picture]
+
+
+def _curve(path: epath.Path) -> tuple[epath.Path, epath.Path]:
+    """Where the curve of the calibration at `path` goes, and its picture."""
+    return path.with_name(f"{path.stem}.curve.jsonl"), path.with_name(f"{path.stem}.curve.png")

@@ -7,6 +7,7 @@ import contextlib
 import io
 import json
 import os
+import secrets
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Protocol, runtime_checkable
@@ -73,9 +74,10 @@ def whole_file(path: Path, replace: bool) -> Iterator[io.TextIOBase]:
     check(file, "output", str(path), "is there and no file", "Give the path of a file")
     exists = path.exists() and not replace
     check(not exists, "output", str(path), "exists already", "Add --overwrite to replace it")
-    draft = path.with_name(f"{path.name}.draft")
+    # A name that nobody has: a file `answers.jsonl.draft` may be anybody's.
+    draft = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}")
     try:
-        file = draft.open("w", encoding="utf-8")
+        file = draft.open("x", encoding="utf-8")
     except OSError as error:
         fail("output", str(path), f"cannot be written ({error.strerror})", "Choose another")
     try:

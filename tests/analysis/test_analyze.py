@@ -14,6 +14,7 @@ from tiny import TINY, train_config
 from mor_jax import initial
 from mor_jax.analysis import recursions, statistics
 from mor_jax.analysis.observe import observe, routed_model
+from mor_jax.analysis.output import FILE, Place
 from mor_jax.analysis.reading import Wanted, read
 from mor_jax.config import DataConfig, EvalConfig
 from mor_jax.convert.lazy import flatten, held
@@ -169,6 +170,28 @@ def test_map(runs, tmp_path, capsys):
     assert image.imread(where / "map.png").shape[2] == 4
     code, _, error = run(capsys, *given[:2], "--prompt=other", given[3])
     assert code == 2 and "holds another analysis (digest, prompt, window differ)" in error
+
+
+def test_only_what_an_analysis_made_is_replaced(tmp_path):
+    asked = {"workdir": "runs/a", "tokens": 3}
+    place = Place.of(str(tmp_path / "map"), asked, "map", False)
+    place.write({}, {"map.html": "page", "map.png": lambda path: path.write_bytes(b"png")})
+    Place.of(str(tmp_path / "map"), asked, "map", False).write({}, {"map.html": "again"})
+    assert (tmp_path / "map" / "map.html").read_text() == "again"
+    for name, what in (("notes.md", "added"), ("map.html", "changed")):
+        (tmp_path / "map" / name).write_text("my own")
+        for overwrite in (False, True):
+            with pytest.raises(ValueError, match=rf"no analysis made: .*{name} \({what}\)"):
+                Place.of(str(tmp_path / "map"), asked, "map", overwrite)
+        with pytest.raises(ValueError, match=name):
+            place.write({}, {"map.html": "once more"})
+        assert (tmp_path / "map" / name).read_text() == "my own"
+    # Earlier releases listed names alone.
+    told = json.loads((tmp_path / "map" / FILE).read_text())
+    del told["stamps"]
+    (tmp_path / "map" / FILE).write_text(json.dumps(told))
+    with pytest.raises(ValueError, match=r"no analysis made: notes\.md \(added\);"):
+        place.check_free()
 
 
 def test_statistics_of_token_choice(runs, tmp_path, capsys):

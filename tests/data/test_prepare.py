@@ -176,6 +176,19 @@ def test_a_directory_of_something_else_is_refused(wanted):
     with pytest.raises(ValueError, match="not empty and was not begun by this program"):
         prepare(wanted, quiet)
     assert contents(wanted.output) == {"thesis.doc": b"precious"}
+    # Half a download of somebody's, deep inside, is no leaving of ours.
+    (wanted.output / "films").mkdir()
+    (wanted.output / "films" / "long.partial").write_text("precious")
+    with pytest.raises(ValueError, match="not empty and was not begun by this program"):
+        prepare(wanted, quiet)
+    assert contents(wanted.output)["films/long.partial"] == b"precious"
+
+
+def test_a_start_that_was_killed_at_once_leaves_the_directory_free(wanted):
+    wanted.output.mkdir()
+    (wanted.output / "settings.json.partial").write_text("{")
+    prepare(wanted, quiet)
+    assert not list(wanted.output.rglob("*.partial"))
 
 
 def test_two_at_once_are_refused(wanted):

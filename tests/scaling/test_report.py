@@ -11,6 +11,7 @@ from etils import epath
 from matplotlib import image
 from synthetic_study import Law, study
 
+from mor_jax.scaling import report
 from mor_jax.scaling.figures import COLOURS, Figures
 from mor_jax.scaling.fit import FitOptions, fit
 from mor_jax.scaling.report import write_report
@@ -82,3 +83,16 @@ def test_a_study_of_one_architecture_at_one_budget_has_a_report_too(tmp_path):
     for name in ("by_budget", "by_architecture", "frontier", "optimum"):
         png = getattr(Figures(fitted, fitted.view(), "paper"), name)()
         assert shown(png) == set(COLOURS[:1])
+
+
+def test_files_that_no_report_made_are_kept(made, tmp_path):
+    fitted, written = made
+    mine = epath.Path(tmp_path / written[1].name)
+    mine.write_text("mine")
+    with pytest.raises(ValueError, match=rf"holds {mine.name}, which no report made"):
+        write_report(fitted, [], MANIFEST, epath.Path(tmp_path))
+    (tmp_path / "report.html").write_text("<h1>Quarterly figures</h1>")
+    with pytest.raises(ValueError, match=r"report\.html, which no report made"):
+        write_report(fitted, [], MANIFEST, epath.Path(tmp_path))
+    assert mine.read_text() == "mine" and len(list(tmp_path.iterdir())) == 2
+    report._check_free(fitted, written[0].parent)

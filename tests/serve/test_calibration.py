@@ -159,6 +159,11 @@ def test_what_cannot_be_calibrated_leaves_nothing_behind(run, command, tmp_path)
         before = (tmp_path / name).read_text()
         wrong = command("calibrate", f"--workdir={run}", f"--name={tmp_path}/{name}")
         assert wrong[0] != 0 and why in wrong[2] and (tmp_path / name).read_text() == before
+    (tmp_path / "mine.curve.png").write_text("mine")
+    (tmp_path / "mine.json").unlink()
+    wrong = command("calibrate", f"--workdir={run}", f"--name={tmp_path}/mine.json")
+    assert wrong[0] != 0 and "['mine.curve.png'] would be replaced" in wrong[2]
+    assert (tmp_path / "mine.curve.png").read_text() == "mine"
     for name, model in (
         ("plain", of_bytes("plain")),
         ("whole", with_router(of_bytes("expert_cycle"), capacities=(1.0, 1.0, 1.0))),

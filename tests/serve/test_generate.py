@@ -4,6 +4,7 @@ import dataclasses
 import importlib
 import io
 import json
+import os
 import threading
 
 import numpy as np
@@ -20,6 +21,7 @@ from mor_jax.serve.engine import Engine, EngineConfig
 from mor_jax.serve.prompts import Wishes, from_lines, from_texts, prepare
 from mor_jax.serve.request import Finished, Request
 from mor_jax.serve.served import load_served
+from mor_jax.serve.show import whole_file
 from mor_jax.workdir import claim_workdir
 
 MODEL = dataclasses.replace(TINY["expert_cycle"], vocab_size=256, layers=2, recursions=2)
@@ -256,6 +258,24 @@ def test_what_is_wrong_is_said_before_anything_is_written(run, tmp_path):
         code, out, err = run(output, *options)
         assert (code, out) == (exit_codes.REFUSED, "") and message in err, options
         assert not list(tmp_path.iterdir())
+
+
+def test_a_file_is_whole_or_as_before_and_nothing_beside_it_is_touched(tmp_path):
+    for name in ("a.jsonl", "a.jsonl.draft"):
+        (tmp_path / name).write_text("mine")
+    with pytest.raises(ValueError, match="exists already"), whole_file(tmp_path / "a.jsonl", False):
+        pass
+    with pytest.raises(KeyError), whole_file(tmp_path / "a.jsonl", True) as file:
+        file.write("half")
+        raise KeyError
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {
+        "a.jsonl": "mine",
+        "a.jsonl.draft": "mine",
+    }
+    with whole_file(tmp_path / "a.jsonl", True) as file:
+        file.write("whole")
+    assert (tmp_path / "a.jsonl").read_text() == "whole"
+    assert (tmp_path / "a.jsonl.draft").read_text() == "mine" and len(os.listdir(tmp_path)) == 2
 
 
 class Interrupted(io.StringIO):
