@@ -42,8 +42,10 @@ class TrainState:
 
 
 @functools.cache
-def _abstract(cfg: ModelConfig) -> tuple[nnx.GraphDef, nnx.State]:
-    model = nnx.eval_shape(lambda: Transformer(cfg, rngs=nnx.Rngs(params=0)))
+def _abstract(
+    cfg: ModelConfig, kind: type[Transformer] = Transformer
+) -> tuple[nnx.GraphDef, nnx.State]:
+    model = nnx.eval_shape(lambda: kind(cfg, rngs=nnx.Rngs(params=0)))
     return nnx.split(model)
 
 
@@ -109,9 +111,14 @@ def _normal(key: Array, shapes: list[tuple[int, ...]]) -> list[Float[Array, "...
     ]
 
 
-def model_of(cfg: ModelConfig, params: Params) -> Transformer:
-    """The module with these parameters; cheap, meant for use under a trace."""
-    graph, state = _abstract(cfg)
+def model_of(
+    cfg: ModelConfig, params: Params, kind: type[Transformer] = Transformer
+) -> Transformer:
+    """The module with these parameters; cheap, meant for use under a trace.
+
+    kind: a class with the parameters of `Transformer` that runs them in another way.
+    """
+    graph, state = _abstract(cfg, kind)
     filled = jax.tree.map(lambda leaf: leaf, state)
     nnx.replace_by_pure_dict(filled, params)
     return nnx.merge(graph, filled)

@@ -51,8 +51,11 @@ def train_step(spec: StepSpec, state: TrainState, batch: Batch) -> tuple[TrainSt
     ok = jnp.isfinite(metrics["loss"]) & jnp.isfinite(norms.main) & jnp.isfinite(norms.aux)
     updates, opt_state = spec.optimizer.update(grads, state.opt_state, state.params, ok=ok)
     params = optax.apply_updates(state.params, updates)
-    if "bias" in params.get("router", {}):
-        params = _balanced(cfg, params, metrics, state.step + 1, ok)
+    if "choice_count" in metrics:
+        choice = metrics.pop("choice_count")
+        metrics["choice_share"] = choice / jnp.sum(choice)
+        if "bias" in params["router"]:
+            params = _balanced(cfg, params, choice, state.step + 1, ok)
     skipped = 1 - ok.astype(jnp.int32)
     metrics |= {
         "grad_norm": norms.main,
@@ -197,7 +200,7 @@ def _routing_metrics(cfg: TrainConfig, routing: Routing, batch: Batch, counts: C
     if routing.expert is not None and counts.candidates is not None:
         metrics["router_accuracy"] = jnp.mean(routing.expert.correct / counts.candidates)
     if routing.token is not None:
-        metrics["choice_share"] = routing.token.choice / counts.tokens
+        metrics["choice_count"] = routing.token.choice
         metrics["overflow_share"] = jnp.sum(routing.token.overflow) / counts.tokens
     return metrics
 
@@ -224,11 +227,16 @@ def _with_shares(
     return dataclasses.replace(counts, share=share)
 
 
-def _balanced(cfg: TrainConfig, params: Params, metrics: Metrics, step: Array, ok: Array) -> Params:
-    """Loss-free balancing: depths chosen less than average gain bias (Wang et al. 2024)."""
-    share, router = metrics["choice_share"], cfg.model.router
-    bias = params["router"]["bias"]
-    moved = bias + router.bias_rate * jnp.sign(jnp.mean(share) - share)
+def _balanced(
+    cfg: TrainConfig, params: Params, choice: Float[Array, "r"], step: Array, ok: Array
+) -> Params:
+    """Loss-free balancing: depths chosen less than average gain bias (Wang et al. 2024).
+
+    choice: tokens of the global batch that chose each depth. Whole numbers, because rounding of
+    shares would decide the sign where the depths are used evenly.
+    """
+    router, count, bias = cfg.model.router, choice.astype(jnp.int32), params["router"]["bias"]
+    moved = bias + router.bias_rate * jnp.sign(jnp.sum(count) - count.size * count)
     moved = jnp.where(step < router.balance_warmup_steps, jnp.zeros_like(bias), moved)
     new = jnp.where(ok, moved, bias)
     return {**params, "router": {**params["router"], "bias": new}}

@@ -17,7 +17,7 @@ from mor_jax.losses import batch_counts, router_losses
 from mor_jax.models.router import Route, capacity_counts
 from mor_jax.optim import make_optimizer, paths
 from mor_jax.state import forward, new_state
-from mor_jax.train_step import StepSpec, train_step
+from mor_jax.train_step import StepSpec, _balanced, train_step
 from mor_jax.types import IGNORE, Batch
 
 ROUTED = ("expert", "expert_aux_router", "token", "token_loss_free")
@@ -163,6 +163,18 @@ def test_loss_free_balancing_moves_the_bias_by_its_rate_towards_rare_depths():
         assert 0 < share[0] < 1
     for state, _ in history:
         assert not np.any(state.opt_state["mu"]["router"]["bias"])
+
+
+@pytest.mark.parametrize("count", [[24, 24, 24], [23, 25, 24], [0, 36, 36], [1, 1, 16777210]])
+def test_an_even_use_of_the_depths_moves_no_bias(count):
+    cfg = dataclasses.replace(config("token_loss_free"), model=TINY["token_loss_free"])
+    rate = cfg.model.router.bias_rate
+    params = {"router": {"bias": jnp.zeros(3)}}
+    ready, ok = jnp.asarray(99), jnp.asarray(True)
+    # Compiled, a division of such counts would round, and an even use have a sign.
+    move = jax.jit(lambda choice: _balanced(cfg, params, choice, ready, ok)["router"]["bias"])
+    even = np.sum(count, dtype=np.int64) - 3 * np.asarray(count, np.int64)
+    np.testing.assert_allclose(move(jnp.asarray(count, jnp.float32)), rate * np.sign(even))
 
 
 def test_the_auxiliary_router_is_trained_alone():

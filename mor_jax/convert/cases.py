@@ -60,6 +60,11 @@ class Case:
         recorded = self.spec.get("meta", {}).get("num_items_in_batch")
         return float(self.spec.get("num_items_in_batch") or recorded or np.sum(labels != IGNORE))
 
+    @property
+    def passes_before(self) -> int:
+        """Training forward passes before the first one that was recorded: warm-ups count them."""
+        return int(self.spec.get("training_step", 0))
+
     def tensors(self, key: str) -> dict[str, np.ndarray]:
         """The flat vector `key` (`params_flat`, ...) as tensors by reference name.
 

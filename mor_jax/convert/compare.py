@@ -10,6 +10,12 @@ from typing import Any, Literal
 
 import numpy as np
 
+from mor_jax.config import ModelConfig
+from mor_jax.convert.compacted_rows import mistaken
+from mor_jax.convert.ties import Tie, find_ties
+from mor_jax.models.routing import Routing
+from mor_jax.types import Params
+
 Group = Literal["outputs", "selections", "losses", "gradients", "trajectory"]
 
 # The tolerances of float32 parity (relative). Selections must be equal.
@@ -22,6 +28,8 @@ TOLERANCES: dict[Group, float] = {
 }
 # Below a tenth, a loss is compared absolutely: accuracies and unused terms are often exactly 0.
 SMALL_LOSS = 0.1
+# Ties of a case that its line names.
+SHOWN = 3
 # A gradient tensor this much smaller than the largest one holds little but rounding of the rest.
 FAINT = 1e-4
 
@@ -31,12 +39,30 @@ class Report:
     """What the comparison of one case found.
 
     worst: group -> largest error and the array it was found in. reason: why the case could not be
-    compared at all, if so.
+    compared at all, if so. ties: choices that rounding decides. mistaken: where the recording may
+    hold the fault `compacted_rows`, in words. emulated: whether it was computed with that fault.
     """
 
     name: str
     worst: dict[Group, tuple[float, str]] = dataclasses.field(default_factory=dict)
     reason: str | None = None
+    ties: list[Tie] = dataclasses.field(default_factory=list)
+    mistaken: list[str] = dataclasses.field(default_factory=list)
+    emulated: bool = False
+
+    def saw(self, cfg: ModelConfig, params: Params, routing: Routing | None, step: int | None):
+        """Notes the ties of a pass, and its rows behind one that was dropped.
+
+        step: number of the training forward pass, from 1; None: an evaluation.
+        """
+        if routing is None:
+            return
+        bias = params["router"].get("bias")
+        self.ties += find_ties(cfg, routing, step, None if bias is None else np.asarray(bias))
+        if routing.token is not None:
+            when = "evaluation" if step is None else f"forward {step}"
+            places = mistaken(np.asarray(routing.depth))
+            self.mistaken += [f"{when}, row {row}, recursion {r + 1}" for r, row in places]
 
     def add(self, group: Group, what: str, error: float | np.floating) -> None:
         """Takes the error of one array into account; NaN counts as infinite."""
@@ -66,7 +92,17 @@ class Report:
         if not self.worst:
             return f"{head} nothing was recorded to compare with"
         parts = [self._part(group, error) for group, (error, _) in self.worst.items()]
-        return f"{head} {'  '.join(parts + self.failures)}"
+        return f"{head} {'  '.join(parts + self.failures + self.notes)}"
+
+    @property
+    def notes(self) -> list[str]:
+        """What a reader should know of how the numbers came about."""
+        found = [str(tie) for tie in self.ties[:SHOWN]]
+        if len(self.ties) > SHOWN:
+            found.append(f"and {len(self.ties) - SHOWN} ties more")
+        if self.emulated:
+            found.append(f"with the reference's fault compacted_rows, from {self.mistaken[0]}")
+        return found
 
     @staticmethod
     def _part(group: Group, error: float) -> str:

@@ -15,8 +15,9 @@ from mor_jax.config import ModelConfig, OptimConfig, check
 from mor_jax.convert.cases import Case, batch_of
 from mor_jax.convert.compare import Report, add_tensors, by_magnitude
 from mor_jax.convert.names import entries
-from mor_jax.convert.reference_loss import compiled, kept
+from mor_jax.convert.reference_loss import compiled, rules
 from mor_jax.convert.state_dict import from_params
+from mor_jax.models.routing import Routing
 from mor_jax.optim import decays, global_norms, make_optimizer, schedule
 from mor_jax.types import Array, Float, Params
 
@@ -40,9 +41,12 @@ def optim_config(hp: dict[str, Any]) -> OptimConfig:
     )
 
 
-def compare_trajectory(case: Case) -> Report:
-    """Runs the recorded steps and compares losses, gradient norms, rates and final weights."""
-    report, spec, cfg = Report(case.name), case.spec, case.config
+def compare_trajectory(case: Case, compacted_rows: bool = False) -> Report:
+    """Runs the recorded steps and compares losses, gradient norms, rates and final weights.
+
+    compacted_rows: with that fault of the reference, see `convert.compacted_rows`.
+    """
+    report, spec, cfg = Report(case.name, emulated=compacted_rows), case.spec, case.config
     optim, steps = optim_config(spec["hp"]), spec["steps"]
     _check_decay(case)
     params = jax.tree.map(jnp.asarray, case.params("init_flat"))
@@ -51,20 +55,23 @@ def compare_trajectory(case: Case) -> Report:
     update = jax.jit(optimizer.update)
     micro_losses, norms = [], []
     for step in range(steps):
-        summed, ratios = None, []
+        summed, routings = None, []
         for index in range(step * spec["grad_accum"], (step + 1) * spec["grad_accum"]):
-            params = _warm_bias(cfg, params, index + 1)
+            # The reference counts forward passes, and a recording may begin in the middle.
+            number = case.passes_before + index + 1
+            params = _warm_bias(cfg, params, number)
             batch = batch_of(*_rows(case, index))
             inputs = (params, cfg, batch, float(spec["num_items_in_batch"]))
-            counts = kept(cfg, batch.tokens.shape[1], index + 1)
-            (_, ran), grads = compiled()(*inputs, counts, index + 1)
+            fixed = rules(cfg, batch.tokens.shape[1], number, compacted_rows)
+            (_, ran), grads = compiled()(*inputs, fixed, number)
+            report.saw(cfg, params, ran.out.routing, number)
             summed = grads if summed is None else jax.tree.map(jnp.add, summed, grads)
             micro_losses.append(ran.values["loss"])
-            ratios.append(ran.values.get("balancing_ratio"))
+            routings.append(ran.out.routing)
         norms.append(global_norms(summed).main)
         updates, state = update(summed, state, params)
         params = optax.apply_updates(params, updates)
-        params = _move_bias(cfg, params, ratios)
+        params = _move_bias(cfg, params, routings)
     rates = [schedule(optim, steps)(step) for step in range(steps)]
     for key, value in (("micro_loss", micro_losses), ("grad_norm", norms)):
         report.add("trajectory", key, _each(value, case.arrays[key]))
@@ -106,17 +113,28 @@ def _warm_bias(cfg: ModelConfig, params: Params, forward: int) -> Params:
     return _with_bias(params, jnp.zeros_like(params["router"]["bias"]))
 
 
-def _move_bias(cfg: ModelConfig, params: Params, ratios: list[Any]) -> Params:
+def _move_bias(cfg: ModelConfig, params: Params, routings: list[Routing | None]) -> Params:
     """Loss-free balancing: the bias moves a step towards an even use of the depths.
 
-    ratios: share of the tokens at each depth, [r] of every micro-batch of the step.
+    routings: of every micro-batch of the step.
     """
     if "bias" not in params.get("router", {}):
         return params
-    # On the host, in the reference's order: at an even use, rounding decides the sign.
-    shares = sum(np.asarray(ratio) for ratio in ratios) / np.float32(len(ratios))
-    step = np.float32(cfg.router.bias_rate) * np.sign(np.mean(shares) - shares)
+    counts = [np.asarray(r.token.choice) for r in routings if r is not None and r.token is not None]
+    step = np.float32(cfg.router.bias_rate) * balancing_sign(counts)
     return _with_bias(params, params["router"]["bias"] + step)
+
+
+def balancing_sign(counts: list[Float[np.ndarray, "r"]]) -> Float[np.ndarray, "r"]:
+    """Where the reference moves its bias: -1, 0 or 1 for each depth.
+
+    counts: tokens of every micro-batch at each depth. On the host and in the reference's order,
+    because at an even use the rounding of these very divisions decides the sign; compiled, they
+    become products with a reciprocal.
+    """
+    ratios = [count / np.float32(np.sum(count)) for count in counts]
+    ratio = sum(ratios[1:], ratios[0]) / np.float32(len(ratios))
+    return np.sign(np.mean(ratio) - ratio)
 
 
 def _with_bias(params: Params, bias: Float[Array, "r"]) -> Params:

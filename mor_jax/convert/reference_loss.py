@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mor_jax.config import ModelConfig, RouterConfig
+from mor_jax.convert import compacted_rows
 from mor_jax.losses import batch_counts, router_losses, text_loss
 from mor_jax.models.router import Route, capacity_counts
 from mor_jax.models.routing import Routing
@@ -42,9 +43,20 @@ class Pass:
     out: ModelOutput
 
 
-def kept(cfg: ModelConfig, length: int, step: int) -> tuple[int, ...]:
-    """Tokens that each recursion keeps in training forward pass number `step`, from 1."""
-    return capacity_counts(cfg, length, step)
+@dataclasses.dataclass(frozen=True)
+class Rules:
+    """What is fixed when a pass is compiled.
+
+    counts: tokens that each recursion keeps. compacted_rows: with that fault of the reference.
+    """
+
+    counts: tuple[int, ...]
+    compacted_rows: bool = False
+
+
+def rules(cfg: ModelConfig, length: int, step: int, compacted_rows: bool = False) -> Rules:
+    """The rules of training forward pass number `step`, from 1."""
+    return Rules(capacity_counts(cfg, length, step), compacted_rows)
 
 
 def steady(cfg: ModelConfig) -> int:
@@ -57,22 +69,26 @@ def objective(
     cfg: ModelConfig,
     batch: Batch,
     items: Float[Array, ""] | float,
-    counts: tuple[int, ...],
+    fixed: Rules,
     step: Int[Array, ""] | int,
 ) -> tuple[Float[Array, ""], Pass]:
     """What the reference differentiates, and the pass that led to it.
 
-    items: labels that the loss is divided by. counts: see `kept`. step: number of this training
-    forward pass, from 1. The auxiliary router's own loss is part of the objective but not of
+    items: labels that the loss is divided by. step: number of this training forward pass, from 1.
+    The auxiliary router's own loss is part of the objective but not of
     `total_loss`: the reference minimises it apart, and neither reaches the other's parameters.
     """
-    out = forward(cfg, params, batch, Route(counts=counts, step=step), trace=True)
+    route = Route(counts=fixed.counts, step=step)
+    if fixed.compacted_rows:
+        out = compacted_rows.forward(cfg, params, batch, route)
+    else:
+        out = forward(cfg, params, batch, route, trace=True)
     chunk = math.ceil(batch.tokens.shape[1] / TURNS)
     ce, _ = text_loss(out.hidden, logits_table(cfg, params), batch.targets, chunk)
     values = {"loss": ce / items, "total_loss": ce / items}
     apart = jnp.zeros(())
     if out.routing is not None:
-        _, terms = router_losses(cfg, out.routing, batch_counts(cfg, batch, counts))
+        _, terms = router_losses(cfg, out.routing, batch_counts(cfg, batch, fixed.counts))
         values |= _router_values(cfg.router, out.routing, terms, batch.tokens.size / items)
         values["total_loss"] += _weighed(cfg.router, values)
         if cfg.router.kind == "expert" and cfg.router.aux == "aux_router":
@@ -86,7 +102,7 @@ def compiled():
     """`objective` and its gradients: the same arguments -> ((objective, pass), gradients)."""
     return jax.jit(
         jax.value_and_grad(objective, has_aux=True),
-        static_argnames=("cfg", "counts"),
+        static_argnames=("cfg", "fixed"),
         compiler_options=_known_options(),
     )
 

@@ -153,7 +153,7 @@ def run_token(
     """
     logits = _routers(stage).main.joint(_cooled(stage, x))
     weights = token_score(stage.cfg.router, logits)
-    choice = _depth_choice(stage, weights)
+    choice = depth_choice(stage, weights)
     gate = jnp.take_along_axis(weights, choice[..., None], axis=-1)
     tokens = (choice, gate[..., 0])
     level, kv = Level(valid=_present(row)), None
@@ -230,7 +230,7 @@ def _choose(
     return chosen, chosen.rows.chosen
 
 
-def _depth_choice(stage: Stage, weights: Float[Array, "b l r"]) -> Int[Array, "b l"]:
+def depth_choice(stage: Stage, weights: Float[Array, "b l r"]) -> Int[Array, "b l"]:
     """Argmax over depths of score plus balancing bias; the deepest during balancing warm-up."""
     bias, router = _routers(stage).bias, stage.cfg.router
     ranked = weights if bias is None else weights + jax.lax.stop_gradient(bias[...])[None, None]

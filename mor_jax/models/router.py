@@ -21,6 +21,9 @@ EXACT = jax.lax.Precision.HIGHEST
 TILE = 128
 """Tokens that the attention and product kernels of accelerators handle at once; docs/gpu.md."""
 
+TIE = 4
+"""Units in the last place, of a row's highest score, within which two scores are a tie."""
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Route:
@@ -179,6 +182,8 @@ def select(
 ) -> tuple[Int[Array, "b c"], Bool[Array, "b c"] | None]:
     """The `count` eligible candidates with the highest scores, in ascending order of position.
 
+    Of tied ones (see `TIE`) the earlier positions.
+
     Where fewer are eligible, fillers take the slots that are left and `valid` marks them False;
     they stand in order too, or after all others with `fillers_last`. Indices are distinct.
 
@@ -189,22 +194,46 @@ def select(
     rule = f"a recursion has only the {n} tokens that the one before kept"
     check(0 < count <= n, "counts", count, rule, "Use non-increasing capacities")
     scores = jax.lax.stop_gradient(scores)
+    places = jax.lax.broadcasted_iota(jnp.int32, scores.shape, 1)
     if eligible is None:
-        return jnp.sort(_best(scores, count), axis=1), None
-    index = _best(jnp.where(eligible, scores, -jnp.inf), count)
+        return _first(_best(scores, count), places, count), None
+    best = _best(jnp.where(eligible, scores, -jnp.inf), count)
     if fillers_last:
-        late = jnp.where(jnp.take_along_axis(eligible, index, axis=1), 0, n)
-        ordered = jnp.sort(index + late, axis=1)
+        ordered = _first(best, jnp.where(eligible, places, places + n), count)
         return jnp.where(ordered < n, ordered, ordered - n), ordered < n
-    index = jnp.sort(index, axis=1)
+    index = _first(best, places, count)
     return index, jnp.take_along_axis(eligible, index, axis=1)
 
 
-def _best(scores: Float[Array, "b n"], count: int) -> Int[Array, "b c"]:
-    """Places of the highest scores, highest first; of equal ones the earlier first.
+def _first(chosen: Bool[Array, "b n"], order: Int[Array, "b n"], count: int) -> Int[Array, "b c"]:
+    """The `order` (below 2n) of the `count` chosen candidates, ascending."""
+    behind = 2 * chosen.shape[1]
+    return jnp.sort(jnp.where(chosen, order, behind), axis=1)[:, :count]
 
+
+def _best(scores: Float[Array, "b n"], count: int) -> Bool[Array, "b n"]:
+    """Which candidates have the `count` highest scores; of tied ones the earlier.
+
+    Two tokens with equal hidden states have scores that rounding, and so the compiler, tells
+    apart. Scores within `TIE` of the lowest one that is chosen therefore count as equal to it.
     A sort, because it stays on the devices that hold the rows; `lax.top_k` gathers them all.
     """
-    places = jax.lax.broadcasted_iota(jnp.int32, scores.shape, 1)
-    _, ranked = jax.lax.sort((-scores, places), dimension=1, num_keys=1, is_stable=True)
-    return ranked[:, :count]
+    # NaN would make every comparison false, and the slots would hold no places.
+    scores = jnp.where(jnp.isnan(scores), -jnp.inf, scores)
+    ranked = -jnp.sort(-scores, axis=1)
+    lowest = ranked[:, count - 1 : count]
+    margin = tie_margin(ranked[:, :1], lowest)
+    sure = scores > lowest + margin
+    tied = (scores >= lowest - margin) & ~sure
+    left = count - jnp.sum(sure, axis=1, keepdims=True)
+    return sure | (tied & (jnp.cumsum(tied, axis=1) <= left))
+
+
+def tie_margin(best: Float[Array, "*b"], lowest: Float[Array, "*b"]) -> Float[Array, "*b"]:
+    """How far a score may lie from the lowest chosen one and count as equal; 0 at infinities.
+
+    best: the row's highest score, for the size of the terms that were rounded.
+    """
+    unit = TIE * float(jnp.finfo(jnp.float32).eps)
+    margin = unit * jnp.maximum(jnp.abs(best), jnp.abs(lowest))
+    return jnp.where(jnp.isfinite(margin), margin, 0.0)

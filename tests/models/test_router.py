@@ -11,6 +11,7 @@ from seeded import random_params
 from tiny import EXPERT_ROUTER, TINY, TOKEN_ROUTER, batch
 
 from mor_jax.config import RouterConfig
+from mor_jax.convert.reference_loss import QUICK
 from mor_jax.models.router import (
     Route,
     capacity_counts,
@@ -20,6 +21,7 @@ from mor_jax.models.router import (
     token_score,
 )
 from mor_jax.state import forward
+from mor_jax.types import Batch
 
 
 def with_router(name, **changes):
@@ -121,6 +123,45 @@ def test_fillers_take_the_slots_that_no_eligible_token_fills(fillers_last):
     nobody, chosen = select(SCORES, 2, jnp.zeros((2, 5), bool), fillers_last)
     assert not chosen.any()
     assert all(len(set(row)) == 2 for row in nobody.tolist())
+
+
+def test_of_tied_scores_the_earlier_positions_are_chosen():
+    # One and three units in the last place of 0.5; the last two of the row differ for certain.
+    unit = 2.0**-24
+    row = [0.25, 0.5 - 3 * unit, 0.5, 0.5 + unit, 0.5 - 1e-3, 0.5 + 1e-3]
+    scores = jnp.asarray([row, row[::-1], [0.5] * 6])
+    picked = {n: select(scores, n, None, fillers_last=True)[0].tolist() for n in (1, 2, 3, 4)}
+    assert picked == {
+        1: [[5], [0], [0]],
+        2: [[1, 5], [0, 2], [0, 1]],
+        3: [[1, 2, 5], [0, 2, 3], [0, 1, 2]],
+        4: [[1, 2, 3, 5], [0, 2, 3, 4], [0, 1, 2, 3]],
+    }
+
+
+def test_scores_that_are_no_numbers_are_chosen_last():
+    nan, inf = float("nan"), float("inf")
+    scores = jnp.asarray([[nan, 1.0, 2.0, nan], [inf, 1.0, inf, -inf], [nan] * 4])
+    index, _ = select(scores, 2, None, fillers_last=True)
+    assert index.tolist() == [[1, 2], [0, 2], [0, 1]]
+
+
+def test_two_equal_tokens_are_ranked_by_position_however_they_are_compiled():
+    # Tokens 0 and 1 see the same, so only rounding tells their scores apart: under these
+    # options the compiler rounds a later one up, where a sort of the scores alone would follow.
+    cfg, ids = TINY["expert"], np.random.default_rng(0).integers(0, 64, (64, 8)).astype(np.int32)
+    ids[:, 1] = ids[:, 0]
+    rows = Batch(jnp.asarray(ids), jnp.asarray(ids))
+    run = jax.jit(lambda p: forward(cfg, p, rows).routing, compiler_options=QUICK)
+    visits = run(random_params(cfg)).visits
+    gap = np.asarray(visits[1].logits[:, 1] - visits[1].logits[:, 0])
+    assert 0 < np.max(gap) < 1e-6
+    split = 0
+    for visit in visits[1:]:
+        first, second = (np.any(np.asarray(visit.index) == place, axis=1) for place in (0, 1))
+        assert not np.any(second & ~first)
+        split += np.sum(first & ~second)
+    assert split > 5
 
 
 def test_no_more_can_be_chosen_than_there_are():

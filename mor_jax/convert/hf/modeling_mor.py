@@ -39,7 +39,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
 # Of this file, raised when exports gain by a newer one; `launch/convert.py refresh` renews theirs.
-FILE_VERSION = 2
+FILE_VERSION = 3
 
 Keep = Callable[[Tensor], None]
 """Takes the residual stream after a layer, where a caller asked for it."""
@@ -1107,12 +1107,22 @@ def _token_loss(
 
 
 def _best(scores: Tensor, room: int, active: Tensor | None) -> Tensor:
-    """(b, l): the `room` active tokens with the highest scores; of equal ones the earlier."""
-    scores = scores.detach()
+    """(b, l): the `room` active tokens with the highest scores; of tied ones the earlier.
+
+    Tied are scores within four units in the last place of the row's highest from the lowest that
+    is chosen: rounding alone tells tokens that are equal apart.
+    """
+    scores = scores.detach().float()
     if active is not None:
         scores = scores.masked_fill(~active, -math.inf)
-    best = torch.argsort(scores, dim=1, descending=True, stable=True)[:, :room]
-    chosen = torch.zeros_like(scores, dtype=torch.bool).scatter(1, best, True)
+    ranked = torch.sort(scores, dim=1, descending=True).values
+    lowest = ranked[:, room - 1 : room]
+    margin = 4 * torch.finfo(torch.float32).eps * torch.maximum(ranked[:, :1].abs(), lowest.abs())
+    margin = torch.where(margin.isfinite(), margin, 0.0)
+    sure = scores > lowest + margin
+    tied = (scores >= lowest - margin) & ~sure
+    left = room - sure.sum(dim=1, keepdim=True)
+    chosen = sure | (tied & (tied.cumsum(dim=1) <= left))
     return chosen if active is None else chosen & active
 
 
