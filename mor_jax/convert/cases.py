@@ -14,12 +14,23 @@ from typing import Any
 
 import numpy as np
 
-from mor_jax.config import Attention, ModelConfig, check
+from mor_jax.config import Attention, ModelConfig, check, fail
 from mor_jax.convert.names import HEAD
 from mor_jax.convert.reference import merge_options, model_config
 from mor_jax.convert.state_dict import to_params
 from mor_jax.types import IGNORE, Batch, Params
 
+# What a recording says, by the type of the value; a trajectory says more.
+COMMON: dict[str, type] = {"hf_config": dict, "param_layout": list, "tied": dict}
+TRAJECTORY: dict[str, type] = {
+    "hp": dict,
+    "steps": int,
+    "grad_accum": int,
+    "batch": int,
+    "lr_used_per_step": list,
+    "decay_names": list,
+}
+JSON_NAMES = {dict: "object", list: "array", int: "whole number"}
 BLOCKS = ("recursive", "mor", "kv_sharing")
 
 
@@ -95,15 +106,46 @@ def load_case(path: Path, attention: Attention = "auto") -> Case:
     arrays = path.with_suffix(".npz")
     for file in (path, arrays):
         check(file.exists(), str(file), None, "the file is missing", "A case is .json with .npz")
-    spec = json.loads(path.read_text())
+    spec = _read(path)
     with np.load(arrays) as archive:
         values = {key: archive[key] for key in archive.files}
-    for key in ("hf_config", "param_layout", "tied"):
-        check(key in spec, f"{path}: {key}", None, "is missing", "Record the case again")
+    trajectory = TRAJECTORY if "init_flat" in values else {}
+    for key, kind in (COMMON | trajectory).items():
+        ok = isinstance(spec.get(key), kind) and not isinstance(spec.get(key), bool)
+        rule = f"must be there, as a JSON {JSON_NAMES[kind]}"
+        check(ok, f"{path}: {key}", spec.get(key), rule, "Record the case again")
+    counts = [key for key in ("steps", "grad_accum", "batch") if key in trajectory]
+    for key, least in (*((key, 1) for key in counts), ("training_step", 0)):
+        value = spec.get(key, 0)
+        ok = type(value) is int and value >= least
+        check(ok, f"{path}: {key}", value, f"must be a whole number, at least {least}", "Mend it")
     known = any(key in values for key in ("params_flat", "init_flat"))
     rule = "holds neither params_flat (a pass) nor init_flat (a trajectory)"
     check(known and "input_ids" in values, str(arrays), sorted(values), rule, "Record it again")
+    _check_tokens(arrays, values["input_ids"], spec["hf_config"].get("vocab_size"))
     return Case(path.stem, spec, values, attention)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        spec = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        line = getattr(error, "lineno", 1)
+        fail(f"{path}:{line}", "...", f"is not JSON ({error})", "Record the case again")
+    check(
+        isinstance(spec, dict), str(path), type(spec).__name__, "must hold a JSON object", "Mend it"
+    )
+    return spec
+
+
+def _check_tokens(path: Path, ids: np.ndarray, vocabulary: int | None) -> None:
+    place = f"{path}: input_ids"
+    ok = ids.ndim == 2 and ids.size > 0 and np.issubdtype(ids.dtype, np.integer)
+    check(ok, place, f"{ids.dtype}{ids.shape}", "must be rows of whole numbers", "Record it again")
+    if isinstance(vocabulary, int):
+        span = (int(np.min(ids)), int(np.max(ids)))
+        rule = f"tokens must be 0 to vocab_size - 1 = {vocabulary - 1}"
+        check(span[0] >= 0 and span[1] < vocabulary, place, span, rule, "Record the case again")
 
 
 def batch_of(

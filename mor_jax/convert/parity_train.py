@@ -26,7 +26,13 @@ AUX_ROUTER_RATIO = 10.0
 
 
 def optim_config(hp: dict[str, Any]) -> OptimConfig:
-    """Our optimiser's settings for the recorded hyper-parameters."""
+    """Our optimiser's settings for the recorded hyper-parameters.
+
+    Raises:
+        ValueError: one of them is missing.
+    """
+    for name in ("lr", "warm", "decay", "b1", "b2", "eps", "wd", "clip"):
+        check(name in hp, f"hp.{name}", None, "is missing", "Record the case again")
     return OptimConfig(
         lr=hp["lr"],
         schedule="trapezoid",

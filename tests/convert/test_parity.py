@@ -125,11 +125,33 @@ def test_padding_of_plain_models_is_not_compared(tmp_path):
         (SMALL, {"hf_config": {"hidden_size": 8}}, {}, "lacks these sizes of the model"),
         ("trainer_mot_lossfree", {"decay_names": []}, {}, "would decay other parameters"),
         ("trainer_mot_lossfree", {"steps": 9}, {}, "micro-batch 10 needs 3 rows"),
+        ("trainer_mot_lossfree", {"steps": 0}, {}, "json: steps=0: must be a whole number, at"),
+        ("trainer_mot_lossfree", {"batch": 0}, {}, "json: batch=0: must be a whole number, at"),
+        ("trainer_mot_lossfree", {"grad_accum": 1.5}, {}, "json: grad_accum=1.5: must be there"),
+        ("trainer_mot_lossfree", {"hp": {}}, {}, "hp.lr=None: is missing"),
+        ("trainer_mot_lossfree", {"hp": 3}, {}, "json: hp=3: must be there, as a JSON object"),
+        (SMALL, {"training_step": -3}, {}, "json: training_step=-3: must be a whole number"),
+        (SMALL, {"training_step": "x"}, {}, "json: training_step='x': must be a whole number"),
+        (SMALL, {"param_layout": 3}, {}, "json: param_layout=3: must be there, as a JSON array"),
+        (SMALL, {}, {"input_ids": np.full((3, 24), 99)}, "(99, 99): tokens must be 0 to"),
+        (SMALL, {}, {"input_ids": np.full((3, 24), -1)}, "(-1, -1): tokens must be 0 to"),
+        (SMALL, {}, {"input_ids": np.zeros(24, int)}, "must be rows of whole numbers"),
+        (SMALL, {}, {"input_ids": np.zeros((3, 24))}, "must be rows of whole numbers"),
     ],
 )
 def test_what_cannot_be_compared_fails_with_a_reason(tmp_path, name, spec, arrays, reason):
     report = run_file(copy_case(tmp_path, name, spec, **arrays), "auto")
     assert not report.passed and reason in report.line() and "\n" not in report.line()
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [("{", "json:1='...': is not JSON"), ("{\n\n[", "json:3="), ("[]", "must hold a JSON object")],
+)
+def test_a_damaged_description_is_named_with_its_line(tmp_path, text, reason):
+    path = copy_case(tmp_path)
+    path.write_text(text)
+    assert reason in run_file(path, "auto").line()
 
 
 def test_lone_files_and_empty_folders_are_no_success(tmp_path):

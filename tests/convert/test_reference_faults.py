@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
@@ -176,3 +178,10 @@ def test_names_that_are_not_there_are_one_line(arguments, message, capsys):
 def test_a_case_is_chosen_by_its_name_or_its_file(only, capsys):
     assert main(["--cases", str(CASES), "--only", only]) == 0
     assert capsys.readouterr().out.splitlines()[-1] == "1 passed, 0 failed"
+
+
+def test_a_platform_that_is_not_there_is_one_line():
+    command = [sys.executable, "-m", "mor_jax.convert.parity", "--cases", str(CASES)]
+    ran = subprocess.run([*command, "--platform", "moon"], capture_output=True, text=True)
+    assert ran.returncode == 2 and ran.stderr.count("\n") == 1
+    assert ran.stderr.startswith("--platform='moon': JAX cannot use it here")
