@@ -6,6 +6,7 @@ A run that was stopped goes on where it was when the same command is given again
 """
 
 import argparse
+import logging
 import sys
 from pathlib import Path
 
@@ -17,7 +18,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    source = "stdlib, text:GLOB, jsonl:GLOB, parquet:GLOB, tfds:NAME[:SPLIT]; give it repeatedly"
+    source = "stdlib, text:GLOB, jsonl:GLOB, parquet:GLOB, tfds:NAME[:SPLIT], hf:NAME[:SPLIT]; "
+    source += "give it repeatedly"
     parser.add_argument("--source", action="append", required=True, help=source)
     parser.add_argument("--output", type=Path, required=True, help="directory of the shards")
     parser.add_argument("--tokenizer", default="bytes", help="bytes, tokenizer.json or .model file")
@@ -38,6 +40,8 @@ def main(arguments: list[str]) -> int:
     cfg = prepare.PrepareConfig(sources=tuple(flags.pop("source")), **flags)
     # On a terminal one line that is rewritten; elsewhere, such as in a job's log, line by line.
     start, end = ("\r", "") if sys.stderr.isatty() else ("", "\n")
+    # What was left out is told on a line of its own.
+    logging.basicConfig(format=f"{start}%(message)s", level=logging.WARNING)
 
     def report(done: prepare.Progress) -> None:
         kept = f" ({done.kept} kept)" if done.kept else ""

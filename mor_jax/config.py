@@ -55,7 +55,7 @@ class DataConfig:
     """What is read, how it is tokenised and packed. docs/data.md explains every source.
 
     sources: `stdlib`, `text:GLOB`, `jsonl:GLOB`, `parquet:GLOB`, `tfds:NAME[:SPLIT]`,
-        `tfds:DIR[:SPLIT]`, `shards:DIR`; one weight each, normalised.
+        `tfds:DIR[:SPLIT]`, `hf:NAME[:SPLIT]`, `shards:DIR`; one weight each, normalised.
     """
 
     sources: tuple[str, ...] = ("stdlib",)

@@ -1,6 +1,7 @@
 """Settings of a preparation, and what it reports while it runs."""
 
 import dataclasses
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -34,6 +35,9 @@ class PrepareConfig:
             rule = "is tokenised already"
             ok = not spec.startswith("shards:")
             check(ok, "--source", spec, rule, "Name several shards: in data.sources instead")
+        ok = not re.match(r"[a-z0-9]+:/", str(self.output))
+        fix = "Write to a directory here, then copy it to where the run reads it"
+        check(ok, "--output", str(self.output), "is no directory of this machine", fix)
         ok = not self.output.exists() or self.output.is_dir()
         check(ok, "--output", str(self.output), "is a file", "Name a directory")
 

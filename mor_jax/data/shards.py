@@ -29,6 +29,9 @@ SPLITS = ("train", "heldout")
 
 def read_manifest(directory: Path, setting: str, spec: str) -> dict[str, Any]:
     """The manifest of a directory of shards. Raises `ValueError` if there is none of our kind."""
+    rule = "is read by index, so it has to be a directory that this machine mounts"
+    fix = "Copy it: gcloud storage cp -r gs://BUCKET/DIR ."
+    check("://" not in spec, setting, spec, rule, fix)
     again = f"Run python launch/prepare_data.py --output={directory}"
     path = directory / MANIFEST
     check(directory.is_dir(), setting, spec, f"{directory} is no directory", again)

@@ -12,8 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from mor_jax.config import check, fail
-from mor_jax.data.documents import as_text, require_field
+from mor_jax.data.file_readers import require_field
+from mor_jax.data.findings import Findings
 from mor_jax.data.optional import need
+from mor_jax.data.plain_text import field_text
 
 # name, version (it starts with a digit) and split (it does not)
 _FORM = re.compile(r"(?P<name>[^:]+(:\d[\d.*]*)?)(:(?P<split>[A-Za-z_].*))?")
@@ -22,7 +24,7 @@ _CRC32C = 0x82F63B78
 
 def open_examples(
     rest: str, text_key: str, setting: str, spec: str
-) -> tuple[str, int, Callable[[int], Iterator[str]]]:
+) -> tuple[str, int, Callable[[int, Findings], Iterator[str]]]:
     """Identity, bytes and reader of `NAME[:SPLIT]` or `DIR[:SPLIT]`; `train` unless given.
 
     A dataset that is not on this machine is downloaded and prepared by TFDS. Raises `ValueError`
@@ -32,7 +34,7 @@ def open_examples(
     fix = "Write tfds:NAME, tfds:NAME:SPLIT or tfds:DIR:SPLIT"
     if form is None:
         fail(setting, spec, "is not the name of a dataset", fix)
-    builder = _builder(form["name"], setting, spec)
+    builder = _builder(form["name"], form["split"], setting, spec)
     split = form["split"] or "train"
     try:
         files = builder.info.splits[split].file_instructions
@@ -48,7 +50,7 @@ def open_examples(
     return hashlib.sha256(identity.encode()).hexdigest()[:32], size, read
 
 
-def _builder(name: str, setting: str, spec: str) -> Any:
+def _builder(name: str, split: str | None, setting: str, spec: str) -> Any:
     tfds = need("tensorflow_datasets", setting, spec)
     folder = Path(name).expanduser()
     if folder.is_dir():
@@ -62,18 +64,58 @@ def _builder(name: str, setting: str, spec: str) -> Any:
         rule = "is neither a dataset that TFDS knows nor a directory"
         fail(setting, spec, rule, "See tfds.list_builders() for the names")
     if not builder.is_prepared():
-        _download(builder, setting, spec)
+        unsure = ""
+        if split is not None:
+            known = declared_splits(builder)
+            names = [part.partition("[")[0] for part in split.split("+")]
+            ok = known is None or all(part in (*known, "all") for part in names)
+            check(ok, setting, spec, f"has no split {split!r}", f"Choose one of {known}")
+            if known is None:
+                unsure = f"it may have no split {split!r}, which shows when it is prepared; "
+        _download(builder, unsure, setting, spec)
     return builder
 
 
-def _download(builder: Any, setting: str, spec: str) -> None:
+class _Nowhere:
+    """Stands in for TFDS's download manager: whatever is asked for is at a place without files."""
+
+    manual_dir = Path("/nonexistent")
+
+    def download(self, urls: Any) -> Any:
+        if isinstance(urls, dict):
+            return {name: self.download(url) for name, url in urls.items()}
+        if isinstance(urls, (list, tuple)):
+            return [self.download(url) for url in urls]
+        return self.manual_dir
+
+    download_and_extract = extract = download
+
+    def iter_archive(self, archive: Any) -> Iterator[Any]:
+        return iter(())
+
+
+def declared_splits(builder: Any) -> list[str] | None:
+    """Splits of a dataset that is not prepared; None if its builder cannot tell without files."""
+    if known := sorted(builder.info.splits):
+        return known
+    try:
+        made = builder._split_generators(_Nowhere())
+    # It looked into files or asked for more than a place: preparing the dataset will tell.
+    except (ImportError, OSError, LookupError, TypeError, ValueError, AttributeError):
+        return None
+    return sorted(str(getattr(part, "name", part)) for part in made)
+
+
+def _download(builder: Any, unsure: str, setting: str, spec: str) -> None:
     try:
         builder.download_and_prepare(file_format="array_record")
     except ImportError as error:
-        rule = f"preparing it needs a package that is missing ({error})"
-        fail(setting, spec, rule, "Run pip install tensorflow, only for this preparation")
+        rule = f"{unsure}preparing it needs a package that is missing ({error})"
+        missing = (error.name or "tensorflow").partition(".")[0].replace("_", "-")
+        needed = " ".join(sorted({missing, "tensorflow"}))
+        fail(setting, spec, rule, f"Run pip install {needed}, only for this preparation")
     except OSError as error:
-        rule = f"cannot be downloaded to {builder.data_dir} ({error})"
+        rule = f"{unsure}it cannot be downloaded to {builder.data_dir} ({error})"
         fail(setting, spec, rule, "Prepare it where there is a network and give its directory")
 
 
@@ -129,8 +171,13 @@ def _masked_crc(raw: bytes) -> int:
 
 
 def _read(
-    records: Callable[[int], Iterator[bytes]], features: Any, text_key: str, spec: str, start: int
+    records: Callable[[int], Iterator[bytes]],
+    features: Any,
+    text_key: str,
+    spec: str,
+    start: int,
+    found: Findings,
 ) -> Iterator[str]:
     for index, record in enumerate(records(start), start):
         example = features.deserialize_example_np(record)
-        yield as_text(example[text_key], text_key, f"{spec}, example {index}")
+        yield field_text(example[text_key], text_key, f"{spec}, example {index}", found)

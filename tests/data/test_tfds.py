@@ -1,6 +1,7 @@
 """TensorFlow Datasets without TensorFlow: by directory and by name, ArrayRecord and TFRecord."""
 
 import json
+import re
 import struct
 import sys
 
@@ -115,6 +116,32 @@ def test_by_name(prepared, name):
 def test_bad_names(prepared, spec, message):
     with pytest.raises(ValueError, match=rf"data\.sources='tfds:.*{message}"):
         open_documents(spec.format(prepared))
+
+
+@pytest.mark.parametrize("split", ["nosuch", "test+nosuch[:3]"])
+def test_a_split_that_is_not_there_is_told_before_preparing(tmp_path, monkeypatch, split):
+    monkeypatch.setattr(tfds, "builder", lambda name: TinyText(data_dir=tmp_path))
+    message = rf"has no split '{re.escape(split)}'. Choose one of \['test', 'train'\]"
+    with pytest.raises(ValueError, match=message):
+        open_documents(f"tfds:tiny_text:{split}")
+    assert not list(tmp_path.iterdir())
+    source = open_documents("tfds:tiny_text:test[1:]")
+    assert len(list(source.read(0))) == 3
+
+
+class NeedsFiles(TinyText, skip_registration=True):
+    def _split_generators(self, manager):
+        import tensorflow
+
+        return {"train": tensorflow.io.gfile.glob(manager.download("x"))}
+
+
+def test_a_split_that_cannot_be_known_is_named_beside_the_package(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tensorflow", None)
+    monkeypatch.setattr(tfds, "builder", lambda name: NeedsFiles(data_dir=tmp_path))
+    message = "it may have no split 'nosuch'.*a package that is missing.*pip install tensorflow,"
+    with pytest.raises(ValueError, match=message):
+        open_documents("tfds:tiny_text:nosuch")
 
 
 def test_bad_features(prepared):

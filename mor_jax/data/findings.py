@@ -1,0 +1,39 @@
+"""What reading a source left out or replaced: counted, and said once, with the first place."""
+
+import dataclasses
+import logging
+
+_log = logging.getLogger(__name__)
+
+EMPTY = "documents without text (empty or null), left out: {documents}"
+NUL = "NUL characters, left out since no text holds them: {count} (documents: {documents})"
+SURROGATE = "halves of surrogate pairs, now U+FFFD: {count} (documents: {documents})"
+
+
+@dataclasses.dataclass
+class _Count:
+    first: str
+    count: int = 0
+    documents: int = 0
+
+
+class Findings:
+    """Counts of one pass over a source, by what was found."""
+
+    def __init__(self) -> None:
+        self._found: dict[str, _Count] = {}
+
+    def add(self, what: str, where: str, count: int = 1) -> None:
+        """One more document, at `where`, in which `what` was found `count` times."""
+        at = self._found.setdefault(what, _Count(where))
+        at.count += count
+        at.documents += 1
+
+    def say(self, setting: str, spec: str, said: set[str]) -> None:
+        """Logs a warning for each thing that was found, unless its line is among those `said`."""
+        for what, at in self._found.items():
+            counts = what.format(count=f"{at.count:,}", documents=f"{at.documents:,}")
+            line = f"{setting}={spec!r}: {counts}. The first is {at.first}"
+            if line not in said:
+                said.add(line)
+                _log.warning("%s", line)
