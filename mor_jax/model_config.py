@@ -165,10 +165,12 @@ class ModelConfig:
         positive(path, self, "mlp_width", "max_length", "rope_theta", "norm_eps", "recursions")
         not_negative(path, self, "init_std")
         rule = f"must divide heads={self.heads}; each key/value head serves the same number"
-        divisors = [g for g in range(1, self.heads + 1) if self.heads % g == 0]
-        nearest = min(divisors, key=lambda g: abs(g - self.kv_heads))
-        ok = self.heads % self.kv_heads == 0
-        check(ok, f"{path}.kv_heads", self.kv_heads, rule, f"Try {nearest}")
+        if self.heads % self.kv_heads:
+            # Of a number that no model has they could not be counted.
+            counted = range(1, min(self.heads, 4096) + 1)
+            divisors = [g for g in counted if self.heads % g == 0]
+            nearest = min(divisors, key=lambda g: abs(g - self.kv_heads))
+            check(False, f"{path}.kv_heads", self.kv_heads, rule, f"Try {nearest}")
         rule = "must be even: the rotary embedding turns pairs of channels"
         check(self.head_dim % 2 == 0, f"{path}.head_dim", self.head_dim, rule, "Try 64")
         self.rope_scaling.validate(f"{path}.rope_scaling")

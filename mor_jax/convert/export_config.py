@@ -4,8 +4,7 @@ import dataclasses
 from typing import Any
 
 from mor_jax.config import ModelConfig, RouterConfig, check
-from mor_jax.convert.hf_config import SHAPE, STRUCTURE
-from mor_jax.convert.modeling_file import AUTO_MAP
+from mor_jax.convert.hf_config import AUTO_MAP, SHAPE, STRUCTURE
 from mor_jax.convert.reference import merge_options
 
 Plain = dict[str, Any]

@@ -10,7 +10,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mor_jax.config import ModelConfig, RopeScaling, check, fail
+from mor_jax.config import ModelConfig, check, fail
+from mor_jax.convert.hf_rope import rope
 from mor_jax.parsing import parse
 
 CONFIG = "config.json"
@@ -45,6 +46,14 @@ FIXED: dict[str, tuple[Any, ...]] = {
     "quantization_config": (None,),
     "is_decoder": (False, True),
     "add_cross_attention": (False,),
+    "is_causal": (True,),
+    "per_layer_config": (None, {}),
+}
+TIED = "tie_word_embeddings"
+# What config.json of an export has to say, or transformers does not read the file beside it.
+AUTO_MAP = {
+    "AutoConfig": "modeling_mor.MoRConfig",
+    "AutoModelForCausalLM": "modeling_mor.MoRForCausalLM",
 }
 _REQUIRED = (
     "vocab_size",
@@ -53,7 +62,9 @@ _REQUIRED = (
     "num_hidden_layers",
     "num_attention_heads",
 )
-_ROPES = ("default", "linear", "llama3")
+_SIZES = ("num_key_value_heads", "head_dim", "max_position_embeddings")
+MOST = {"num_hidden_layers": 10**5, "num_attention_heads": 10**5, "num_recursions": 10**4}
+"""More is a damaged file: names of so many layers would fill the memory."""
 
 
 def read_config(directory: Path) -> dict[str, Any]:
@@ -62,10 +73,11 @@ def read_config(directory: Path) -> dict[str, Any]:
     fix = "Give a directory that holds config.json beside the weights"
     check(path.is_file(), str(path), None, "is missing; it says what model this is", fix)
     try:
-        found = json.loads(path.read_text())
-    except ValueError as error:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
         fail(str(path), None, f"is damaged ({error})", "Copy or download it again")
-    check(isinstance(found, dict), str(path), found, "is no configuration", "Copy it again")
+    kind = type(found).__name__
+    check(isinstance(found, dict), str(path), kind, "is no group of settings", "Copy it again")
     return found
 
 
@@ -86,8 +98,8 @@ def llama_config(hf: Mapping[str, Any], where: str = CONFIG, *, tied: bool) -> M
         "width": width,
         "layers": hf["num_hidden_layers"],
         "heads": heads,
-        "kv_heads": hf.get("num_key_value_heads") or heads,
-        "head_dim": hf.get("head_dim") or width // heads,
+        "kv_heads": heads if (told := hf.get("num_key_value_heads")) is None else told,
+        "head_dim": width // heads if (told := hf.get("head_dim")) is None else told,
         "mlp_width": hf["intermediate_size"],
         "max_length": hf.get("max_position_embeddings", 2048),
         "rope_theta": theta,
@@ -111,6 +123,8 @@ def mor_config(hf: Mapping[str, Any], where: str = CONFIG, *, tied: bool) -> Mod
     names = SHAPE | STRUCTURE
     missing = [name for name in names.values() if hf.get(name) is None]
     check(not missing, where, missing, "lacks these settings of our export", "Export it again")
+    for name in MOST:
+        check_size(hf, name, where)
     values = {ours: hf[name] for ours, name in names.items()}
     fixed = {"rope_theta": theta, "tie_embeddings": tied, "dtype": "float32"}
     cfg = parse(ModelConfig, values | fixed, f"{where}: ")
@@ -129,13 +143,16 @@ def check_llama(hf: Mapping[str, Any], where: str) -> None:
     check(kind == "llama", f"{where}: model_type", kind, rule, "Take a model of type llama")
     classes = hf.get("architectures") or ["LlamaForCausalLM"]
     rule = "only a language model is read: the output over the vocabulary must be there"
-    ok = "LlamaForCausalLM" in classes
+    ok = isinstance(classes, list) and "LlamaForCausalLM" in classes
     check(ok, f"{where}: architectures", classes, rule, "Take the LlamaForCausalLM checkpoint")
     missing = [name for name in _REQUIRED if hf.get(name) is None]
     check(not missing, where, missing, "lacks these sizes of the model", "Add them")
-    for name in _REQUIRED:
-        ok = type(hf[name]) is int and hf[name] > 0
-        check(ok, f"{where}: {name}", hf[name], "must be a number of at least 1", "Copy it again")
+    for name in (*_REQUIRED, *_SIZES):
+        check_size(hf, name, where)
+    other = hf.get("transformers_weights")
+    rule = "names another file of weights than those that are looked for here"
+    fix = "Take the setting out, and give that file as --source"
+    check(other is None, f"{where}: transformers_weights", other, rule, fix)
     for name, allowed in FIXED.items():
         value = hf.get(name, allowed[0])
         rule = f"our models have {allowed[0]!r} and nothing else"
@@ -143,42 +160,30 @@ def check_llama(hf: Mapping[str, Any], where: str) -> None:
         check(value in allowed, f"{where}: {name}", value, rule, fix)
 
 
-def rope(hf: Mapping[str, Any], where: str) -> tuple[float, RopeScaling]:
-    """Base and scaling of the rotary embedding, as either generation of config.json tells them.
+def check_size(hf: Mapping[str, Any], name: str, where: str) -> None:
+    """Raises `ValueError` unless the setting `name` is silent or a number of a sensible size."""
+    value = hf.get(name)
+    ok = value is None or (type(value) is int and value > 0)
+    check(ok, f"{where}: {name}", value, "must be a number of at least 1", "Copy it again")
+    most = MOST.get(name, 2**31 - 1)
+    rule = f"is more than any model has ({most})"
+    check(value is None or value <= most, f"{where}: {name}", value, rule, "Copy it again")
 
-    Raises:
-        ValueError: a kind of scaling that our models do not have, or two that contradict.
-    """
-    old, new = hf.get("rope_scaling") or {}, hf.get("rope_parameters") or {}
-    for name, part in (("rope_scaling", old), ("rope_parameters", new)):
-        ok = isinstance(part, Mapping)
-        check(ok, f"{where}: {name}", part, "must be a group of settings", "Copy it again")
-    told = dict(new) | dict(old)
-    key = f"{where}: {'rope_scaling' if old else 'rope_parameters'}"
-    thetas = {part["rope_theta"] for part in (hf, told) if part.get("rope_theta")}
-    for theta in thetas:
-        ok = type(theta) in (int, float)
-        check(ok, f"{where}: rope_theta", theta, "must be a number", "Copy it again")
-    check(len(thetas) < 2, f"{key}.rope_theta", sorted(thetas), "is told twice", "Keep one")
-    part = told.get("partial_rotary_factor", 1.0)
-    check(part == 1, f"{key}.partial_rotary_factor", part, "our models turn whole heads", "Use 1")
-    theta = float(thetas.pop()) if thetas else 10000.0
-    kind = told.get("rope_type", told.get("type", "default"))
-    rule = f"only {', '.join(_ROPES)} are computed here"
-    check(kind in _ROPES, f"{key}.rope_type", kind, rule, "This model cannot be converted exactly")
-    if kind == "default":
-        return theta, RopeScaling()
-    needed = {
-        "linear": ("factor",),
-        "llama3": (
-            "factor",
-            "low_freq_factor",
-            "high_freq_factor",
-            "original_max_position_embeddings",
-        ),
-    }[kind]
-    missing = [name for name in needed if told.get(name) is None]
-    check(not missing, key, missing, f"lacks these numbers of {kind} scaling", "Add them")
-    names = {"original_max_position_embeddings": "original_max_length"}
-    numbers = {names.get(name, name): told[name] for name in needed}
-    return theta, parse(RopeScaling, {"kind": kind} | numbers, f"{key}.")
+
+def is_tied(hf: Mapping[str, Any], where: str) -> bool:
+    """Whether `hf` says that embedding and unembedding are one. Raises `ValueError` if unclear."""
+    told = hf.get(TIED, False)
+    rule = "must be true or false"
+    check(type(told) is bool, f"{where}: {TIED}", told, rule, "Write it without quotes")
+    return told
+
+
+def remarks(hf: Mapping[str, Any]) -> tuple[str, ...]:
+    """What an import should say of a configuration that it takes."""
+    notes = []
+    if "model_type" not in hf and not hf.get("architectures"):
+        notes.append("config.json names neither model_type nor architectures: read as a llama")
+    code = hf.get("auto_map")
+    if code and not (hf.get("model_type") == "mor" and code == AUTO_MAP):
+        notes.append(f"config.json names code of its own, which was not looked at: auto_map={code}")
+    return tuple(notes)

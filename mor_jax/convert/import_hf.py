@@ -4,18 +4,26 @@ Plain Llama models, and what our own export wrote.
 """
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from mor_jax.config import ModelConfig
-from mor_jax.convert.hf_config import CONFIG, llama_config, mor_config, read_config
+from mor_jax.convert.fitting import check_layers, check_sizes
+from mor_jax.convert.hf_config import (
+    CONFIG,
+    is_tied,
+    llama_config,
+    mor_config,
+    read_config,
+    remarks,
+)
 from mor_jax.convert.imported import Imported, facts_of, tokenizer_beside
 from mor_jax.convert.lazy import Lazy
-from mor_jax.convert.names import EMBEDDING, HEAD, llama_entries, mor_entries
-from mor_jax.convert.sources import open_weights
+from mor_jax.convert.names import EMBEDDING, HEAD, Entry, llama_entries, mor_entries
+from mor_jax.convert.sources import check_readable, open_weights
 from mor_jax.convert.sources.hub import located
 from mor_jax.convert.views import as_params
 
@@ -30,15 +38,18 @@ def import_hf(path: str, weights: str | None = None, tokenizer: bool = True) -> 
         ValueError: no model, another architecture than Llama or ours, options that we do not have,
             or tensors that do not make the model that config.json describes.
     """
-    directory = located(path)
-    directory = directory if directory.is_dir() else directory.parent
+    place = located(path)
+    directory = place if place.is_dir() else place.parent
+    check_readable(place)
     hf = read_config(directory)
+    where = str(directory / CONFIG)
     found = open_weights(
         Path(os.path.expanduser(weights)) if weights else _weights(path, directory)
     )
-    tied, notes = are_tied(found.tensors, hf)
-    cfg, table = _model(hf, str(directory / CONFIG), tied)
+    tied, notes = are_tied(found.tensors, hf, where)
+    cfg, table = _model(hf, where, tied, found.tensors)
     params = as_params(cfg, table, found.tensors)
+    notes = (*remarks(hf), *notes)
     if hf.get("thresholds") or hf.get("routing", "causal") != "causal":
         told = "routing and thresholds in config.json belong to generation: not taken over"
         notes = (*notes, told)
@@ -53,20 +64,25 @@ def _weights(path: str, directory: Path) -> Path:
     return named if named.is_file() and named.name != CONFIG else directory
 
 
-def _model(hf: Mapping[str, Any], where: str, tied: bool) -> tuple[ModelConfig, Any]:
-    if hf.get("model_type") == "mor":
-        cfg = mor_config(hf, where, tied=tied)
-        return cfg, mor_entries(cfg)
-    cfg = llama_config(hf, where, tied=tied)
-    return cfg, llama_entries(cfg)
+def _model(
+    hf: Mapping[str, Any], where: str, tied: bool, tensors: Lazy
+) -> tuple[ModelConfig, Sequence[Entry]]:
+    ours = hf.get("model_type") == "mor"
+    cfg = (mor_config if ours else llama_config)(hf, where, tied=tied)
+    check_sizes(hf, tensors, where)
+    key, layers = f"{where}: num_hidden_layers", hf["num_hidden_layers"]
+    if ours:
+        key += f" (sharing={cfg.sharing}, num_recursions={cfg.recursions})"
+    check_layers(key, layers, cfg.unique_layers, tensors.specs)
+    return cfg, (mor_entries if ours else llama_entries)(cfg)
 
 
-def are_tied(tensors: Lazy, hf: Mapping[str, Any]) -> tuple[bool, tuple[str, ...]]:
+def are_tied(tensors: Lazy, hf: Mapping[str, Any], where: str) -> tuple[bool, tuple[str, ...]]:
     """Whether the unembedding repeats the embedding, and a note where config.json says otherwise.
 
     The tensors decide where both are there; without an unembedding it is as config.json says.
     """
-    told = bool(hf.get("tie_word_embeddings", False))
+    told = is_tied(hf, where)
     specs = tensors.specs
     if HEAD not in specs or EMBEDDING not in specs:
         return told, ()

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from mor_jax.config import check, fail
+from mor_jax.convert.fitting import check_stored
 from mor_jax.convert.hf_config import CONFIG, read_config
 from mor_jax.convert.import_hf import are_tied
 from mor_jax.convert.imported import Imported, facts_of, tokenizer_beside
@@ -40,12 +41,15 @@ def import_reference(path: str, reference_config: str, tokenizer: bool = True) -
     found = open_weights(source)
     directory = _shape_of(source if source.is_dir() else source.parent, settings, yaml_file)
     hf = read_config(directory) | dict(settings.get(_CHANGES) or {})
-    tied, notes = are_tied(found.tensors, hf)
+    where = str(directory / CONFIG)
+    tied, notes = are_tied(found.tensors, hf, where)
     options = merge_options(settings)
     cfg = model_config(hf, options, tied=tied)
     if cfg.layers != hf["num_hidden_layers"]:
         told = f"{hf['num_hidden_layers']} layers became {cfg.layers} to fit the sharing scheme"
         notes = (*notes, told)
+    layers = hf["num_hidden_layers"]
+    check_stored(f"{where}: num_hidden_layers", layers, cfg.unique_layers, found.tensors.specs)
     params = as_params(cfg, entries(cfg), found.tensors)
     places = [source, directory] if source.is_dir() else [directory]
     tried = (tokenizer_beside(place, cfg.vocab_size) for place in places if tokenizer)

@@ -46,7 +46,9 @@ def facts_of(weights: Weights, tensors: Lazy | None = None, **more: Any) -> dict
     """The report's lines on a source: where, format, tensors by stored dtype, notes, and `more`."""
     specs = (tensors or weights.tensors).specs
     stored = Counter(spec.dtype for spec in specs.values())
-    notes = (*weights.notes, *more.pop("notes", ()))
+    wide = [name for name, spec in specs.items() if spec.dtype in ("float64", "F64")]
+    rounded = [f"{len(wide)} tensors of float64 were rounded to float32"] if wide else []
+    notes = (*weights.notes, *more.pop("notes", ()), *rounded)
     return {
         "source": weights.tensors.where,
         "format": weights.format,

@@ -12,15 +12,10 @@ from pathlib import Path
 
 from mor_jax.config import check
 from mor_jax.convert.directory import PathLike, absolute, replace_file
-from mor_jax.convert.hf_config import CONFIG, read_config
+from mor_jax.convert.hf_config import AUTO_MAP, CONFIG, read_config
 from mor_jax.convert.marker import MARKER, renew
 
 MODELING = "modeling_mor.py"
-# What config.json has to say, or transformers does not read the file that lies beside it.
-AUTO_MAP = {
-    "AutoConfig": "modeling_mor.MoRConfig",
-    "AutoModelForCausalLM": "modeling_mor.MoRForCausalLM",
-}
 _SEAL = "# SHA-256 of all lines above, as mor_jax wrote them: "
 # Files of exports from before they had a number and a checksum of their own.
 _UNNUMBERED = {

@@ -8,7 +8,7 @@ whole, with their names and ours, before the first value is read.
 import difflib
 import re
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 import numpy as np
 from einops import rearrange
@@ -21,6 +21,9 @@ from mor_jax.parameters import unique_parameters
 # Buffers that older checkpoints carry and that follow from the configuration.
 DERIVED = re.compile(r"\.rotary_emb\.(inv_freq|cos_cached|sin_cached)$")
 
+_LISTED = 100
+"""Tensors that a message names at most."""
+
 _ROWS = 16
 """Rows turned at one time: so many cache lines stay in reach while columns are written."""
 
@@ -31,8 +34,9 @@ def as_params(cfg: ModelConfig, table: Sequence[Entry], tensors: Lazy) -> Lazy:
     A shared weight may appear under any or all of its names; reading it compares the copies.
 
     Raises:
-        ValueError: here, a list of every tensor that is missing, unknown or of another shape;
-            on reading, copies of one shared weight that differ, or values that are not finite.
+        ValueError: here, a list of the tensors that are missing, unknown or of another shape (the
+            first 100 of them); on reading, copies of one shared weight that differ, or values that
+            are not finite.
     """
     _check_fit(cfg, table, tensors)
     places: dict[str, dict[tuple[int, ...], list[Entry]]] = {}
@@ -147,7 +151,8 @@ def _merged(*views: np.ndarray) -> tuple[np.ndarray, ...]:
 
 def _check_fit(cfg: ModelConfig, table: Sequence[Entry], tensors: Lazy) -> None:
     known = {entry.name: entry for entry in table}
-    lines, lacking = [], {}
+    lines: list[str] = []
+    lacking: dict[str, list[Entry]] = {}
     for entry in table:
         lacking.setdefault(entry.canonical, []).append(entry)
     for canonical, group in lacking.items():
@@ -157,8 +162,7 @@ def _check_fit(cfg: ModelConfig, table: Sequence[Entry], tensors: Lazy) -> None:
     for name, spec in tensors.specs.items():
         if name not in known:
             if not DERIVED.search(name):
-                near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
-                lines.append(f"  unexpected  {name} {spec.shape} (the nearest name is {near})")
+                lines.append(f"  unexpected  {name} {spec.shape}{_nearest(name, known, lines)}")
         elif spec.shape != (shape := torch_shape(cfg, known[name])):
             ours = _ours(known[name])
             lines.append(f"  misshapen   {name} {spec.shape}, expected {shape} ({ours})")
@@ -166,10 +170,19 @@ def _check_fit(cfg: ModelConfig, table: Sequence[Entry], tensors: Lazy) -> None:
     _raise_list(tensors.where, told, lines)
 
 
+def _nearest(name: str, known: Collection[str], lines: list[str]) -> str:
+    # Nobody reads more of them, and each costs a look at all names.
+    if len(lines) >= _LISTED:
+        return ""
+    return f" (the nearest name is {difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]})"
+
+
 def _raise_list(where: str, told: str, lines: list[str]) -> None:
     if lines:
+        more = [f"  ... and {len(lines) - _LISTED} more"] if len(lines) > _LISTED else []
         fix = "Check layers, width, heads, sharing, recursions, router, tie_embeddings"
-        raise ValueError(f"{where}: {told}:\n" + "\n".join(lines) + f"\n{fix}")
+        listed = "\n".join([*lines[:_LISTED], *more])
+        raise ValueError(f"{where}: {told}:\n{listed}\n{fix}")
 
 
 def _ours(entry: Entry) -> str:

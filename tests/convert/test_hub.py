@@ -25,7 +25,7 @@ FILES = {
 
 
 class Hub(BaseHTTPRequestHandler):
-    """As much of the hub's interface as its client asks for; one repository, `me/model`."""
+    """As much of the hub's interface as its client asks for; `me/model` and `me/quantized`."""
 
     def do_HEAD(self):
         self._answer()
@@ -36,6 +36,9 @@ class Hub(BaseHTTPRequestHandler):
     def _answer(self):
         path = urlsplit(self.path).path
         start, _, name = path.partition(f"/resolve/{COMMIT}/")
+        if path.startswith("/api/models/me/quantized/tree/"):
+            row = {"type": "file", "path": "small.gguf", "size": 4, "oid": "a"}
+            return self._send(json.dumps([row]).encode())
         if path.startswith("/api/models/me/model/tree/"):
             rows = [{"type": "file", "path": n, "size": len(c), "oid": n} for n, c in FILES.items()]
             return self._send(json.dumps(rows).encode())
@@ -97,10 +100,12 @@ def ask(home, endpoint, *names, **environment):
 
 
 def test_repositories_are_fetched_and_kept(server, tmp_path):
-    lines = ask(tmp_path, server, "me/model", "me/model/small.gguf", "me/absent")
+    lines = ask(tmp_path, server, "me/model", "me/model/small.gguf", "me/absent", "me/quantized")
     assert lines[0] == "['config.json', 'model.safetensors', 'tokenizer.json']"
     assert lines[1] == "b'GGUF'"
     assert "path='me/absent': is no existing path, and the hub does not give it" in lines[2]
+    told = "path='me/quantized': holds GGUF files. Give the path of one of them with --from=gguf"
+    assert lines[3] == told
     lines = ask(tmp_path, "http://127.0.0.1:9", "me/model", "me/other", HF_HUB_OFFLINE="1")
     assert "model.safetensors" in lines[0]
     assert "offline" in lines[1].lower() and "fetch it elsewhere" in lines[1]

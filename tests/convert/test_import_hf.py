@@ -199,6 +199,23 @@ def test_both_generations_of_config_say_the_same():
         ({"num_attention_heads": 0}, ["num_attention_heads=0"]),
         ({"rms_norm_eps": "small"}, ["norm_eps='small'"]),
         ({"rope_theta": "many"}, ["rope_theta='many'"]),
+        ({"rope_theta": [[]]}, ["rope_theta=[[]]"]),
+        ({"architectures": 2}, ["architectures=2"]),
+        ({"head_dim": 0}, ["head_dim=0"]),
+        ({"num_key_value_heads": 0}, ["num_key_value_heads=0"]),
+        ({"num_attention_heads": 10**9}, ["num_attention_heads=1000000000", "any model"]),
+        ({"tie_word_embeddings": "false"}, ["tie_word_embeddings='false'", "without quotes"]),
+        ({"attention_bias": "false"}, ["attention_bias='false'"]),
+        ({"is_causal": False}, ["is_causal=False"]),
+        ({"per_layer_config": {"0": {"head_dim": 4}}}, ["per_layer_config", "head_dim"]),
+        ({"transformers_weights": "b.safetensors"}, ["transformers_weights='b.saf", "--source"]),
+        ({"vocab_size": 65}, ["vocab_size=65", "embed_tokens.weight has 64 rows"]),
+        ({"hidden_size": 64}, ["hidden_size=64", "has 32 columns"]),
+        ({"intermediate_size": 64}, ["intermediate_size=64", "gate_proj.weight has 48 rows"]),
+        ({"num_hidden_layers": 5}, ["num_hidden_layers=5", "the tensors make 4"]),
+        ({"num_hidden_layers": 3}, ["num_hidden_layers=3", "the tensors make 4"]),
+        ({"num_hidden_layers": 100000}, ["num_hidden_layers=100000", "the tensors make 4"]),
+        ({"num_hidden_layers": 10**12}, ["num_hidden_layers=1000000000000", "any model"]),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
@@ -208,6 +225,7 @@ def test_what_our_models_do_not_compute_is_refused_by_name(changes, words, tmp_p
     with pytest.raises(ValueError) as error:
         import_hf(path)
     assert all(word in str(error.value) for word in [*words, "config.json"]), error.value
+    assert "\n" not in str(error.value) and len(str(error.value)) < 500
 
 
 def test_an_export_with_settings_missing_or_unknown_is_refused():
@@ -281,11 +299,88 @@ def test_tokenizers_come_along_unless_they_have_too_many_tokens(tmp_path):
         import_hf(path)
 
 
+def test_what_is_taken_for_granted_is_said(tmp_path):
+    path = write(tmp_path)
+
+    def notes():
+        return import_hf(path).facts["notes"]
+
+    settings(tmp_path, model_type=None)
+    assert notes() == []
+    settings(tmp_path, architectures=None)
+    assert notes() == ["config.json names neither model_type nor architectures: read as a llama"]
+    settings(tmp_path, model_type="llama", auto_map={"AutoModel": "odd.Odd"})
+    assert len(notes()) == 1 and "code of its own" in notes()[0] and "odd.Odd" in notes()[0]
+    settings(tmp_path, auto_map=None)
+    stored = load_file(tmp_path / "model.safetensors")
+    save_file({name: t.double() for name, t in stored.items()}, tmp_path / "model.safetensors")
+    assert notes() == [f"{len(stored)} tensors of float64 were rounded to float32"]
+
+
+def test_layers_of_an_export_are_counted_by_what_is_stored(tmp_path):
+    cfg = TINY["middle_cycle"]
+    path = write(tmp_path, cfg, exported_mor(cfg), mor_entries)
+    settings(tmp_path, num_hidden_layers=cfg.layers + cfg.recursions)
+    told = rf"num_hidden_layers \(sharing=middle_cycle, .*={cfg.layers + cfg.recursions}: makes"
+    with pytest.raises(ValueError, match=told):
+        import_hf(path)
+    settings(tmp_path, num_recursions=10**9)
+    with pytest.raises(ValueError, match="num_recursions=1000000000: is more than any model"):
+        import_hf(path)
+
+
+@pytest.mark.parametrize(
+    ("files", "words"),
+    [
+        (["adapter_config.json", "adapter_model.safetensors"], "merge_and_unload"),
+        (["adapter_config.json", "adapter_model.bin", "tokenizer.json"], "merge_and_unload"),
+        (["model.Q4_0.gguf", "README.md"], "--from=gguf"),
+        (["consolidated.00.pth", "params.json"], "Meta's own format"),
+        (["consolidated.safetensors", "params.json"], "Meta's own format"),
+        ([".metadata", "__0_0.distcp"], "merge-weights"),
+        (["pytorch_model_fsdp_0/__0_0.distcp"], "merge-weights"),
+        (["zero_pp_rank_0_mp_rank_00_model_states.pt"], "zero_to_fp32.py"),
+        (["latest", "global_step7/zero_pp_rank_0_mp_rank_00_optim_states.pt"], "zero_to_fp32.py"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_what_another_program_has_to_turn_first_names_it(files, words, tmp_path):
+    for file in files:
+        (tmp_path / file).parent.mkdir(exist_ok=True)
+        (tmp_path / file).write_text("{}")
+    # With a path to a file as with its directory.
+    named = (
+        [tmp_path] if "/" in files[-1] else [tmp_path, tmp_path / files[-1], tmp_path / files[0]]
+    )
+    said = []
+    for path in named:
+        with pytest.raises(ValueError) as error:
+            import_hf(str(path))
+        said.append(words in str(error.value))
+        assert "\n" not in str(error.value)
+    assert said[0] and any(said[1:] or said)
+
+
+def test_an_adapter_beside_the_model_is_not_passed_over(tmp_path):
+    path = write(tmp_path)
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(
+        ValueError, match=r"model\.safetensors.*beside adapter_config\.json.*--sour"
+    ):
+        import_hf(path)
+    assert_equal(import_hf(f"{path}/model.safetensors").params, random_params(PLAIN))
+
+
 def test_directories_without_a_model_are_refused(tmp_path):
     with pytest.raises(ValueError, match=r"config\.json=None: is missing"):
         import_hf(str(tmp_path))
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(ValueError, match=r"config\.json=None: is damaged"):
         import_hf(str(tmp_path))
+    for text in ("[" * 10**5, '{"a": ' + "9" * 5000 + "}", "2", "[]", "\ufeff{}"):
+        (tmp_path / "config.json").write_text(text)
+        with pytest.raises(ValueError, match=r"config\.json=.*(is damaged|is no group)") as error:
+            import_hf(str(tmp_path))
+        assert "\n" not in str(error.value) and len(str(error.value)) < 500
     with pytest.raises(ValueError, match="neither an existing path nor a name of the hub"):
         import_hf(str(tmp_path / "nowhere"))

@@ -15,8 +15,9 @@ from transformers import AutoModelForCausalLM
 
 from mor_jax import exit_codes
 from mor_jax.convert import modeling_file
+from mor_jax.convert.hf_config import AUTO_MAP
 from mor_jax.convert.marker import check_ours, write_marker
-from mor_jax.convert.modeling_file import AUTO_MAP, MODELING, modeling_text, refresh
+from mor_jax.convert.modeling_file import MODELING, modeling_text, refresh
 
 COMMAND = [sys.executable, str(Path(__file__).parents[2] / "launch" / "convert.py"), "refresh"]
 OLD = '"""A model as exports had it once."""\n'

@@ -67,6 +67,21 @@ def test_shards_are_read_as_one(suffix, tmp_path):
 
 
 @pytest.mark.parametrize("suffix", ["safetensors", "bin"])
+def test_a_single_file_beside_an_index_of_others_is_refused(suffix, tmp_path):
+    index, _ = write_sharded(tmp_path, suffix)
+    single = tmp_path / index.name.removesuffix(".index.json")
+    (save_file if suffix == "safetensors" else torch.save)(TENSORS, single)
+    with pytest.raises(ValueError, match=rf"{single.name}.*{index.name} of 2 .*--source=") as error:
+        open_weights(tmp_path)
+    assert "\n" not in str(error.value)
+    check_all(index)
+    check_all(single)
+    # An index of the single file itself says nothing new.
+    index.write_text(json.dumps({"weight_map": dict.fromkeys(TENSORS, single.name)}))
+    assert "sharded" not in check_all(tmp_path).format
+
+
+@pytest.mark.parametrize("suffix", ["safetensors", "bin"])
 def test_missing_and_foreign_shards_are_named(suffix, tmp_path):
     index, files = write_sharded(tmp_path, suffix)
     shutil.copy(tmp_path / files[1], tmp_path / "kept")

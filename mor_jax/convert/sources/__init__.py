@@ -3,32 +3,20 @@
 import dataclasses
 from pathlib import Path
 
-from mor_jax.config import fail
+from mor_jax.config import check, fail
 from mor_jax.convert.lazy import Lazy
 from mor_jax.convert.sources.safetensors_files import open_safetensors, open_sharded_safetensors
+from mor_jax.convert.sources.shards import shards_of
 from mor_jax.convert.sources.torch_files import open_deepspeed, open_sharded_torch, open_torch
+from mor_jax.convert.sources.ways_out import inside, way_out
 from mor_jax.convert.sources.wrappers import unwrapped
 
 INDEX = ".index.json"
 
-# Names inside a directory, the most trusted first: safetensors before pickles.
-_NAMES = (
-    "model.safetensors.index.json",
-    "model.safetensors",
-    "pytorch_model.bin.index.json",
-    "pytorch_model.bin",
-    "pytorch_model_fsdp.bin",
-)
-_WAYS_OUT = {
-    "adapter_model.*": "holds an adapter, not a model. Merge it first: merge_and_unload() of peft",
-    "*.distcp": "holds the shards of a distributed save. Join them first: accelerate merge-weights",
-    "**/*.distcp": "holds the shards of a distributed save. Join them first: accelerate "
-    "merge-weights",
-    "consolidated.*.pth": "holds Meta's own format. Take the Hugging Face files of the same model",
-    "model-*-of-*.safetensors": "holds shards without model.safetensors.index.json, so nobody "
-    "knows whether all are there. Fetch the index too",
-    "*.gguf": "holds GGUF files. Give the path of one of them",
-}
+# Names inside a directory, the most trusted first: safetensors before pickles. As in transformers,
+# a single file goes before the index of several.
+_SINGLE = ("model.safetensors", "pytorch_model.bin")
+_NAMES = (*(name for one in _SINGLE for name in (one, f"{one}{INDEX}")), "pytorch_model_fsdp.bin")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,21 +42,53 @@ def open_weights(path: Path) -> Weights:
     return dataclasses.replace(found, tensors=unwrapped(found.tensors))
 
 
+def check_readable(path: Path) -> None:
+    """Raises `ValueError` with the way out where a model without config.json needs one.
+
+    path: a directory, or a file of weights.
+    """
+    folder = path if path.is_dir() else path.parent
+    if (folder / "config.json").is_file():
+        return
+    problem = way_out(inside(path) if path.is_dir() else [path.name])
+    if problem is not None:
+        raise ValueError(f"{path}: {problem}")
+
+
 def _open_directory(path: Path) -> Weights:
+    _check_one_set(path)
     for name in _NAMES:
         if (path / name).is_file():
+            adapter = (path / "adapter_config.json").is_file()
+            rule = "stands beside adapter_config.json: transformers would load an adapter's model"
+            fix = f"Merge the adapter, move it away, or give --source={path / name}"
+            check(not adapter, "path", str(path / name), rule, fix)
             return _open_file(path / name)
     if (path / "latest").is_file() or any(path.glob("*_model_states.pt")):
         return Weights(*open_deepspeed(path))
-    for pattern, problem in _WAYS_OUT.items():
-        if any(path.glob(pattern)):
-            raise ValueError(f"{path}: {problem}")
+    problem = way_out(inside(path))
+    if problem is not None:
+        raise ValueError(f"{path}: {problem}")
     single = sorted(path.glob("*.safetensors"))
     if len(single) == 1:
         return _open_file(single[0])
     found = sorted(file.name for file in path.iterdir())
     fix = f"The directory needs one of {', '.join(_NAMES)}, or DeepSpeed's 'latest'"
     fail("path", str(path), f"no weights there, only {found[:20]}", fix)
+
+
+def _check_one_set(path: Path) -> None:
+    """Raises `ValueError` where a single file and an index of others are both there."""
+    for name in _SINGLE:
+        single, index = path / name, path / f"{name}{INDEX}"
+        if single.is_file() and index.is_file():
+            shards = shards_of(index)
+            rule = (
+                f"stands beside {index.name} of {len(shards)} other files; "
+                "transformers takes the single file, and they may differ"
+            )
+            fix = f"Move one of the two away, or give --source={single} or --source={index}"
+            check(shards == {name}, "path", str(single), rule, fix)
 
 
 def _open_file(path: Path) -> Weights:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mor_jax.config import fail
+from mor_jax.convert.sources.ways_out import way_out
 from mor_jax.data.optional import need
 
 _NAME = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
@@ -42,10 +43,16 @@ def located(name: str, weights: bool = True) -> Path:
     return _fetched(name, lambda hub: _snapshot(hub, repository, revision or None, weights))
 
 
+class _Refused(Exception):
+    """The repository can be read, and holds what this program cannot."""
+
+
 def _fetched(name: str, fetch: Callable[[Any], str]) -> Path:
     hub = need("huggingface_hub", "path", name)
     try:
         return Path(fetch(hub))
+    except _Refused as error:
+        raise ValueError(f"path={name!r}: {error}") from None
     # Whatever the network, the client and the repository's owner may answer.
     except Exception as error:
         reason = str(error).strip().splitlines()[:1] or [type(error).__name__]
@@ -67,5 +74,8 @@ def _snapshot(hub: Any, repository: str, revision: str | None, weights: bool) ->
             return fetch(allow_patterns=[*_BESIDE, _SAFE], local_files_only=True)
         except FileNotFoundError:
             raise unreachable from None
+    problem = None if "config.json" in names else way_out(names)
+    if problem is not None:
+        raise _Refused(problem)
     safe = any(name.endswith(".safetensors") and "/" not in name for name in names)
     return fetch(allow_patterns=[*_BESIDE, _SAFE if safe else "*.bin"])

@@ -40,6 +40,11 @@ def open_shards(index: Path, open_one: Callable[[Path], Lazy]) -> Lazy:
     return Lazy(str(index.parent), specs, lambda name: shards[places[name]].read(name))
 
 
+def shards_of(index: Path) -> set[str]:
+    """Names of the files that an index lists. Raises `ValueError` if it is none."""
+    return set(_weight_map(index).values())
+
+
 def _weight_map(index: Path) -> dict[str, str]:
     try:
         places = json.loads(index.read_text())["weight_map"]
