@@ -17,7 +17,16 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from mor_jax import exit_codes, platforms
+from mor_jax import exit_codes, option_names, platforms
+
+_PATHS = {
+    "data.sources": "source",
+    "sources": "source",
+    "sample.max_tokens": "max_tokens",
+    "sample.temperature": "temperature",
+    "sample.seed": "seed",
+}
+"""Options under other names than their settings."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -25,12 +34,13 @@ def main(argv: list[str] | None = None) -> int:
     platforms.skip_absent()
     from mor_jax.analysis import command
 
-    given = vars(options)
+    given = dict(vars(options))
     as_json = given.pop("json")
     try:
         result = command.run(given, _standard_input)
     except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
+        typed = option_names.options(options, _PATHS)
+        print(f"error: {option_names.as_typed(error, typed)}", file=sys.stderr)
         return exit_codes.REFUSED
     if as_json:
         print(json.dumps(result.to_dict()))

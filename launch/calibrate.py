@@ -16,7 +16,17 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from mor_jax import exit_codes, platforms
+from mor_jax import exit_codes, option_names, platforms
+
+_PATHS = {
+    "eval.batches": "batches",
+    "eval.batch_size": "batch_size",
+    "data.sources": "source",
+}
+"""Options under other names than their settings."""
+
+POINTS = 9
+"""Depths of a curve."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -34,22 +44,31 @@ def main(argv: list[str] | None = None) -> int:
         recursions=options.recursions,
     )
     try:
-        points = options.points if options.curve else 0
         aim = calibrate.Aim(
-            shares=_numbers(options.shares), depth=options.mean_depth, points=points
+            shares=_numbers(options.shares), depth=options.mean_depth, points=_points(options)
         )
         found = find(options.workdir, options.step)
         calibrate.check_name(found, options.name)
         measured = calibrate.calibrate(found, asked, aim)
         files = calibrate.write(measured, options.name)
     except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
+        typed = option_names.options(options, _PATHS)
+        print(f"error: {option_names.as_typed(error, typed)}", file=sys.stderr)
         return exit_codes.REFUSED
     if options.json:
         print(json.dumps(measured.to_dict()))
     else:
         print("\n".join([*measured.lines(), "", *(f"wrote {file}" for file in files)]))
     return exit_codes.OK
+
+
+def _points(options: argparse.Namespace) -> int | None:
+    """Of the curve, None without one."""
+    if options.curve:
+        return POINTS if options.points is None else options.points
+    if options.points is not None:
+        raise ValueError(f"points={options.points}: is of a curve. Add --curve, or leave it out")
+    return None
 
 
 def _numbers(text: str | None) -> tuple[float, ...] | None:
@@ -82,7 +101,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--batches", type=int, help="of each half; default: the run's eval.batches")
     parser.add_argument("--batch_size", type=int, help="rows; default: the run's eval.batch_size")
     parser.add_argument("--curve", action="store_true", help="also measure loss against mean depth")
-    parser.add_argument("--points", type=int, default=9, help="depths of the curve (default: 9)")
+    parser.add_argument("--points", type=int, help=f"depths of the curve (default: {POINTS})")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     return parser
 

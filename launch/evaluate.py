@@ -20,11 +20,19 @@ from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from mor_jax import exit_codes, platforms
+from mor_jax import exit_codes, option_names, platforms
 
 if TYPE_CHECKING:
     from mor_jax.config import TrainConfig
     from mor_jax.evaluation.questions import Questions
+
+_PATHS = {
+    "eval.batches": "batches",
+    "eval.batch_size": "batch_size",
+    "data.sources": "source",
+    "evaluation.fsdp": "fsdp",
+}
+"""Options under other names than their settings."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -33,7 +41,9 @@ def main(argv: list[str] | None = None) -> int:
     try:
         _watch(options, others) if options.watch else _once(options, others)
     except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
+        typed = option_names.options(options, _PATHS)
+        typed |= option_names.words(others, groups=("model_args", "gen_kwargs"))
+        print(f"error: {option_names.as_typed(error, typed)}", file=sys.stderr)
         return exit_codes.REFUSED
     except KeyboardInterrupt:
         print("stopped; the same command goes on", file=sys.stderr)

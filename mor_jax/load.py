@@ -10,8 +10,8 @@ import jax
 from etils import epath
 
 from mor_jax import initial, workdir
-from mor_jax.checkpoint import Checkpoints, any_complete
-from mor_jax.config import CheckpointConfig, TrainConfig
+from mor_jax.checkpoint import Checkpoints, any_complete, complete_steps
+from mor_jax.config import CheckpointConfig, TrainConfig, check
 from mor_jax.state import abstract_params
 from mor_jax.types import Params
 
@@ -91,6 +91,9 @@ def find(directory: epath.PathLike, step: int | None = None, *, sums: bool = Tru
 
 
 def _facts(path: epath.Path, step: int | None, sums: bool = True) -> dict[str, Any]:
+    there = complete_steps(path)
+    rule = f"there is no complete checkpoint of this step in {path}; complete are {there or 'none'}"
+    check(step is None or step in there, "step", step, rule, "Leave it out for the newest")
     checkpoints = Checkpoints(path, CheckpointConfig())
     try:
         return checkpoints.facts(step, sums=sums)

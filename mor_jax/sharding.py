@@ -64,12 +64,17 @@ def make_mesh(cfg: MeshConfig, devices: list[jax.Device] | None = None) -> Mesh:
     return Mesh(grid, AXES)
 
 
+def row_devices(mesh: Mesh) -> int:
+    """Devices that take rows of a batch each: a batch is a multiple of so many rows."""
+    return int(np.prod([mesh.shape[axis] for axis in RULES["batch"]]))
+
+
 def check_rows(mesh: Mesh, path: str, rows: int, parts: int = 1) -> None:
     """Raises `ValueError` unless each of `parts` equal parts of a batch fits the devices.
 
     path: the setting that says how many `rows` there are.
     """
-    cut = int(np.prod([mesh.shape[axis] for axis in RULES["batch"]]))
+    cut = row_devices(mesh)
     unit = cut * parts
     rule = f"must be a multiple of {unit}: {cut} devices (mesh axes {RULES['batch']}) hold as many"
     rule += f" rows of each of {parts} micro-batches" if parts > 1 else " rows each"

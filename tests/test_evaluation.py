@@ -4,7 +4,9 @@ import dataclasses
 import importlib
 import json
 import math
+import os
 import shutil
+import socket
 
 import jax
 import numpy as np
@@ -13,21 +15,23 @@ import sentencepiece
 from seeded import random_params
 from tiny import TINY, train_config
 
-from mor_jax import data, initial, sharding
+from mor_jax import data, exit_codes, initial, sharding
+from mor_jax.at_work import Trainer
 from mor_jax.checkpoint import Checkpoints
 from mor_jax.config import CheckpointConfig, DataConfig, EvalConfig, MeshConfig
 from mor_jax.convert.lazy import flatten, held
 from mor_jax.data.bpe import train_bpe
 from mor_jax.evaluate import Evaluator
-from mor_jax.evaluation import Asked, evaluate
+from mor_jax.evaluation import Asked, TextEvaluation, evaluate
 from mor_jax.evaluation.figure import check_path, draw
 from mor_jax.evaluation.records import FILE, Records
 from mor_jax.evaluation.text_bytes import TextBytes
 from mor_jax.evaluation.watch import Watch
 from mor_jax.load import find
+from mor_jax.serve.calibration import fingerprint, load
 from mor_jax.state import abstract_params, logical_axes
 from mor_jax.types import Batch
-from mor_jax.workdir import claim_workdir
+from mor_jax.workdir import claim_workdir, hold
 
 MODEL = dataclasses.replace(TINY["expert_cycle"], vocab_size=256, layers=2, recursions=2)
 GIVEN, TRAINED = random_params(MODEL, 1), random_params(MODEL, 2)
@@ -136,9 +140,15 @@ def test_evaluation_is_that_of_the_run_itself(trained, cfg):
 def test_other_text_is_used_whole(trained, tmp_path, cfg):
     (tmp_path / "one.txt").write_text("A single document. " * 12)
     source = f"text:{tmp_path}/*.txt"
-    found = evaluate(find(trained), Asked(sources=(source,), length=16, batches=9))
     tokens = 12 * len("A single document. ") + 1
-    # A row needs one token more than it is long: the last target.
+    for size, batches in ((8, 9), (8 * 10**20, 10**20)):
+        # However many are asked for: no more rows are computed than the devices need.
+        asked = Asked(sources=(source,), length=16, batches=batches, batch_size=size)
+        whole = TextEvaluation(cfg, asked)
+        assert {len(batch.tokens) for batch in whole._batches} == {8 if size == 8 else 16}
+        # A row needs one token more than it is long: the last target.
+        assert len(whole._sources) == (tokens - 1) // 16
+    found = evaluate(find(trained), Asked(sources=(source,), length=16, batches=9))
     assert (found.text, found.rows) == (source, (tokens - 1) // 16)
     with pytest.raises(ValueError, match=r"length=65: must be between 2 and model\.max_length=64"):
         evaluate(find(trained), Asked(length=65))
@@ -212,6 +222,8 @@ def test_every_checkpoint_is_evaluated_once(cfg, tmp_path):
     news: list[str] = []
     assert watched({"length": 16}) == [(1, {"checkpoint": 1}), (8, {"checkpoint": 8})]
     assert news[0] == "step 2: the run has deleted this checkpoint meanwhile"
+    waits = f"waiting for checkpoints of {tmp_path} up to step {cfg.steps}; nobody trains there now"
+    assert news[1].startswith(waits) and len(news) == 2
     assert watched({"length": 16}) == []
     # A process that is killed may leave half a line.
     with (tmp_path / FILE).open("a") as file:
@@ -223,6 +235,49 @@ def test_every_checkpoint_is_evaluated_once(cfg, tmp_path):
     assert Records(tmp_path / FILE, {"length": 16}).steps() == {1, 8}
     with pytest.raises(ValueError, match="no record of an evaluation"):
         Records(tmp_path / "config.json", {})
+
+
+def test_who_waits_is_told_who_trains(cfg, tmp_path, monkeypatch):
+    claim_workdir(tmp_path, cfg)
+    trainer = Trainer(tmp_path)
+    assert trainer() == ""
+    with hold(tmp_path):
+        assert trainer() == f"process {os.getpid()} on {socket.gethostname()}"
+    assert trainer() == ""
+    # Where there are no locks, a holder writes signs of life.
+    times, lock = iter((0.0, 1.0, 29.0, 32.0, 33.0, 34.0)), tmp_path / "lock"
+    trainer = Trainer(tmp_path, clock=lambda: next(times))
+    for sign, owner in (("1", "another process"), ("1", "another process"), ("1", ""), ("2", "a")):
+        lock.write_text(sign)
+        assert bool(trainer._by_signs()) == bool(owner)
+    lock.unlink()
+    assert trainer._by_signs() == ""
+    # Told once, and again when it changes.
+    found, news = ["", "", "process 1 on a", "process 1 on a", ""], []
+    watch = Watch(tmp_path, Records(tmp_path / FILE, {}), told=news.append, wait=lambda _: None)
+    monkeypatch.setattr(watch, "_trainer", lambda: found.pop(0))
+    with pytest.raises(IndexError):
+        list(watch(lambda checkpoint: {}))
+    ends = ["nobody trains there now", "process 1 on a trains there", "nobody trains there now"]
+    assert [end in line for end, line in zip(ends, news, strict=True)] == [True] * 3
+
+
+def test_a_calibration_of_other_weights_is_refused_with_what_would_do(trained, tmp_path):
+    values = {"step": 1, "recursions": 2, "thresholds": [0.0, 0.0], "wanted": [1.0, 0.5]}
+    values |= {"shares": [1.0, 0.5], "loss": 1.0, "text": "it", "tokens": 9}
+    newest, file = find(trained), tmp_path / "made.json"
+    for weights, step, fix in (
+        (fingerprint(find(trained, 1)), 1, "Give --step=1, or calibrate these"),
+        # Of another run, at the step that is there, at another one, at one that is not.
+        ("other", 2, "Calibrate these with launch/calibrate.py"),
+        ("other", 1, "Calibrate these with launch/calibrate.py"),
+        ("other", 9, "Calibrate these with launch/calibrate.py"),
+    ):
+        file.write_text(json.dumps(values | {"weights": weights, "step": step}))
+        with pytest.raises(
+            ValueError, match=rf"other weights \(step {step}\) than.*step 2\. {fix}$"
+        ):
+            load(newest, str(file))
 
 
 def test_the_command_prints_a_table_or_json(trained, imported, tmp_path, capsys):
@@ -253,4 +308,14 @@ def test_the_command_prints_a_table_or_json(trained, imported, tmp_path, capsys)
     assert json.loads((tmp_path / "a.jsonl").read_text())["text"]["rows"] == 8
     capsys.readouterr()
     assert command.main([f"--workdir={tmp_path}"]) != 0
-    assert capsys.readouterr().err.startswith(f"error: workdir={str(tmp_path)!r}: is not the dir")
+    assert capsys.readouterr().err.startswith(f"error: --workdir={str(tmp_path)!r}: is not the dir")
+    for told, *wrong in (
+        ("--batches=0: must be greater than 0", "--batches=0"),
+        ("--source='text:nowhere': matches no file", "--source=text:nowhere"),
+        ("--fsdp=3: must divide the 8 devices", "--fsdp=3"),
+        ("--batch_size=3: must be a multiple of 8", "--batch_size=3"),
+        ("--step=7: there is no complete checkpoint of this step in ", "--step=7"),
+        ("--poll=nan: must be seconds in (0, 86400]", "--watch", "--poll=nan"),
+    ):
+        assert command.main([f"--workdir={trained}", *wrong]) == exit_codes.REFUSED
+        assert capsys.readouterr().err.startswith(f"error: {told}")

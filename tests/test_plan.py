@@ -424,4 +424,4 @@ def test_a_step_too_large_for_a_tpu():
 def test_a_wrong_topology_is_one_line():
     done = command("--config=configs/mor.py", "--topology=v5e:16x15")
     assert done.returncode == 2
-    assert done.stderr.startswith("error: topology='v5e:16x15'") and done.stderr.count("\n") == 1
+    assert done.stderr.startswith("error: --topology='v5e:16x15'") and done.stderr.count("\n") == 1

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from mor_jax.analysis import plots
+from mor_jax.analysis import headings, plots
 from mor_jax.analysis.observe import ROUTINGS
 
 Record = Mapping[str, Any]
@@ -26,14 +26,12 @@ def depth_figure(
     """
     shown = {title: records for title, records in grouped.items() if records}
     figure = plots.new_figure(13.0, 0.75 + 3.1 * -(-len(shown) // 2))
-    told = f"Recursions per token, mean above each bar: {about}"
-    figure.suptitle(told, x=0.02, ha="left", weight="bold")
     for place, (title, records) in enumerate(shown.items()):
         axes = figure.add_subplot(-(-len(shown) // 2), 2, place + 1)
         _depth_panel(axes, title, records, recursions)
-    handles, labels = figure.axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="upper right", ncols=len(labels), frameon=False, fontsize=9)
-    figure.tight_layout(rect=(0, 0, 1, 0.97))
+    told = f"Recursions per token, mean above each bar: {about}"
+    below = headings.title(figure, told, figure.axes[0].get_legend_handles_labels())
+    figure.tight_layout(rect=(0, 0, 1, below))
     plots.write_figure(figure, path)
 
 
@@ -55,7 +53,12 @@ def _depth_panel(axes: Any, title: str, records: Sequence[Record], recursions: i
     names = [record["group"] for record in records]
     turned = max(len(name) for name in names) > 3
     axes.set_xticks(
-        at, names, fontsize=7, rotation=40 if turned else 0, ha="right" if turned else "center"
+        at,
+        names,
+        fontsize=7,
+        rotation=40 if turned else 0,
+        ha="right" if turned else "center",
+        parse_math=False,
     )
     axes.tick_params(axis="y", labelsize=8)
     _bare(axes)
@@ -66,7 +69,7 @@ def score_figure(records: Sequence[Record], about: str, path: plots.PathLike) ->
     columns = min(3, len(records))
     rows = -(-len(records) // columns)
     figure = plots.new_figure(max(4.2 * columns, 7.0), 0.7 + 3.2 * rows)
-    figure.suptitle(f"Router scores: {about}", x=0.02, ha="left", weight="bold")
+    below = headings.title(figure, f"Router scores: {about}")
     for place, record in enumerate(records):
         axes = figure.add_subplot(rows, columns, place + 1)
         edges = np.linspace(0, 1, len(record["bins_chosen"]) + 1)
@@ -92,7 +95,7 @@ def score_figure(records: Sequence[Record], about: str, path: plots.PathLike) ->
         axes.tick_params(labelsize=8)
         axes.legend(frameon=False, fontsize=8)
         _bare(axes)
-    figure.tight_layout(rect=(0, 0, 1, 0.97))
+    figure.tight_layout(rect=(0, 0, 1, below))
     plots.write_figure(figure, path)
 
 
@@ -104,7 +107,7 @@ def recursion_figure(
     curves: routing for people ("" where nothing is routed) -> records. trained: recursions.
     """
     figure = plots.new_figure(12.0, 4.6)
-    figure.suptitle(f"Recursions at test time: {about}", x=0.02, ha="left", weight="bold")
+    below = headings.title(figure, f"Recursions at test time: {about}")
     panels = (
         ("loss", "cross-entropy, nats per token"),
         ("work", f"forward FLOPs; 1: all tokens at {trained} recursions"),
@@ -127,7 +130,7 @@ def recursion_figure(
         axes.set_axisbelow(True)
         axes.legend(frameon=False, fontsize=9)
         _bare(axes)
-    figure.tight_layout(rect=(0, 0, 1, 0.98))
+    figure.tight_layout(rect=(0, 0, 1, below))
     plots.write_figure(figure, path)
 
 

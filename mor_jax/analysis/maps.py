@@ -13,6 +13,9 @@ from mor_jax.analysis.output import Write, json_lines, number
 from mor_jax.analysis.page import Page, Token
 from mor_jax.serve.token_bytes import token_bytes
 
+_FEW = 10
+"""Depths below this are shown although no token has them."""
+
 END = "‖"
 """Shown where a document ends."""
 
@@ -65,8 +68,10 @@ class Map:
         made = [f"{'routing':<10}{'mean depth':>11}{'loss':>9}   share of tokens by depth"]
         for mode, one in facts["routings"].items():
             loss = "-" if one["loss"] is None else f"{one['loss']:.4f}"
-            shares = enumerate(one["shares"])
-            each = "  ".join(f"{depth}: {share:.1%}" for depth, share in shares if share or depth)
+            shares = list(enumerate(one["shares"]))
+            # Of many depths most are empty.
+            short = [(depth, share) for depth, share in shares if share or 0 < depth < _FEW]
+            each = "  ".join(f"{depth}: {share:.1%}" for depth, share in short)
             made.append(f"{ROUTINGS[mode]:<10}{one['depth']:>11.3f}{loss:>9}   {each}")
         return made
 

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from mor_jax.config import ModelConfig
+from mor_jax.free_memory import Program
 from mor_jax.losses import token_losses
 from mor_jax.models.gather import spread
 from mor_jax.models.router import Route
@@ -48,9 +49,9 @@ def passes(
     }
 
 
-def compiled(cfg: ModelConfig, modes: tuple[str, ...]):
+def compiled(cfg: ModelConfig, modes: tuple[str, ...]) -> Program:
     """`passes` of params, batch and thresholds, compiled once for all batches of a shape."""
-    return jax.jit(partial(passes, cfg, modes))
+    return Program(partial(passes, cfg, modes), "batch_size")
 
 
 def _pass(cfg: ModelConfig, route: Route, params: Params, batch: Batch) -> Seen:

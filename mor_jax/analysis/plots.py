@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from mor_jax import metrics
+from mor_jax.analysis import headings
 
 SERIES = {
     "training": "ce",
@@ -124,10 +125,11 @@ def depth_map(
         fix = "Give one depth per piece, at least one"
         raise ValueError(f"depth_map: {len(pieces)} pieces, {len(depths)} depths. {fix}")
     cells = _lay_out(pieces, depths, columns)
-    page = _Page(cells)
+    shown = range(0 if 0 in depths else 1, max(recursions or 0, *depths) + 1)
+    page = _Page(cells, title, len(shown))
     page.backgrounds(cells)
     page.letters(cells)
-    page.legend(title, depths, max(recursions or 0, *depths))
+    page.legend([(depth, depths.count(depth) / len(depths)) for depth in shown])
     write_figure(page.figure, path)
 
 
@@ -202,13 +204,21 @@ class _Page:
     _CELL = (0.082, 0.17)
     _MARGIN = 0.3
     _HEAD = 0.85
+    _TITLE = (10.5, 0.2)
+    _ENTRY = (0.82, 0.22)
 
-    def __init__(self, cells: Sequence[_Cell]):
+    def __init__(self, cells: Sequence[_Cell], title: str, entries: int):
+        """entries: of the legend. Title and legend take as many lines as they need."""
         width, height = self._CELL
         rows = 1 + max((cell.row for cell in cells), default=0)
         # Room for the title and the legend over a text of short lines.
         columns = max([cell.column + cell.width for cell in cells] + [72])
-        self._size = (columns * width + 2 * self._MARGIN, rows * height + self._HEAD + self._MARGIN)
+        self._title = headings.wrapped(title, columns * width, self._TITLE[0])
+        self._across = int(columns * width / self._ENTRY[0])
+        more = (len(self._title) - 1) * self._TITLE[1]
+        more += (-(-entries // self._across) - 1) * self._ENTRY[1]
+        self._head = self._HEAD + more
+        self._size = (columns * width + 2 * self._MARGIN, rows * height + self._head + self._MARGIN)
         self.figure = new_figure(*self._size)
         self._axes = self.figure.add_axes((0, 0, 1, 1))
         self._axes.set(xlim=(0, self._size[0]), ylim=(self._size[1], 0))
@@ -242,22 +252,24 @@ class _Page:
                 patch = PathPatch(Path.make_compound_path(*paths), facecolor=colour, linewidth=0)
                 self._axes.add_patch(patch)
 
-    def legend(self, title: str, depths: Sequence[int], recursions: int) -> None:
+    def legend(self, shares: Sequence[tuple[int, float]]) -> None:
+        """The title, and below it each depth with its share of the tokens."""
         from matplotlib.patches import Rectangle
 
-        axes, x, y = self._axes, self._MARGIN, self._MARGIN
-        style = {"va": "center", "color": "#111827", "family": "DejaVu Sans"}
-        axes.text(x, y, title, fontsize=10.5, weight="bold", **style)
-        y += 0.27
-        for depth in range(0 if 0 in depths else 1, recursions + 1):
-            share = sum(d == depth for d in depths) / len(depths)
-            axes.add_patch(Rectangle((x, y - 0.075), 0.2, 0.15, facecolor=colour(depth)))
-            axes.text(x + 0.26, y, f"{depth}: {share:.0%}", fontsize=8.5, **style)
-            x += 0.82
+        axes, y = self._axes, self._MARGIN
+        style = {"va": "center", "color": "#111827", "family": "DejaVu Sans", "parse_math": False}
+        for number, line in enumerate(self._title):
+            y = self._MARGIN + number * self._TITLE[1]
+            axes.text(self._MARGIN, y, line, fontsize=self._TITLE[0], weight="bold", **style)
+        for number, (depth, share) in enumerate(shares):
+            row, column = divmod(number, self._across)
+            left, at = self._MARGIN + column * self._ENTRY[0], y + 0.27 + row * self._ENTRY[1]
+            axes.add_patch(Rectangle((left, at - 0.075), 0.2, 0.15, facecolor=colour(depth)))
+            axes.text(left + 0.26, at, f"{depth}: {share:.0%}", fontsize=8.5, **style)
 
     def _corner(self, cell: _Cell) -> tuple[float, float]:
         width, height = self._CELL
-        return self._MARGIN + cell.column * width, self._HEAD + cell.row * height
+        return self._MARGIN + cell.column * width, self._head + cell.row * height
 
 
 def _runs(cells: Sequence[_Cell]) -> Iterator[list[_Cell]]:
@@ -309,7 +321,12 @@ def _smooth(curve: np.ndarray) -> np.ndarray:
 
 
 def _style(axes: Any, title: str, across: str = "optimiser step") -> None:
-    axes.set_title(title, loc="left", fontsize=12, weight="bold")
+    lines = headings.wrapped(title, 8.0, headings.SIZE)
+    left, bottom, width, height = axes.get_position().bounds
+    lower = (len(lines) - 1) * headings.LINE / axes.figure.get_size_inches()[1]
+    axes.set_position((left, bottom, width, height - lower))
+    style = {"loc": "left", "fontsize": headings.SIZE, "weight": "bold", "parse_math": False}
+    axes.set_title("\n".join(lines), **style)
     axes.set_xlabel(across)
     axes.set_ylabel("cross-entropy, nats per token")
     axes.grid(color="#e5e7eb", linewidth=0.8)

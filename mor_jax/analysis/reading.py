@@ -181,10 +181,12 @@ def _of_sources(cfg: TrainConfig, tokenizer: Tokenizer, wanted: Wanted, length: 
     text, split = cfg.data, "heldout"
     if wanted.sources is not None:
         text, split = dataclasses.replace(text, sources=wanted.sources, weights=None), "all"
-    rows = max(1, wanted.tokens // length)
+    # At most so many tokens are at most so many of one row.
+    shorter, length = wanted.tokens < length, min(wanted.tokens, length)
+    rows = wanted.tokens // length
     size = min(wanted.batch_size or cfg.eval.batch_size, rows)
     layout = data.Layout(length=length, batch_size=size)
-    batches = data.heldout_batches(text, tokenizer, layout, -(-rows // size), split)
+    batches = data.heldout_batches(text, tokenizer, layout, -(-rows // size), split, 1)
     fresh, left = [], rows
     for batch in batches:
         here = np.any(batch.targets != IGNORE, axis=1)
@@ -195,7 +197,9 @@ def _of_sources(cfg: TrainConfig, tokenizer: Tokenizer, wanted: Wanted, length: 
     names = ", ".join(text.sources)
     name = f"held-out part of {names}" if split == "heldout" else names
     notes = ()
-    if left == 0:
+    if shorter:
+        notes = (f"one row, shorter than usual (--tokens={wanted.tokens})",)
+    elif left == 0:
         told = f"{rows:,} rows of {length} tokens, spread over the text (--tokens={wanted.tokens})"
         notes = (told,)
     return Rows(name, batches, fresh, False, notes)

@@ -16,12 +16,14 @@ from mor_jax.config import TrainConfig, check
 from mor_jax.data.tokenizers import Tokenizer
 from mor_jax.evaluate import Evaluator
 from mor_jax.flops import flops
+from mor_jax.free_memory import Program
 from mor_jax.load import Found
 from mor_jax.serve.calibration import Calibration, load
 from mor_jax.serve.config import EngineConfig, compute_config
 from mor_jax.serve.engine import Engine
 from mor_jax.serve.request import Request, Sampling
 from mor_jax.serve.served import Served, check_finite, is_causal, ready
+from mor_jax.train_step import eval_step
 from mor_jax.types import IGNORE, Batch, Params
 
 Record = dict[str, Any]
@@ -194,6 +196,8 @@ def _printable(line: str) -> str:
 def measure(model: Shallow, rows: Rows, sample: Sample) -> Scaling:
     """Losses and samples with every number of recursions. Raises `ValueError` for a bad sample."""
     prompt = tuple(model.tokenizer.encode(sample.text).tolist())
+    rule = "must not be negative; 0 is for no sample"
+    check(sample.max_tokens >= 0, "sample.max_tokens", sample.max_tokens, rule, "Try 64")
     wanted = sample.max_tokens != 0 and "causal" in model.routings
     if wanted:
         request = Request(
@@ -214,7 +218,7 @@ def measure(model: Shallow, rows: Rows, sample: Sample) -> Scaling:
 def _losses(model: Shallow, served: Served, rows: Rows) -> list[Record]:
     """A record a routing."""
     cfg = dataclasses.replace(model.cfg, model=served.cfg, length=rows.length)
-    found = Evaluator.of(cfg, _counted(rows), served.thresholds)(served.params)
+    found = _evaluator(cfg, rows, served.thresholds)(served.params)
     trained, records = model.cfg.model, []
     full = flops(trained, rows.length, (1.0,) * trained.recursions).forward()
     for routing in model.routings:
@@ -239,6 +243,14 @@ def _losses(model: Shallow, served: Served, rows: Rows) -> list[Record]:
             }
         )
     return records
+
+
+def _evaluator(cfg: TrainConfig, rows: Rows, thresholds: tuple[float, ...] | None) -> Evaluator:
+    def step(params: Params, batch: Batch, mode: str) -> Any:
+        return eval_step(cfg, params, batch, mode, thresholds)
+
+    program = Program(step, "batch_size")
+    return Evaluator(cfg, _counted(rows), lambda *given: program(*given[:2], mode=given[2]))
 
 
 def _counted(rows: Rows) -> list[Batch]:

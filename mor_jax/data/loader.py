@@ -26,6 +26,10 @@ if TYPE_CHECKING:
     import grain
 
 
+_MOST_ROWS = 2**40
+"""More held-out rows than any text has, few enough to be counted in doubles."""
+
+
 @functools.lru_cache(maxsize=8)
 def _tokenized(key: "_Key") -> dict[str, TokenStream]:
     return dict(tokenize(key.documents, key.tokenizer, key.share))
@@ -186,21 +190,30 @@ def _in_workers(batches: "grain.IterDataset", cfg: DataConfig) -> "grain.IterDat
 
 
 def heldout_batches(
-    cfg: DataConfig, tokenizer: Tokenizer, layout: Layout, batches: int, split: str = "heldout"
+    cfg: DataConfig,
+    tokenizer: Tokenizer,
+    layout: Layout,
+    batches: int,
+    split: str = "heldout",
+    multiple: int | None = None,
 ) -> list[Batch]:
     """The same `batches` held-out batches at every call, NumPy int32 [layout.host_rows, length].
 
     split: `all` takes every document, for sources that nothing is trained on. Rows are shared
     between sources by weight and spread evenly over each. A small split gives fewer batches; the
-    rows that then lack in the last are repetitions without targets. Raises `ValueError` if a
-    source's split does not fill one row.
+    rows that then lack in the last are repetitions without targets. multiple: where not even one
+    batch is full, it has no more rows than there are, but a multiple of this number (which the
+    hosts divide). Raises `ValueError` if a source's split does not fill one row.
     """
     chosen = [(rows, i) for _, rows, i in _heldout_rows(cfg, tokenizer, layout, batches, split)]
-    lacking = -len(chosen) % layout.batch_size
-    stop = min(len(chosen) + lacking, batches * layout.batch_size)
+    size = layout.batch_size
+    if multiple is not None:
+        size = min(size, -(-len(chosen) // multiple) * multiple)
+    mine = size // layout.hosts
+    stop = min(len(chosen) + -len(chosen) % size, batches * size)
     made = []
-    for first in range(layout.host * layout.host_rows, stop, layout.batch_size):
-        part = [_chosen_row(chosen, i) for i in range(first, first + layout.host_rows)]
+    for first in range(layout.host * mine, stop, size):
+        part = [_chosen_row(chosen, i) for i in range(first, first + mine)]
         made.append(_to_batch({name: np.stack([row[name] for row in part]) for name in part[0]}))
     return made
 
@@ -220,7 +233,8 @@ def _heldout_rows(
     """Every row that was chosen: number of its source, the source's rows, its place in them."""
     check(batches > 0, "batches", batches, "must be greater than 0", "Try 1")
     sources = _open_rows(cfg, tokenizer, split, layout.length)
-    wanted = shares_of(_weights(cfg), max(batches * layout.batch_size, len(sources)))
+    most = min(batches * layout.batch_size, _MOST_ROWS)
+    wanted = shares_of(_weights(cfg), max(most, len(sources)))
     return [
         (number, rows, int(i))
         for number, (rows, count) in enumerate(zip(sources, wanted, strict=True))

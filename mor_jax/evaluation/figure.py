@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from mor_jax.analysis import headings
 from mor_jax.evaluation.report import NAMES
 from mor_jax.parsing import check, fail
 
@@ -45,7 +46,9 @@ def draw(values: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
         axes[0].legend()
     for one in axes:
         one.grid(alpha=0.3)
-    figure.suptitle(f"{Path(values['workdir']).name}, step {values['step']}: {values['text']}")
+    told = f"{Path(values['workdir']).name}, step {values['step']}: {values['text']}"
+    lines = headings.wrapped(told, 0.96 * figure.get_size_inches()[0], headings.SIZE)
+    figure.suptitle("\n".join(lines), fontsize=headings.SIZE, parse_math=False)
     try:
         figure.savefig(path, dpi=150, metadata={_TELLS[Path(path).suffix]: _MAKER})
     except OSError as error:

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -11,12 +11,13 @@ import jax
 import numpy as np
 
 from mor_jax import data, sharding
-from mor_jax.config import MeshConfig, TrainConfig
+from mor_jax.config import MeshConfig, TrainConfig, check
 from mor_jax.evaluate import modes
 from mor_jax.evaluation import report
 from mor_jax.evaluation.asked import Asked, config_for
 from mor_jax.evaluation.sums import position_starts, row_sums, total
 from mor_jax.evaluation.text_bytes import TextBytes
+from mor_jax.free_memory import Program
 from mor_jax.load import Found
 from mor_jax.serve.calibration import load
 from mor_jax.serve.served import ready
@@ -65,17 +66,20 @@ class TextEvaluation:
         """cfg: of the run. Raises `ValueError` as `evaluate`."""
         self._asked, self._cfg = asked, config_for(cfg, asked)
         cfg = self._cfg
+        number = jax.device_count()
+        rule = f"must divide the {number} devices that are here"
+        check(number % asked.fsdp == 0, "fsdp", asked.fsdp, rule, "Leave it out")
         self._mesh = sharding.make_mesh(MeshConfig(fsdp=asked.fsdp))
-        sharding.check_rows(self._mesh, "batch_size", cfg.eval.batch_size)
+        sharding.check_rows(self._mesh, "eval.batch_size", cfg.eval.batch_size)
         sharding.check_length(self._mesh, cfg.length)
         tokenizer = data.load_tokenizer(cfg.data.tokenizer)
         data.check_vocabulary(tokenizer, cfg.model.vocab_size)
         layout = data.Layout(length=cfg.length, batch_size=cfg.eval.batch_size)
         given = (cfg.data, tokenizer, layout, cfg.eval.batches, asked.split)
-        self._batches = data.heldout_batches(*given)
+        self._batches = data.heldout_batches(*given, sharding.row_devices(self._mesh))
         self._sources = data.heldout_sources(*given)
         self._bytes = TextBytes(tokenizer)
-        self._step = functools.lru_cache(maxsize=4)(self._jitted)
+        self._step = functools.lru_cache(maxsize=4)(self._program)
 
     def __call__(self, found: Found) -> Evaluation:
         """Raises `ValueError` if weights, calibration or recursions do not fit."""
@@ -89,7 +93,8 @@ class TextEvaluation:
         step, sums = self._step(cfg, thresholds), {}
         with jax.set_mesh(mesh):
             for mode in modes(model):
-                rows = [step(params, jax.device_put(b, where), mode) for b in self._batches]
+                batches = (jax.device_put(batch, where) for batch in self._batches)
+                rows = [step(params, batch, mode=mode) for batch in batches]
                 sums[mode] = total([jax.device_get(row) for row in rows])
         names = ", ".join(cfg.data.sources)
         text = names if asked.split == "all" else f"held-out part of {names}"
@@ -99,11 +104,11 @@ class TextEvaluation:
         return Evaluation(found, cfg, text, rows, values, asked.calibration)
 
     @staticmethod
-    def _jitted(cfg: TrainConfig, thresholds: tuple[float, ...] | None) -> Callable[..., Any]:
+    def _program(cfg: TrainConfig, thresholds: tuple[float, ...] | None) -> Program:
         def step(params: Params, batch: Batch, mode: str) -> Any:
             return row_sums(cfg, params, batch, mode, thresholds)
 
-        return jax.jit(step, static_argnums=2)
+        return Program(step, "eval.batch_size", cfg.eval.batch_size)
 
     def _values(
         self, cfg: TrainConfig, sums: dict[str, dict[str, np.ndarray]], rows: int

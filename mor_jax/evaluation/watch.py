@@ -7,6 +7,7 @@ from typing import Any
 from etils import epath
 
 from mor_jax import workdir
+from mor_jax.at_work import Trainer
 from mor_jax.checkpoint import complete_steps
 from mor_jax.evaluation.records import Records
 from mor_jax.load import Found, find
@@ -19,7 +20,8 @@ class Watch:
     """Every checkpoint once, the oldest first: those that are there, then each new one.
 
     Steps in the file of records are not done again. The run may delete a checkpoint meanwhile; it
-    is passed over then, and so is one that is damaged. Ends when the run's last step is done.
+    is passed over then, and so is one that is damaged. Ends when the run's last step is done. While
+    it waits it tells whether somebody trains.
     """
 
     def __init__(
@@ -40,6 +42,7 @@ class Watch:
         self._path = workdir.resolved(directory)
         workdir.read_config(self._path)
         self._records, self._told, self._wait = records, told, wait
+        self._trainer = Trainer(self._path)
         self._passed: set[int] = set()
 
     def __call__(self, evaluate: Evaluate) -> Iterator[dict[str, Any]]:
@@ -47,7 +50,7 @@ class Watch:
 
         Raises `ValueError` as `evaluate`; what was recorded stays.
         """
-        waiting = False
+        waiting: str | None = None
         while True:
             done = self._records.steps() | self._passed
             new = [step for step in complete_steps(self._path) if step not in done]
@@ -59,9 +62,12 @@ class Watch:
             last = workdir.read_config(self._path).steps
             if last in self._records.steps() | self._passed:
                 return
-            if new or not waiting:
-                self._told(f"waiting for checkpoints of {self._path} up to step {last}")
-                waiting = True
+            trainer = self._trainer()
+            if new or trainer != waiting:
+                self._told(
+                    f"waiting for checkpoints of {self._path} up to step {last}{_of(trainer)}"
+                )
+                waiting = trainer
             self._wait(self.poll)
 
     def _one(self, step: int, evaluate: Evaluate) -> dict[str, Any] | None:
@@ -81,3 +87,10 @@ class Watch:
     def _pass(self, step: int, why: str) -> None:
         self._passed.add(step)
         self._told(f"step {step}: {why}")
+
+
+def _of(trainer: str) -> str:
+    if trainer:
+        return f"; {trainer} trains there"
+    told = "nobody trains there now, so there are none before launch/train.py goes on with it"
+    return f"; {told} (Ctrl-C ends this)"

@@ -1,6 +1,7 @@
 """Answers until a stop text, by the serving engine, under the names of lm-eval's settings."""
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -40,23 +41,41 @@ def wanted(settings: Mapping[str, Any], max_tokens: int, max_length: int) -> Wan
     a setting that the engine does not have.
     """
     check_names(settings)
-    given = [settings[name] for name in _LENGTHS if settings.get(name) is not None]
-    number = int(given[0]) if given else max_tokens
+    given = {name: value for name, value in settings.items() if value is not None}
+    name = next((name for name in _LENGTHS if name in given), "max_gen_toks")
+    number = _number(given, name, whole=True) if name in given else max_tokens
     rule = f"must be between 1 and {max_length - 1}; context and answer share {max_length} tokens"
-    fix = f"Set --gen_kwargs max_gen_toks={max(max_length // 2, 1)}"
-    check(0 < number < max_length, "gen_kwargs.max_gen_toks", number, rule, fix)
-    until = settings.get("until") or []
-    stop = (until,) if isinstance(until, str) else tuple(until)
-    temperature = float(settings.get("temperature") or 0.0)
-    if not settings.get("do_sample", temperature > 0):
+    fix = f"Set --gen_kwargs {name}={max(max_length // 2, 1)}"
+    check(0 < number < max_length, f"gen_kwargs.{name}", number, rule, fix)
+    until = given.get("until") or []
+    stop = (until,) if isinstance(until, str) else until
+    rule, fix = "must be a text or a list of texts", "Write it like ['\\n']"
+    ok = isinstance(stop, list | tuple) and all(isinstance(text, str) for text in stop)
+    check(ok, "gen_kwargs.until", until, rule, fix)
+    temperature = _number(given, "temperature") if "temperature" in given else 0.0
+    if not given.get("do_sample", temperature > 0):
         temperature = 0.0
-    draws = {name: settings[name] for name in _DRAWS if settings.get(name) is not None}
+    draws = {name: _number(given, name, name == "top_k") for name in _DRAWS if name in given}
     # Transformers writes "all of them" as 0.
     if draws.get("top_k") == 0:
         del draws["top_k"]
-    sampling = Sampling(temperature=temperature, seed=settings.get("seed"), **draws)
+    seed = _number(given, "seed", whole=True) if "seed" in given else None
+    sampling = Sampling(temperature=temperature, seed=seed, **draws)
     sampling.validate("gen_kwargs")
     return Wanted(max_tokens=number, stop=tuple(filter(None, stop)), sampling=sampling)
+
+
+def _number(settings: Mapping[str, Any], name: str, whole: bool = False) -> Any:
+    """A setting as a number, be it written as a text."""
+    value = settings[name]
+    try:
+        number = float(value)
+    except (TypeError, ValueError, OverflowError):
+        number = math.nan
+    rule = "must be a whole number" if whole else "must be a number"
+    ok = math.isfinite(number) and (not whole or number.is_integer())
+    check(ok, f"gen_kwargs.{name}", value, rule, "Leave it out")
+    return int(number) if whole else number
 
 
 def requests(

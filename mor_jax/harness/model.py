@@ -28,6 +28,12 @@ _log = logging.getLogger("lm_eval.mor_jax")
 
 Answer = tuple[float, bool]
 
+_BEGUN = (
+    "%d of %d documents begin with %r, which is scored as a token after another of its kind and "
+    "costs many nats; lm-eval's hf model does the same. --model_args add_bos_token=False leaves it "
+    "out"
+)
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Settings:
@@ -64,7 +70,8 @@ class MorLM(TemplateLM):
     """Scores and generates under causal routing, whatever the routers were trained with.
 
     Tokens, contexts and truncation are those of lm-eval's `hf` model on the run's export. Results
-    do not depend on the batch size. Raises `ValueError` as `load_served`.
+    depend on the batch size by rounding alone (docs/evaluation.md has the bound). Raises
+    `ValueError` as `load_served`.
     """
 
     def __init__(
@@ -114,18 +121,45 @@ class MorLM(TemplateLM):
         """As `Encoding.encode`."""
         return self.encoding.encode(string, add_special_tokens)
 
+    def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[Answer]:
+        """Log-likelihood of each continuation after its context, and whether it is greedy.
+
+        Raises `ValueError` for a continuation without tokens, or longer than the model reads.
+        """
+        for context, continuation in (request.args for request in requests):
+            if context == "":
+                tokens = self.tok_encode(continuation, add_special_tokens=False)
+                # A text that begins with the prefix has it as its context.
+                ok = len(tokens) > (tokens[:1] == [self.prefix_token_id])
+                self._check_scored(ok, continuation)
+        return super().loglikelihood(requests, disable_tqdm)
+
+    def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+        before, after = super()._encode_pair(context, continuation)
+        # Blanks at the end of a context go to the continuation: of some contexts nothing is left.
+        return before or [self.prefix_token_id], after
+
+    @staticmethod
+    def _check_scored(ok: bool, continuation: str) -> None:
+        check(ok, "continuation", continuation[:60], "is empty: nothing to score", "Mend the task")
+
     def loglikelihood_rolling(
         self, requests: list[Instance], disable_tqdm: bool = False
     ) -> list[float]:
         """Log-likelihood of whole texts, in nats; long ones in windows, each token once."""
         pairs: list[Pair] = []
         owners: list[int] = []
+        begun = 0
         for number, (text,) in enumerate(request.args for request in requests):
+            tokens = self.tok_encode(text)
+            begun += tokens[:1] == [self.prefix_token_id]
             windows = get_rolling_token_windows(
-                self.tok_encode(text), self.prefix_token_id, self.max_length, context_len=1
+                tokens, self.prefix_token_id, self.max_length, context_len=1
             )
             pairs += map(make_disjoint_window, windows)
             owners += [number] * (len(pairs) - len(owners))
+        if begun:
+            _log.warning(_BEGUN, begun, len(requests), self.encoding.decode([self.prefix_token_id]))
         found = [0.0] * len(requests)
         for owner, (value, _) in zip(owners, self._scored(pairs, disable_tqdm), strict=True):
             found[owner] += value
@@ -138,6 +172,8 @@ class MorLM(TemplateLM):
 
         Raises `ValueError` for a setting of generation that the engine does not have.
         """
+        if not requests:
+            return []
         wishes = [
             generation.wanted(request.args[1], self.settings.max_gen_toks, self.max_length)
             for request in requests
@@ -208,7 +244,7 @@ class MorLM(TemplateLM):
             rule = f"has {number} tokens, and the model reads at most {self.max_length}"
             fix = "Leave the document out with --samples, or take a model of longer context"
             check(number <= self.max_length, "continuation", what, rule, fix)
-            check(number > 0, "continuation", what, "is empty: nothing to score", "Mend the task")
+            self._check_scored(number > 0, what)
         return self._scored(pairs, disable_tqdm, [texts for texts, *_ in requests])
 
     def _scored(

@@ -2,7 +2,8 @@
 
 Batches are filled up to one size and one of few lengths, so that a handful of programs is
 compiled. Filling is never routed nor attended to and rows never meet: what a request scores depends
-neither on the batch nor on the requests beside it.
+on the batch and on the requests beside it by rounding alone, because products of other shapes are
+added up in another order.
 """
 
 import dataclasses
@@ -18,6 +19,7 @@ from jax.sharding import Mesh
 from mor_jax import sharding
 from mor_jax.config import MeshConfig, ModelConfig
 from mor_jax.exchange import over_rows
+from mor_jax.free_memory import Program
 from mor_jax.losses import token_losses
 from mor_jax.models.layers import unembed
 from mor_jax.models.router import Route
@@ -128,7 +130,7 @@ class Scorer:
 
 
 @functools.lru_cache(maxsize=8)
-def _program(cfg: ModelConfig, thresholds: tuple[float, ...] | None, mesh: Mesh) -> Any:
+def _program(cfg: ModelConfig, thresholds: tuple[float, ...] | None, mesh: Mesh) -> Program:
     """Compiled once for a model and a shape, whichever weights come; `mesh` tells devices apart."""
     route = Route(mode="causal", thresholds=thresholds)
 
@@ -161,7 +163,7 @@ def _program(cfg: ModelConfig, thresholds: tuple[float, ...] | None, mesh: Mesh)
             params, tokens, lengths, targets, last
         )
 
-    return jax.jit(run, static_argnames="chunk")
+    return Program(run, "batch_size")
 
 
 def _grouped(pairs: Sequence[Pair], max_length: int) -> list[_Row]:

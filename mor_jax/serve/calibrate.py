@@ -29,22 +29,25 @@ from mor_jax.serve.served import check_finite, is_causal
 
 MADE = "this calibration"
 
+_MOST_POINTS = 1000
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Aim:
     """What to calibrate for: shares of all tokens, or a mean depth, else what training aimed at.
 
-    points: depths of a curve to measure besides; 0 for none.
+    points: depths of a curve to measure besides; None: no curve.
     """
 
     shares: tuple[float, ...] | None = None
     depth: float | None = None
-    points: int = 0
+    points: int | None = None
 
     def validate(self) -> None:
         """Raises `ValueError` for a curve that is none."""
-        rule = "a curve needs at least two points"
-        check(self.points == 0 or self.points >= 2, "points", self.points, rule, "Try 9")
+        rule = f"a curve needs at least 2 points, and at most {_MOST_POINTS}: each is measured"
+        ok = self.points is None or 2 <= self.points <= _MOST_POINTS
+        check(ok, "points", self.points, rule, "Try 9")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -13,7 +13,7 @@ import numpy as np
 from etils import epath
 
 from mor_jax import initial, manifest, workdir
-from mor_jax.checkpoint import step_directory
+from mor_jax.checkpoint import complete_steps, step_directory
 from mor_jax.config import ModelConfig, check, fail
 from mor_jax.load import Found
 from mor_jax.parsing import parse
@@ -69,6 +69,17 @@ def with_depth_bias(
     router["bias"] = jnp.asarray(bias, jnp.float32) + jnp.asarray(router.get("bias", 0.0))
     changed = dataclasses.replace(cfg.router, balancing="loss_free")
     return dataclasses.replace(cfg, router=changed), {**params, "router": router}
+
+
+def _is_for(calibration: Calibration, found: Found, step: int) -> bool:
+    """Whether those of `step` of the same run are the weights that it was made for."""
+    # Once there is a checkpoint, the weights that a run started from are not found any more.
+    if step not in complete_steps(found.path):
+        return False
+    try:
+        return calibration.weights == fingerprint(dataclasses.replace(found, step=step))
+    except manifest.Damaged:
+        return False
 
 
 def fingerprint(found: Found) -> str:
@@ -142,9 +153,12 @@ def load(found: Found, name: str) -> Calibration:
         calibration = parse(Calibration, _values(json.loads(path.read_text())), f"{path}: ")
     except (json.JSONDecodeError, UnicodeDecodeError, TypeError) as error:
         fail("calibration", str(path), f"is damaged or no calibration ({error})", again)
-    rule = f"was made for other weights (step {calibration.step}) than {found}"
-    ok = calibration.weights == fingerprint(found)
-    check(ok, "calibration", str(path), rule, f"Give --step={calibration.step}, or calibrate these")
+    if calibration.weights != fingerprint(found):
+        rule = f"was made for other weights (step {calibration.step}) than {found}"
+        fix = "Calibrate these with launch/calibrate.py"
+        if _is_for(calibration, found, calibration.step):
+            fix = f"Give --step={calibration.step}, or calibrate these"
+        fail("calibration", str(path), rule, fix)
     _check_fits(calibration, found.cfg.model, str(path))
     return calibration
 

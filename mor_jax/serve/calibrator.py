@@ -7,6 +7,7 @@ thresholds before it. Token-choice decides once, so one pass over the text is en
 import dataclasses
 from collections.abc import Iterator, Sequence
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +16,7 @@ import numpy as np
 from mor_jax import data
 from mor_jax.config import ModelConfig, TrainConfig, check
 from mor_jax.flops import flops
+from mor_jax.free_memory import Program
 from mor_jax.models.router import Route, token_score
 from mor_jax.serve.aims import depth_bias, takes_all, threshold
 from mor_jax.serve.calibration import with_depth_bias
@@ -64,7 +66,7 @@ class Text:
         tokenizer = data.load_tokenizer(cfg.data.tokenizer)
         data.check_vocabulary(tokenizer, cfg.model.vocab_size)
         layout = data.Layout(length=cfg.length, batch_size=cfg.eval.batch_size)
-        read = data.heldout_batches(cfg.data, tokenizer, layout, 2 * cfg.eval.batches, split)
+        read = data.heldout_batches(cfg.data, tokenizer, layout, 2 * cfg.eval.batches, split, 1)
         rows = jax.tree.map(lambda *parts: np.concatenate(parts), *read)
         # A last batch is filled up with rows without targets.
         whole = np.flatnonzero(np.any(rows.targets != IGNORE, axis=1))
@@ -108,9 +110,14 @@ class Calibrator:
             model, params = with_depth_bias(cfg.model, params, (0.0,) * cfg.model.recursions)
             cfg = dataclasses.replace(cfg, model=model)
         self._cfg, self._params, self._text = cfg, params, text
-        self._evaluate = jax.jit(partial(eval_step, cfg), static_argnums=2)
-        self._logits = jax.jit(partial(candidate_logits, cfg.model))
-        self._scores = jax.jit(partial(depth_scores, cfg.model))
+        rows = ("eval.batch_size", cfg.eval.batch_size)
+
+        def evaluate(params: Params, batch: Batch, thresholds: Array, mode: str) -> Any:
+            return eval_step(cfg, params, batch, mode, thresholds)
+
+        self._evaluate = Program(evaluate, *rows)
+        self._logits = Program(partial(candidate_logits, cfg.model), *rows)
+        self._scores = Program(partial(depth_scores, cfg.model), *rows)
         # Grids ask for the same first thresholds again and again.
         self._known: dict[tuple[float, ...], tuple[np.ndarray, int]] = {}
 
@@ -176,7 +183,7 @@ class Calibrator:
     ) -> Point:
         # Always an array, so that with and without thresholds are one program; 0 is the default.
         given = jnp.asarray(thresholds or (0.0,) * self._cfg.model.recursions, jnp.float32)
-        sums = [self._evaluate(params, batch, mode, given) for batch in self._text.unseen]
+        sums = [self._evaluate(params, batch, given, mode=mode) for batch in self._text.unseen]
         total = jax.tree.map(lambda *leaves: np.sum(leaves, axis=0), *jax.device_get(sums))
         counts = total["depth_count"]
         # Share with a depth of at least r + 1.

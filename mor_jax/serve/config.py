@@ -1,13 +1,12 @@
 """Settings of the engine, and how many pages a budget of bytes buys."""
 
 import dataclasses
-import os
-from pathlib import Path
 from typing import Literal
 
 import jax
 
 from mor_jax.config import ModelConfig
+from mor_jax.free_memory import free_bytes
 from mor_jax.models.cached.pages import Geometry
 from mor_jax.parsing import check, not_negative, positive
 from mor_jax.serve.served import Served
@@ -114,7 +113,7 @@ def plan(served: Served, cfg: EngineConfig) -> Plan:
     )
     full = Plan(geometry, cfg.slots or 32, 0, 0, longest, share)
     wanted = full.slots * full.sequence_bytes(longest)
-    free = _free_bytes()
+    free = free_bytes()
     budget = min(wanted, free // 2) if cfg.cache_bytes is None else cfg.cache_bytes
     rule = f"only {free:,} bytes of memory are free"
     check(budget <= free, "engine.cache_bytes", budget, rule, "Give less")
@@ -128,15 +127,3 @@ def plan(served: Served, cfg: EngineConfig) -> Plan:
     check(enough, "engine.cache_bytes", int(budget), rule, "Give more, or use smaller pages")
     pages = max(ends and 1, int(ends * count)), max(geometry.lists, int(sum(lists) * count))
     return dataclasses.replace(full, slots=slots, end_pages=pages[0], block_pages=pages[1])
-
-
-def _free_bytes() -> int:
-    """Memory that is free on the device, or on the host for a CPU."""
-    found = jax.local_devices()[0].memory_stats()
-    if found and "bytes_limit" in found:
-        return found["bytes_limit"] - found.get("bytes_in_use", 0)
-    told = Path("/proc/meminfo")
-    if told.exists():
-        lines = dict(line.split(":", 1) for line in told.read_text().splitlines())
-        return int(lines["MemAvailable"].split()[0]) * 1024
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -1,6 +1,8 @@
 """Test-time depth: a trained model run with fewer or more recursions than it was trained with."""
 
 import dataclasses
+import functools
+import logging
 from typing import Any
 
 import jax.numpy as jnp
@@ -12,6 +14,17 @@ Thresholds = tuple[float, ...] | None
 
 _MOST = 1024
 """Effective layers of a model."""
+
+_log = logging.getLogger(__name__)
+
+
+@functools.cache
+def _warn(trained: int, recursions: int) -> None:
+    """Says once that a depth is far from what was trained."""
+    told = "recursions=%d: more than twice the %d that were trained. Each costs as much as one "
+    told += "that was, and what they do to the loss only a measurement tells: launch/analyze.py "
+    told += "depth --recursions=%d,%d"
+    _log.warning(told, recursions, trained, trained, recursions)
 
 
 def with_recursions(
@@ -40,6 +53,8 @@ def with_recursions(
     rule = f"makes {layers:,} layers; programs are compiled layer by layer, for {_MOST} at most"
     most = (_MOST - 2 * cfg.is_middle) // cfg.shared_layers
     check(layers <= _MOST, setting, recursions, rule, f"Use at most {most}")
+    if recursions > 2 * cfg.recursions:
+        _warn(cfg.recursions, recursions)
     changed = dataclasses.replace(cfg, recursions=recursions, layers=layers)
     if cfg.router.kind == "expert":
         shares = _first(cfg.router.shares(cfg.recursions), recursions)

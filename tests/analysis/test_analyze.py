@@ -243,7 +243,14 @@ def test_what_a_model_cannot_do_is_refused(runs, capsys):
         (("depth", "token", "--recursions=4"), "recursions=4: token-choice scores the 3 depths"),
         (("depth", "expert", "--recursions=1,x"), "recursions='1,x': must be whole numbers"),
         (("map", "expert", "--calibration=fast"), "calibration='fast': there is no"),
-        (("statistics", "expert", "--min_count=0"), "min_count=0: must be greater"),
+        (("statistics", "expert", "--min_count=0"), "error: --min_count=0: must be greater"),
+        (("depth", "expert", "--max_tokens=-1"), "error: --max_tokens=-1: must not be negative"),
+        (("depth", "expert", "--max_tokens=64"), "error: --max_tokens=64: prompt .* at most 64"),
+        (("depth", "expert", "--temperature=-1"), "error: --temperature=-1.0: must not be neg"),
+        (("depth", "expert", f"--seed={2**32}"), "error: --seed=4294967296: must be in 0"),
+        (("map", "expert", "--source=csv:x"), "error: --source='csv:x': "),
+        (("map", "expert", "--batch_size=0"), "error: --batch_size=0: must be greater than 0"),
+        (("map", "expert", "--step=3"), "error: --step=3: there is no complete checkpoint"),
     ):
         name, run_name, *more = given
         code, out, error = run(capsys, name, f"--workdir={runs / run_name}", *more)

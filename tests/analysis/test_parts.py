@@ -63,6 +63,13 @@ def test_a_long_text_is_cut_into_full_windows(cfg):
 
 def test_rows_of_a_source_are_as_many_as_asked_for(cfg):
     assert given(cfg, tokens=40).tokens == 32
+    # Never more than asked for, be it less than a row, and no row twice for the sake of a batch.
+    for tokens, length in ((10, None), (1, None), (15, 16), (3, 9)):
+        few = given(cfg, tokens=tokens, length=length)
+        assert few.tokens == few.length == tokens
+        assert few.notes == (f"one row, shorter than usual (--tokens={tokens})",)
+    [batch] = given(cfg, sources=cfg.data.sources, batch_size=10**15).batches
+    assert batch.tokens.shape == (43, 16)
     everything = given(cfg, sources=cfg.data.sources)
     # 8 texts of 2 * (40 .. 47) letters, each with its end: 704 tokens, rows of 16 with a target.
     assert everything.tokens == 43 * 16 and not everything.notes

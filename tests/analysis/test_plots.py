@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from matplotlib import colors, image
 
-from mor_jax.analysis import plots
+from mor_jax.analysis import figures, plots
+from mor_jax.evaluation import figure
 
 DPI, MARGIN, HEAD, WIDTH, HEIGHT = 160, 0.3, 0.85, 0.082, 0.17
 
@@ -76,6 +77,27 @@ def test_the_legend_shows_depths_that_no_token_reached(tmp_path):
     patch = 0.2 * 0.15 * DPI**2
     for depth, shown in ((0, False), (1, True), (2, True), (3, True), (4, False)):
         assert (count(head, plots.colour(depth)) > 0.8 * patch) == shown
+
+
+def test_titles_and_legends_stay_inside(tmp_path):
+    name = "run, step 60, 4 recursions in place of 3, " + "w$i$d$e" * 30
+    plots.depth_map(list("short"), [1, 2, 3, 4, 60], tmp_path / "map.png", title=f"It is {name}")
+    records = [{"group": "'$$'", "shares": [0.0, *[1 / 30] * 30], "depth": 9.0}]
+    figures.depth_figure({"token": records}, 30, name * 5, tmp_path / "depth.png")
+    points = [("depth 1", 1.0, 2.0, True), ("all", 2.0, 1.0, True)]
+    plots.depth_curve(points, tmp_path / "curve.png", title=name * 3)
+    values = {"workdir": "a/run", "step": 1, "text": name * 2, "loss_causal": 1.0}
+    values["by_position"] = [{"first": 0, "last": 1, "targets_causal": 2, "loss_causal": 1.0}]
+    figure.draw(values, tmp_path / "loss.png")
+    for file in ("map", "depth", "curve", "loss"):
+        page = pixels(tmp_path / f"{file}.png")
+        # Nothing reaches the edges.
+        assert page[:4].min() == page[:, -4:].min() == page[:, :2].min() == 255, file
+    assert page.shape[1] == 900
+    # Sixty entries of a legend take rows of seven: the page grows by eight rows of them.
+    page = pixels(tmp_path / "map.png")
+    assert len(page) > (HEAD + 8 * 0.22 + HEIGHT + MARGIN) * DPI - 1
+    assert count(page, plots.colour(60)) > 7 * 0.8 * 0.2 * 0.15 * DPI**2
 
 
 @pytest.mark.parametrize(("pieces", "depths"), [(["a", "b"], [1]), ([], [])])

@@ -166,6 +166,18 @@ def test_small_heldout_split_fills_the_last_batch_without_targets(cfg, byte_toke
     assert (batch.targets[:rows] != IGNORE).all() and (batch.targets[rows:] == IGNORE).all()
 
 
+def test_a_batch_larger_than_the_text_has_no_more_rows_than_there_are(cfg, byte_tokenizer):
+    rows = len(open_corpus(cfg, byte_tokenizer, "heldout", 100))
+    for size, batches in ((10**30, 1), (8 * rows, 10**30)):
+        layout = Layout(length=100, batch_size=size)
+        [batch] = heldout_batches(cfg, byte_tokenizer, layout, batches, "heldout", 4)
+        assert len(batch.tokens) == -(-rows // 4) * 4
+        assert (batch.targets[:rows] != IGNORE).all() and (batch.targets[rows:] == IGNORE).all()
+    hosts = [dataclasses.replace(layout, host=h, hosts=2) for h in range(2)]
+    parts = [heldout_batches(cfg, byte_tokenizer, h, 9, "heldout", 4)[0].tokens for h in hosts]
+    np.testing.assert_array_equal(np.concatenate(parts), batch.tokens)
+
+
 def test_fingerprint_changes_when_batches_would(cfg, byte_tokenizer, tmp_path, texts):
     one = fingerprint(cfg, byte_tokenizer)
     assert one == fingerprint(dataclasses.replace(cfg, workers=3, prefetch=9), byte_tokenizer)

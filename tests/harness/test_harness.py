@@ -119,11 +119,29 @@ def test_texts_become_tokens_as_lm_eval_does_it(model, caplog):
     assert model.truncated == 1
     with pytest.raises(ValueError, match=r"continuation='z+': has 65 tokens, and the model reads"):
         model.loglikelihood(asked(("a", "z" * 65)), True)
+    for context, continuation in (("", ""), ("a", ""), ("", "\0")):
+        with pytest.raises(ValueError, match=r"continuation='.*': is empty: nothing to score"):
+            model.loglikelihood(asked((context, continuation)), True)
+    # Blanks of a context go to the continuation; the end of a text stands before it then.
+    (blank, empty) = model.loglikelihood(asked((" ", "c"), ("", " c")), True)
+    assert blank == empty and model.loglikelihood([], True) == model.generate_until([], True) == []
     # Each token once, the first after an end of text, those of the last window after all there is.
     text = "".join(chr(65 + i % 50) for i in range(100))
     (rolling,) = model.loglikelihood_rolling(asked((text,)), True)
     windows = [([0], code(text[:64])), (code(text[35:64]), code(text[64:]))]
     assert rolling == pytest.approx(sum(naive(*pair)[0] for pair in windows), abs=1e-3)
+
+
+def test_a_beginning_of_text_that_is_scored_is_said(model, monkeypatch, caplog):
+    rolling = [Instance("loglikelihood_rolling", {}, (text,), 0) for text in ("xyz", "", "xy")]
+    plain = model.loglikelihood_rolling(rolling, True)
+    assert not caplog.messages and plain[1] == 0
+    bos = model.prefix_token_id
+    monkeypatch.setattr(model, "tok_encode", lambda text: [bos, *text.encode()])
+    found = model.loglikelihood_rolling(rolling, True)
+    assert found[0] == pytest.approx(naive([bos], [bos, *b"xyz"])[0], abs=1e-4)
+    [said] = caplog.messages
+    assert said.startswith("3 of 3 documents begin with ") and "add_bos_token=False" in said
 
 
 def test_answers_are_greedy_and_end_before_their_stop_text(model):
@@ -147,8 +165,23 @@ def test_settings_of_generation_by_their_names_there():
     assert (drawn.sampling.temperature, drawn.sampling.top_p, drawn.max_tokens) == (0.7, 0.9, 9)
     with pytest.raises(ValueError, match=r"gen_kwargs\.num_beams=4: is not supported; there are"):
         wanted({"num_beams": 4})
-    with pytest.raises(ValueError, match=r"max_gen_toks=512: must be between 1 and 511"):
-        wanted({"max_gen_toks": 512})
+    written = wanted({"max_gen_toks": "9", "temperature": "0.7", "seed": 3, "top_k": 5.0})
+    assert (written.max_tokens, written.sampling.temperature) == (9, 0.7)
+    assert (written.sampling.seed, written.sampling.top_k) == (3, 5)
+    for settings, told in (
+        ({"max_gen_toks": 512}, "max_gen_toks=512: must be between 1 and 511"),
+        ({"max_new_tokens": 0}, "max_new_tokens=0: must be between 1 and 511"),
+        ({"max_gen_toks": "x"}, "max_gen_toks='x': must be a whole number"),
+        ({"max_gen_toks": 2.5}, r"max_gen_toks=2\.5: must be a whole number"),
+        ({"temperature": "hot"}, "temperature='hot': must be a number"),
+        ({"temperature": float("inf")}, "temperature=inf: must be a number"),
+        ({"top_p": []}, r"top_p=\[\]: must be a number"),
+        ({"seed": 0.5}, r"seed=0\.5: must be a whole number"),
+        ({"until": 3}, "until=3: must be a text or a list of texts"),
+        ({"until": ["a", None]}, "until=.*: must be a text or a list of texts"),
+    ):
+        with pytest.raises(ValueError, match=rf"^gen_kwargs\.{told}"):
+            wanted(settings)
 
 
 def test_tasks_of_ones_own_run_with_lm_evals_options(run, folder, model, tmp_path):

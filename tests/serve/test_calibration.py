@@ -144,10 +144,15 @@ def test_what_cannot_be_calibrated_leaves_nothing_behind(run, command, tmp_path)
         return error
 
     assert refused(run, "--shares=1,x") == (
-        "error: shares='1,x': must be numbers like 1,0.5,0.25. Try --mean_depth=1.5\n"
+        "error: --shares='1,x': must be numbers like 1,0.5,0.25. Try --mean_depth=1.5\n"
     )
     assert "shares=(1.0, 0.5): needs one share" in refused(run, "--shares=1,0.5")
-    assert "points=1: a curve needs" in refused(run, "--curve", "--points=1")
+    for points in (1, 0, -1, 1001):
+        told = refused(run, "--curve", f"--points={points}")
+        assert told.startswith(f"error: --points={points}: a curve needs at least 2 points, and at")
+    assert refused(run, "--points=5").startswith("error: --points=5: is of a curve. Add --curve")
+    assert refused(run, "--batches=0").startswith("error: --batches=0: must be greater than 0")
+    assert refused(run, "--mean_depth=nan").startswith("error: --mean_depth=nan: must be in 1")
     assert "recursions=0: must be at least 1" in refused(run, "--recursions=0")
     (tmp_path / "few.txt").write_text("too short")
     assert "has 10 tokens, but one row" in refused(run, f"--source=text:{tmp_path}/few.txt")

@@ -9,6 +9,7 @@ from seeded import random_params
 from tiny import TINY, batch
 
 from mor_jax.models.router import Route
+from mor_jax.serve import depth
 from mor_jax.serve.depth import with_recursions
 from mor_jax.state import abstract_params, forward
 
@@ -90,3 +91,12 @@ def test_a_depth_that_nobody_could_compile_is_refused():
     cfg = TINY["expert"]
     with pytest.raises(ValueError, match=r"recursions=100000: makes 200,002 layers.*at most 511"):
         with_recursions(cfg, {}, 100000)
+
+
+def test_depths_far_from_those_trained_are_said_once(caplog):
+    depth._warn.cache_clear()
+    cfg = TINY["expert_cycle"]
+    for number in (1, 2 * cfg.recursions, 7, 7):
+        with_recursions(cfg, random_params(cfg), number)
+    [said] = caplog.messages
+    assert said.startswith(f"recursions=7: more than twice the {cfg.recursions} that were trained")

@@ -90,7 +90,7 @@ def test_calibrations_that_do_not_fit_are_refused(run, tmp_path):
     calibration(run, thresholds=None, depth_bias=(0.0, 0.0, 0.0))
     refused(r"made\.json: thresholds=\(\): needs one finite number")
     calibration(run, weights="0123", step=200)
-    refused(r"was made for other weights \(step 200\) than .*small.*Give --step=200")
+    refused(r"was made for other weights \(step 200\) than .*small.*Calibrate these")
     for text in ("{", "[]", '{"weights": "a"}', '{"of": 1}'):
         path_of(run, "made").write_text(text)
         refused(r"made\.json")
