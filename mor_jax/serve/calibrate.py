@@ -149,7 +149,7 @@ def check_name(found: Found, name: str) -> None:
     path = path_of(found.path, name)
     check_replaceable(path)
     # Beside a calibration that is there, they are its curve.
-    there = [] if path.exists() else [file.name for file in _curve(path) if file.exists()]
+    there = [] if path.exists() else [file.name for file in _curve_files(path) if file.exists()]
     rule = f"{there} would be replaced, and no calibration is there that made them"
     check(not there, "name", str(path), rule, "Give another --name, such as 'fast' or FILE.json")
 
@@ -161,7 +161,7 @@ def write(measured: Measured, name: str) -> list[epath.Path]:
     """
     path = path_of(measured.found.path, name)
     save(path, measured.calibration)
-    curve, picture = _curve(path)
+    curve, picture = _curve_files(path)
     if len(measured.points) == 1:
         # Those of an older calibration of the name would be taken for this one's.
         for old in (curve, picture):
@@ -175,6 +175,6 @@ def write(measured: Measured, name: str) -> list[epath.Path]:
     return [path, curve, picture]
 
 
-def _curve(path: epath.Path) -> tuple[epath.Path, epath.Path]:
+def _curve_files(path: epath.Path) -> tuple[epath.Path, epath.Path]:
     """Where the curve of the calibration at `path` goes, and its picture."""
     return path.with_name(f"{path.stem}.curve.jsonl"), path.with_name(f"{path.stem}.curve.png")
