@@ -61,10 +61,13 @@ def _record(line: bytes, where: str) -> dict[str, Any]:
         record = json.loads(text)
     except json.JSONDecodeError as error:
         rule = f"is not one JSON value ({error.msg} at column {error.colno})"
-        if not line.endswith(b"\n"):
-            rule += "; it is the last line, so the file may be cut short"
-        elif text.lstrip()[0] in "[{":
+        # The value goes on behind the line, is a list, or shares its line with others.
+        if error.pos >= len(text.rstrip()) or text.startswith("["):
             fix = "Write one object a line: jq -c . FILE, or jq -c '.[]' FILE for a list of them"
+        elif "\r" in text.strip():
+            fix = "End lines with a line feed, such as with tr '\\r' '\\n'"
+        if not line.endswith(b"\n") and not error.msg.startswith("Extra"):
+            rule += "; it is the last line, so the file may be cut short"
         fail("line", where, rule, fix)
     except RecursionError:
         fail("line", where, "nests brackets too deep to be read", "Leave the line out")

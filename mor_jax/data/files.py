@@ -55,13 +55,19 @@ def matching(pattern: str, setting: str, spec: str) -> list[File]:
     names = [pattern] if os.path.isfile(pattern) else glob.glob(pattern, recursive=True)
     files = [path for path in sorted(Path(name) for name in names) if path.is_file()]
     rule = f"matches no file (looked from {os.getcwd()})"
-    check(bool(files), setting, spec, rule, "Check the path; ** matches folders at any depth")
+    check(bool(files), setting, spec, rule, _unmatched(pattern))
     root = Path(os.path.dirname(_fixed(pattern)) or ".")
     return [local_file(path, root) for path in files]
 
 
 def _fixed(pattern: str) -> str:
     return pattern.split("*")[0].split("?")[0].split("[")[0]
+
+
+def _unmatched(pattern: str) -> str:
+    if "{" in pattern:
+        return "Braces stand for themselves: give one source for each of the names in them"
+    return "Check the path; ** matches folders at any depth"
 
 
 def _below(folder: str) -> Iterator[str]:
@@ -82,8 +88,7 @@ def _stored(pattern: str, setting: str, spec: str) -> list[File]:
         fail(setting, spec, *advice(bucket.address(exact), inside, spec.partition(":")[0]))
     wanted = exact.split("/")
     found = [path for path in sizes if path == exact or matches(path.split("/"), wanted)]
-    fix = "Check the path; ** matches folders at any depth"
-    check(bool(found), setting, spec, "matches no file of the bucket", fix)
+    check(bool(found), setting, spec, "matches no file of the bucket", _unmatched(exact))
     return [
         File(
             bucket.address(path),

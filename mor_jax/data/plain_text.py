@@ -23,6 +23,7 @@ _FOREIGN = {
     b"7z\xbc\xaf": ("a 7z archive", "Unpack it, or compress each file with gzip or zstd"),
     b"Rar!\x1a": ("a rar archive", "Unpack it, or compress each file with gzip or zstd"),
     b"\x04\x22\x4d\x18": ("lz4", "Unpack it with lz4 -d, or compress it with gzip or zstd"),
+    b"]\x00\x00": ("lzma, the form before xz", "Write it anew: xz -dc FILE | xz > FILE.xz"),
     b"\x1f\x9d": ("compressed by compress", "Unpack it with gzip -d"),
     b"%PDF-": ("a PDF file", "Leave it out of the pattern, or take its text out first"),
 }

@@ -96,7 +96,7 @@ def _check_ours(output: Path, settings: dict[str, Any]) -> None:
     """Raises `ValueError` unless the directory is empty or was begun with the same settings."""
     path = output / SETTINGS
     if path.exists():
-        before = json.loads(path.read_text())
+        before = _read_settings(path, output)
         changed = {k: (before.get(k), v) for k, v in settings.items() if before.get(k) != v}
         rule = f"was begun with other settings (before, now): {changed}"
         fix = "Name another directory, remove this one, or use the settings of before"
@@ -114,6 +114,17 @@ def _claim(output: Path, settings: dict[str, Any]) -> None:
         write_beside(output / SETTINGS, to_json(settings))
     (output / PARTS).mkdir(exist_ok=True)
     clear_partial(output)
+
+
+def _read_settings(path: Path, output: Path) -> dict[str, Any]:
+    try:
+        before = json.loads(path.read_text())
+    except ValueError as error:
+        before = error
+    rule = f"its {SETTINGS} is damaged ({before})"
+    fix = "Name another directory, or remove this one"
+    check(isinstance(before, dict), "--output", str(output), rule, fix)
+    return before
 
 
 def _trained(cfg: PrepareConfig, sources: list[Documents]) -> Tokenizer:

@@ -79,14 +79,19 @@ class PartWork:
         """The part of an earlier run, if it begins at `place` and its files are as written."""
         if not path.exists():
             return None
-        part = json.loads(path.read_text())
-        for split in SPLITS:
-            shard = part[split]
-            if shard is not None:
-                files = [self._cfg.output / shard[name] for name in ("file", "documents_file")]
-                if not all(f.is_file() for f in files) or pair_hash(*files) != shard["sha256"]:
-                    return None
-        return part if tuple(part["start"]) == place else None
+        try:
+            part = json.loads(path.read_text())
+            whole = all(part[split] is None or self._whole(part[split]) for split in SPLITS)
+            here = tuple(part["start"]) == place and len(part["next"]) == len(place)
+            return part if whole and here and part["last"] in (True, False) else None
+        # A damaged part file: its shard is written again, like a damaged shard.
+        except (ValueError, KeyError, TypeError):
+            return None
+
+    def _whole(self, shard: dict[str, Any]) -> bool:
+        """Whether the files of a shard are as they were written."""
+        files = [self._cfg.output / shard[name] for name in ("file", "documents_file")]
+        return all(file.is_file() for file in files) and pair_hash(*files) == shard["sha256"]
 
     def _texts(self, place: Place) -> Iterator[tuple[Place, str]]:
         """From `place` on: where the next document is, and the text of this one."""

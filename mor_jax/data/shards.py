@@ -13,7 +13,7 @@ import functools
 import hashlib
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 
@@ -41,9 +41,30 @@ def read_manifest(directory: Path, setting: str, spec: str) -> dict[str, Any]:
         manifest = json.loads(path.read_text())
     except ValueError as error:
         fail(setting, spec, f"{path} is no JSON ({error})", "Copy or prepare the directory again")
-    rule = f"{path} has format {manifest.get('format')!r}; this version reads {FORMAT}"
-    check(manifest.get("format") == FORMAT, setting, spec, rule, "Prepare the directory again")
+    found = manifest.get("format") if isinstance(manifest, dict) else None
+    rule = f"{path} has format {found!r}; this version reads {FORMAT}"
+    check(found == FORMAT, setting, spec, rule, "Prepare the directory again")
+    lacking = _lacking(manifest)
+    rule = f"{path} is damaged: {lacking}"
+    check(lacking is None, setting, spec, rule, "Copy or prepare the directory again")
     return manifest
+
+
+def _lacking(manifest: dict[str, Any]) -> str | None:
+    """What a manifest lacks of what is read here; None if nothing."""
+    try:
+        wrote = manifest["tokenizer"]
+        texts = [wrote["fingerprint"], wrote["name"], wrote["file"] or ""]
+        shards = [shard for split in SPLITS for shard in manifest["splits"][split]["shards"]]
+        texts += [shard[key] for shard in shards for key in ("file", "documents_file", "sha256")]
+        counts = [shard[key] for shard in shards for key in ("tokens", "bytes", "documents_bytes")]
+        dtype = manifest["dtype"]
+    except (KeyError, TypeError) as error:
+        return f"an entry lacks or is of another kind ({error})"
+    wrong = [repr(value) for value in texts if not isinstance(value, str)]
+    wrong += [repr(n) for n in counts if type(n) is not int or n < 0]
+    wrong += [repr(dtype)] if dtype not in ("uint16", "uint32") else []
+    return f"entries have other values than they can ({', '.join(wrong[:3])})" if wrong else None
 
 
 def check_tokenizer(manifest: dict[str, Any], tokenizer: Tokenizer, spec: str) -> None:
@@ -114,7 +135,11 @@ class ShardStream(TokenStream):
     def _read_shard(self, shard: int, start: int, stop: int) -> np.ndarray:
         first, last = start // RECORD_TOKENS, (stop - 1) // RECORD_TOKENS
         base = int(self._first_record[shard])
-        raw = b"".join(self._records[base + i] for i in range(first, last + 1))
+        try:
+            raw = b"".join(self._records[base + i] for i in range(first, last + 1))
+        # What the ArrayRecord library raises on damage.
+        except (RuntimeError, IndexError) as error:
+            self._damaged(f"shard {shard}", error)
         skip = first * RECORD_TOKENS
         return np.frombuffer(raw, self._dtype)[start - skip : stop - skip]
 
@@ -134,8 +159,17 @@ class ShardStream(TokenStream):
 
     def _ends(self, shard: int) -> np.ndarray:
         if shard not in self._opened:
-            self._opened[shard] = np.load(self._documents[shard], mmap_mode="r")
+            path = self._documents[shard]
+            try:
+                self._opened[shard] = np.load(path, mmap_mode="r")
+            except (OSError, ValueError, EOFError) as error:
+                self._damaged(str(path), error)
         return self._opened[shard]
+
+    def _damaged(self, what: str, error: Exception) -> NoReturn:
+        why = " ".join(str(error).split()).partition(". ")[0][:200]
+        fix = "Run launch/prepare_data.py with the same settings: it writes again what is damaged"
+        fail(self.setting, self.name, f"{what} is damaged ({why})", fix)
 
     def __getstate__(self) -> dict[str, Any]:
         # A pickled memory map would carry the whole file.

@@ -63,6 +63,10 @@ def _builder(name: str, split: str | None, setting: str, spec: str) -> Any:
     except tfds.core.DatasetNotFoundError:
         rule = "is neither a dataset that TFDS knows nor a directory"
         fail(setting, spec, rule, "See tfds.list_builders() for the names")
+    # A configuration or a version that is not there.
+    except (AssertionError, ValueError) as error:
+        why = str(error).strip().splitlines()[0]
+        fail(setting, spec, f"cannot be opened ({why})", "Write tfds:NAME/CONFIG:VERSION:SPLIT")
     if not builder.is_prepared():
         unsure = ""
         if split is not None:

@@ -119,3 +119,24 @@ def test_bad_parquet(tmp_path):
     parquet.write_table(pyarrow.table({"body": ["a"]}), tmp_path / "other.parquet")
     with pytest.raises(ValueError, match=r"data\.text_key='text'.*no such field, only \['body'\]"):
         list(open_documents(f"parquet:{tmp_path}/other.parquet").read(0))
+
+
+def test_damaged_parquet_names_the_place(tmp_path):
+    path = tmp_path / "f.parquet"
+    texts = [os.urandom(30).hex() for _ in range(2000)]
+    parquet.write_table(pyarrow.table({"text": texts}), path, row_group_size=1000)
+    whole = path.read_bytes()
+    for start in (4, len(whole) // 4, 3 * len(whole) // 4):
+        path.write_bytes(whole[:start] + bytes(90) + whole[start + 90 :])
+        with pytest.raises(ValueError, match=r"f\.parquet, group [01]': cannot be read") as refused:
+            list(open_documents(f"parquet:{path}").read(0))
+        assert "\n" not in str(refused.value)
+    path.write_bytes(gzip.compress(whole))
+    with pytest.raises(ValueError, match=r"f\.parquet': is compressed with gzip as a whole"):
+        list(open_documents(f"parquet:{path}").read(0))
+    path.unlink()
+    (tmp_path / "gone.parquet").write_bytes(whole)
+    source = open_documents(f"parquet:{tmp_path}/gone.parquet")
+    (tmp_path / "gone.parquet").unlink()
+    with pytest.raises(ValueError, match=r"gone\.parquet': cannot be read \(No such file"):
+        list(source.read(0))

@@ -4,6 +4,7 @@ import codecs
 import gzip
 import io
 import json
+import lzma
 import tarfile
 import zipfile
 
@@ -84,6 +85,7 @@ def test_other_kinds_of_files_are_named(tmp_path):
         (zipped.getvalue(), "is a zip archive"),
         (table.getvalue(), r"is parquet, not text\. Read it with 'parquet:"),
         (b"\x04\x22\x4d\x18" + bytes(9), "is lz4"),
+        (lzma.compress(b"text", format=lzma.FORMAT_ALONE), "is lzma, the form before xz"),
     ):
         path.write_bytes(contents)
         for kind in ("jsonl", "text"):
@@ -143,6 +145,8 @@ def test_half_surrogate_pairs_are_counted(tmp_path, caplog):
         ('{"text": "a", "n": ' + "[" * 100_000 + "]" * 100_000 + "}", "nests brackets too deep"),
         ("[" * 100_000, "nests brackets too deep"),
         ('{"text": "a",', r"is not one JSON value.*jq -c \. FILE"),
+        ('[{"text": "a"},', r"is not one JSON value.*jq -c '\.\[\]' FILE"),
+        ('{"text": "a"}\r{"text": "b"}', r"is not one JSON value.*End lines with a line feed"),
         ("readme", "is not one JSON value.*leave files that are no JSONL out of the pattern"),
         ('{"text": "\x01"}', "is not one JSON value .Invalid control character"),
     ],

@@ -96,6 +96,7 @@ def test_a_directory_gets_a_source_that_works(tmp_path, monkeypatch, names, give
         ("webdataset:x.tar", "unknown source; there are"),
         ("jsonl:https://example.com/x.jsonl", "is neither a path nor an address"),
         ("jsonl:file:///x.jsonl", "written without 'file://'"),
+        ("text:*.{txt,md}", "matches no file.*one source for each"),
         ("text:gs://bucket", "names no bucket and file"),
         ("text:gs://b*/x", "names no bucket and file"),
     ],
