@@ -14,7 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 
-from mor_jax.parsing import check, fail
+from mor_jax.parsing import check
 from mor_jax.serve.config import EngineConfig, plan
 from mor_jax.serve.request import Busy, Event, Finished, Request, Stopped, Token
 from mor_jax.serve.runner import Runner
@@ -133,16 +133,11 @@ class Engine:
         handle; it must not block.
 
         Raises:
-            ValueError: the model cannot answer the request, or the cache cannot hold it.
+            ValueError: the model cannot answer the request, or `max_length` tokens do not hold it.
             Busy: the queue is full.
             Stopped: the engine takes no requests.
         """
         request.validate(self.plan.geometry.cfg.vocab_size, self.max_length)
-        length = len(request.prompt) + request.max_tokens
-        if not self._runner.scheduler.fits_ever(length):
-            rule = f"the cache of {self.plan.cache_bytes:,} bytes has no room for {length} tokens"
-            fix = "Ask for fewer, or give the engine a larger cache_bytes"
-            fail("request.max_tokens", request.max_tokens, rule, fix)
         handle = Handle(self._wake)
         seed = request.sampling.seed
         text = TextStream(self.served.tokenizer, request.stop, request.prompt[-_CONTEXT:])

@@ -110,7 +110,9 @@ class Token:
     """One token of an answer, in order.
 
     text: what it adds; empty while a character is incomplete or a stop text may have begun; text
-    that was held back comes with a later token or with `Finished`. logprob: natural, under the
+    that was held back comes with a later token or with `Finished`. offset: characters of the answer
+    before the token's own, whether they were given out yet or not; a token that goes on with a
+    character has that of the one that began it. logprob: natural, under the
     model's own distribution (before penalties, temperature and cuts). top: the likeliest tokens
     with theirs, best first, as many as were asked for. depth: recursions that the token which
     predicted this one went through; 0 for a model without routers.
@@ -119,6 +121,7 @@ class Token:
     index: int
     id: int
     text: str
+    offset: int = 0
     logprob: float | None = None
     top: tuple[tuple[int, float], ...] = ()
     depth: int = 0
@@ -128,8 +131,8 @@ class Token:
 class Finished:
     """The end of an answer, always the last event, exactly once.
 
-    text: what was held back. message: what went wrong, for reason `error`. seconds: from
-    submission to the first token and to the end.
+    text: what was held back. message: what went wrong, for reason `error`. first_token_seconds,
+    seconds: from submission to the first token and to the end. queue_seconds: to the slot.
     """
 
     reason: Reason
@@ -139,6 +142,7 @@ class Finished:
     message: str = ""
     first_token_seconds: float | None = None
     seconds: float = 0.0
+    queue_seconds: float = 0.0
 
 
 Event = Token | Finished

@@ -30,11 +30,6 @@ CHUNK_TOKENS = {"cpu": 1024}
 GROUP_TOKENS = {"cpu": 64}
 """Tokens of a prompt that pass the layers at one time; elsewhere the whole piece."""
 
-_TOO_SMALL = (
-    "the tokens of this text go through more recursions than the cache has pages for. Give the "
-    "engine a larger cache_bytes, or ask for fewer tokens"
-)
-
 
 @dataclasses.dataclass(frozen=True)
 class _Sent:
@@ -94,8 +89,8 @@ class Runner:
         """
         begun = time.perf_counter()
         scheduler, sent = self.scheduler, []
-        for sequence in [*scheduler.admit(), *scheduler.grow()]:
-            self.end(sequence, "error", _TOO_SMALL)
+        scheduler.admit()
+        scheduler.grow()
         if scheduler.running:
             self._watch(sends=True)
         sequence = scheduler.next_prompt()
@@ -237,8 +232,7 @@ class Runner:
         for number, need in enumerate(np.asarray(done.wanted)):
             if sequence.slot is None:
                 return
-            if not self.scheduler.make_room(sequence, number, int(need)):
-                self.end(sequence, "error", _TOO_SMALL)
+            self.scheduler.make_room(sequence, number, int(need))
 
     def end(self, sequence: Sequence, reason: Reason, message: str = "") -> None:
         """Ends a sequence wherever it is, and tells it."""

@@ -1,5 +1,6 @@
 """Who runs: the queue, the slots and the pages. Knows nothing of the device."""
 
+import time
 from collections import deque
 from collections.abc import Iterator
 
@@ -31,30 +32,24 @@ class Scheduler:
         self._free = list(range(plan.slots - 1, -1, -1))
         self._admissions = 0
 
-    def fits_ever(self, length: int) -> bool:
-        """Whether a sequence of `length` tokens could run if it were alone."""
-        ends, lists = self.plan.pages(length)
-        return ends <= self.plan.end_pages and sum(lists) <= self.plan.block_pages
-
-    def admit(self) -> list[Sequence]:
-        """Gives slots and pages to those who wait, in order; returns who cannot run even alone."""
-        stuck = []
+    def admit(self) -> None:
+        """Gives slots and pages to those who wait, in order."""
         while self.waiting and self._free:
             sequence = self.waiting[0]
             slot = self._free[-1]
             held = self.pages.reserve(slot, *self._wanted(sequence))
-            if held is None and self.running:
-                break
             if held is None:
-                stuck.append(self.waiting.popleft())
-                continue
+                # The cache holds any one that was taken, however deep its tokens go.
+                assert self.running
+                return
             self._free.pop()
             self.waiting.popleft()
             self._admissions += 1
             sequence.slot, sequence.held, sequence.order = slot, held, self._admissions
             sequence.counts = np.zeros(self.plan.geometry.lists, np.int64)
+            if sequence.placed is None:
+                sequence.placed = time.monotonic()
             self.running[slot] = sequence
-        return stuck
 
     def _wanted(self, sequence: Sequence) -> tuple[int, tuple[int, ...]]:
         size = self.plan.geometry.size
@@ -71,16 +66,11 @@ class Scheduler:
         """Who takes part in the next tick."""
         return [sequence for sequence in self.running.values() if sequence.decodes]
 
-    def grow(self) -> list[Sequence]:
-        """Makes room in every list that might be full soon; returns sequences that cannot go on."""
-        stuck = []
+    def grow(self) -> None:
+        """Makes room in every list that might be full soon."""
         for sequence in self.decoding():
             for number in self._nearly_full(sequence):
-                need = int(sequence.counts[number]) + AHEAD
-                if not self.make_room(sequence, number, need):
-                    stuck.append(sequence)
-                    break
-        return stuck
+                self.make_room(sequence, number, int(sequence.counts[number]) + AHEAD)
 
     def _nearly_full(self, sequence: Sequence) -> Iterator[int]:
         for number in range(self.plan.geometry.lists):
@@ -91,22 +81,22 @@ class Scheduler:
             if sequence.counts[number] + AHEAD > room and room < sequence.length:
                 yield number
 
-    def make_room(self, sequence: Sequence, number: int, need: int) -> bool:
+    def make_room(self, sequence: Sequence, number: int, need: int) -> None:
         """Room for `need` entries in a list, at others' expense if it must be.
 
         Where no younger sequence is left that could give way, the sequence itself goes back to the
-        queue; False if it would not fit even alone.
+        queue.
         """
+        need = min(need, sequence.length)
         sequence.needs[number] = max(need, sequence.needs.get(number, 0))
         while sequence.slot is not None and self.pages.room[sequence.slot, number] < need:
             if self.pages.extend(sequence.slot, sequence.held, number):
                 self.counters.overflows += 1
                 continue
             youngest = max(self.running.values(), key=lambda other: other.order)
-            if youngest is sequence and len(self.running) == 1:
-                return False
+            # Alone it has all pages, which are enough for its length at any depth.
+            assert youngest is not sequence or len(self.running) > 1
             self.preempt(youngest)
-        return True
 
     def preempt(self, sequence: Sequence) -> None:
         """Takes slot and pages away; the sequence is the next one to get some."""

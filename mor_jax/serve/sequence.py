@@ -24,6 +24,7 @@ class Sequence:
     that have been sent to be stored. decodes: its last token was sent after them. epoch: counts its
     fresh starts; what the device still answers to an earlier one is ignored. needs: entries that
     lists turned out to need, beyond what they reserve. counts: entries of its lists as last seen.
+    born, placed, first_token: when it was submitted, first got a slot, and had its first token.
     cancelled: somebody wants it ended; read and written by several threads.
     """
 
@@ -41,6 +42,7 @@ class Sequence:
     needs: dict[int, int] = dataclasses.field(default_factory=dict)
     counts: np.ndarray | None = None
     order: int = 0
+    placed: float | None = None
     first_token: float | None = None
     cancelled: bool = False
     done: bool = False
@@ -82,7 +84,8 @@ class Sequence:
             self.first_token = time.monotonic()
         self.answer.append(token)
         text, stopped = self.text.push(token)
-        self._tell(Token(index=len(self.answer) - 1, id=token, text=text, **about))
+        index, offset = len(self.answer) - 1, self.text.offset
+        self._tell(Token(index=index, id=token, text=text, offset=offset, **about))
         if stopped:
             return "stop"
         return "length" if len(self.answer) >= request.max_tokens else None
@@ -92,6 +95,7 @@ class Sequence:
         self.done = True
         now = time.monotonic()
         first = None if self.first_token is None else self.first_token - self.born
+        queued = (now if self.placed is None else self.placed) - self.born
         self._tell(
             Finished(
                 reason=reason,
@@ -101,6 +105,7 @@ class Sequence:
                 message=message,
                 first_token_seconds=first,
                 seconds=now - self.born,
+                queue_seconds=queued,
             )
         )
 

@@ -5,10 +5,12 @@ answer is. The window begins with a token that is known to print something, beca
 mark words by a leading space drop that of a first word.
 """
 
+import codecs
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from mor_jax.data.tokenizers import Tokenizer
+from mor_jax.serve.token_bytes import token_bytes
 
 # Tokens of the window at which it is cut, and those that stay.
 _LONG, _SHORT = 16, 4
@@ -25,6 +27,9 @@ class TextStream:
     The pieces together are the decoded answer, up to the first stop text. One exception: tokenizers
     that fall back to bytes may declare a whole run of bytes invalid because of its last one; what
     was given out before that stays.
+
+    offset: characters before those of the last token that was pushed, whatever is held back; a
+    token that goes on with a character has the offset of the one that began it.
     """
 
     def __init__(
@@ -32,12 +37,16 @@ class TextStream:
     ) -> None:
         """stop: texts, not empty. prompt: tokens before the answer; they decide whether its first
         word keeps the space before it."""
-        self._decode = tokenizer.decode
+        self.offset = 0
+        self._decode, self._bytes = tokenizer.decode, token_bytes(tokenizer)
         self._word = _word(tokenizer)
         self._stops = _Stops(stop)
         # The tokens that are decoded; what of their text was given out; tokens after it.
         self._window, self._sent, self._broken = self._begin(prompt)
         self._limit = len(self._window) + _LONG
+        # Characters that were given out or may belong to a stop text; characters after these that
+        # the next token may still change.
+        self._certain, self._open = 0, self._decode(self._window)[len(self._sent) :]
 
     def push(self, token: int) -> tuple[str, bool]:
         """The text that is certain now and was not given out before, and whether a stop text ended
@@ -46,12 +55,14 @@ class TextStream:
             return "", True
         self._window.append(int(token))
         text = self._text()
+        self.offset = self._begins()
         held = _trailing(text)
         self._broken = self._broken + 1 if held else 0
         # A character has four bytes: one that is not whole after as many tokens never will be.
         if self._broken > _MISSING:
             held = min(held, _MISSING)
         new = self._take(text, len(text) - held)
+        self._open = text[len(self._sent) :]
         if len(self._window) >= self._limit:
             self._cut(text)
         return self._stops.feed(new), self._stops.found
@@ -68,18 +79,10 @@ class TextStream:
         # One of the first four begins between characters; the last reaches over blanks.
         for number in (*(2 * _SHORT - i for i in range(_MISSING + 1)), 4 * _LONG):
             window = [int(token) for token in prompt[-number:]]
-            text, missing = self._whole(window)
+            text, missing = _whole(self._decode, window)
             if text.strip() and _UNKNOWN not in text:
                 break
         return window, text, missing
-
-    def _whole(self, window: list[int]) -> tuple[str, int]:
-        """The text without a last character that is not whole, and the number of its tokens."""
-        for missing in range(min(_MISSING, len(window)) + 1):
-            text = self._decode(window[: len(window) - missing])
-            if not _trailing(text):
-                return text, missing
-        return self._decode(window), 0
 
     def _text(self) -> str:
         """The window's text, which begins with what was given out."""
@@ -95,7 +98,16 @@ class TextStream:
     def _take(self, text: str, certain: int) -> str:
         new = text[len(self._sent) : certain]
         self._sent += new
+        self._certain += len(new)
         return new
+
+    def _begins(self) -> int:
+        """Where the last token's own characters begin."""
+        if not self._open:
+            return self._certain
+        *before, last = (self._bytes(token) for token in self._window[-1 - self._broken :])
+        goes_on = _goes_on(b"".join(before), last)
+        return self._certain if goes_on else self._certain + len(self._open)
 
     def _cut(self, text: str) -> None:
         """Drops tokens from the window's beginning where that changes nothing that follows."""
@@ -114,6 +126,14 @@ class TextStream:
                     return
         # Rare. Trying again only when it has doubled keeps the cost of a token from growing.
         self._limit = 2 * len(self._window)
+
+
+def text_before(tokenizer: Tokenizer, prompt: Sequence[int]) -> str:
+    """The text of a prompt up to where the answer's begins: with `TextStream`'s it is the whole.
+
+    A last character that is not whole is the answer's, which may complete it.
+    """
+    return _whole(tokenizer.decode, prompt)[0]
 
 
 class _Stops:
@@ -175,8 +195,30 @@ def _borders(stop: str) -> list[int]:
     return found
 
 
+def _whole(decode: Callable[[Sequence[int]], str], tokens: Sequence[int]) -> tuple[str, int]:
+    """The text without a last character that is not whole, and the number of its tokens."""
+    for missing in range(min(_MISSING, len(tokens)) + 1):
+        text = decode(tokens[: len(tokens) - missing])
+        if not _trailing(text):
+            return text, missing
+    return decode(tokens), 0
+
+
 def _trailing(text: str) -> int:
     return len(text) - len(text.rstrip(_UNKNOWN))
+
+
+def _goes_on(before: bytes, last: bytes) -> bool:
+    """Whether the first of the last bytes belongs to a character that those before it began."""
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    decoder.decode(before)
+    open_bytes = decoder.getstate()[0]
+    decoder = codecs.getincrementaldecoder("utf-8")("strict")
+    try:
+        decoder.decode(open_bytes + last[:1])
+    except UnicodeDecodeError:
+        return False
+    return bool(open_bytes)
 
 
 @functools.lru_cache(maxsize=16)

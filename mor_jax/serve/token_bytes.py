@@ -5,14 +5,13 @@ import json
 import re
 from collections.abc import Callable
 
-import sentencepiece
-from tokenizers import Tokenizer as Encoder
-
+# The two libraries are imported where they are needed: a model of bytes needs neither.
 from mor_jax.data.tokenizers import ByteTokenizer, Tokenizer, byte_letters
 
 _BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
+@functools.lru_cache(maxsize=16)
 def token_bytes(tokenizer: Tokenizer) -> Callable[[int], bytes]:
     """Gives the bytes of UTF-8 for a token: with its leading space, special tokens by their name.
 
@@ -27,6 +26,8 @@ def token_bytes(tokenizer: Tokenizer) -> Callable[[int], bytes]:
 
 
 def _hugging_face(contents: bytes) -> Callable[[int], bytes]:
+    from tokenizers import Tokenizer as Encoder
+
     encoder = Encoder.from_str(contents.decode("utf-8"))
     decoder = json.dumps(json.loads(contents).get("decoder"))
     read = _letters if '"ByteLevel"' in decoder else _spaced
@@ -41,6 +42,8 @@ def _hugging_face(contents: bytes) -> Callable[[int], bytes]:
 
 
 def _sentencepiece(contents: bytes) -> Callable[[int], bytes]:
+    import sentencepiece
+
     pieces = sentencepiece.SentencePieceProcessor()
     pieces.LoadFromSerializedProto(contents)
     size = pieces.vocab_size()

@@ -71,8 +71,8 @@ def test_a_cache_that_is_too_small_makes_answers_late_not_wrong(family):
         # As if hardly a token were expected beyond the first recursion.
         model = dataclasses.replace(model, shares=(1.0, 0.05, 0.05))
         cfg = dataclasses.replace(SMALL, slack=0.0)
-        few = plan(model, cfg).sequence_bytes(64) * 3 // 2
-        cfg = dataclasses.replace(cfg, cache_bytes=few)
+        few = plan(model, cfg).deepest_bytes(48) * 5 // 4
+        cfg = dataclasses.replace(cfg, cache_bytes=few, max_length=48)
     with Engine(model, cfg) as engine:
         answers = run(engine, asked)
         after = engine.statistics()
@@ -82,21 +82,24 @@ def test_a_cache_that_is_too_small_makes_answers_late_not_wrong(family):
     assert after.pages_used == 0
 
 
-def test_a_text_that_goes_deeper_than_the_whole_cache_ends_with_an_error():
-    """And the next one is answered."""
+def test_whatever_fits_the_context_of_a_small_cache_is_answered_however_deep_it_goes():
+    """Where hardly a token was expected to go on, and all do."""
     model = dataclasses.replace(
         served("expert"), shares=(1.0, 0.02, 0.02), thresholds=(0, -9e9, -9e9)
     )
-    cfg = EngineConfig(slots=2, page=4, piece=8, slack=0.0, max_length=64)
-    cfg = dataclasses.replace(cfg, cache_bytes=plan(model, cfg).sequence_bytes(64) * 5 // 4)
-    long, short = (
-        Request(prompt=(5,) * 20, max_tokens=n, ignore_eos=True, logprobs=0) for n in (40, 2)
+    cfg = EngineConfig(slots=2, page=4, piece=8, slack=0.0)
+    held = plan(model, cfg).deepest_bytes(48) + 1
+    long, other = (
+        Request(prompt=(5,) * n, max_tokens=48 - n, ignore_eos=True, logprobs=0) for n in (20, 47)
     )
-    with Engine(model, cfg) as engine:
-        (_, failed), (tokens, finished) = run(engine, [long, short])
-    assert failed.reason == "error" and "cache" in failed.message
-    assert finished.reason == "length"
-    check_answer(model, short, tokens, 1e-5)
+    with Engine(model, dataclasses.replace(cfg, cache_bytes=held)) as engine:
+        assert engine.max_length == 48
+        answers = run(engine, [long, other, long])
+        with pytest.raises(ValueError, match="at most 48 together"):
+            engine.submit(dataclasses.replace(long, max_tokens=29))
+    for request, (tokens, finished) in zip((long, other, long), answers, strict=True):
+        assert (finished.reason, len(tokens)) == ("length", request.max_tokens)
+        check_answer(model, request, tokens, 1e-5)
 
 
 class TestOneEngine:
@@ -161,6 +164,15 @@ class TestOneEngine:
         assert len(list(other)) == 4
         with pytest.raises(ValueError, match="iterated over"):
             other.result()
+
+    def test_the_time_in_the_queue_is_told(self, engine, monkeypatch):
+        with paused(engine, monkeypatch) as going:
+            handle = engine.submit(Request(prompt=(1, 2), max_tokens=2, ignore_eos=True))
+            begun = time.monotonic()
+            held = time.monotonic() - begun
+            going.set()
+            _, finished = handle.result()
+        assert held <= finished.queue_seconds <= finished.first_token_seconds <= finished.seconds
 
     def test_a_full_queue_refuses_and_a_sink_that_fails_hurts_nobody_else(
         self, engine, monkeypatch
@@ -264,6 +276,7 @@ def test_an_engine_that_fails_tells_everybody(monkeypatch):
         (EngineConfig(cache_bytes=100), "must hold a sequence's first pages"),
         (EngineConfig(cache_bytes=2**60), "bytes of memory are free"),
         (EngineConfig(max_length=65), "max_length=65: the model's context is"),
+        (EngineConfig(max_length=1), "max_length=1: must be at least 2"),
         (EngineConfig(slack=-0.1), "slack=-0.1"),
     ],
 )

@@ -8,7 +8,8 @@ import sentencepiece
 
 from mor_jax.data import load_tokenizer
 from mor_jax.data.bpe import train_bpe
-from mor_jax.serve.text import TextStream, token_text
+from mor_jax.serve.text import TextStream, text_before, token_text
+from mor_jax.serve.token_bytes import token_bytes
 
 TEXTS = [
     "def f(x):\n\treturn  x\n",
@@ -118,6 +119,38 @@ def test_bytes_that_are_no_character_spoil_nothing_before_them(tokenizers):
     stream = TextStream(tokenizer)
     shown = "".join(stream.push(token)[0] for token in broken)
     assert shown == "\ufffd" * 47 and stream.finish() == "\ufffd" * 3
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_each_token_knows_where_its_text_begins(tokenizers, name):
+    tokenizer, find = tokenizers[name], token_bytes(tokenizers[name])
+    for text in TEXTS:
+        ids = ids_of(tokenizer, text)
+        whole = tokenizer.decode(ids)
+        plain, held = TextStream(tokenizer), TextStream(tokenizer, stop=(f"{whole}!", "the!"))
+        missing = len(b"".join(map(find, ids))) - len(whole.encode())
+        for count, token in enumerate(ids):
+            # Tokenizers that mark words drop the space of the first.
+            before = b"".join(map(find, ids[:count]))[missing:].decode("utf-8", "ignore")
+            plain.push(token)
+            held.push(token)
+            assert plain.offset == held.offset == len(before)
+    # No characters: each byte stands for itself.
+    stream, found = TextStream(tokenizers["bytes"], prompt=[0x61, 0xE6]), []
+    for token in (0x37, 0xAC, 0xAC, 0x49, 0xE6, 0x9D, 0xB1, 0x62, 0xE6, 0x9D, 0x62):
+        stream.push(token)
+        found.append(stream.offset)
+    assert found == [1, 2, 3, 4, 5, 5, 5, 6, 7, 7, 8]
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_a_prompt_and_its_answer_are_one_text(tokenizers, name):
+    tokenizer = tokenizers[name]
+    for text in (*TEXTS, "a\ufffd"):
+        ids = ids_of(tokenizer, text)
+        for cut in range(1, len(ids), 3):
+            found, _ = streamed(tokenizer, ids[cut:], prompt=ids[:cut])
+            assert text_before(tokenizer, ids[:cut]) + found == tokenizer.decode(ids)
 
 
 @pytest.mark.parametrize("name", KINDS)
