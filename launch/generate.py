@@ -21,14 +21,17 @@ from typing import Any, NoReturn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from mor_jax import exit_codes, platforms
+from mor_jax import exit_codes, option_names, platforms
+
+_PATHS = {"engine.slots": "slots", "engine.cache_bytes": "cache"}
+"""Options under other names than their settings."""
 
 
 def main(argv: list[str] | None = None) -> int:
     options = _parser().parse_args(argv)
     platforms.skip_absent()
     try:
-        return _generate(vars(options))
+        return _generate(options)
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         return exit_codes.STOPPED
@@ -42,15 +45,16 @@ def main(argv: list[str] | None = None) -> int:
         return exit_codes.ERROR
 
 
-def _generate(given: dict[str, Any]) -> int:
+def _generate(typed: argparse.Namespace) -> int:
     from rich.console import Console
 
     from mor_jax.parsing import size
     from mor_jax.serve.generate import Options, generate
-    from mor_jax.serve.prompts import Wishes
+    from mor_jax.serve.prompts import ANSWER, Wishes
     from mor_jax.serve.request import Stopped
 
-    wishes = {name: given.pop(name) for name in Wishes.__dataclass_fields__}
+    given, settings = dict(vars(typed)), Wishes.__dataclass_fields__
+    wishes = {name: given.pop(name) for name in settings}
     prompts, cache = tuple(given.pop("prompt")), given.pop("cache")
     try:
         options = Options(
@@ -62,7 +66,9 @@ def _generate(given: dict[str, Any]) -> int:
         console = Console(highlight=False, markup=False, emoji=False)
         totals = generate(options, _standard_input, console)
     except (ValueError, Stopped) as error:
-        print(f"error: {error}", file=sys.stderr)
+        paths = {f"{ANSWER}.{name}": name for name in settings} | _PATHS
+        names = option_names.options(typed, paths)
+        print(f"error: {option_names.as_typed(error, names)}", file=sys.stderr)
         return exit_codes.of(error)
     for message in totals.errors:
         print(f"error: {message}", file=sys.stderr)

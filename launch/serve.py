@@ -18,10 +18,23 @@ from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from mor_jax import exit_codes, platforms
+from mor_jax import exit_codes, option_names, platforms
 
 if TYPE_CHECKING:
     from mor_jax.serve.http.limits import Limits
+
+_PATHS = {
+    **{f"engine.{name}": name for name in ("slots", "max_length", "max_waiting", "dtype")},
+    "engine.cache_bytes": "cache",
+    "limits.timeout": "timeout",
+    "limits.drain": "drain",
+    "limits.max_requests": "max_requests",
+    "limits.max_body": "max_body",
+    "limits.max_choices": "max_choices",
+    "limits.write_timeout": "write_timeout",
+    "limits.keep_alive": "keep_alive",
+}
+"""Options under other names than their settings."""
 
 NEEDED = ("httptools", "jinja2", "prometheus_client", "starlette", "uvicorn")
 
@@ -37,7 +50,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         return _serve(options)
     except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
+        names = option_names.options(options, _PATHS)
+        print(f"error: {option_names.as_typed(error, names)}", file=sys.stderr)
         return exit_codes.REFUSED
     except MemoryError:
         print("error: not enough memory. Give a smaller --cache or --slots", file=sys.stderr)
@@ -91,6 +105,7 @@ def _limits(options: argparse.Namespace) -> "Limits":
         max_body=size("max_body", options.max_body),
         max_choices=options.max_choices,
         write_timeout=options.write_timeout,
+        keep_alive=options.keep_alive,
     )
     limits.validate()
     return limits
@@ -112,13 +127,14 @@ def _parser() -> argparse.ArgumentParser:
     add("--max_length", type=int, help="tokens of prompt and answer; default: the model's context")
     add("--dtype", choices=("float32", "bfloat16"), help="default: the model's; float32 on CPUs")
     add("--max_waiting", type=int, default=1024, help="texts in the queue; default: %(default)s")
-    add("--timeout", type=float, default=600, help="seconds an answer may take; default: 600")
-    add("--drain", type=float, default=30, help="seconds to finish answers when told to end")
+    add("--timeout", type=float, default=600.0, help="seconds an answer may take; default: 600")
+    add("--drain", type=float, default=30.0, help="seconds to finish answers when told to end")
     add("--api_key_file", help="file with a key a line; or set MOR_API_KEY")
     add("--max_requests", type=int, default=2048, help="requests at once; default: %(default)s")
     add("--max_choices", type=int, default=128, help="answers to a request; default: %(default)s")
     add("--max_body", default="2MB", help="largest request; default: %(default)s")
-    add("--write_timeout", type=float, default=30, help="seconds an answer may lie unread")
+    add("--write_timeout", type=float, default=30.0, help="seconds an answer may lie unread")
+    add("--keep_alive", type=float, default=75.0, help="seconds a connection may idle; default: 75")
     return parser
 
 

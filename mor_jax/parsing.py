@@ -25,7 +25,7 @@ def parse(cls: type, values: dict[str, Any], path: str) -> Any:
     for key in values:
         if key not in hints:
             near = difflib.get_close_matches(key, hints, n=1, cutoff=0.0)[0]
-            rule = f"unknown setting; {cls.__name__} has {sorted(hints)}"
+            rule = f"unknown setting; there are {', '.join(sorted(hints))}"
             fail(f"{path}{key}", values[key], rule, f"Did you mean {path}{near}?")
     return cls(**{k: _convert(hints[k], v, f"{path}{k}") for k, v in values.items()})
 
@@ -33,7 +33,7 @@ def parse(cls: type, values: dict[str, Any], path: str) -> Any:
 def _convert(hint: Any, value: Any, path: str) -> Any:
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if dataclasses.is_dataclass(hint):
-        rule = f"must be a group of settings ({hint.__name__})"
+        rule = "must be a group of settings"
         check(isinstance(value, dict), path, value, rule, "Set its members instead")
         return parse(typing.cast(type, hint), value, f"{path}.")
     if origin is Literal:

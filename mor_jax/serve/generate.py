@@ -14,7 +14,7 @@ from rich.status import Status
 from mor_jax.evaluate import token_depths
 from mor_jax.parsing import check, fail
 from mor_jax.serve.answers import Totals, stream
-from mor_jax.serve.config import EngineConfig, compute_config
+from mor_jax.serve.config import EngineConfig, compute_config, plan
 from mor_jax.serve.engine import Engine
 from mor_jax.serve.prompts import Ask, Prompt, Wishes, from_lines, from_texts, prepare
 from mor_jax.serve.request import Finished
@@ -104,13 +104,14 @@ def generate(options: Options, stdin: Callable[[], bytes], console: Console) -> 
             recursions=options.recursions,
         )
         status.update("compiling")
-        prompts = prepare(asks, served, served.cfg.max_length)
+        context = plan(served, _work(options)).max_length
+        prompts = prepare(asks, served, context)
         if file is not None or options.json or options.jsonl is not None:
             write = functools.partial(print, file=file or console.file, flush=file is None)
             show: Show = JsonLines(write, served.tokenizer)
         else:
             show = _screen(options, served, prompts, console)
-        with Engine(served, _settings(options, served, prompts)) as engine:
+        with Engine(served, _settings(options, prompts, context)) as engine:
             return _run(engine, prompts, show, status)
 
 
@@ -119,14 +120,19 @@ def _status(text: str) -> Status:
     return Status(text, console=Console(stderr=True, quiet=not sys.stderr.isatty()))
 
 
-def _settings(options: Options, served: Served, prompts: list[Prompt]) -> EngineConfig:
+def _work(options: Options) -> EngineConfig:
+    return EngineConfig(slots=options.slots, cache_bytes=options.cache_bytes)
+
+
+def _settings(options: Options, prompts: list[Prompt], context: int) -> EngineConfig:
+    """context: tokens that a prompt and its answer may have."""
     requests = [request for prompt in prompts for request in prompt.requests]
     longest = max(len(request.prompt) + request.max_tokens for request in requests)
-    return EngineConfig(
+    return dataclasses.replace(
+        _work(options),
         slots=min(USUAL_SLOTS, len(requests)) if options.slots is None else options.slots,
-        cache_bytes=options.cache_bytes,
         # Few different lengths, so that programs are found again where JAX keeps them.
-        max_length=min(1 << (longest - 1).bit_length(), served.cfg.max_length),
+        max_length=min(1 << (longest - 1).bit_length(), context),
     )
 
 

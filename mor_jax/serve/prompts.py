@@ -14,12 +14,16 @@ from mor_jax.parsing import check, fail, parse
 from mor_jax.serve.chat_template import ChatTemplate
 from mor_jax.serve.request import Request, Sampling
 from mor_jax.serve.served import Served
+from mor_jax.serve.text import text_before
 
 USUAL_TOKENS = 256
 """Longest answer where none is asked for, as far as the context has room."""
 
 MOST_ANSWERS = 10_000
 """To one prompt."""
+
+ANSWER = "answer"
+"""What errors call the settings that hold for all prompts of a command line."""
 
 Message = dict[str, str]
 
@@ -68,11 +72,13 @@ class Wishes:
 class Ask:
     """One prompt as it was read.
 
-    where: what errors call it. id: any JSON value that comes back with the answers. prompt: a
-    text or token numbers; unread where there are messages, those of a chat.
+    where, settings: what errors call it, and what they write before the name of a setting. id: any
+    JSON value that comes back with the answers. prompt: a text or token numbers; unread where there
+    are messages, those of a chat.
     """
 
     where: str
+    settings: str
     id: Any
     prompt: str | tuple[int, ...] = ""
     messages: tuple[Message, ...] = ()
@@ -106,7 +112,16 @@ def from_texts(
         where = f"prompt {number}"
         _check_text(where, text)
         messages = (*before, {"role": "user", "content": text}) if chat else ()
-        asks.append(Ask(where=where, id=number, prompt=text, messages=messages, wishes=wishes))
+        asks.append(
+            Ask(
+                where=where,
+                settings=ANSWER,
+                id=number,
+                prompt=text,
+                messages=messages,
+                wishes=wishes,
+            )
+        )
     return asks
 
 
@@ -140,7 +155,7 @@ def prepare(asks: Sequence[Ask], served: Served, max_length: int) -> list[Prompt
         elif isinstance(ask.prompt, str):
             text, tokens = ask.prompt, served.tokenizer.encode(ask.prompt).tolist()
         else:
-            text, tokens = served.tokenizer.decode(ask.prompt), ask.prompt
+            text, tokens = text_before(served.tokenizer, ask.prompt), ask.prompt
         made.append(_prompt(ask, text, tokens or (served.tokenizer.eos_id,), served, max_length))
     return made
 
@@ -150,13 +165,13 @@ def _prompt(ask: Ask, text: str, tokens: Sequence[int], served: Served, max_leng
     rule = f"has {number} tokens; prompt and answer may hold at most {max_length} together"
     check(number < max_length, f"{ask.where}.prompt", f"{text[:40]}...", rule, "Shorten it")
     ok, rule = 0 < wishes.n <= MOST_ANSWERS, f"must be in 1 .. {MOST_ANSWERS}"
-    check(ok, f"{ask.where}.n", wishes.n, rule, "Try 1")
+    check(ok, f"{ask.settings}.n", wishes.n, rule, "Try 1")
     seed = secrets.randbits(32) if wishes.seed is None else wishes.seed
     # The first is checked as it was given: 2**32 must not pass as 0.
     seeds = [seed, *((seed + i) % 2**32 for i in range(1, wishes.n))]
     requests = tuple(wishes.request(tokens, seed, max_length) for seed in seeds)
     for request in requests[:1]:
-        request.validate(served.cfg.vocab_size, max_length, ask.where)
+        request.validate(served.cfg.vocab_size, max_length, ask.settings)
     return Prompt(id=ask.id, text=text, tokens=tuple(tokens), requests=requests)
 
 
@@ -188,7 +203,14 @@ def _ask(where: str, number: int, line: str | bytes, wishes: Wishes) -> Ask:
         merged = parse(Wishes, {**dataclasses.asdict(wishes), **given}, f"{where}.")
     except OverflowError:
         fail(where, _start(line), "holds a number that is too large", "Write a smaller one")
-    return Ask(where=where, id=given_id, prompt=prompt, messages=messages, wishes=merged)
+    return Ask(
+        where=where,
+        settings=where,
+        id=given_id,
+        prompt=prompt,
+        messages=messages,
+        wishes=merged,
+    )
 
 
 def _no_number(name: str) -> NoReturn:

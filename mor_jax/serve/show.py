@@ -166,7 +166,8 @@ class Screen:
         # A token is predicted at the position before it.
         for piece, depth in zip(pieces[1:], self._depths(prompt)[:-1].tolist(), strict=True):
             made.append(piece, self._style(depth))
-        return made
+        # A last character that is not whole comes with the answer.
+        return made[: len(prompt.text)]
 
     def _style(self, depth: int) -> Style:
         return depth_style(depth, self._console)

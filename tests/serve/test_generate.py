@@ -17,6 +17,7 @@ from tiny import TINY, train_config
 from mor_jax import exit_codes, initial
 from mor_jax.convert.lazy import flatten, held
 from mor_jax.serve.answers import stream
+from mor_jax.serve.config import plan
 from mor_jax.serve.engine import Engine, EngineConfig
 from mor_jax.serve.prompts import Wishes, from_lines, from_texts, prepare
 from mor_jax.serve.request import Finished, Request
@@ -100,6 +101,7 @@ def test_lines_have_settings_of_their_own():
         ('{"prompt": []}', r"line 1\.prompt=\[\]"),
         (r'{"prompt": "\ud800"}', r"line 1\.prompt=.*half of a surrogate pair"),
         ('{"prompt": "a", "temprature": 1}', r"Did you mean line 1\.temperature\?"),
+        ('{"prompt": "a", "temprature": 1}', r"unknown setting; there are frequency_penalty, ign"),
         ('{"prompt": "a", "top_p": "1"}', r"line 1\.top_p='1': must be a float"),
         (f'{{"prompt": "a", "top_p": {10**400}}}', "number that is too large"),
         ('{"messages": [{"role": "user"}]}', r"line 1\.messages\[0\]=.*a 'role' and a 'content'"),
@@ -128,6 +130,28 @@ def test_lines_that_say_nothing_sensible(line, message):
 def test_requests_that_the_model_cannot_answer(served, row, message):
     with pytest.raises(ValueError, match=message):
         prepare(from_lines(lines({"prompt": "fine"}, row), WISHES), served, 64)
+
+
+def test_a_prompt_that_ends_inside_a_character_is_one_text_with_its_answer(served):
+    """The answer completes it, or says what it is."""
+    (prompt,) = prepare(from_lines(lines({"prompt": [100, 0xE6, 0x9D]}), WISHES), served, 64)
+    assert (prompt.text, prompt.tokens) == ("d", (100, 0xE6, 0x9D))
+    show = importlib.import_module("mor_jax.serve.show")
+    screen = show.Screen(Console(), served.tokenizer, depths=lambda _: np.array([1, 2, 1]))
+    assert screen._coloured(prompt).plain == "d"
+
+
+def test_answers_fit_into_a_small_cache(run, served):
+    """As many tokens as it holds where nothing is asked for; more are refused in advance."""
+    page = plan(served, EngineConfig(max_length=32)).deepest_bytes(32)
+    options = ("--prompt=ab", f"--cache={page}", "--ignore_eos", "--json")
+    code, out, _ = run(*options)
+    assert (code, len(json.loads(out)["tokens"])) == (exit_codes.OK, 30)
+    code, out, err = run(*options, "--max_tokens=31")
+    assert (code, out) == (exit_codes.REFUSED, "")
+    assert err.startswith(
+        "error: --max_tokens=31: prompt (2 tokens) and answer may hold at most 32"
+    )
 
 
 def test_requests_follow_the_wishes(served):
@@ -242,9 +266,14 @@ def test_what_is_wrong_is_said_before_anything_is_written(run, tmp_path):
         (("--prompt=a", "--jsonl=b"), "needs either --prompt or --jsonl"),
         (("--jsonl=no/such/file",), "jsonl='no/such/file': cannot be read"),
         (("--jsonl=-",), "needs at least one line"),
-        (("--prompt=a", "--top_p=2"), r"prompt 1.top_p=2.0: must be in (0, 1]"),
-        (("--prompt=a", "--cache=lots"), "cache='lots'"),
-        (("--prompt=a", "--slots=0"), "slots=0: must be greater than 0"),
+        (("--prompt=a", "--top_p=2"), "error: --top_p=2.0: must be in (0, 1]"),
+        (("--prompt=a", "--n=0"), "error: --n=0: must be in 1 .. 10000"),
+        (("--prompt=a", "--max_tokens=64"), "error: --max_tokens=64: prompt (1 tokens) and"),
+        (("--prompt=a", "--temperature=nan"), "error: --temperature=nan: must be finite"),
+        (("--prompt=a", "--stop="), "error: --stop='': must not be empty"),
+        (("--prompt=a", "--cache=lots"), "error: --cache='lots'"),
+        (("--prompt=a", "--cache=1"), "error: --cache=1: must hold a sequence's first pages"),
+        (("--prompt=a", "--slots=0"), "error: --slots=0: must be greater than 0"),
         (
             ("--prompt=a", "--recursions=9", "--workdir=no/such/run"),
             "is not the directory of a run",

@@ -1,15 +1,20 @@
 """The endpoints as clients of OpenAI's API see them."""
 
+import asyncio
+import contextlib
 import json
 
 import openai
 import pytest
+from engines import paused
 from http_server import engine_of, idle, run, serving
 from patience import until
 from serve_client import CHAT, TEXT, Connection, get, numbers, post
 
 from mor_jax.serve.request import Request, Sampling
+from mor_jax.serve.sequence import Sequence
 
+LONG = {"prompt": "a", "max_tokens": 500, "ignore_eos": True}
 ASKED = {"prompt": "Once", "max_tokens": 8, "temperature": 1, "seed": 5, "ignore_eos": True}
 
 
@@ -134,6 +139,71 @@ def test_deadlines_cut_answers_off(server, engine):
     until(lambda: idle(engine))
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_what_is_there_when_time_is_up_is_given(engine, monkeypatch, stream):
+    """Four texts run, two wait: those get an empty answer, and it says why."""
+    asked = LONG | {"n": 6, "stream": stream, "stream_options": {"include_usage": True}}
+    asked = {k: v for k, v in asked.items() if stream or k != "stream_options"}
+    # So many steps give the first four some tokens.
+    with paused(engine, monkeypatch, 40) as going, serving(engine) as server:
+
+        async def ask():
+            async with Connection(server.url) as connection:
+                await connection.ask(TEXT, json.dumps(asked).encode())
+                while engine.statistics().waiting != 2 or not all(told()):
+                    await asyncio.sleep(0.001)
+                monkeypatch.setattr(Sequence, "late", True)
+                going.set()
+                assert await connection.head() == 200
+                if not stream:
+                    done = json.loads(await connection.body())
+                    return done["choices"], done["usage"]
+                *events, last = [event async for event in connection.events()]
+                ends = [e["choices"][0] for e in events if e["choices"][0]["finish_reason"]]
+                texts = [
+                    "".join(
+                        e["choices"][0]["text"] for e in events if e["choices"][0]["index"] == i
+                    )
+                    for i in range(6)
+                ]
+                return [
+                    end | {"text": text}
+                    for end, text in zip(sorted(ends, key=lambda e: e["index"]), texts, strict=True)
+                ], last["usage"]
+
+        def told():
+            return [s.answer for s in engine._runner.scheduler.running.values()]
+
+        choices, usage = run(ask())
+    assert [(c["finish_reason"], c["stop_reason"]) for c in choices] == [("length", "deadline")] * 6
+    assert [bool(choice["text"]) for choice in choices] == [True] * 4 + [False] * 2
+    assert usage["completion_tokens"] >= 4
+    until(lambda: idle(engine))
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_nothing_at_all_in_time_is_an_error(engine, monkeypatch, stream):
+    with paused(engine, monkeypatch) as going, serving(engine) as server:
+
+        async def ask():
+            async with Connection(server.url) as connection:
+                await connection.ask(TEXT, json.dumps(LONG | {"n": 2, "stream": stream}).encode())
+                while not any(one.open == 2 for one in server.api._generations):
+                    await asyncio.sleep(0.001)
+                monkeypatch.setattr(Sequence, "late", True)
+                going.set()
+                status = await connection.head()
+                if not stream:
+                    return status, json.loads(await connection.body())
+                with contextlib.suppress(EOFError):
+                    async for event in connection.events():
+                        last = event
+                return status, last
+
+        status, last = run(ask())
+    assert (status, last["error"]["code"]) == (200 if stream else 504, "deadline")
+
+
 def test_models_health_and_metrics(server, client):
     assert [model.id for model in client.models.list()] == ["small"]
     assert client.models.retrieve("small").created > 0
@@ -159,13 +229,80 @@ REFUSED = {
     "no prompt": (TEXT, {}, 400, "prompt"),
     "no messages": (CHAT, {"messages": []}, 400, "messages"),
     "another model": (TEXT, ASKED | {"model": "gpt-5"}, 404, "model"),
-    "unknown token": (TEXT, ASKED | {"prompt": [1, 256]}, 400, "prompt"),
-    "too long": (TEXT, {"prompt": "a" * 600}, 400, "prompt"),
-    "no room": (TEXT, ASKED | {"max_tokens": 510}, 400, "max_tokens"),
+    "unknown token": (TEXT, ASKED | {"prompt": [1, 256]}, 400, "prompt[1]"),
+    "unknown token of the second": (TEXT, ASKED | {"prompt": [[1], [256]]}, 400, "prompt[1][0]"),
+    "negative token": (TEXT, ASKED | {"prompt": [[-1]]}, 400, "prompt[0][0]"),
     "tools": (CHAT, {"messages": [{"role": "user", "content": "a"}], "tools": [{}]}, 400, "tools"),
-    "engine's own rule": (TEXT, ASKED | {"stop_token_ids": [300]}, 400, "stop_tokens"),
+    "unknown stop": (TEXT, ASKED | {"stop_token_ids": [3, 300]}, 400, "stop_token_ids[1]"),
     "no such path": ("/v1/embeddings", {}, 404, None),
 }
+
+
+TOO_LONG = {
+    "a text": (TEXT, {"prompt": "a" * 600}, "prompt"),
+    "one of two": (TEXT, {"prompt": ["a", "a" * 512]}, "prompt[1]"),
+    "tokens": (TEXT, {"prompt": [1] * 512}, "prompt"),
+    "max_tokens": (TEXT, ASKED | {"max_tokens": 509}, "max_tokens"),
+    "a chat": (CHAT, {"messages": [{"role": "user", "content": "a" * 500}]}, "messages"),
+    "the newer name": (
+        CHAT,
+        {"messages": [{"role": "user", "content": "a"}], "max_completion_tokens": 500},
+        "max_completion_tokens",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", TOO_LONG)
+def test_what_the_context_does_not_hold_is_told_in_the_words_that_clients_look_for(server, name):
+    path, body, param = TOO_LONG[name]
+    status, answer = run(post(server.url, path, body))
+    error = answer["error"]
+    assert (status, error["code"], error["param"]) == (400, "context_length_exceeded", param)
+    assert "This model's maximum context length is 512 tokens" in error["message"]
+
+
+def test_all_of_the_context_can_be_used(server, engine):
+    for prompt, wanted in (([97] * 511, 1), ([97], 511)):
+        asked = {"prompt": prompt, "max_tokens": wanted, "ignore_eos": True}
+        status, done = run(post(server.url, TEXT, asked))
+        assert (status, done["usage"]["completion_tokens"]) == (200, wanted)
+    chat = {"messages": [{"role": "user", "content": "a"}], "ignore_eos": True}
+    assert run(post(server.url, CHAT, chat))[1]["usage"]["total_tokens"] == 512
+
+
+def test_texts_know_where_their_tokens_begin(server):
+    """Whatever is held back for a possible stop text, and where bytes are no characters."""
+    asked = ASKED | {"max_tokens": 24, "logprobs": 0}
+    _, done = run(post(server.url, TEXT, asked))
+    text, told = done["choices"][0]["text"], done["choices"][0]["logprobs"]
+    assert [text[at] for at in told["text_offset"]] == [
+        "\ufffd" if name.startswith("bytes:") else name for name in told["tokens"]
+    ]
+    # Begins at every second place of the text, and never ends.
+    stops = [text[at : at + 3] + "!?" for at in range(0, 16, 2)]
+    assert run(post(server.url, TEXT, asked | {"stop": stops}))[1]["choices"] == done["choices"]
+
+    async def stream():
+        async with Connection(server.url) as connection:
+            body = json.dumps(asked | {"stop": stops, "stream": True}).encode()
+            await connection.ask(TEXT, body)
+            await connection.head()
+            return [event["choices"][0] async for event in connection.events()]
+
+    parts = run(stream())
+    offsets = [at for part in parts for at in part["logprobs"]["text_offset"]]
+    assert offsets == told["text_offset"]
+    assert "".join(part["text"] for part in parts) == text
+
+
+@pytest.mark.parametrize("prompt", [[100, 0xE6, 0x9D], [100, 0xFF], [0xE6], "d\ufffd"])
+def test_an_echo_and_its_answer_are_the_text_of_all_tokens(server, engine, prompt):
+    """A character that the prompt only begins is there once."""
+    _, done = run(post(server.url, TEXT, ASKED | {"prompt": prompt, "echo": True}))
+    ids = tuple(prompt.encode() if isinstance(prompt, str) else prompt)
+    _, tokens, _ = expected(engine, ids)
+    whole = bytes([*ids, *(token.id for token in tokens)]).replace(b"\0", b"")
+    assert done["choices"][0]["text"] == whole.decode("utf-8", "replace")
 
 
 @pytest.mark.parametrize("name", REFUSED)
@@ -203,9 +340,17 @@ def test_bodies_that_are_not_read(server, headers, body, status):
     assert run(ask()) == status
 
 
-def test_methods(server):
-    assert run(get(server.url, TEXT))[0] == 405
-    assert run(post(server.url, "/health", {}))[0] == 405
+@pytest.mark.parametrize(
+    ("path", "body", "allow"),
+    [(TEXT, None, "POST"), (CHAT, None, "POST"), ("/health", b"{}", "GET, HEAD")],
+)
+def test_another_method_is_told_those_that_there_are(server, path, body, allow):
+    async def ask():
+        async with Connection(server.url) as connection:
+            await connection.ask(path, body)
+            return await connection.head(), connection.headers["allow"]
+
+    assert run(ask()) == (405, allow)
 
 
 def test_only_keys_open_the_server(engine):

@@ -327,8 +327,11 @@ def test_the_command_serves_and_ends(tmp_path):
     [
         (["--workdir=nowhere"], "nowhere"),
         (["--workdir=.", "--api_key_file=/dev/null"], "api_key_file"),
-        (["--workdir=.", "--port=65536"], "port=65536"),
-        (["--workdir=.", "--timeout=-1"], "limits.timeout=-1"),
+        (["--workdir=.", "--port=65536"], "--port=65536"),
+        (["--workdir=.", "--timeout=-1"], "--timeout=-1.0: must be greater than 0"),
+        (["--workdir=.", "--keep_alive=0"], "--keep_alive=0.0: must be greater than 0"),
+        (["--workdir=.", "--drain=1e300"], "--drain=1e+300: must be a number, at most"),
+        (["--workdir=.", "--cache=lots"], "--cache='lots'"),
     ],
 )
 def test_the_command_says_what_is_wrong(tmp_path, monkeypatch, capsys, arguments, message):

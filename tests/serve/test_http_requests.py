@@ -1,8 +1,13 @@
 """What requests may hold, each rule by a body that breaks it; limits; keys."""
 
+import dataclasses
+import inspect
 import json
 
 import pytest
+from openai.resources.chat.completions import Completions as ChatCompletions
+from openai.resources.completions import Completions
+from openai.types.chat import ChatCompletionMessage
 
 from mor_jax.serve.http import schemas
 from mor_jax.serve.http.fields import parse_object
@@ -122,6 +127,54 @@ def test_what_asks_for_nothing_is_accepted():
     assert (asked.options.n, asked.options.max_tokens, asked.options.logprobs) == (1, None, None)
 
 
+@pytest.mark.parametrize("kind", ["completions", "chat"])
+def test_every_parameter_of_openais_client_is_known(kind):
+    """Taken, ignored, or refused as not supported; and null counts as left out."""
+    told = {"completions": Completions, "chat": ChatCompletions}[kind]
+    own = {"self", "extra_headers", "extra_query", "extra_body", "timeout"}
+    names = set(inspect.signature(told.create).parameters) - own
+    assert len(names) > 15
+    base = {"prompt": "a"} if kind == "completions" else {"messages": [USER]}
+    read = schemas.completion if kind == "completions" else schemas.chat
+    for name in sorted(names):
+        if name not in base:
+            assert read(base | {name: None}, LIMITS) == read(base, LIMITS), name
+        try:
+            read(base | {name: object()}, LIMITS)
+        except (Refusal, TypeError) as error:
+            assert "unknown setting" not in str(error), name
+    assert read(base | {"whatever": None}, LIMITS) == read(base, LIMITS)
+
+
+NOTHING = {
+    "store": False,
+    "suffix": "",
+    "best_of": 1,
+    "prompt_cache_retention": "24h",
+    "prompt_cache_options": {},
+    "echo": False,
+}
+
+
+def test_what_asks_for_nothing_does_so_everywhere():
+    for read, base in ((schemas.completion, {"prompt": "a"}), (schemas.chat, {"messages": [USER]})):
+        assert read(base | NOTHING, LIMITS) == read(base, LIMITS)
+        old = read(base | {"max_tokens": 9}, LIMITS).options
+        both = read(base | {"max_tokens": 9, "max_completion_tokens": 3}, LIMITS).options
+        assert (old.max_tokens, old.limit) == (9, "max_tokens")
+        assert (both.max_tokens, both.limit) == (3, "max_completion_tokens")
+
+
+def test_answers_come_back_as_clients_keep_them():
+    answer = ChatCompletionMessage(role="assistant", content="hi", annotations=[], reasoning=None)
+    dumps = (answer.model_dump(), answer.model_dump(exclude_none=True), answer.to_dict())
+    for dumped in (*dumps, dumps[0] | {"reasoning_content": "", "provider_fields": {}}):
+        asked = schemas.chat({"messages": [USER, dumped, USER]}, LIMITS)
+        assert asked.messages[1] == {"role": "assistant", "content": "hi"}
+    with pytest.raises(Refusal, match="reasoning_content='so'"):
+        schemas.chat({"messages": [USER | {"reasoning_content": "so"}]}, LIMITS)
+
+
 def test_all_that_can_be_asked_for():
     sampling = {"temperature": 0.5, "top_k": 4, "top_p": 0.9, "min_p": 0.1}
     sampling |= {"repetition_penalty": 1.1, "presence_penalty": 0.1, "frequency_penalty": 0.2}
@@ -141,11 +194,13 @@ def test_all_that_can_be_asked_for():
     )
 
 
-@pytest.mark.parametrize("name", ["timeout", "max_body", "max_requests", "read_timeout"])
-def test_limits_that_nothing_could_keep(name):
-    wrong = {"timeout": 0.0, "max_body": -1, "max_requests": 0, "read_timeout": float("nan")}
-    with pytest.raises(ValueError, match=f"limits.{name}="):
-        Limits(**{name: wrong[name]}).validate()
+@pytest.mark.parametrize("field", dataclasses.fields(Limits), ids=lambda field: field.name)
+def test_limits_that_nothing_could_keep(field):
+    for value in (-1, 0, float("nan"), float("inf"), 1e300, 10**30):
+        if (field.name, value) != ("drain", 0):
+            with pytest.raises(ValueError, match=f"^limits.{field.name}="):
+                Limits(**{field.name: value}).validate()
+    Limits(**{field.name: 1}).validate()
 
 
 def test_keys_come_from_a_file_or_the_environment(tmp_path, monkeypatch):

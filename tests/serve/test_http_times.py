@@ -16,11 +16,13 @@ from patience import PATIENCE, until
 from serve_client import TEXT, Connection, post
 
 from mor_jax.serve.http import server as http_server
-from mor_jax.serve.http.choices import TextForm
+from mor_jax.serve.http.choices import Choice, TextForm
+from mor_jax.serve.http.generation import Generation
 from mor_jax.serve.http.limits import Limits
+from mor_jax.serve.http.measures import Measures
 from mor_jax.serve.http.prepare import Prepared
 from mor_jax.serve.http.writing import Answer
-from mor_jax.serve.request import Request, Sampling
+from mor_jax.serve.request import Finished, Request, Sampling
 
 LONG = {"prompt": "a", "max_tokens": 500, "ignore_eos": True}
 WAITING = 32
@@ -80,6 +82,15 @@ def test_a_client_that_is_told_to_come_back_is_told_that_its_connection_ends(
         # As after answers that took long: the longest wait that is ever asked for.
         server.api._usual = 1e6
         assert refused_beside_another(server) == (429, "30", "close", "busy")
+
+
+def test_what_a_text_waited_for_is_no_part_of_what_the_next_one_has_to():
+    measures = Measures(lambda: None, "small")
+    generation = Generation(None, None, Limits(), measures)
+    generation.choices, generation._handles, generation.open = [Choice(0, 1)], [None], 1
+    end = Finished(reason="length", prompt_tokens=1, tokens=4, seconds=100.0, queue_seconds=98.0)
+    generation._finish(0, end)
+    assert generation.worked == [2.0]
 
 
 def test_with_too_many_requests_at_work_too(engine, going):

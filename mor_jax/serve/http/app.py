@@ -27,6 +27,9 @@ _PREPARING_THREADS = 2
 
 _MOST_RETRY = 30.0
 
+# Weight of the newest text in the mean of what texts take.
+_NEWEST = 0.05
+
 
 class Api:
     """An engine's HTTP endpoints. `app` is the ASGI application.
@@ -46,8 +49,8 @@ class Api:
         self._threads = ThreadPoolExecutor(_PREPARING_THREADS, "prepare")
         self._mailbox: Mailbox | None = None
         self._generations: set[Generation] = set()
-        # Of a request, in seconds: what a client waits for a place in the queue depends on it.
-        self._usual = 1.0
+        # Of a text in its slot, in seconds: what a client waits for a place depends on it.
+        self._usual: float | None = None
         self.draining = ""
         self.measures = Measures(engine.statistics, self._served.name)
         routes = [
@@ -96,12 +99,13 @@ class Api:
         self._mailbox = self._mailbox or Mailbox(loop)
         generation = Generation(self._engine, self._mailbox, self._limits, self.measures)
         self._generations.add(generation)
-        began = time.perf_counter()
         try:
             self._submit(generation, prepared.after(time.perf_counter() - arrived))
             answer = Answer(prepared, generation, record.number, self._served.name)
             await answer.send(receive, send, self._limits.ping)
-            self._usual += 0.1 * (time.perf_counter() - began - self._usual)
+            for seconds in generation.worked:
+                usual = seconds if self._usual is None else self._usual
+                self._usual = usual + _NEWEST * (seconds - usual)
         finally:
             generation.close("given_up")
             self._generations.discard(generation)
@@ -116,7 +120,8 @@ class Api:
             generation.submit(prepared.requests, prepared.echoes)
         except Busy as error:
             now = self._engine.statistics()
-            wait = self._usual * (now.waiting + 1) / max(now.slots, 1)
+            # While no text has ended yet: soon, and by then more is known.
+            wait = (self._usual or 0.0) * (now.waiting + 1) / max(now.slots, 1)
             raise of_busy(error, min(wait, _MOST_RETRY)) from None
         except Stopped as error:
             raise of_stopped(error) from None
@@ -156,8 +161,9 @@ class _Only:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["method"] not in self._methods:
-            allowed = " or ".join(sorted(self._methods))
-            raise Refusal(405, f"use {allowed} here", code="method_not_allowed")
+            methods = sorted(self._methods)
+            message, allow = f"use {' or '.join(methods)} here", ", ".join(methods)
+            raise Refusal(405, message, code="method_not_allowed", allow=allow)
         await self._handler(scope, receive, send)
 
 

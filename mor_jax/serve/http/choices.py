@@ -1,7 +1,7 @@
 """One answer of a request as it grows, and how the two endpoints write it down."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from mor_jax.serve.request import Finished, Token
@@ -17,14 +17,14 @@ TokenBytes = Callable[[int], bytes]
 class Choice:
     """An answer so far, or the part of it that has come since the last chunk of a stream.
 
-    index: among the answers of the request. echo: the prompt, where the answer repeats it. offset:
-    characters of the answer before this part.
+    index: among the answers of the request. echo: the prompt, where the answer repeats it; before:
+    its characters.
     """
 
     index: int
     prompt_tokens: int
     echo: str = ""
-    offset: int = 0
+    before: int = 0
     tokens: list[Token] = dataclasses.field(default_factory=list)
     finished: Finished | None = None
 
@@ -34,12 +34,16 @@ class Choice:
         end = self.finished.text if self.finished else ""
         return self.echo + "".join(token.text for token in self.tokens) + end
 
-    def part(self) -> "Choice":
-        """Takes out what has come, leaving an empty choice that goes on behind it."""
-        part = dataclasses.replace(self)
-        self.offset += len(part.text)
+    def parts(self, most: int) -> Iterator["Choice"]:
+        """Takes out what has come, at most so many tokens at a time, and leaves nothing."""
+        tokens, finished, echo = self.tokens, self.finished, self.echo
         self.echo, self.tokens, self.finished = "", [], None
-        return part
+        for start in range(0, len(tokens) or 1, most):
+            part = dataclasses.replace(self, echo=echo, tokens=tokens[start : start + most])
+            if start + most >= len(tokens):
+                part.finished = finished
+            yield part
+            echo = ""
 
     def ending(self) -> dict[str, Any]:
         """finish_reason as OpenAI has it; what it has no word for is in stop_reason."""
@@ -51,7 +55,10 @@ class Choice:
 
 
 class Form:
-    """How an endpoint writes answers. logprobs: alternatives, None for none. depths: as asked."""
+    """How an endpoint writes answers. logprobs: alternatives, None for none. depths: as asked.
+
+    What grows with the answer is an iterator in place of a list: it is made while it is written.
+    """
 
     kind = ""
     chunk_kind = ""
@@ -78,7 +85,7 @@ class Form:
         return None
 
     def _more(self, choice: Choice) -> dict[str, Any]:
-        depths = {"depths": [token.depth for token in choice.tokens]} if self.depths else {}
+        depths = {"depths": (token.depth for token in choice.tokens)} if self.depths else {}
         return choice.ending() | depths
 
 
@@ -99,18 +106,15 @@ class TextForm(Form):
         return head | self._more(choice)
 
     def _logprobs(self, choice: Choice) -> dict[str, Any]:
-        offsets, at = [], choice.offset + len(choice.echo)
-        for token in choice.tokens:
-            offsets.append(at)
-            at += len(token.text)
+        tokens = choice.tokens
         return {
-            "tokens": [self._name(token.id) for token in choice.tokens],
-            "token_logprobs": [_finite(token.logprob) for token in choice.tokens],
-            "top_logprobs": [
+            "tokens": (self._name(token.id) for token in tokens),
+            "token_logprobs": (_finite(token.logprob) for token in tokens),
+            "top_logprobs": (
                 {self._name(number): _finite(value) for number, value in token.top}
-                for token in choice.tokens
-            ],
-            "text_offset": offsets,
+                for token in tokens
+            ),
+            "text_offset": (choice.before + token.offset for token in tokens),
         }
 
     def _name(self, token: int) -> str:
@@ -149,11 +153,11 @@ class ChatForm(Form):
     def _logprobs(self, choice: Choice) -> dict[str, Any] | None:
         if self.logprobs is None:
             return None
-        content = [
+        content = (
             self._entry(token.id, token.logprob)
             | {"top_logprobs": [self._entry(number, value) for number, value in token.top]}
             for token in choice.tokens
-        ]
+        )
         return {"content": content, "refusal": None}
 
     def _entry(self, token: int, logprob: float | None) -> dict[str, Any]:

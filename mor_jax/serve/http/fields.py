@@ -67,7 +67,7 @@ def _numbers(values: list[Any]) -> bool:
 
 
 class Fields:
-    """The members of a JSON object, taken by name. null counts as left out.
+    """The members of a JSON object, taken by name. null counts as left out, whatever the name.
 
     Names that nobody took are refused by `end`: a setting that is misspelt or not supported must
     not be ignored silently.
@@ -128,10 +128,13 @@ class Fields:
         ok = value is None or any(value == v and type(value) is type(v) for v in values)
         need(ok, self._path + name, value, "is not supported by this server", "Leave it out")
 
-    def end(self) -> None:
-        """Refuses the first member that nobody took, with the nearest name that exists."""
+    def end(self, *nothing: Any) -> None:
+        """Refuses the first member that nobody took, with the nearest name that exists.
+
+        nothing: values besides null that say as little as leaving the member out.
+        """
         for name, value in self._values.items():
-            if name not in self._known:
+            if name not in self._known and value is not None and value not in nothing:
                 near = difflib.get_close_matches(name, sorted(self._known), n=1)
                 fix = f"Did you mean {near[0]}?" if near else "Leave it out"
                 param = self._path + (name if len(name) <= 64 else name[:64] + "...")

@@ -22,7 +22,8 @@ class Generation:
 
     Whoever makes one calls `close` in the end, so that nothing is left at the engine when the
     request is gone. choices: in the order of `requests`. tokens: of all answers.
-    first: seconds to the first token. reason: why the first answer ended, or what ended all.
+    first: seconds to the first token. worked: seconds that each finished answer had its slot.
+    reason: why the first answer ended, or what ended all.
     """
 
     def __init__(self, engine: Engine, mailbox: Mailbox, limits: Limits, measures: Measures):
@@ -38,6 +39,8 @@ class Generation:
         self.open = 0
         self.tokens = 0
         self.first: float | None = None
+        self.worked: list[float] = []
+        self._nothing = 0
         self.reason = ""
 
     def submit(self, requests: Sequence[Request], echoes: Sequence[str]) -> None:
@@ -51,7 +54,7 @@ class Generation:
                 handle = self._engine.submit(request, sink=self._mailbox.sink(box))
                 self._boxes.append(box)
                 self._handles.append(handle)
-                self.choices.append(Choice(i, len(request.prompt), echo))
+                self.choices.append(Choice(i, len(request.prompt), echo, len(echo)))
         except ValueError as error:
             self.close("refused")
             raise of_value_error(error) from None
@@ -134,7 +137,11 @@ class Generation:
         self._measures.ended.labels(event.reason).inc()
         self._measures.answer.observe(event.tokens)
         self.reason = self.reason or event.reason
-        wrong = _refusal(event)
+        self.worked.append(event.seconds - event.queue_seconds)
+        self._nothing += event.reason == "deadline" and event.tokens == 0
+        # What the others have is given, with this one empty.
+        late = self._nothing == len(self.choices)
+        wrong = _late() if late else _refusal(event)
         if wrong is not None:
             self.close(event.reason)
             raise wrong
@@ -148,10 +155,12 @@ def _refusal(event: Finished) -> Refusal | None:
         return Refusal(500, message, code="engine_error")
     if event.reason == "cancelled":
         return _stopped()
-    if event.reason == "deadline" and event.tokens == 0:
-        message = "timeout: no token was generated in time, the server is busy"
-        return Refusal(504, message, param="timeout", code="deadline")
     return None
+
+
+def _late() -> Refusal:
+    message = "timeout: no token was generated in time, the server is busy"
+    return Refusal(504, message, param="timeout", code="deadline")
 
 
 def _stopped() -> Refusal:

@@ -37,13 +37,17 @@ class Limits:
         """Raises `ValueError` on a bound that nothing could keep."""
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            rule = "must be finite"
-            check(math.isfinite(value), f"{path}.{field.name}", value, rule, "Give a number")
+            rule = f"must be a number, at most {_MOST:,}"
+            ok = math.isfinite(value) and value <= _MOST
+            check(ok, f"{path}.{field.name}", value, rule, "Give a smaller one")
             if field.name == "drain":
                 not_negative(path, self, field.name)
             else:
                 positive(path, self, field.name)
 
+
+_MOST = 10**9
+"""Of anything: seconds beyond it no clock of the system counts, and nobody means them."""
 
 MAX_STOPS = 16
 """Stop texts and stop tokens that a request may give, of each kind."""

@@ -4,8 +4,9 @@ Everything here may take long for a long text, so it runs in a thread of its own
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
+from mor_jax.data.tokenizers import Tokenizer
 from mor_jax.serve.chat_template import ChatTemplate
 from mor_jax.serve.http import fields, schemas
 from mor_jax.serve.http.choices import ChatForm, Form, TextForm
@@ -13,6 +14,7 @@ from mor_jax.serve.http.limits import Limits
 from mor_jax.serve.http.refusals import Refusal, need, of_value_error, refuse
 from mor_jax.serve.request import Request
 from mor_jax.serve.served import Served
+from mor_jax.serve.text import text_before
 from mor_jax.serve.token_bytes import token_bytes
 
 # OpenAI's own default for completions; a chat may fill what the context leaves.
@@ -83,10 +85,12 @@ class Preparer:
         ]
         echoes = [""] * len(prompts)
         if asked.echo:
-            echoes = [p if isinstance(p, str) else tokenizer.decode(p) for p in given]
+            echoes = [_echo(tokenizer, p) for p in given]
         options = asked.options
         form = TextForm(self._token_bytes, options.logprobs, options.depths)
-        return self._prepared(options, form, prompts, echoes)
+        for path, tokens in zip(asked.paths, prompts, strict=True):
+            self._check_tokens(path, tokens)
+        return self._prepared(options, form, dict(zip(asked.paths, prompts, strict=True)), echoes)
 
     def chat(self, body: bytes) -> Prepared:
         """A request to /v1/chat/completions."""
@@ -102,7 +106,7 @@ class Preparer:
         prompt = prompt or (self._served.tokenizer.eos_id,)
         options = asked.options
         form = ChatForm(self._token_bytes, options.logprobs, options.depths)
-        return self._prepared(options, form, [prompt], [""])
+        return self._prepared(options, form, {"messages": prompt}, [""])
 
     def _check_model(self, name: str | None) -> None:
         served = self._served.name
@@ -110,43 +114,51 @@ class Preparer:
             fix = f"This server has {served}"
             refuse("model", name, "is not served here", fix, code="model_not_found", status=404)
 
+    def _check_tokens(self, path: str, tokens: Sequence[int]) -> None:
+        size = self._served.cfg.vocab_size
+        for i, token in enumerate(tokens):
+            rule = f"must be in 0 .. {size - 1}, the model's vocabulary"
+            fix = "Use the tokenizer of this model"
+            need(0 <= token < size, f"{path}[{i}]", token, rule, fix)
+
     def _prepared(
         self,
         options: schemas.Options,
         form: Form,
-        prompts: Sequence[tuple[int, ...]],
+        prompts: Mapping[str, tuple[int, ...]],
         echoes: Sequence[str],
     ) -> Prepared:
+        """prompts: tokens by what the request calls them."""
+        self._check_tokens("stop_token_ids", options.stop_tokens)
         requests = []
-        for i, prompt in enumerate(prompts):
-            param = "messages" if isinstance(form, ChatForm) else "prompt"
-            param = f"{param}[{i}]" if len(prompts) > 1 else param
-            request = self._request(options, form, prompt, param)
+        for path, prompt in prompts.items():
+            request = self._request(options, form, prompt, path)
             requests += [_numbered(request, k) for k in range(options.n)]
         return Prepared(
             form=form,
             requests=tuple(requests),
             echoes=tuple(echo for echo in echoes for _ in range(options.n)),
-            prompts=tuple(map(len, prompts)),
+            prompts=tuple(map(len, prompts.values())),
             stream=options.stream,
             include_usage=options.include_usage,
         )
 
     def _request(
-        self, options: schemas.Options, form: Form, prompt: tuple[int, ...], param: str
+        self, options: schemas.Options, form: Form, prompt: tuple[int, ...], path: str
     ) -> Request:
-        room = self._max_length - len(prompt)
+        # Programs that shorten a conversation until it fits look for these words.
+        rule = f"This model's maximum context length is {self._max_length} tokens"
+        rule += f", prompt and answer together. {path} has {len(prompt)}"
+        code, room = "context_length_exceeded", self._max_length - len(prompt)
         if room <= 0:
-            message = (
-                f"{param}: has {len(prompt)} tokens, but this model's context holds "
-                f"{self._max_length} with the answer. Shorten it"
-            )
-            raise Refusal(400, message, param=param, code="context_length_exceeded")
+            raise Refusal(400, f"{rule}. Shorten it", param=path, code=code)
         wanted = options.max_tokens
         if wanted is None:
             wanted = room if isinstance(form, ChatForm) else min(_COMPLETION_TOKENS, room)
-        rule = f"{len(prompt)} tokens of prompt leave room for {room}"
-        need(wanted <= room, "max_tokens", wanted, rule, f"Ask for at most {room}")
+        if wanted > room:
+            message = f"{rule}, and {options.limit}={wanted} asks for more than the rest"
+            message += f". Ask for at most {room}"
+            raise Refusal(400, message, param=options.limit, code=code)
         most = self._limits.timeout
         return Request(
             prompt=prompt,
@@ -158,6 +170,15 @@ class Preparer:
             logprobs=options.logprobs,
             deadline=most if options.timeout is None else min(options.timeout, most),
         )
+
+
+def _echo(tokenizer: Tokenizer, prompt: schemas.Prompt) -> str:
+    """A prompt as text; what its answer begins with is not in it."""
+    # That sign stands for what is no character too, and the answer takes it for that.
+    if isinstance(prompt, str) and not prompt.endswith("\ufffd"):
+        return prompt
+    tokens = tokenizer.encode(prompt).tolist() if isinstance(prompt, str) else prompt
+    return text_before(tokenizer, tokens)
 
 
 def _numbered(request: Request, number: int) -> Request:

@@ -28,7 +28,7 @@ class Refusal(Exception):
     """Why a request is not answered, and with which HTTP status.
 
     param: the member of the request that is wrong. code: a short name for programs. retry: seconds
-    after which another attempt makes sense.
+    after which another attempt makes sense. allow: methods that the path has.
     """
 
     def __init__(
@@ -39,10 +39,11 @@ class Refusal(Exception):
         param: str | None = None,
         code: str | None = None,
         retry: float | None = None,
+        allow: str | None = None,
     ) -> None:
         super().__init__(message)
         self.status, self.message, self.param, self.code = status, message, param, code
-        self.retry = retry
+        self.retry, self.allow = retry, allow
 
     def body(self) -> dict[str, Any]:
         """`{"error": {message, type, param, code}}`."""
@@ -59,6 +60,8 @@ class Refusal(Exception):
         out = {"content-type": "application/json"}
         if self.retry is not None:
             out["retry-after"] = str(max(1, math.ceil(self.retry)))
+        if self.allow is not None:
+            out["allow"] = self.allow
         if self.status == 401:
             out["www-authenticate"] = "Bearer"
         if self.status in (408, 413):

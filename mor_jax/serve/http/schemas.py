@@ -17,20 +17,48 @@ _HARMLESS = (
     "service_tier",
     "safety_identifier",
     "prompt_cache_key",
+    "prompt_cache_options",
+    "prompt_cache_retention",
     "parallel_tool_calls",
 )
+
+# Not supported, and refused unless they ask for nothing: with these values, or null.
+_NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "best_of": (1,),
+    "logit_bias": ({},),
+    "store": (False,),
+    "suffix": ("",),
+}
+# The same of chats. Completions know them by name, to say so.
+_NEUTRAL_IN_CHATS: dict[str, tuple[Any, ...]] = {
+    "audio": (),
+    "echo": (False,),
+    "function_call": ("none", "auto"),
+    "functions": ([],),
+    "modalities": (["text"],),
+    "moderation": (),
+    "prediction": (),
+    "reasoning_effort": ("none",),
+    "response_format": ({"type": "text"},),
+    "tool_choice": ("none", "auto"),
+    "tools": ([],),
+    "verbosity": (),
+    "web_search_options": (),
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Options:
-    """What both endpoints take. max_tokens: None where left out. timeout: seconds; None: the
-    server's own. logprobs: alternatives a token; None: none at all. depths: each token's too."""
+    """What both endpoints take. max_tokens: None where left out. limit: its name in the request.
+    timeout: seconds; None: the server's own. logprobs: alternatives a token; None: none at all.
+    depths: each token's too."""
 
     model: str | None
     n: int
     stream: bool
     include_usage: bool
     max_tokens: int | None
+    limit: str
     sampling: Sampling
     stop: tuple[str, ...]
     stop_tokens: tuple[int, ...]
@@ -42,10 +70,12 @@ class Options:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Completion:
-    """A request to /v1/completions. echo: the prompt comes before its answer."""
+    """A request to /v1/completions. paths: of each prompt in the request, such as `prompt[1]`.
+    echo: the prompt comes before its answer."""
 
     options: Options
     prompts: tuple[Prompt, ...]
+    paths: tuple[str, ...]
     echo: bool
 
 
@@ -61,17 +91,21 @@ def completion(values: dict[str, Any], limits: Limits) -> Completion:
     """Checks the body of a request to /v1/completions. Raises `Refusal`."""
     fields = Fields(values)
     logprobs = fields.integer("logprobs", 0, MAX_LOGPROBS)
+    for name in _NEUTRAL_IN_CHATS.keys() - {"echo"}:
+        fields.neutral(name)
     echo = fields.flag("echo")
-    fields.neutral("suffix", "")
-    fields.neutral("best_of", 1)
-    options = _options(fields, logprobs, fields.integer("max_tokens", 1, 2**31 - 1))
+    options = _options(fields, logprobs)
     if echo and logprobs is not None:
         rule = "cannot be combined with echo: prompts are not scored"
         refuse("logprobs", logprobs, rule, "Leave one of them out")
-    prompts = _prompts(fields.take("prompt"), limits)
+    given = fields.take("prompt")
+    prompts = _prompts(given, limits)
     fields.end()
     _check_choices(len(prompts), options.n, limits)
-    return Completion(options=options, prompts=prompts, echo=echo)
+    # One prompt may stand by itself.
+    alone = isinstance(given, str) or type(given[0]) is int
+    paths = ("prompt",) if alone else tuple(f"prompt[{i}]" for i in range(len(prompts)))
+    return Completion(options=options, prompts=prompts, paths=paths, echo=echo)
 
 
 def chat(values: dict[str, Any], limits: Limits) -> Chat:
@@ -81,29 +115,23 @@ def chat(values: dict[str, Any], limits: Limits) -> Chat:
     alternatives = fields.integer("top_logprobs", 0, MAX_LOGPROBS)
     if alternatives is not None and not wanted:
         refuse("top_logprobs", alternatives, "needs logprobs", 'Set "logprobs": true')
-    fields.neutral("tools", [])
-    fields.neutral("tool_choice", "none", "auto")
-    fields.neutral("functions", [])
-    fields.neutral("function_call", "none", "auto")
-    fields.neutral("response_format", {"type": "text"})
-    fields.neutral("modalities", ["text"])
-    fields.neutral("store", False)
-    for name in ("audio", "prediction", "reasoning_effort", "verbosity", "web_search_options"):
-        fields.neutral(name)
-    # The older of the two names gives way, as with OpenAI.
-    old = fields.integer("max_tokens", 1, 2**31 - 1)
-    new = fields.integer("max_completion_tokens", 1, 2**31 - 1)
-    options = _options(fields, (alternatives or 0) if wanted else None, old if new is None else new)
+    for name, values in _NEUTRAL_IN_CHATS.items():
+        fields.neutral(name, *values)
+    options = _options(fields, (alternatives or 0) if wanted else None)
     messages = _messages(fields.take("messages"))
     fields.end()
     _check_choices(1, options.n, limits)
     return Chat(options=options, messages=messages)
 
 
-def _options(fields: Fields, logprobs: int | None, max_tokens: int | None) -> Options:
+def _options(fields: Fields, logprobs: int | None) -> Options:
     for name in _HARMLESS:
         fields.take(name)
-    fields.neutral("logit_bias", {})
+    for name, values in _NEUTRAL.items():
+        fields.neutral(name, *values)
+    # The older of the two names gives way, as with OpenAI.
+    old = fields.integer("max_tokens", 1, 2**31 - 1)
+    new = fields.integer("max_completion_tokens", 1, 2**31 - 1)
     usage = fields.group("stream_options")
     stream, include_usage = fields.flag("stream"), usage.flag("include_usage")
     # Pads events against listeners on the line, which OpenAI's clients need not know.
@@ -119,7 +147,8 @@ def _options(fields: Fields, logprobs: int | None, max_tokens: int | None) -> Op
         n=fields.integer("n", 1, 2**16) or 1,
         stream=stream,
         include_usage=include_usage,
-        max_tokens=max_tokens,
+        max_tokens=old if new is None else new,
+        limit="max_tokens" if new is None else "max_completion_tokens",
         sampling=_sampling(fields),
         stop=_stops(fields.take("stop")),
         stop_tokens=_stop_tokens(fields.take("stop_token_ids")),
@@ -219,7 +248,8 @@ def _message(value: Any, path: str) -> dict[str, str]:
     name = fields.text("name")
     for other in ("tool_calls", "function_call", "audio", "refusal", "tool_call_id"):
         fields.neutral(other, [])
-    fields.end()
+    # Clients send answers back as they got them, with all that their class has a place for.
+    fields.end("", [], {})
     return out if name is None else out | {"name": name}
 
 

@@ -66,7 +66,7 @@ def announce(engine: Engine, url: str, chats: bool, keys: int) -> None:
     paths = ["/v1/completions", *(["/v1/chat/completions"] if chats else [])]
     rows = {
         "model": model,
-        "context": f"{engine.max_length} tokens, prompt and answer together",
+        "context": _context(engine),
         "slots": f"{now.slots}",
         "cache": f"{now.cache_bytes / 1e6:,.0f} MB in {now.pages:,} pages",
         "paths": "  ".join([*paths, "/v1/models", "/health", "/metrics"]),
@@ -83,3 +83,10 @@ def announce(engine: Engine, url: str, chats: bool, keys: int) -> None:
         for name, value in rows.items():
             print(f"{name}: {value}")
         print(f"serving on {url}", flush=True)
+
+
+def _context(engine: Engine) -> str:
+    told, whole = f"{engine.max_length} tokens, prompt and answer together", engine.served.cfg
+    if engine.max_length == whole.max_length or engine.cfg.max_length is not None:
+        return told
+    return f"{told}; the model's {whole.max_length} need a larger cache"

@@ -1,16 +1,21 @@
 """Answers on the wire: one JSON object, or server-sent events as the answer grows."""
 
 import asyncio
-import json
 import time
+from collections.abc import Iterator
 from typing import Any
 
-from starlette.types import Receive, Send
+from starlette.types import Message, Receive, Send
 
 from mor_jax.serve.http.choices import usage
+from mor_jax.serve.http.encoding import encode, parts
 from mor_jax.serve.http.generation import Generation, until_gone
 from mor_jax.serve.http.prepare import Prepared
 from mor_jax.serve.http.refusals import Refusal
+
+# Bytes after which others get their turn, and tokens of a choice in one event: a few milliseconds.
+_BLOCK = 16 * 2**10
+_TOKENS = 32
 
 _STREAM_HEADERS = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
@@ -22,10 +27,14 @@ _STREAM_HEADERS = [
 
 async def send_bytes(send: Send, status: int, headers: dict[str, str], body: bytes) -> None:
     """A whole response."""
-    raw = [(name.encode(), value.encode()) for name, value in headers.items()]
-    raw.append((b"content-length", str(len(body)).encode()))
-    await send({"type": "http.response.start", "status": status, "headers": raw})
+    await send(_start(status, headers, len(body)))
     await send({"type": "http.response.body", "body": body})
+
+
+def _start(status: int, headers: dict[str, str], length: int) -> Message:
+    raw = [(name.encode(), value.encode()) for name, value in headers.items()]
+    raw.append((b"content-length", str(length).encode()))
+    return {"type": "http.response.start", "status": status, "headers": raw}
 
 
 async def send_json(send: Send, status: int, value: Any) -> None:
@@ -36,11 +45,6 @@ async def send_json(send: Send, status: int, value: Any) -> None:
 async def send_refusal(send: Send, refusal: Refusal) -> None:
     """The response that turns a request away."""
     await send_bytes(send, refusal.status, refusal.headers(), refusal.encoded())
-
-
-def encode(value: Any) -> bytes:
-    """JSON in UTF-8, without spaces."""
-    return json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode()
 
 
 class Answer:
@@ -79,7 +83,18 @@ class Answer:
         if generation.reason == "left":
             return
         choices = [self._form.whole(choice) for choice in generation.choices]
-        await send_json(send, 200, self._head | {"choices": choices, "usage": self._usage()})
+        value = self._head | {"choices": choices, "usage": self._usage()}
+        blocks, size = list[bytes](), 0
+        for block in _blocks(parts(value)):
+            blocks.append(block)
+            size += len(block)
+            await asyncio.sleep(0)
+            if generation.reason == "left":
+                return
+        await send(_start(200, {"content-type": "application/json"}, size))
+        for i, block in enumerate(blocks, 1):
+            more = i < len(blocks)
+            await send({"type": "http.response.body", "body": block, "more_body": more})
 
     async def _stream(self, send: Send, ping: float) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": _STREAM_HEADERS})
@@ -103,23 +118,27 @@ class Answer:
                 sent = loop.time()
             # Tokens may come without text: what counts is when the client last got something.
             came = await generation.wait(max(sent + ping - loop.time(), 0.0))
-            body = self._news() if came else b""
+            body = b""
+            for block in _blocks(self._news()) if came else ():
+                if body:
+                    await send({"type": "http.response.body", "body": body, "more_body": True})
+                    sent = loop.time()
+                    await asyncio.sleep(0)
+                body = block
             if generation.open and not body and loop.time() >= sent + ping:
                 body = b": waiting\n\n"
         if self._prepared.include_usage:
             body += _event(self._head | {"choices": [], "usage": self._usage()})
         return body + b"data: [DONE]\n\n"
 
-    def _news(self) -> bytes:
+    def _news(self) -> Iterator[bytes]:
         """What has come since the last chunk, answer by answer."""
-        parts = []
         for choice in self._generation.choices:
             if choice.tokens or choice.finished:
-                part = choice.part()
-                # Half a character, or what may be a stop text: the text comes later.
-                if part.text or part.finished or self._form.per_token:
-                    parts.append(self._chunk(self._form.chunk(part)))
-        return b"".join(parts)
+                for part in choice.parts(_TOKENS):
+                    # Half a character, or what may be a stop text: the text comes later.
+                    if part.text or part.finished or self._form.per_token:
+                        yield self._chunk(self._form.chunk(part))
 
     def _chunk(self, choice: dict[str, Any]) -> bytes:
         value = self._head | {"choices": [choice]}
@@ -131,3 +150,16 @@ class Answer:
 
 def _event(value: dict[str, Any]) -> bytes:
     return b"data: " + encode(value) + b"\n\n"
+
+
+def _blocks(pieces: Iterator[bytes]) -> Iterator[bytes]:
+    """The same bytes in blocks of at least `_BLOCK`, but for the last."""
+    held, size = list[bytes](), 0
+    for piece in pieces:
+        held.append(piece)
+        size += len(piece)
+        if size >= _BLOCK:
+            yield b"".join(held)
+            held, size = [], 0
+    if held:
+        yield b"".join(held)

@@ -1,0 +1,52 @@
+"""JSON on the wire, whole or in short parts.
+
+Encoding holds up everything else in the process. An answer may have tens of megabytes, so it is
+made and encoded a little at a time.
+"""
+
+import itertools
+import json
+from collections.abc import Iterator
+from typing import Any
+
+# Items of an iterator that are encoded at one time.
+_ITEMS = 16
+
+
+def encode(value: Any) -> bytes:
+    """JSON in UTF-8, without spaces. Iterators are written as lists."""
+    text = json.dumps(
+        value, ensure_ascii=False, separators=(",", ":"), allow_nan=False, default=_listed
+    )
+    return text.encode()
+
+
+def parts(value: Any) -> Iterator[bytes]:
+    """What `encode` gives, in parts that take about as long as a few items of an iterator."""
+    if isinstance(value, dict):
+        yield b"{"
+        for i, (name, inner) in enumerate(value.items()):
+            yield (b"," if i else b"") + encode(name) + b":"
+            yield from parts(inner)
+        yield b"}"
+    elif isinstance(value, list):
+        yield b"["
+        for i, inner in enumerate(value):
+            yield b"," if i else b""
+            yield from parts(inner)
+        yield b"]"
+    elif isinstance(value, Iterator):
+        yield b"["
+        before = b""
+        while items := list(itertools.islice(value, _ITEMS)):
+            yield before + encode(items)[1:-1]
+            before = b","
+        yield b"]"
+    else:
+        yield encode(value)
+
+
+def _listed(value: Any) -> list[Any]:
+    if not isinstance(value, Iterator):
+        raise TypeError(f"{type(value).__name__} has no form in JSON")
+    return list(value)
