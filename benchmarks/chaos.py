@@ -176,7 +176,9 @@ def differences(trial: Trial, whole: Path, killed: Path) -> list[str]:
     if len(logged) != len(again):
         found.append(f"{len(logged)} records there, {len(again)} here")
     found += [f"record {a} there, {b} here" for a, b in zip(logged, again, strict=False) if a != b]
-    batches = [int(record["position"]) for record in again if "position" in record]
+    rows = [int(record["position"]) for record in again if "position" in record]
+    size = TrainConfig.from_dict(json.loads((killed / "config.json").read_text())).batch_size
+    batches = [row // size for row in rows if row % size == 0]
     if batches != list(range(trial.steps)):
         found.append(f"batches given to the steps: {batches}")
     return found

@@ -5,16 +5,21 @@ Exit codes are those of mor_jax/exit_codes.py; docs/faults.md explains them.
 
 import os
 import sys
-from pathlib import Path
 from typing import NoReturn
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+
+from mor_jax.stopping import Diverged, Leave, Signals, Stopped, StoppedAtOnce
+
+_SIGNALS = Signals()
+if __name__ == "__main__":
+    # First of all: what follows takes seconds to import.
+    _SIGNALS.__enter__()
 
 from absl import app, flags, logging
 from ml_collections import config_flags
 
 from mor_jax import command_line, exit_codes, platforms
-from mor_jax.stopping import Diverged, Leave, Signals, Stopped, StoppedAtOnce
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Configuration, such as configs/mor.py.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run; an existing one goes on.")
@@ -36,8 +41,6 @@ _PROCESSES = flags.DEFINE_integer("processes", None, "Number of processes.")
 _PROCESS = flags.DEFINE_integer("process", None, "Which of them this is, from 0.")
 _WAIT = flags.DEFINE_integer("distributed_wait", 300, "Seconds for all processes to come.")
 flags.mark_flags_as_required(["config", "workdir"])
-
-_SIGNALS = Signals()
 
 
 def main(_: list[str]) -> None:
@@ -100,8 +103,7 @@ def _leave(message: str, code: int) -> NoReturn:
 
 
 if __name__ == "__main__":
-    with _SIGNALS:
-        try:
-            app.run(main, flags_parser=command_line.parsed)
-        except Leave as left:
-            _leave(f"stopped: {left}. The same command starts it again", exit_codes.STOPPED)
+    try:
+        app.run(main, flags_parser=command_line.parsed)
+    except Leave as left:
+        _leave(f"stopped: {left}. The same command starts it again", exit_codes.STOPPED)

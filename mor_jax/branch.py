@@ -7,7 +7,8 @@ branch gets a copy of the checkpoint and of the metrics up to it; the other run 
 
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -43,11 +44,18 @@ class Branch:
         return f"{self.source}@{self.step}"
 
 
-def begin(path: epath.Path, cfg: TrainConfig, branch: Branch, allow: Sequence[str] = ()) -> None:
+def begin(
+    path: epath.Path,
+    cfg: TrainConfig,
+    branch: Branch,
+    allow: Sequence[str] = (),
+    fits: Callable[[dict[str, Any]], Any] = lambda facts: None,
+) -> None:
     """Makes `path` the directory of a run of `cfg` that stands at the branch; once only.
 
     A branch that has a checkpoint already is left as it is. An interrupted copy is made again.
-    allow: further settings that may differ from the other run's.
+    allow: further settings that may differ from the other run's. fits: raises `ValueError` if the
+    run cannot go on from what a checkpoint holds.
 
     Raises:
         ValueError: the other run has no good checkpoint of that step, it is another model, its
@@ -64,7 +72,7 @@ def begin(path: epath.Path, cfg: TrainConfig, branch: Branch, allow: Sequence[st
         )
         check(note.exists(), "branch", str(branch), rule, f"{fix}choose another --workdir")
         return
-    _check(cfg, branch, allow)
+    fits(_check(cfg, branch, allow))
     path.mkdir(parents=True, exist_ok=True)
     write_atomic(note, json.dumps({"from": str(branch)}) + "\n")
     workdir.claim_workdir(path, cfg, allow)
@@ -94,7 +102,8 @@ def check_begun(path: epath.Path) -> None:
         fail("workdir", str(path), rule, f"Start it with --branch={there}")
 
 
-def _check(cfg: TrainConfig, branch: Branch, allow: Sequence[str]) -> None:
+def _check(cfg: TrainConfig, branch: Branch, allow: Sequence[str]) -> dict[str, Any]:
+    """What the checkpoint to branch off from holds, once it fits."""
     there = (branch.source / workdir.CONFIG_FILE).exists()
     fix = "Name the --workdir of a training run"
     check(there, "branch", str(branch), f"there is no run in {branch.source}", fix)
@@ -118,6 +127,7 @@ def _check(cfg: TrainConfig, branch: Branch, allow: Sequence[str]) -> None:
         rule = f"the learning rates of the two runs differ from step {apart[0] + 1} on"
         fix = "Branch off before the decay of either run begins"
         fail("branch", str(branch), rule, fix)
+    return facts
 
 
 def _copy(source: epath.Path, to: epath.Path) -> None:

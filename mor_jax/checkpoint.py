@@ -110,8 +110,8 @@ class Checkpoints:
         """Starts writing `state`; returns once the arrays may be donated or overwritten.
 
         state: nested dictionaries of arrays with the parameters under `params`.
-        position: index of the next batch of data. config: the resolved configuration.
-        extra: further JSON values; `fingerprint` (of the data) is compared by `restore`.
+        position: number of the next row of data. config: the resolved configuration.
+        extra: further JSON values, such as what `resume.py` needs.
         Does nothing for the step saved or restored last. Raises `WriteFailed` when this save
         could not start or the previous one failed.
         """
@@ -172,21 +172,17 @@ class Checkpoints:
             )
         return None if found == _NONE else found
 
-    def restore(
-        self, abstract_state: Any, step: int | None = None, fingerprint: str | None = None
-    ) -> Restored:
+    def restore(self, abstract_state: Any, step: int | None = None) -> Restored:
         """Reads a checkpoint, by default the newest good one, bit for bit as it was saved.
 
         abstract_state: `jax.ShapeDtypeStruct`s; where they carry a sharding, arrays arrive with
         it, whatever devices the checkpoint was written from. Raises `ValueError` if there is no
-        checkpoint, if the step asked for is damaged, if its arrays are not those of
-        `abstract_state` (each difference is listed), or if `fingerprint` is given and is not
-        that of the data at the time of saving.
+        checkpoint, if the step asked for is damaged, or if its arrays are not those of
+        `abstract_state` (each difference is listed).
         """
         facts = self.facts(step)
         path = self._path(facts["step"])
         manifest.check_arrays(facts, abstract_state, path)
-        manifest.check_data(facts, fingerprint, path)
         with _context(self._merged):
             state = _orbax().load(path / "arrays", jax.tree.map(_placed, abstract_state))
         self._current = facts["step"]

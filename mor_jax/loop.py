@@ -16,8 +16,9 @@ from mor_jax.agreement import Agreement
 from mor_jax.checkpoint import Checkpoints
 from mor_jax.chips import peak_flops
 from mor_jax.compilation_cache import Cache
+from mor_jax.data import Jump, Place
 from mor_jax.events import Events
-from mor_jax.feed import Feed, Jump
+from mor_jax.feed import Feed
 from mor_jax.flops import flops
 from mor_jax.hosts import Hosts
 from mor_jax.metrics import Metrics, Record
@@ -49,13 +50,13 @@ class Desk:
 class Start:
     """Where a loop begins.
 
-    position: the next batch. jumps: batches that are left out. rolled_back: whether the one
-    rollback was used. bad: batches of the steps skipped last, up to now. owes: the evaluation
-    after this state was left for a stop.
+    place: in the data. jumps: rows that are left out. rolled_back: whether the one rollback was
+    used. bad: first rows of the steps skipped last, up to now. owes: the evaluation after this
+    state was left for a stop.
     """
 
     state: TrainState
-    position: int = 0
+    place: Place
     jumps: tuple[Jump, ...] = ()
     rolled_back: bool = False
     bad: tuple[int, ...] = ()
@@ -64,6 +65,7 @@ class Start:
     def notes(self) -> dict[str, Any]:
         """What a checkpoint has to remember beside state and position."""
         return {
+            "data": self.place.notes(),
             "jumps": [list(jump) for jump in self.jumps],
             "rolled_back": self.rolled_back,
             "bad": list(self.bad),
@@ -71,11 +73,11 @@ class Start:
         }
 
     @classmethod
-    def of(cls, state: TrainState, position: int, notes: dict[str, Any]) -> "Start":
-        """From what a checkpoint gave back."""
+    def of(cls, state: TrainState, place: Place, notes: dict[str, Any]) -> "Start":
+        """From what a checkpoint gave back. place: in the data as it is now."""
         return cls(
             state=state,
-            position=position,
+            place=place,
             jumps=tuple((first, end) for first, end in notes.get("jumps", ())),
             rolled_back=notes.get("rolled_back", False),
             bad=tuple(notes.get("bad", ())),
@@ -93,7 +95,7 @@ class Trained:
 
 
 class TooManySkipped(Exception):
-    """As many steps in a row as may be were not finite. bad: their batches. step: the last."""
+    """As many steps in a row as may be were not finite. bad: their first rows. step: the last."""
 
     def __init__(self, step: int, bad: tuple[int, ...]):
         super().__init__(f"step {step}")
@@ -181,14 +183,14 @@ class Loop:
                 with contextlib.suppress(concurrent.futures.TimeoutError):
                     made.exception(_A_BATCH)
                     return True
+                self._desk.signals.look()
                 # Several processes would have to agree; they wait for their compilers instead.
                 saveable = step > self._first + 1 and jax.process_count() == 1
                 if saveable and self._desk.signals.number:
                     return False
 
     def _under_way(self, program: Any) -> None:
-        # From here on there is something to save.
-        self._desk.signals.nothing_new = ""
+        self._desk.signals.something_new()
         report = memory(program)
         self._desk.events.write("memory", **report)
         self._progress.note(memory_line(report))
@@ -211,7 +213,7 @@ class Loop:
         self._bad.append(position)
         self._desk.events.write("skipped", step=record.step, position=position)
         self._progress.note(
-            f"step {record.step}, batch {position}: loss or gradient not finite, update skipped"
+            f"step {record.step}, row {position} on: loss or gradient not finite, update skipped"
         )
         if record.values["skipped_in_a_row"] >= self._run.cfg.optim.max_skipped_steps:
             raise TooManySkipped(record.step, tuple(self._bad))

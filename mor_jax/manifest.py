@@ -4,14 +4,15 @@ import json
 import math
 import os
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
 from etils import epath
 
 FILE = "manifest.json"
-FORMAT = 1
+FORMAT = 2
+"""1: as 2, but places in the data were counted in batches, not in rows."""
 
 _CHUNK = 1 << 22
 
@@ -38,10 +39,20 @@ def read(directory: epath.Path) -> dict[str, Any]:
         raise Damaged(f"{FILE} cannot be read ({type(error).__name__}: {error})") from error
     if seal != _seal(manifest):
         raise Damaged(f"{FILE} was changed after it was written")
-    if manifest["format"] != FORMAT:
+    if manifest["format"] not in (1, FORMAT):
         fix = "Use the version that wrote it"
         raise ValueError(f"{file}: has format {manifest['format']}, expected {FORMAT}. {fix}")
-    return manifest
+    return _in_rows(manifest) if manifest["format"] == 1 and "position" in manifest else manifest
+
+
+def _in_rows(manifest: dict[str, Any]) -> dict[str, Any]:
+    rows, extra = manifest["config"]["batch_size"], dict(manifest["extra"])
+    for name, value in extra.items():
+        if name == "jumps":
+            extra[name] = [[first * rows, end * rows] for first, end in value]
+        elif name == "bad":
+            extra[name] = [number * rows for number in value]
+    return manifest | {"position": manifest["position"] * rows, "extra": extra}
 
 
 def verify(manifest: dict[str, Any], data: epath.Path, *, sums: bool = True) -> None:
@@ -105,12 +116,12 @@ def differences(found: dict[str, str], wanted: dict[str, str], where: str) -> li
     ]
 
 
-def check_data(facts: dict[str, Any], fingerprint: str | None, path: epath.Path) -> None:
-    """Raises `ValueError` if the data of the run changed since the checkpoint at `path`."""
+def check_data(facts: Mapping[str, Any], fingerprint: str | None) -> None:
+    """Raises `ValueError` if the data of the run changed since a checkpoint was written."""
     saved = facts["extra"].get("fingerprint")
     if None not in (fingerprint, saved) and fingerprint != saved:
         raise ValueError(
-            f"{path}: the data changed since it was saved (fingerprint {saved} then, "
+            f"the data changed since step {facts['step']} was saved (fingerprint {saved} then, "
             f"{fingerprint} now), so position {facts['position']} would mean other text. "
             "Bring the old data back, or start over in another workdir"
         )

@@ -1,15 +1,16 @@
-"""How a run is asked to end: SIGINT, SIGTERM or SIGUSR1, in whatever phase it is.
+"""How a command is asked to end: SIGINT, SIGTERM or SIGUSR1, in whatever phase it is.
 
-Where there is something to save, a signal is only noted, and the loop stops after the step under
-way. Where there is nothing (before the first finished step, after the last save) the run leaves at
-once, even while its main thread waits for a compiler that cannot be interrupted.
+A signal is only noted: an exception out of a handler would come up anywhere, also in the middle of
+an extension that is being imported. Where there is something to save the loop looks after the step
+under way. Where there is nothing (before the first finished step, after the last save) the program
+looks between its phases, and a thread beside it ends the process if that takes too long, even
+while the main thread imports, or waits for a compiler that cannot be interrupted.
 
-Imports nothing heavy: a run listens from its first line on.
+Imports nothing heavy: a command listens from its first line on.
 """
 
 import os
 import signal
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -20,7 +21,7 @@ from mor_jax import exit_codes
 KINDS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 PATIENCE = 2.0
-"""Seconds that the main thread has to leave by itself before the process ends under it."""
+"""Seconds that a main thread which looks has to leave before the process ends under it."""
 
 AGAIN = 1.0
 """Seconds within which the same signal again is the same request: schedulers often send two."""
@@ -43,22 +44,29 @@ class Diverged(RuntimeError):
 
 
 class Leave(KeyboardInterrupt):
-    """Raised in the main thread by a signal when there is nothing to save."""
+    """A signal came when there was nothing to save."""
 
 
 class Signals:
     """Listens as long as it is entered; entering it again inside is allowed.
 
     number: the signal that was caught, 0 before. since: monotonic time of the first entry.
-    nothing_new: why a signal may end the run at once, "" where the state must be saved first.
+    nothing_new: why a signal may end the process at once, "" where the state must be saved first.
+    looks: whether the main thread calls `look` now and then; if not, nobody waits for it.
     """
 
-    def __init__(self) -> None:
+    def __init__(
+        self,
+        nothing_new: str = "no step was finished",
+        again: str = "The same command goes on",
+        code: int = exit_codes.STOPPED,
+    ) -> None:
+        """again: said about the next start. code: that the process ends with."""
         self.number = 0
         self.since = time.monotonic()
-        self.nothing_new = "no step was finished"
+        self.nothing_new, self.looks = nothing_new, False
+        self._again, self._code = again, code
         self._depth = 0
-        self._caught_at = 0.0
         self._leaving = threading.Event()
         self._last_words: list[Callable[[str], Any]] = []
         self._before: dict[int, Any] = {}
@@ -72,6 +80,16 @@ class Signals:
     def on_leaving(self, call: Callable[[str], Any]) -> None:
         """Has `call(reason)` made, from any thread, when the process ends under its main thread."""
         self._last_words.append(call)
+
+    def look(self) -> None:
+        """Raises `Leave` if a signal was noted and there is nothing to save."""
+        if self.number and self.nothing_new:
+            raise Leave(f"{self.caught}: left at once, {self.nothing_new}, so nothing is lost")
+
+    def something_new(self) -> None:
+        """Looks a last time; from here on there is something to save. Raises `Leave` as `look`."""
+        self.look()
+        self.nothing_new = ""
 
     def __enter__(self) -> "Signals":
         self._depth += 1
@@ -101,14 +119,7 @@ class Signals:
         os.close(self._write)
 
     def _note(self, kind: int, _: Any) -> None:
-        now = time.monotonic()
-        if self.number == kind and now - self._caught_at >= AGAIN:
-            self._end(f"{self.caught} again: left at once, without saving")
-        if self.number:
-            return
-        self.number, self._caught_at = kind, now
-        if self.nothing_new:
-            raise Leave(f"{self.caught}: left at once, {self.nothing_new}, so nothing is lost")
+        self.number = self.number or kind
 
     def _watch(self) -> None:
         first: dict[int, float] = {}
@@ -121,22 +132,27 @@ class Signals:
         os.close(self._read)
 
     def _insist(self, kind: int, again: bool) -> None:
-        # Ends the process unless the main thread does. While it is inside a compiler, no handler
+        # Ends the process unless the main thread does. While that is inside a compiler, no handler
         # written in Python gets its turn.
-        reason = self.nothing_new
-        if not again and not reason:
-            return
+        if not again:
+            if not self.nothing_new or (self.looks and self._leaving.wait(PATIENCE)):
+                return
+            if not self.nothing_new:
+                # Meanwhile there is something to save, and the main thread knows.
+                return
         name = signal.Signals(kind).name
-        if not self._leaving.wait(PATIENCE) and self._depth:
-            self._end(f"{name}: left at once, {reason or 'without saving'}")
+        if self._depth:
+            self._end(f"{name}: left at once, {self.nothing_new or 'without saving'}")
 
     def _end(self, message: str) -> None:
         # Last words may need a lock that the main thread holds: nobody waits long for them.
-        calls = threading.Thread(target=self._say, args=(message,), daemon=True)
-        calls.start()
-        calls.join(PATIENCE)
-        print(f"stopped: {message}. The same command goes on", file=sys.stderr, flush=True)
-        os._exit(exit_codes.STOPPED)
+        if self._last_words:
+            calls = threading.Thread(target=self._say, args=(message,), daemon=True)
+            calls.start()
+            calls.join(PATIENCE)
+        # Not through a stream, which the main thread may be writing to.
+        os.write(2, f"stopped: {message}. {self._again}\n".encode())
+        os._exit(self._code)
 
     def _say(self, message: str) -> None:
         for call in self._last_words:

@@ -10,7 +10,7 @@ import socket
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import jax
 from etils import epath
@@ -32,6 +32,7 @@ from mor_jax.hosts import Hosts
 from mor_jax.loop import Desk, Loop, Start, TooManySkipped, fields
 from mor_jax.models.remat import check_remat
 from mor_jax.readers import reader
+from mor_jax.resume import carried_place, check_place
 from mor_jax.settled import settled_in
 from mor_jax.state import TrainState, abstract_params, logical_axes
 from mor_jax.steps import CompiledSteps, abstract_state, first_state, fresh_state
@@ -46,7 +47,7 @@ _T = TypeVar("_T")
 class Run:
     """The parts of a run that do not change from step to step.
 
-    abstract: shapes and shardings of the state.
+    beginning: of its data. abstract: shapes and shardings of the state.
     """
 
     cfg: TrainConfig
@@ -55,6 +56,7 @@ class Run:
     tokenizer: data.Tokenizer
     evaluator: Evaluator
     fingerprint: str
+    beginning: data.Place
     abstract: TrainState
     steps: CompiledSteps
 
@@ -62,11 +64,12 @@ class Run:
         """This host's rows -> the global batch on the devices."""
         return place(self.mesh, batch)
 
-    def batches(self, position: int) -> data.TrainBatches:
-        """This host's rows of the training batches from number `position` on."""
-        cfg = self.cfg
+    def batches(self, start: Start) -> data.TrainBatches:
+        """This host's rows of the training batches from where `start` is on."""
+        cfg, place = self.cfg, start.place
         layout = _layout(self.mesh, cfg, cfg.batch_size)
-        return data.train_batches(cfg.data, self.tokenizer, layout, seed=cfg.seed, start=position)
+        options: dict[str, Any] = {"seed": cfg.seed, "start": place, "jumps": start.jumps}
+        return data.train_batches(cfg.data, self.tokenizer, layout, **options)
 
 
 def fit(
@@ -93,16 +96,18 @@ def fit(
         HostLost: another process of the run is gone.
     """
     with signals or Signals() as signals:
+        signals.looks = True
         try:
             path = workdir.resolved(directory)
             _prepare(cfg)
             places = [path] if branch is None else [path, branch.source]
             cfg = _everywhere(partial(settled_in, places, cfg, sharding.platform()))
-            if branch is not None:
-                _everywhere(partial(_begin, cfg, path, allow_changes, branch))
-            _fit(cfg, path, allow_changes, signals)
+            signals.look()
+            _fit(cfg, path, allow_changes, signals, branch)
         except Leave as left:
             raise StoppedAtOnce(f"{left}. The same command starts it again") from None
+        finally:
+            signals.looks = False
 
 
 def _prepare(cfg: TrainConfig) -> None:
@@ -112,23 +117,36 @@ def _prepare(cfg: TrainConfig) -> None:
     agree_on_start(cfg.to_dict())
 
 
-def _begin(cfg: TrainConfig, path: epath.Path, allow: Sequence[str], branch: Branch) -> None:
-    with workdir.hold(path):
-        if jax.process_index() == 0:
-            begin(path, cfg, branch, allow)
+def _begin(run: Run, allow: Sequence[str], branch: Branch) -> None:
+    def fits(facts: dict[str, Any]) -> None:
+        carried_place(facts, run.cfg, run.beginning, run.fingerprint)
+
+    if jax.process_index() == 0:
+        begin(run.path, run.cfg, branch, allow, fits)
 
 
-def _fit(cfg: TrainConfig, path: epath.Path, allow: Sequence[str], signals: Signals) -> None:
+def _fit(
+    cfg: TrainConfig,
+    path: epath.Path,
+    allow: Sequence[str],
+    signals: Signals,
+    branch: Branch | None,
+) -> None:
     changes = _everywhere(lambda: workdir.check_workdir(path, cfg, allow)) or []
     with contextlib.ExitStack() as stack:
-        _everywhere(lambda: stack.enter_context(workdir.hold(path)))
+        undo = _everywhere(lambda: stack.enter_context(workdir.hold(path)))
+        signals.on_leaving(lambda _: undo())
         cache = stack.enter_context(kept_in(path, cfg.compilation_cache))
         hosts = stack.enter_context(Hosts(path, cfg.hosts.timeout))
         signals.on_leaving(hosts.stopped)
         try:
             hosts.phase("assembling")
-            run = _assemble(cfg, path)
+            run = _assemble(cfg, path, signals.look)
+            if branch is not None:
+                _everywhere(partial(_begin, run, allow, branch))
             _everywhere(partial(_check_initial, run))
+            _everywhere(partial(check_place, path, cfg, run.beginning, run.fingerprint))
+            signals.look()
             if jax.process_index() == 0:
                 workdir.claim_workdir(path, cfg, allow)
             events = stack.enter_context(Events(path, signals.since))
@@ -178,7 +196,9 @@ def _work(run: Run, desk: Desk, changes: Sequence[workdir.Change]) -> None:
     """Starts, trains, and tells at the end, however it ends, where the time went."""
     _open_log(run, desk.events, changes)
     try:
-        _train(run, desk, _start(run, desk, changes))
+        start = _start(run, desk, changes)
+        desk.signals.look()
+        _train(run, desk, start)
     finally:
         desk.events.flush()
         if jax.process_index() == 0:
@@ -201,8 +221,8 @@ def _train(run: Run, desk: Desk, start: Start) -> None:
     """Loops, a second time from further back after too many skipped steps; then finishes."""
     began = int(start.state.step), time.perf_counter()
     while True:
-        with Feed(run.batches, start.position, start.jumps) as feed:
-            with desk.events.timed("open", position=start.position):
+        with Feed(partial(run.batches, start), start.place.row) as feed:
+            with desk.events.timed("open", position=start.place.row):
                 feed.open()
             try:
                 trained = Loop(run, desk, start, feed)()
@@ -217,7 +237,7 @@ def _train(run: Run, desk: Desk, start: Start) -> None:
         desk.cache.seal(idle=True)
 
 
-def _assemble(cfg: TrainConfig, path: epath.Path) -> Run:
+def _assemble(cfg: TrainConfig, path: epath.Path, look: Callable[[], None]) -> Run:
     mesh = sharding.make_mesh(cfg.mesh)
     sharding.check_rows(mesh, "batch_size", cfg.batch_size, cfg.accumulate)
     sharding.check_rows(mesh, "eval.batch_size", cfg.eval.batch_size)
@@ -231,11 +251,14 @@ def _assemble(cfg: TrainConfig, path: epath.Path) -> Run:
     tokenizer = data.load_tokenizer(cfg.data.tokenizer)
     data.check_vocabulary(tokenizer, cfg.model.vocab_size)
     _check_completion(cfg, tokenizer)
+    look()
     layout = _layout(mesh, cfg, cfg.eval.batch_size)
     heldout = data.heldout_batches(cfg.data, tokenizer, layout, cfg.eval.batches)
     evaluator = Evaluator.of(cfg, [place(mesh, batch) for batch in heldout])
+    look()
     fingerprint = data.fingerprint(cfg.data, tokenizer)
-    return Run(cfg, path, mesh, tokenizer, evaluator, fingerprint, abstract, steps)
+    beginning = data.place_of(cfg.data, tokenizer, length=cfg.length, seed=cfg.seed)
+    return Run(cfg, path, mesh, tokenizer, evaluator, fingerprint, beginning, abstract, steps)
 
 
 def _layout(mesh: Mesh, cfg: TrainConfig, rows: int) -> data.Layout:
@@ -260,20 +283,19 @@ def place(mesh: Mesh, batch: Batch) -> Batch:
 
 def _start(run: Run, desk: Desk, changes: Sequence[workdir.Change]) -> Start:
     """The newest good checkpoint, else a new state."""
-    other_data = any(change.setting.startswith("data.") for change in changes)
-    step = desk.checkpoints.latest_valid()
-    start = _from(run, desk, step, None if other_data else run.fingerprint)
+    start = _from(run, desk, desk.checkpoints.latest_valid())
     # Whoever changed a setting to get past a divergence has the one rollback again.
     return dataclasses.replace(start, rolled_back=False) if changes else start
 
 
-def _from(run: Run, desk: Desk, step: int | None, fingerprint: str | None) -> Start:
+def _from(run: Run, desk: Desk, step: int | None) -> Start:
     """The checkpoint of `step`, or a new state for None."""
     if step is None:
-        return Start(state=_new_state(run, desk))
+        return Start(state=_new_state(run, desk), place=run.beginning)
     with desk.events.timed("restore", step=step):
-        restored = desk.checkpoints.restore(fields(run.abstract), step, fingerprint)
-    return Start.of(TrainState(**restored.state), restored.position, restored.extra)
+        restored = desk.checkpoints.restore(fields(run.abstract), step)
+    there = carried_place(restored._asdict(), run.cfg, run.beginning, run.fingerprint)
+    return Start.of(TrainState(**restored.state), there, restored.extra)
 
 
 def _check_initial(run: Run) -> None:
@@ -301,18 +323,19 @@ def _new_state(run: Run, desk: Desk) -> TrainState:
 
 
 def _roll_back(run: Run, desk: Desk, start: Start, problem: TooManySkipped) -> Start:
-    """A start before the skipped steps, without their batches; `Diverged` the second time."""
+    """A start before the skipped steps, without their rows; `Diverged` the second time."""
     most, first_bad = len(problem.bad), problem.step - len(problem.bad) + 1
+    jump = (min(problem.bad), data.ahead(max(problem.bad), run.cfg.batch_size, start.jumps))
     told = (
         f"optim.max_skipped_steps={run.cfg.optim.max_skipped_steps}: the loss or gradient was not "
-        f"finite in {most} steps in a row, {first_bad} to {problem.step}, batches "
-        f"{min(problem.bad)} to {max(problem.bad)}"
+        f"finite in {most} steps in a row, {first_bad} to {problem.step}, rows "
+        f"{jump[0]} to {jump[1] - 1}"
     )
     if start.rolled_back:
         desk.events.write("stop", step=problem.step, reason="diverged")
         raise Diverged(
             f"{told}, again after going back once. The checkpoints in {run.path} are from before. "
-            "Look at the data around those batches, or lower optim.lr: "
+            "Look at the data around those rows, or lower optim.lr: "
             "--config.optim.lr=... --allow_changes=optim.lr goes on from there"
         )
     checkpoints = desk.checkpoints
@@ -320,13 +343,12 @@ def _roll_back(run: Run, desk: Desk, start: Start, problem: TooManySkipped) -> S
     if step is None:
         # Only a stop amid skipped steps leaves nothing older, with the same parameters.
         step = checkpoints.latest_valid()
-    back = _from(run, desk, step, run.fingerprint)
-    jump = (min(problem.bad), max(problem.bad) + 1)
+    back = _from(run, desk, step)
     desk.events.write("rollback", from_step=problem.step, step=step or 0, jumped=list(jump))
     if jax.process_index() == 0:
-        print(f"{told}: going back to step {step or 0}, then on without these batches", flush=True)
+        print(f"{told}: going back to step {step or 0}, then on without these rows", flush=True)
     state = dataclasses.replace(back.state, skipped_in_a_row=back.state.skipped_in_a_row * 0)
-    return Start(state=state, position=back.position, jumps=(*back.jumps, jump), rolled_back=True)
+    return Start(state=state, place=back.place, jumps=(*back.jumps, jump), rolled_back=True)
 
 
 __all__ = ["Diverged", "Run", "Stopped", "fit", "place"]

@@ -9,11 +9,12 @@ run: until there is a checkpoint, only what those weights and their tokens mean 
 
 import contextlib
 import difflib
+import functools
 import json
 import logging
 import os
 import socket
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -174,8 +175,10 @@ def claim_workdir(
 
 
 @contextlib.contextmanager
-def hold(workdir: epath.PathLike) -> Iterator[None]:
+def hold(workdir: epath.PathLike) -> Iterator[Callable[[], None]]:
     """Keeps `workdir` for this job inside the block; makes it, and takes it back if unclaimed.
+
+    Gives what takes it back, for a process that ends without leaving the block.
 
     The lock belongs to the process: the system drops it however the process ends. In an object
     store, which knows no locks, signs of life take its place. Raises `ValueError`, naming host and
@@ -183,19 +186,23 @@ def hold(workdir: epath.PathLike) -> Iterator[None]:
     """
     path = epath.Path(workdir)
     if jax.process_index() != 0:
-        yield
+        yield _nothing
     elif "://" in str(path):
         with contextlib.ExitStack() as stack:
             try:
                 stack.enter_context(Lease(path / LOCK_FILE, _me()))
             except Held as held:
                 raise _in_use(path, str(held)) from held
-            yield
+            yield _nothing
     else:
         yield from _hold_local(path)
 
 
-def _hold_local(path: epath.Path) -> Iterator[None]:
+def _nothing() -> None:
+    pass
+
+
+def _hold_local(path: epath.Path) -> Iterator[Callable[[], None]]:
     local = Path(path)
     places = (local / "compilation_cache", local, *local.parents)
     made = [part for part in places if not part.exists()]
@@ -206,11 +213,11 @@ def _hold_local(path: epath.Path) -> Iterator[None]:
         raise _not_writable(path, error) from error
     with file:
         _lock(file, path)
+        undo = functools.partial(_take_back, local, made)
         try:
-            yield
+            yield undo
         finally:
-            if not (local / CONFIG_FILE).exists():
-                _take_back(local, made)
+            undo()
 
 
 def _lock(file: Any, path: epath.Path) -> None:
@@ -241,6 +248,8 @@ def _in_use(path: epath.Path, owner: str) -> ValueError:
 
 def _take_back(path: Path, made: list[Path]) -> None:
     # A start that was refused leaves things as they were.
+    if (path / CONFIG_FILE).exists():
+        return
     with contextlib.suppress(OSError):
         (path / LOCK_FILE).unlink()
         cache = path / "compilation_cache"

@@ -367,7 +367,10 @@ def test_a_refused_process_ends_the_others(launched):
         ("137 76 0", 0),
         ("1 0", 1),
         ("75 0", 75),
-        ("143 0", 143),
+        # Ended by a signal that asks for it, before the command could listen.
+        ("130 0", 75),
+        ("138 0", 75),
+        ("143 0", 75),
         ("76 76 76 76", 76),
     ],
 )
@@ -381,6 +384,32 @@ def test_again_repeats_what_was_lost(codes, result, tmp_path):
     command.chmod(0o755)
     done = execute("launch/again.sh", "3", command, MOR_JAX_PAUSE="0")
     assert done.returncode == result
+
+
+@pytest.mark.parametrize("kind", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("state", ["running", "between"])
+def test_again_passes_signals_on_and_starts_nothing_after_one(state, kind, tmp_path):
+    listens = "trap 'exit 75' TERM USR1; echo ready; while :; do sleep 0.1; done"
+    command = {"running": listens, "between": "echo ready; exit 76"}[state]
+    process = subprocess.Popen(
+        ["launch/again.sh", "3", "bash", "-c", command],
+        cwd=ROOT,
+        env={**os.environ, "MOR_JAX_PAUSE": str(PATIENCE)},
+        stdout=subprocess.PIPE,
+        stderr=(tmp_path / "told").open("w"),
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        assert process.stdout is not None and process.stdout.readline() == "ready\n"
+        if state == "between":
+            until(lambda: "starting again" in (tmp_path / "told").read_text())
+        process.send_signal(kind)
+        assert process.wait(PATIENCE) == 75
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+    assert process.stdout.read() == "", "it was started again"
 
 
 DOCKERFILES = sorted((ROOT / "docker").glob("*.Dockerfile"))

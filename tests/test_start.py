@@ -81,7 +81,7 @@ def test_skipped_steps_before_any_checkpoint_lead_back_to_these_weights(cfg, wor
 
     def without_targets(self):
         number, batch = self.position, real(self)
-        if number >= 2:
+        if number >= 2 * cfg.batch_size:
             return batch
         return dataclasses.replace(batch, targets=np.full_like(batch.targets, IGNORE))
 
@@ -90,7 +90,7 @@ def test_skipped_steps_before_any_checkpoint_lead_back_to_these_weights(cfg, wor
     longer = dataclasses.replace(cfg, steps=3, optim=optim)
     fit(dataclasses.replace(longer, checkpoint=CheckpointConfig(every=1, keep=9)), workdir)
     (back,) = [event for event in read(workdir / "events.jsonl") if event["event"] == "rollback"]
-    assert (back["from_step"], back["step"], back["jumped"]) == (2, 0, [0, 2])
+    assert (back["from_step"], back["step"], back["jumped"]) == (2, 0, [0, 2 * cfg.batch_size])
     jax.tree.map(np.testing.assert_array_equal, saved(workdir), PARAMS)
 
 

@@ -83,7 +83,7 @@ def test_the_same_signal_twice_at_once_and_another_kind_are_one_request():
         assert signals.caught == "SIGUSR1"
 
 
-def test_a_signal_is_noted_where_there_is_something_to_save_and_raised_where_not():
+def test_a_signal_is_noted_and_raised_where_the_program_looks():
     before = [signal.getsignal(kind) for kind in KINDS]
     with Signals() as signals:
         with signals:
@@ -93,8 +93,15 @@ def test_a_signal_is_noted_where_there_is_something_to_save_and_raised_where_not
         # Leaving the inner block leaves the outer one listening.
         assert signal.getsignal(signal.SIGTERM) not in before
     assert [signal.getsignal(kind) for kind in KINDS] == before
-    with Signals(), pytest.raises(Leave, match="SIGINT: left at once, no step was finished"):
+    with Signals() as signals:
+        signals.looks = True
+        signals.look()
         os.kill(os.getpid(), signal.SIGINT)
+        # Nothing comes up in the middle of other code: the program looks.
+        with pytest.raises(Leave, match="SIGINT: left at once, no step was finished"):
+            signals.look()
+        with pytest.raises(Leave):
+            signals.something_new()
 
 
 def test_beside_the_main_thread_there_are_no_signals_and_no_errors():

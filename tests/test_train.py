@@ -16,7 +16,14 @@ from tiny import TINY, train_config
 
 from mor_jax import data, events, train
 from mor_jax.checkpoint import Checkpoints
-from mor_jax.config import CheckpointConfig, DataConfig, EvalConfig, LogConfig, OptimConfig
+from mor_jax.config import (
+    CheckpointConfig,
+    DataConfig,
+    EvalConfig,
+    LogConfig,
+    MeshConfig,
+    OptimConfig,
+)
 from mor_jax.goodput import goodput
 from mor_jax.metrics import read
 from mor_jax.state import abstract_params
@@ -113,7 +120,7 @@ def test_a_run_taken_up_again_equals_one_never_stopped(corpus, tmp_path, monkeyp
     assert_same_run(cfg, tmp_path / "whole", tmp_path / "parts")
     found = records(tmp_path / "whole")
     assert [r["step"] for r in found] == [1, 2, 3, 4, 5, 5]
-    assert [r["position"] for r in found[:5]] == [0, 1, 2, 3, 4]
+    assert [r["position"] for r in found[:5]] == [0, 8, 16, 24, 32]
     # Capacity warm-up: everybody goes all the way in steps 1 and 2, half of them afterwards.
     assert [r["depth_share"] for r in found[:5]] == [[0, 1]] * 2 + [[0.5, 0.5]] * 3
     assert {"eval/loss_topk", "eval/loss_causal"} <= found[-1].keys()
@@ -260,7 +267,7 @@ def test_a_finished_run_does_not_train_again(corpus, tmp_path, capsys):
 
 
 def spoil(monkeypatch, *numbers):
-    """Takes all targets from these batches: their mean loss is 0/0."""
+    """Takes all targets from the batches that begin with these rows: their mean loss is 0/0."""
     real = data.TrainBatches.__next__
 
     def spoiled(self):
@@ -284,15 +291,15 @@ def logged(directory, *names):
 
 def test_a_single_skipped_step_is_counted_with_its_batch(corpus, tmp_path, monkeypatch):
     cfg = dataclasses.replace(bad_data(corpus), steps=5)
-    spoil(monkeypatch, 1, 3)
+    spoil(monkeypatch, 8, 24)
     fit(cfg, tmp_path / "run")
     skipped = logged(tmp_path / "run", "skipped")
-    assert [(e["step"], e["position"]) for e in skipped] == [(2, 1), (4, 3)]
+    assert [(e["step"], e["position"]) for e in skipped] == [(2, 8), (4, 24)]
     found = records(tmp_path / "run")[:5]
     assert [(r["skipped"], r["skipped_in_a_row"]) for r in found] == [
         (0, 0), (1, 1), (1, 0), (2, 1), (2, 0),
     ]  # fmt: skip
-    assert [r["position"] for r in found] == [0, 1, 2, 3, 4]
+    assert [r["position"] for r in found] == [0, 8, 16, 24, 32]
     # States amid skipped steps are no checkpoints: those due are written one step later.
     saved = sorted(int(p.name) for p in (tmp_path / "run" / "checkpoints").iterdir())
     assert saved == [3, 5]
@@ -300,14 +307,14 @@ def test_a_single_skipped_step_is_counted_with_its_batch(corpus, tmp_path, monke
 
 def test_bad_data_is_jumped_over_once_also_by_a_run_taken_up_again(corpus, tmp_path, monkeypatch):
     cfg = bad_data(corpus)
-    spoil(monkeypatch, 5, 6, 7)
+    spoil(monkeypatch, 40, 48, 56)
     fit(cfg, tmp_path / "run")
     (back,) = logged(tmp_path / "run", "rollback")
-    assert (back["from_step"], back["step"], back["jumped"]) == (8, 4, [5, 8])
+    assert (back["from_step"], back["step"], back["jumped"]) == (8, 4, [40, 64])
     found = records(tmp_path / "run")[:12]
     assert [r["step"] for r in found] == list(range(1, 13))
     # Every batch once, but the bad ones; nothing was skipped in the history that counts.
-    assert [r["position"] for r in found] == [0, 1, 2, 3, 4, 8, 9, 10, 11, 12, 13, 14]
+    assert [r["position"] for r in found] == [*range(0, 40, 8), *range(64, 120, 8)]
     assert all(r["skipped"] == 0 for r in found)
     # Stopped amid the skipped steps, and after the rollback.
     for at in (7, 11):
@@ -323,8 +330,8 @@ def test_the_second_time_the_run_stops_until_somebody_changes_something(
     corpus, tmp_path, monkeypatch
 ):
     cfg = bad_data(corpus)
-    spoil(monkeypatch, 3, 4, 5, 8, 9, 10)
-    message = r"max_skipped_steps=3: .*3 steps in a row, 6 to 8, batches 8 to 10, again"
+    spoil(monkeypatch, 24, 32, 40, 64, 72, 80)
+    message = r"max_skipped_steps=3: .*3 steps in a row, 6 to 8, rows 64 to 87, again"
     with pytest.raises(Diverged, match=message) as caught:
         fit(cfg, tmp_path / "run")
     assert caught.value.code == 77
@@ -335,7 +342,7 @@ def test_the_second_time_the_run_stops_until_somebody_changes_something(
     lower = dataclasses.replace(cfg, optim=dataclasses.replace(cfg.optim, lr=1e-4))
     fit(lower, tmp_path / "run", ["optim.lr"])
     found = records(tmp_path / "run")[:12]
-    assert [r["position"] for r in found] == [0, 1, 2, 6, 7, *range(11, 18)]
+    assert [r["position"] for r in found] == [0, 8, 16, 48, 56, *range(88, 144, 8)]
     (changed,) = logged(tmp_path / "run", "changed")
     assert (changed["setting"], changed["old"], changed["new"]) == ("optim.lr", "0.003", "0.0001")
 
@@ -349,7 +356,7 @@ def test_a_run_that_explodes_stops_with_its_checkpoints_whole(corpus, tmp_path):
     with pytest.raises(Diverged, match=r"optim\.max_skipped_steps=3: .* in 3 steps in a row"):
         fit(cfg, tmp_path / "run")
     assert [(e["step"], e["position"]) for e in logged(tmp_path / "run", "skipped")] == [
-        (2, 1), (3, 2), (4, 3), (2, 4), (3, 5), (4, 6),
+        (2, 8), (3, 16), (4, 24), (2, 32), (3, 40), (4, 48),
     ]  # fmt: skip
     step, last = saved_state(cfg, tmp_path / "run")
     assert step == 1 and last["skipped"] == 0
@@ -414,3 +421,24 @@ def test_directories_of_others_are_left_alone(corpus, tmp_path):
     with pytest.raises(ValueError, match=r"another configuration:\n  seed: 1 there, 0 now"):
         fit(cfg, tmp_path / "run")
     assert [p.name for p in (tmp_path / "run").iterdir()] == ["config.json"]
+
+
+def test_other_batch_sizes_go_on_at_the_next_row(corpus, tmp_path, monkeypatch):
+    cfg = config(corpus, steps=4, mesh=MeshConfig(data=1))
+    mesh = train.sharding.make_mesh(cfg.mesh, jax.devices()[:1])
+    monkeypatch.setattr(train.sharding, "make_mesh", lambda _: mesh)
+    fit(cfg, tmp_path / "run")
+    kept = (tmp_path / "run" / "config.json").read_bytes()
+    # Refused before anything is written, although it was allowed.
+    for changes, setting in (({"length": 32}, "length"), ({"seed": 5}, "seed")):
+        other = dataclasses.replace(cfg, steps=6, **changes)
+        with pytest.raises(ValueError, match=rf"^{setting}=\d+: 32 rows of .*cannot be told"):
+            fit(other, tmp_path / "run", [setting])
+        assert (tmp_path / "run" / "config.json").read_bytes() == kept
+    for steps, batch_size in ((6, 4), (7, 12)):
+        other = dataclasses.replace(cfg, steps=steps, batch_size=batch_size)
+        fit(other, tmp_path / "run", ["batch_size"])
+    found = [r["position"] for r in records(tmp_path / "run") if "position" in r]
+    assert found == [0, 8, 16, 24, 32, 36, 40]
+    with Checkpoints(tmp_path / "run", cfg.checkpoint) as checkpoints:
+        assert checkpoints.facts()["position"] == 52

@@ -9,14 +9,20 @@ from mor_jax.data.loader import (
     heldout_sources,
     open_corpus,
     open_streams,
+    place_of,
     train_batches,
 )
+from mor_jax.data.place import Jump, Place, ahead, carried_over
 from mor_jax.data.tokenizers import Tokenizer, check_vocabulary, load_tokenizer
 
 __all__ = [
+    "Jump",
     "Layout",
+    "Place",
     "Tokenizer",
     "TrainBatches",
+    "ahead",
+    "carried_over",
     "check_vocabulary",
     "fingerprint",
     "heldout_batches",
@@ -25,5 +31,6 @@ __all__ = [
     "ngram_loss",
     "open_corpus",
     "open_streams",
+    "place_of",
     "train_batches",
 ]

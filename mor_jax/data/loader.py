@@ -1,20 +1,22 @@
 """Batches: from configured sources to this host's rows of every global batch.
 
-The state of the whole pipeline is one integer, the number of the next global batch: batch n is a
-pure function of n, of the configuration and of the seed, whatever the number of hosts.
+The state of the whole pipeline is a `Place`, the number of the next row and what each source was
+read up to: the rows that follow are a pure function of it, of the configuration and of the seed,
+whatever the size of a batch and the number of hosts.
 """
 
 import dataclasses
 import functools
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from mor_jax.config import DataConfig, check
 from mor_jax.data.documents import Documents, open_documents
-from mor_jax.data.mixture import Mixture, shares_of
+from mor_jax.data.mixture import shares_of
+from mor_jax.data.place import Course, Jump, Place, ahead, first_place
 from mor_jax.data.rows import Row, Rows, spread
 from mor_jax.data.shards import open_shards
 from mor_jax.data.streams import TokenStream, tokenize
@@ -90,6 +92,16 @@ def fingerprint(cfg: DataConfig, tokenizer: Tokenizer) -> str:
     return hashlib.sha256(repr((texts, tokenizer.fingerprint, order)).encode()).hexdigest()[:32]
 
 
+def place_of(cfg: DataConfig, tokenizer: Tokenizer, *, length: int, seed: int) -> Place:
+    """The beginning of a run with this data. Raises `ValueError`, see docs/data.md."""
+    pairs = [open_streams(cfg, tokenizer, split) for split in ("train", "heldout")]
+    texts = [
+        hashlib.sha256(repr([train.fingerprint, heldout.fingerprint]).encode()).hexdigest()[:32]
+        for train, heldout in zip(*pairs, strict=True)
+    ]
+    return first_place(cfg, texts, tokenizer.fingerprint, length=length, seed=seed)
+
+
 def _weights(cfg: DataConfig) -> tuple[float, ...]:
     return cfg.weights or (1.0,) * len(cfg.sources)
 
@@ -129,19 +141,23 @@ def _to_batch(row: Mapping[str, Any]) -> Batch:
 class TrainBatches:
     """Iterates this host's part of the global batches, endlessly.
 
-    `position` is the number of the next global batch; starting at it gives the same batches.
+    `position` is the number of the next row of the run; starting at it gives the same rows.
     """
 
-    def __init__(self, batches: "grain.IterDataset", start: int) -> None:
+    def __init__(
+        self, batches: "grain.IterDataset", start: int, rows: int, jumps: Sequence[Jump]
+    ) -> None:
+        """start: the first row. rows: of a global batch. jumps: rows that are left out."""
         self._iterator = iter(batches)
-        self.position = start
+        self._rows, self._jumps = rows, jumps
+        self.position = ahead(start, 0, jumps)
 
     def __iter__(self) -> "TrainBatches":
         return self
 
     def __next__(self) -> Batch:
         row = next(self._iterator)
-        self.position += 1
+        self.position = ahead(self.position, self._rows, self._jumps)
         return _to_batch(row)
 
     def close(self) -> None:
@@ -150,30 +166,44 @@ class TrainBatches:
 
 
 def train_batches(
-    cfg: DataConfig, tokenizer: Tokenizer, layout: Layout, *, seed: int, start: int = 0
+    cfg: DataConfig,
+    tokenizer: Tokenizer,
+    layout: Layout,
+    *,
+    seed: int,
+    start: int | Place = 0,
+    jumps: Sequence[Jump] = (),
 ) -> TrainBatches:
-    """Training batches from global batch `start` on, NumPy int32 [layout.host_rows, length].
+    """Training batches from row `start` on, NumPy int32 [layout.host_rows, length].
 
     Each source is shuffled anew in every epoch, by `seed` and `cfg.seed`, and repeated; sources
     are mixed by weight. `cfg.prefetch` batches are made ahead by a thread, or by `cfg.workers`
-    processes. Raises `ValueError`, see docs/data.md.
+    processes. start: a row of a run that never changed its sources, or any run's place. jumps:
+    rows that are left out. Raises `ValueError`, see docs/data.md.
     """
     import grain
 
-    check(start >= 0, "start", start, "is the number of a batch", "Count batches from 0")
+    if isinstance(start, int):
+        check(start >= 0, "start", start, "is the number of a row", "Count rows from 0")
+        # Texts matter to those that compare two places.
+        place = first_place(cfg, [""] * len(cfg.sources), "", length=layout.length, seed=seed)
+        place = dataclasses.replace(place, row=start)
+    else:
+        place = start
     parts = []
     for i, rows in enumerate(_open_rows(cfg, tokenizer, "train", layout.length)):
         part = grain.MapDataset.source(rows)
         if cfg.shuffle:
-            own = np.random.SeedSequence((cfg.seed, seed, i)).generate_state(1)[0]
+            order = place.readings[i].order
+            own = np.random.SeedSequence((cfg.seed, seed, order)).generate_state(1)[0]
             part = part.shuffle(seed=int(own))
         parts.append(part.repeat())
-    mixed = grain.MapDataset.select_from_datasets(parts, Mixture(_weights(cfg)))
-    first = start * layout.hosts + layout.host
-    batches = mixed.batch(layout.host_rows)[first :: layout.hosts]
+    mixed = grain.MapDataset.select_from_datasets(parts, Course(place, jumps))
+    batches = mixed.batch(layout.host_rows)[layout.host :: layout.hosts]
     ahead = grain.ReadOptions(num_threads=min(cfg.prefetch, 1), prefetch_buffer_size=cfg.prefetch)
     iterable = batches.to_iter_dataset(ahead)
-    return TrainBatches(_in_workers(iterable, cfg) if cfg.workers else iterable, start)
+    iterable = _in_workers(iterable, cfg) if cfg.workers else iterable
+    return TrainBatches(iterable, place.row, layout.batch_size, jumps)
 
 
 def _in_workers(batches: "grain.IterDataset", cfg: DataConfig) -> "grain.IterDataset":

@@ -48,6 +48,12 @@ class Mixture:
     def __len__(self) -> int:
         return ENDLESS
 
+    def counts(self, rows: int) -> list[int]:
+        """How many of the first `rows` mixed rows are of each source."""
+        cycles, rest = divmod(rows, CYCLE)
+        over = np.bincount(self._owner[:rest], minlength=len(self._counts)).tolist()
+        return [cycles * n + more for n, more in zip(self._counts, over, strict=True)]
+
     def __getitem__(self, index: int) -> tuple[int, int]:
         cycle, at = divmod(index, CYCLE)
         owner = self._owner[at]

@@ -18,7 +18,7 @@ LAYOUT = Layout(length=16, batch_size=4)
 def take(cfg, tokenizer, count, layout=LAYOUT, **options):
     batches = train_batches(cfg, tokenizer, layout, seed=7, **options)
     taken = list(islice(batches, count))
-    assert batches.position == options.get("start", 0) + count
+    assert batches.position == options.get("start", 0) + count * layout.batch_size
     batches.close()
     return taken
 
@@ -64,7 +64,7 @@ def test_any_start_continues_the_same_batches(cfg, byte_tokenizer, prefetch, wit
     cfg = dataclasses.replace(cfg, prefetch=prefetch, within_documents=within)
     whole = take(cfg, byte_tokenizer, 100)
     for start in (1, 99):
-        assert_same(take(cfg, byte_tokenizer, 100 - start, start=start), whole[start:])
+        assert_same(take(cfg, byte_tokenizer, 100 - start, start=4 * start), whole[start:])
 
 
 def test_seeds_change_the_order(cfg, byte_tokenizer):
@@ -77,9 +77,9 @@ def test_seeds_change_the_order(cfg, byte_tokenizer):
 
 @pytest.mark.parametrize("hosts", [2, 4])
 def test_hosts_share_out_the_global_batch(cfg, byte_tokenizer, hosts):
-    whole = take(cfg, byte_tokenizer, 30, start=3)
+    whole = take(cfg, byte_tokenizer, 30, start=12)
     layouts = [dataclasses.replace(LAYOUT, host=h, hosts=hosts) for h in range(hosts)]
-    parts = [take(cfg, byte_tokenizer, 30, layout, start=3) for layout in layouts]
+    parts = [take(cfg, byte_tokenizer, 30, layout, start=12) for layout in layouts]
     for i, batch in enumerate(whole):
         joined = np.concatenate([part[i].tokens for part in parts])
         np.testing.assert_array_equal(joined, batch.tokens)
@@ -90,8 +90,8 @@ def test_workers_change_nothing(cfg, byte_tokenizer):
     layout = dataclasses.replace(LAYOUT, host=1, hosts=2)
     parallel = dataclasses.replace(cfg, workers=2, within_documents=True)
     alone = dataclasses.replace(parallel, workers=0)
-    expected = take(alone, byte_tokenizer, 7, layout, start=2)
-    assert_same(take(parallel, byte_tokenizer, 7, layout, start=2), expected)
+    expected = take(alone, byte_tokenizer, 7, layout, start=8)
+    assert_same(take(parallel, byte_tokenizer, 7, layout, start=8), expected)
 
 
 @pytest.fixture

@@ -1,0 +1,66 @@
+"""What a checkpoint says about the data that was read, under the settings of the run that goes on.
+
+Settings may have changed since it was saved (`--allow_changes`), also in a start that was killed
+before its first save: the checkpoint's own settings decide, not those of the last start.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from etils import epath
+
+from mor_jax import data, manifest
+from mor_jax.checkpoint import complete_steps, step_directory
+from mor_jax.config import TrainConfig
+
+_SAME = ("workers", "prefetch")
+"""Settings of `data` that change no row."""
+
+
+def carried_place(
+    facts: Mapping[str, Any], cfg: TrainConfig, place: data.Place, fingerprint: str
+) -> data.Place:
+    """Where the run of a checkpoint is in its data, under the settings `cfg`.
+
+    facts: position, config and extra of the checkpoint. place: the beginning of the data of `cfg`;
+    fingerprint: its hash.
+
+    Raises:
+        ValueError: which rows were read cannot be told under these settings, or the text changed.
+    """
+    config, extra = facts["config"], facts["extra"]
+    notes = extra.get("data")
+    if notes is None and not _changed(config["data"], cfg):
+        # Earlier versions noted one hash of all that the rows depend on.
+        manifest.check_data(facts, fingerprint)
+    jumps = [(first, end) for first, end in extra.get("jumps", ())]
+    return data.carried_over(data.Place.of(facts["position"], notes, config), place, jumps)
+
+
+def check_place(workdir: epath.Path, cfg: TrainConfig, place: data.Place, fingerprint: str) -> None:
+    """`carried_place` of the newest checkpoint that can be read, before anything is changed.
+
+    Raises:
+        ValueError: as there.
+    """
+    for step in reversed(complete_steps(workdir)):
+        try:
+            facts = manifest.read(step_directory(workdir, step))
+        except manifest.Damaged:
+            # Whoever restores says so, and takes the one before as well.
+            continue
+        carried_place(facts, cfg, place, fingerprint)
+        return
+
+
+def _changed(before: Mapping[str, Any], cfg: TrainConfig) -> bool:
+    now = cfg.to_dict()["data"]
+    names = (before.keys() | now.keys()) - set(_SAME)
+    return any(_plain(before.get(name)) != _plain(now.get(name)) for name in names)
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
+
+
+__all__ = ["carried_place", "check_place"]
