@@ -20,6 +20,7 @@ from mor_jax.data.directories import kind_of
 from mor_jax.data.files import File, local_file, matching
 from mor_jax.data.findings import Findings
 from mor_jax.data.optional import need
+from mor_jax.data.plain_text import Field
 
 STDLIB_SUFFIXES = frozenset({".py", ".txt", ".rst", ".md", ".html"})
 STDLIB_SKIPPED = frozenset({"site-packages", "dist-packages", "__pycache__"})
@@ -76,16 +77,18 @@ def open_documents(spec: str, text_key: str = "text", setting: str = "data.sourc
     document.
     """
     kind, _, rest = spec.partition(":")
+    # On a command line both are flags.
+    field = Field(text_key, "--text-key" if setting.startswith("--") else "data.text_key")
     if kind == "tfds":
         # Deferred: tensorflow_datasets takes most of a second to import.
         from mor_jax.data import tfds_source
 
-        return Documents(setting, spec, *tfds_source.open_examples(rest, text_key, setting, spec))
+        return Documents(setting, spec, *tfds_source.open_examples(rest, field, setting, spec))
     if kind == "hf":
         # Deferred: datasets takes two seconds.
         from mor_jax.data import hf_source
 
-        return Documents(setting, spec, *hf_source.open_rows(rest, text_key, setting, spec))
+        return Documents(setting, spec, *hf_source.open_rows(rest, field, setting, spec))
     if kind == "stdlib":
         check(not rest, setting, spec, "takes no argument", "Write it as 'stdlib'")
         root = Path(sysconfig.get_path("stdlib"))
@@ -107,7 +110,7 @@ def open_documents(spec: str, text_key: str = "text", setting: str = "data.sourc
     names = [(file.relative, file.size) for file in files]
     identity = hashlib.sha256(repr((kind, names)).encode()).hexdigest()[:32]
     size = sum(size for _, size in names)
-    return Documents(setting, spec, identity, size, functools.partial(reader, files, text_key))
+    return Documents(setting, spec, identity, size, functools.partial(reader, files, field))
 
 
 def _meant(spec: str) -> str:

@@ -13,10 +13,10 @@ from mor_jax.config import check, fail
 from mor_jax.data import compressed, object_store
 from mor_jax.data.files import File, lines
 from mor_jax.data.findings import Findings
-from mor_jax.data.plain_text import MARK, check_head, decode, field_text, file_text
+from mor_jax.data.plain_text import MARK, Field, check_head, decode, file_text
 
 
-def read_stdlib(files: Sequence[File], text_key: str, start: int, found: Findings) -> Iterator[str]:
+def read_stdlib(files: Sequence[File], field: Field, start: int, found: Findings) -> Iterator[str]:
     """Files of the standard library; what is no UTF-8 or holds NUL is an empty document."""
     for file in files[start:]:
         try:
@@ -30,14 +30,14 @@ def read_stdlib(files: Sequence[File], text_key: str, start: int, found: Finding
         yield "" if "\0" in text else text
 
 
-def read_text(files: Sequence[File], text_key: str, start: int, found: Findings) -> Iterator[str]:
+def read_text(files: Sequence[File], field: Field, start: int, found: Findings) -> Iterator[str]:
     """Whole files."""
     for file in files[start:]:
         raw = b"".join(line for _, line in lines(file))
         yield file_text(raw, file.name, found)
 
 
-def read_jsonl(files: Sequence[File], text_key: str, start: int, found: Findings) -> Iterator[str]:
+def read_jsonl(files: Sequence[File], field: Field, start: int, found: Findings) -> Iterator[str]:
     """One document a line, an object each; an empty line is an empty document."""
     numbered = ((file, number, line) for file in files for number, line in lines(file))
     for file, number, line in islice(numbered, start, None):
@@ -50,8 +50,8 @@ def read_jsonl(files: Sequence[File], text_key: str, start: int, found: Findings
             yield ""
             continue
         record = _record(line, where)
-        require_field(text_key, list(record), where)
-        yield field_text(record[text_key], text_key, where, found)
+        field.require(list(record), where)
+        yield field.text(record[field.name], where, found)
 
 
 def _record(line: bytes, where: str) -> dict[str, Any]:
@@ -80,9 +80,7 @@ def _record(line: bytes, where: str) -> dict[str, Any]:
     return record
 
 
-def read_parquet(
-    files: Sequence[File], text_key: str, start: int, found: Findings
-) -> Iterator[str]:
+def read_parquet(files: Sequence[File], field: Field, start: int, found: Findings) -> Iterator[str]:
     """One document a row, group after group; those before the first wanted are not read."""
     import pyarrow
     from pyarrow import parquet
@@ -91,16 +89,16 @@ def read_parquet(
         at = file.name
         try:
             with file.random() as opened, parquet.ParquetFile(opened) as table:
-                require_field(text_key, table.schema_arrow.names, file.name)
+                field.require(table.schema_arrow.names, file.name)
                 for group in range(table.num_row_groups):
                     at = f"{file.name}, group {group}"
                     rows = table.metadata.row_group(group).num_rows
                     skipped, start = min(start, rows), start - min(start, rows)
                     if skipped < rows:
-                        column = table.read_row_group(group, columns=[text_key]).column(0)
+                        column = table.read_row_group(group, columns=[field.name]).column(0)
                         for row in range(skipped, rows):
                             where = f"{file.name}, row {row} of group {group}"
-                            yield field_text(column[row].as_py(), text_key, where, found)
+                            yield field.text(column[row].as_py(), where, found)
         except (OSError, pyarrow.ArrowInvalid) as error:
             _refuse_parquet(file, at, error)
 
@@ -118,9 +116,3 @@ def _refuse_parquet(file: File, where: str, error: Exception) -> None:
         rule = f"is compressed with {form.name} as a whole, so nothing in it can be found"
         fail("file", where, rule, "Unpack it: parquet compresses what it holds by itself")
     fail("file", where, f"is no parquet file ({why})", "Check that it is complete")
-
-
-def require_field(text_key: str, names: list[str], where: str) -> None:
-    """Raises `ValueError` unless the record or table at `where`, with fields `names`, has it."""
-    rule = f"{where} has no such field, only {sorted(names)}"
-    check(text_key in names, "data.text_key", text_key, rule, "Name the field that holds the text")

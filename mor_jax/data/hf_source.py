@@ -9,10 +9,9 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from mor_jax.config import check, fail
-from mor_jax.data.file_readers import require_field
 from mor_jax.data.findings import Findings
 from mor_jax.data.optional import need
-from mor_jax.data.plain_text import field_text
+from mor_jax.data.plain_text import Field
 
 FORMS = "hf:DIR[:SPLIT], hf:NAME[:SPLIT] or hf:NAME:CONFIG:SPLIT"
 _SAVED = ("dataset_dict.json", "state.json")
@@ -24,7 +23,7 @@ Part = tuple[Any, int, int]
 
 
 def open_rows(
-    rest: str, text_key: str, setting: str, spec: str
+    rest: str, field: Field, setting: str, spec: str
 ) -> tuple[str, int, Callable[[int, Findings], Iterator[str]]]:
     """Identity, bytes of the text and reader of `DIR[:SPLIT]`, `NAME[:SPLIT]`, `NAME:CONFIG:SPLIT`.
 
@@ -45,12 +44,12 @@ def open_rows(
     split = more[-1] if more else "train" if len(found) > 1 else next(iter(found))
     parts = _parts(library, found, split, setting, spec)
     for data, _, _ in parts:
-        require_field(text_key, data.column_names, spec)
+        field.require(data.column_names, spec)
     files = [file["filename"] for data, _, _ in parts for file in data.cache_files]
     sizes = [(os.path.basename(file), os.path.getsize(file)) for file in files]
     identity = repr(("hf", sizes, [(len(data), first, stop) for data, first, stop in parts]))
-    size = sum(data.data.column(text_key).nbytes for data, _, _ in parts)
-    reader = functools.partial(_read, parts, text_key, spec)
+    size = sum(data.data.column(field.name).nbytes for data, _, _ in parts)
+    reader = functools.partial(_read, parts, field, spec)
     return hashlib.sha256(identity.encode()).hexdigest()[:32], size, reader
 
 
@@ -128,15 +127,13 @@ def _parts(library: Any, found: Any, split: str, setting: str, spec: str) -> lis
     return parts
 
 
-def _read(
-    parts: list[Part], text_key: str, spec: str, start: int, found: Findings
-) -> Iterator[str]:
+def _read(parts: list[Part], field: Field, spec: str, start: int, found: Findings) -> Iterator[str]:
     number = start
     for data, first, stop in parts:
         skipped = min(start, stop - first)
         start -= skipped
-        texts = data.select_columns([text_key]).with_format(None)
+        texts = data.select_columns([field.name]).with_format(None)
         for at in range(first + skipped, stop, _ROWS):
-            for value in texts[at : min(at + _ROWS, stop)][text_key]:
-                yield field_text(value, text_key, f"{spec}, row {number}", found)
+            for value in texts[at : min(at + _ROWS, stop)][field.name]:
+                yield field.text(value, f"{spec}, row {number}", found)
                 number += 1

@@ -35,6 +35,11 @@ class Bucket:
         check(ok, setting, spec, rule, fix)
         self._name = name
         self._module = need("pyarrow.fs", setting, spec)
+        try:
+            _ = self._module.GcsFileSystem
+        except ImportError as error:
+            fix = "Install pyarrow as pip has it, or copy the files to this machine"
+            fail(setting, spec, f"this pyarrow has no client for it ({error})", fix)
 
     @property
     def _store(self) -> Any:

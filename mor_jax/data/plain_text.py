@@ -1,6 +1,7 @@
 """Bytes and values of records to text: encodings, marks, and characters that no text holds."""
 
 import codecs
+import dataclasses
 from typing import Any
 
 from mor_jax.config import check, fail
@@ -83,18 +84,32 @@ def file_text(raw: bytes, where: str, found: Findings) -> str:
     return cleaned(text, where, found)
 
 
-def field_text(value: Any, text_key: str, where: str, found: Findings) -> str:
-    """What field `text_key` of the record at `where` holds, as text; null is empty.
+@dataclasses.dataclass(frozen=True)
+class Field:
+    """The field of a record, or column of a table, with the text. setting: what errors call it."""
 
-    Raises `ValueError` if it is no text or not UTF-8.
-    """
-    if value is None:
-        value = ""
-    if isinstance(value, bytes):
-        value = decode(value, where)
-    rule = f"holds {type(value).__name__} in {where}, not text"
-    check(isinstance(value, str), "data.text_key", text_key, rule, "Name a field of text")
-    return cleaned(value, where, found)
+    name: str
+    setting: str = "data.text_key"
+
+    def require(self, names: list[str], where: str) -> None:
+        """Raises `ValueError` unless the record or table at `where`, of fields `names`, has it."""
+        rule = f"{where} has no such field, only {sorted(names)}"
+        fix = "Name the field that holds the text"
+        check(self.name in names, self.setting, self.name, rule, fix)
+
+    def text(self, value: Any, where: str, found: Findings) -> str:
+        """What the field of the record at `where` holds, as text; null is empty.
+
+        Raises `ValueError` if it is no text or not UTF-8.
+        """
+        if value is None:
+            value = ""
+        if isinstance(value, bytes):
+            value = decode(value, where)
+        rule = f"holds {type(value).__name__} in {where}, not text"
+        ok = isinstance(value, str)
+        check(ok, self.setting, self.name, rule, "Name a field of text")
+        return cleaned(value, where, found)
 
 
 def cleaned(text: str, where: str, found: Findings) -> str:

@@ -100,7 +100,8 @@ def _check_ours(output: Path, settings: dict[str, Any]) -> None:
         changed = {k: (before.get(k), v) for k, v in settings.items() if before.get(k) != v}
         rule = f"was begun with other settings (before, now): {changed}"
         fix = "Name another directory, remove this one, or use the settings of before"
-        check(not changed, "--output", str(output), rule, fix)
+        # A preparation that failed at once has nothing to lose: its source may be mended now.
+        check(not changed or not _written(output), "--output", str(output), rule, fix)
         return
     # A start that was killed leaves no more than this.
     others = {entry.name for entry in output.iterdir()} - {f"{SETTINGS}{PARTIAL}"}
@@ -109,11 +110,18 @@ def _check_ours(output: Path, settings: dict[str, Any]) -> None:
 
 
 def _claim(output: Path, settings: dict[str, Any]) -> None:
-    """Makes the directory ours."""
-    if not (output / SETTINGS).exists():
-        write_beside(output / SETTINGS, to_json(settings))
+    """Makes the directory, which `_check_ours` found free, ours."""
+    path, contents = output / SETTINGS, to_json(settings)
+    if not path.exists() or path.read_bytes() != contents:
+        write_beside(path, contents)
     (output / PARTS).mkdir(exist_ok=True)
     clear_partial(output)
+
+
+def _written(output: Path) -> bool:
+    """Whether a preparation wrote more there than its settings."""
+    kept = [path for path in output.rglob("*") if not path.name.endswith(PARTIAL)]
+    return any(path.name not in (SETTINGS, PARTS) for path in kept)
 
 
 def _read_settings(path: Path, output: Path) -> dict[str, Any]:

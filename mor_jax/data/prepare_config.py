@@ -37,7 +37,8 @@ class PrepareConfig:
             check(ok, "--source", spec, rule, "Name several shards: in data.sources instead")
         ok = not re.match(r"[a-z0-9]+:/", str(self.output))
         fix = "Write to a directory here, then copy it to where the run reads it"
-        check(ok, "--output", str(self.output), "is no directory of this machine", fix)
+        given = str(self.output).replace(":/", "://", 1)
+        check(ok, "--output", given, "is no directory of this machine", fix)
         ok = not self.output.exists() or self.output.is_dir()
         check(ok, "--output", str(self.output), "is a file", "Name a directory")
 

@@ -12,10 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from mor_jax.config import check, fail
-from mor_jax.data.file_readers import require_field
 from mor_jax.data.findings import Findings
 from mor_jax.data.optional import need
-from mor_jax.data.plain_text import field_text
+from mor_jax.data.plain_text import Field
 
 # name, version (it starts with a digit) and split (it does not)
 _FORM = re.compile(r"(?P<name>[^:]+(:\d[\d.*]*)?)(:(?P<split>[A-Za-z_].*))?")
@@ -23,7 +22,7 @@ _CRC32C = 0x82F63B78
 
 
 def open_examples(
-    rest: str, text_key: str, setting: str, spec: str
+    rest: str, field: Field, setting: str, spec: str
 ) -> tuple[str, int, Callable[[int, Findings], Iterator[str]]]:
     """Identity, bytes and reader of `NAME[:SPLIT]` or `DIR[:SPLIT]`; `train` unless given.
 
@@ -43,10 +42,10 @@ def open_examples(
     except (ValueError, KeyError) as error:
         known = sorted(builder.info.splits)
         fail(setting, spec, f"has no split {split!r} ({error})", f"Choose one of {known}")
-    require_field(text_key, list(builder.info.features), spec)
+    field.require(list(builder.info.features), spec)
     identity = repr((builder.info.full_name, split, [(f.skip, f.take) for f in files]))
     records = _records(builder.info.file_format.value, files, setting, spec)
-    read = functools.partial(_read, records, builder.info.features, text_key, spec)
+    read = functools.partial(_read, records, builder.info.features, field, spec)
     return hashlib.sha256(identity.encode()).hexdigest()[:32], size, read
 
 
@@ -177,11 +176,11 @@ def _masked_crc(raw: bytes) -> int:
 def _read(
     records: Callable[[int], Iterator[bytes]],
     features: Any,
-    text_key: str,
+    field: Field,
     spec: str,
     start: int,
     found: Findings,
 ) -> Iterator[str]:
     for index, record in enumerate(records(start), start):
         example = features.deserialize_example_np(record)
-        yield field_text(example[text_key], text_key, f"{spec}, example {index}", found)
+        yield field.text(example[field.name], f"{spec}, example {index}", found)

@@ -170,6 +170,20 @@ def test_other_settings_are_refused(wanted, tmp_path, jsonl):
     assert contents(wanted.output) == before
 
 
+def test_a_source_that_is_mended_needs_no_new_directory(wanted, tmp_path, jsonl):
+    """Nothing was written before the bad line, so nothing stands in the way of the next try."""
+    (tmp_path / "a.jsonl").write_text("no JSON\n")
+    with pytest.raises(ValueError, match=r"a\.jsonl:1': is not one JSON value"):
+        prepare(wanted, quiet)
+    (tmp_path / "a.jsonl").write_text('{"text": "mended"}\n' * 3)
+    assert prepare(wanted, quiet)["splits"]["train"]["tokens"] > 400
+
+
+def test_errors_name_flags(wanted):
+    with pytest.raises(ValueError, match=r"^--text-key='body': .*a\.jsonl:1 has no such field"):
+        prepare(dataclasses.replace(wanted, text_key="body"), quiet)
+
+
 def test_a_directory_of_something_else_is_refused(wanted):
     wanted.output.mkdir()
     (wanted.output / "thesis.doc").write_text("precious")
