@@ -26,6 +26,8 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 
 from mor_jax import exit_codes, host_memory
 
+ROOT = Path(__file__).resolve().parent.parent
+
 
 def main(argv: list[str] | None = None) -> int:
     options = _parser().parse_args(argv)
@@ -130,9 +132,11 @@ def _import(options: argparse.Namespace) -> int:
     )
     for note in written.notes:
         print(f"note: {note}")
-    config = shlex.quote(f"--config=configs/from_workdir.py:{written.workdir}")
+    # Whole paths: the line works wherever it is pasted.
+    program = shlex.quote(str(ROOT / "launch" / "train.py"))
+    config = shlex.quote(f"--config={ROOT / 'configs' / 'from_workdir.py'}:{written.workdir}")
     workdir = shlex.quote(f"--workdir={written.workdir}")
-    print(f"train from it: python launch/train.py {config} {workdir}")
+    print(f"train from it: python {program} {config} {workdir}")
     return exit_codes.OK
 
 

@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import difflib
+import sys
 import types
 import typing
 from typing import Any, Literal
@@ -49,6 +50,8 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
         check(ok, path, value, "must be a list of values", "Write it like (1.0, 0.5)")
         return tuple(_convert(args[0], item, f"{path}[{i}]") for i, item in enumerate(value))
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        rule = f"must be a float, of which the largest is {sys.float_info.max:.3g}"
+        check(abs(value) <= sys.float_info.max, path, value, rule, "Write fewer digits")
         return float(value)
     ok = type(value) is hint and value == value
     check(ok, path, value, f"must be a {hint.__name__}", f"Got a {type(value).__name__}")

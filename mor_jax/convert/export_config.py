@@ -74,6 +74,9 @@ def reference_options(cfg: ModelConfig) -> Plain:
     rule = "the reference shares keys and values in cycle, sequence and middle_cycle only"
     known = cfg.kv == "recursion" or cfg.sharing != "middle_sequence"
     check(known, "model.sharing", cfg.sharing, rule, "Use --to=hf")
+    scaling = cfg.rope_scaling.kind
+    rule = "the reference turns positions as they are, and our import of its files refuses another"
+    check(scaling == "none", "model.rope_scaling.kind", scaling, rule, "Use --to=hf")
     _check_capacities(cfg.router)
     sharing = {"num_recursion": cfg.recursions, "sharing": cfg.sharing} if shared else {}
     blocks = {
@@ -103,6 +106,10 @@ def _check_capacities(router: RouterConfig) -> None:
     path, value = "model.router.capacity_multiple", router.capacity_multiple
     rule = "the reference keeps int(capacity * length) tokens and rounds nothing up"
     check(exact, path, value, rule, "Use --to=hf, or train with 1")
+    path, value = "model.router.capacity_factor", router.capacity_factor
+    rule = "the reference has room for every token at every recursion"
+    free = router.kind != "token" or value is None
+    check(free, path, value, rule, "Use --to=hf, or train with None")
 
 
 def _mor(router: RouterConfig, recursions: int) -> Plain:

@@ -44,34 +44,36 @@ def tokenizer_files(fields: Metadata) -> dict[str, bytes]:
     """
     key = "tokenizer.ggml.model"
     builders = {"gpt2": _byte_level, "llama": _sentencepiece}
-    kind = fields.get(key)
+    kind = fields.get(key, str)
     rule = f"only {sorted(builders)} are rebuilt"
     check(kind in builders, f"{fields.where}: {key}", kind, rule, _OTHER)
-    texts = fields.need("tokenizer.ggml.tokens")
+    fields.check_there("tokenizer.ggml.tokens")
+    texts = fields.get_list("tokenizer.ggml.tokens", str)
     twice = len(texts) - len(set(texts))
     rule = "tokens of the same text cannot be told apart"
     check(not twice, f"{fields.where}: tokenizer.ggml.tokens", twice, rule, _OTHER)
-    kinds = fields.get("tokenizer.ggml.token_type") or [Kind.NORMAL] * len(texts)
+    kinds = fields.get_list("tokenizer.ggml.token_type", int) or [Kind.NORMAL] * len(texts)
     rule = "must be as many as there are tokens"
     ok = len(kinds) == len(texts)
     check(ok, f"{fields.where}: tokenizer.ggml.token_type", len(kinds), rule, "Copy it again")
     tokenizer = builders[kind](fields, texts, kinds)
     names = {name: _text(fields, texts, key) for name, key in _SPECIALS.items()}
     always = kind == "llama" or _cut(fields) == "llama3"
-    first = fields.get("tokenizer.ggml.add_bos_token", always)
-    last = fields.get("tokenizer.ggml.add_eos_token", False)
+    first = fields.get("tokenizer.ggml.add_bos_token", bool, always)
+    last = fields.get("tokenizer.ggml.add_eos_token", bool, False)
     around(tokenizer, names["bos_token"] if first else None, names["eos_token"] if last else None)
-    more = {"chat_template": _chat(fields), "model_max_length": fields.get("llama.context_length")}
+    length = fields.get("llama.context_length", int)
+    more = {"chat_template": _chat(fields), "model_max_length": length}
     return files_of(tokenizer, {**names, **more})
 
 
 def _cut(fields: Metadata) -> str | None:
-    return CUTS.get(fields.get("tokenizer.ggml.pre"))
+    return CUTS.get(fields.get("tokenizer.ggml.pre", str))
 
 
 def _text(fields: Metadata, texts: Sequence[str], key: str) -> str | None:
     key = f"tokenizer.ggml.{key}"
-    number = fields.get(key)
+    number = fields.get(key, int)
     if number is None:
         return None
     ok = 0 <= number < len(texts)
@@ -81,23 +83,28 @@ def _text(fields: Metadata, texts: Sequence[str], key: str) -> str | None:
 
 def _chat(fields: Metadata) -> Any:
     """One template, or several by name."""
-    template, named = fields.get("tokenizer.chat_template"), fields.get("tokenizer.chat_templates")
+    template = fields.get("tokenizer.chat_template", str)
+    named = fields.get_list("tokenizer.chat_templates", str)
     if not named:
         return template
     rows = [("default", template)] if template else []
-    rows += [(name, fields.need(f"tokenizer.chat_template.{name}")) for name in named]
+    for name in named:
+        fields.check_there(f"tokenizer.chat_template.{name}")
+        rows.append((name, fields.get(f"tokenizer.chat_template.{name}", str)))
     return [{"name": name, "template": text} for name, text in rows]
 
 
 def _byte_level(
     fields: Metadata, texts: Sequence[str], kinds: Sequence[int]
 ) -> tokenizers.Tokenizer:
-    pre, cut = fields.get("tokenizer.ggml.pre"), _cut(fields)
+    pre, cut = fields.get("tokenizer.ggml.pre", str), _cut(fields)
     rule = f"of the rules to cut text, {sorted(CUTS)} are known exactly"
     check(cut is not None, f"{fields.where}: tokenizer.ggml.pre", pre, rule, _OTHER)
-    merges = [tuple(merge.split(" ")) for merge in fields.need("tokenizer.ggml.merges")]
+    fields.check_there("tokenizer.ggml.merges")
+    merges = [tuple(merge.split(" ")) for merge in fields.get_list("tokenizer.ggml.merges", str)]
     vocabulary = {text: number for number, text in enumerate(texts)}
-    odd = [m for m in merges if len(m) != 2 or "".join(m) not in vocabulary]
+    known = (len(m) == 2 and {*m, "".join(m)} <= vocabulary.keys() for m in merges)
+    odd = [m for m, ok in zip(merges, known, strict=True) if not ok]
     rule = "must be pairs of tokens whose join is a token"
     check(not odd, f"{fields.where}: tokenizer.ggml.merges", odd[:5], rule, _OTHER)
     model = models.BPE(vocabulary, merges, fuse_unk=False, ignore_merges=cut == "llama3")
@@ -130,7 +137,8 @@ def _added(
 def _sentencepiece(
     fields: Metadata, texts: Sequence[str], kinds: Sequence[int]
 ) -> tokenizers.Tokenizer:
-    scores = fields.need("tokenizer.ggml.scores")
+    fields.check_there("tokenizer.ggml.scores")
+    scores = fields.get_list("tokenizer.ggml.scores", float)
     if len(scores) != len(texts):
         where = f"{fields.where}: tokenizer.ggml.scores"
         fail(where, len(scores), "must be as many as there are tokens", "Copy it again")
@@ -140,7 +148,7 @@ def _sentencepiece(
             texts,
             scores,
             kinds,
-            prefix=fields.get("tokenizer.ggml.add_space_prefix", True),
-            squeeze=fields.get("tokenizer.ggml.remove_extra_whitespaces", False),
+            prefix=fields.get("tokenizer.ggml.add_space_prefix", bool, True),
+            squeeze=fields.get("tokenizer.ggml.remove_extra_whitespaces", bool, False),
         )
     )

@@ -10,6 +10,7 @@ import re
 import numpy as np
 
 from mor_jax.config import ModelConfig, RopeScaling, check, fail
+from mor_jax.convert.fitting import check_layers
 from mor_jax.convert.gguf_tokenizer import tokenizer_files
 from mor_jax.convert.imported import Imported, check_tokenizer, facts_of
 from mor_jax.convert.lazy import Lazy
@@ -20,6 +21,7 @@ from mor_jax.convert.sources.hub import located
 from mor_jax.convert.views import as_params
 
 ROPE_FACTORS = "rope_freqs.weight"
+_EPS = "llama.attention.layer_norm_rms_epsilon"
 _ENDS = {
     "token_embd.weight": EMBEDDING,
     "output_norm.weight": "model.norm.weight",
@@ -62,8 +64,10 @@ def import_gguf(path: str, tokenizer: bool = True) -> Imported:
     file = located(path)
     rule = "is a directory; a model is one file of those in it"
     check(not file.is_dir(), "path", path, rule, "Give the path of a .gguf file")
-    raw, fields = open_gguf(file)
+    raw, fields = open_gguf(file, "llama")
     cfg = _config(raw, fields)
+    renamed = [_hf_name(name) for name in raw.specs]
+    check_layers(f"{file}: llama.block_count", cfg.layers, cfg.layers, renamed)
     params = as_params(cfg, llama_entries(cfg), _renamed(raw, cfg))
     files = tokenizer_files(fields) if tokenizer else None
     if files is not None:
@@ -72,16 +76,13 @@ def import_gguf(path: str, tokenizer: bool = True) -> Imported:
     if any(spec.dtype not in ("F32", "F16", "BF16") for spec in raw.specs.values()):
         notes = ("weights were quantized in the file; these are its numbers, not the original's",)
     weights = Weights(raw, "GGUF", notes)
-    name = fields.get("general.name")
+    name = fields.get("general.name", str)
     return Imported(cfg, params, files, facts_of(weights, architecture="llama", name=name))
 
 
 def _config(raw: Lazy, fields: Metadata) -> ModelConfig:
-    kind = fields.need("general.architecture")
-    where = f"{fields.where}: general.architecture"
-    check(kind == "llama", where, kind, "only llama is read", "Take a model of type llama")
     for key, neutral in _NEUTRAL.items():
-        value = fields.get(f"llama.{key}", neutral)
+        value = fields.get(f"llama.{key}", type(neutral), neutral)
         rule = f"our models compute as with {neutral}"
         fix = "This model cannot be converted exactly"
         check(value == neutral, f"{fields.where}: llama.{key}", value, rule, fix)
@@ -94,7 +95,11 @@ def _config(raw: Lazy, fields: Metadata) -> ModelConfig:
         check(value == head_dim, f"{fields.where}: llama.{key}", value, rule, "No other is read")
     embedding = raw.specs.get("token_embd.weight")
     check(embedding is not None, str(raw.where), None, "lacks token_embd.weight", "Copy it again")
-    theta = float(fields.get("llama.rope.freq_base", 10000.0))
+    axes = len(embedding.shape)
+    rule = "must have two axes, tokens and channels"
+    check(axes == 2, f"{raw.where}: token_embd.weight", embedding.shape, rule, "Copy it again")
+    theta = float(fields.get("llama.rope.freq_base", float, 10000.0))
+    fields.check_there(_EPS)
     cfg = ModelConfig(
         vocab_size=embedding.shape[0],
         width=width,
@@ -106,7 +111,7 @@ def _config(raw: Lazy, fields: Metadata) -> ModelConfig:
         max_length=_number(fields, "context_length"),
         rope_theta=theta,
         rope_scaling=_scaling(raw, fields, head_dim, theta),
-        norm_eps=_shortest(fields.need("llama.attention.layer_norm_rms_epsilon")),
+        norm_eps=_shortest(fields.get(_EPS, float)),
         tie_embeddings="output.weight" not in raw.specs,
         dtype="float32",
     )
@@ -115,13 +120,20 @@ def _config(raw: Lazy, fields: Metadata) -> ModelConfig:
 
 
 def _number(fields: Metadata, key: str, default: int | None = None) -> int:
-    """A size that may be told once or for every layer. Raises `ValueError` if layers differ."""
+    """A size that may be told once or for every layer.
+
+    Raises `ValueError` if layers differ, or it is no number of at least 1.
+    """
     key = f"llama.{key}"
-    value = fields.need(key) if default is None else fields.get(key, default)
-    values = set(value) if isinstance(value, list) else {value}
+    if default is None:
+        fields.check_there(key)
+    told = fields.get_list(key, int) if fields.is_list(key) else [fields.get(key, int, default)]
     rule = "differs between layers; our layers are alike"
-    check(len(values) == 1, f"{fields.where}: {key}", value, rule, "It cannot be converted")
-    return int(values.pop())
+    check(len(set(told)) == 1, f"{fields.where}: {key}", told[:5], rule, "It cannot be converted")
+    rule = "must be a number of at least 1, and none that no model has"
+    ok = 0 < told[0] < 2**31
+    check(ok, f"{fields.where}: {key}", told[0], rule, "Copy or convert it again")
+    return told[0]
 
 
 def _shortest(value: float) -> float:
@@ -131,8 +143,9 @@ def _shortest(value: float) -> float:
 
 def _scaling(raw: Lazy, fields: Metadata, head_dim: int, theta: float) -> RopeScaling:
     key = "llama.rope.scaling.type"
-    kind = fields.get(key, "none")
-    factor = fields.get("llama.rope.scaling.factor", fields.get("llama.rope.scale_linear", 1.0))
+    kind = fields.get(key, str, "none")
+    factor = fields.get("llama.rope.scale_linear", float, 1.0)
+    factor = fields.get("llama.rope.scaling.factor", float, factor)
     ok = kind in ("none", "linear")
     rule = "only linear and Llama 3.1's scaling are computed here"
     check(ok, f"{fields.where}: {key}", kind, rule, "It cannot be converted exactly")
@@ -152,7 +165,7 @@ def _llama3(raw: Lazy, fields: Metadata, head_dim: int, theta: float) -> RopeSca
         return RopeScaling()
     turns = theta ** (-np.arange(0, head_dim, 2) / head_dim) / (2 * math.pi)
     factor, low, high = _shortest(divisors.max()), 1.0, 4.0
-    told = fields.get("llama.rope.scaling.original_context_length")
+    told = fields.get("llama.rope.scaling.original_context_length", int)
     # A file seldom tells the length. Published models have 8192; others are powers of two as well.
     for length in [int(told)] if told else [8192, *(2**n for n in range(10, 21))]:
         kept = np.clip((turns * length - low) / (high - low), 0.0, 1.0)

@@ -1,6 +1,7 @@
 """Exports: what is in them, that PyTorch computes the same from them, that they lead back."""
 
 import json
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -213,7 +214,12 @@ def test_the_command_reports_and_refuses(tmp_path):
     parts = ["import", "--from=hf", source, workdir]
     done = subprocess.run([*COMMAND, *parts], capture_output=True, text=True)
     assert done.returncode == exit_codes.OK, done.stderr
-    assert "configs/from_workdir.py" in done.stdout
+    # The line works from any directory.
+    (line,) = [line for line in done.stdout.splitlines() if line.startswith("train from it: ")]
+    program, config, run = shlex.split(line)[4:]
+    settings, _, held = config.removeprefix("--config=").partition(":")
+    assert all(Path(file).is_absolute() and Path(file).is_file() for file in (program, settings))
+    assert held == run.removeprefix("--workdir=") == str(tmp_path / "back")
     tensors = load_file(tmp_path / "out" / "model.safetensors")
     save_file(dict(list(tensors.items())[1:]), tmp_path / "out" / "model.safetensors")
     done = subprocess.run([*COMMAND, *parts, "--overwrite"], capture_output=True, text=True)

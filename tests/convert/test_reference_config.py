@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from mor_jax.config import ModelConfig, RouterConfig
+from mor_jax.config import ModelConfig, RopeScaling, RouterConfig
 from mor_jax.convert.export_config import reference_options
 from mor_jax.convert.reference import fitted_layers, merge_options, model_config
 
@@ -108,6 +108,19 @@ def test_rounded_capacities_are_not_for_the_reference():
         reference_options(rounded)
     # Token-choice has no capacities there.
     assert reference_options(with_multiple(routed("token", {}), 128))["mor"]["type"] == "token"
+
+
+def test_what_the_reference_does_not_have_is_not_left_out():
+    scaled = dataclasses.replace(
+        routed("expert", {}), rope_scaling=RopeScaling(kind="linear", factor=2.0)
+    )
+    with pytest.raises(ValueError, match=r"model\.rope_scaling\.kind='linear': .*Use --to=hf"):
+        reference_options(scaled)
+    cfg = routed("token", {})
+    assert reference_options(cfg)["mor"]["type"] == "token"
+    router = dataclasses.replace(cfg.router, capacity_factor=1.5)
+    with pytest.raises(ValueError, match=r"model\.router\.capacity_factor=1\.5: .*--to=hf"):
+        reference_options(dataclasses.replace(cfg, router=router))
 
 
 def with_multiple(cfg, multiple):

@@ -1,6 +1,7 @@
 """GGUF files: metadata, and tensors that are dequantized one at a time."""
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -9,9 +10,11 @@ import numpy as np
 
 from mor_jax.config import check, fail
 from mor_jax.convert.lazy import Lazy, Spec
+from mor_jax.convert.sources import gguf_header
 from mor_jax.data.optional import need
 
 _WHOLE = ("F32", "F16", "F64")
+_NAMES = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,34 +24,84 @@ class Metadata:
     where: str
     fields: Mapping[str, Any]
 
-    def get(self, key: str, default: Any = None) -> Any:
-        """The value of `key` (a number, a text, a list), or `default` where the file has none."""
-        return self.fields[key].contents() if key in self.fields else default
+    def get(self, key: str, kind: type, default: Any = None) -> Any:
+        """The value of `key`, or `default` where the file has none.
 
-    def need(self, key: str) -> Any:
-        """The value of `key`. Raises `ValueError` if the file has none."""
-        check(key in self.fields, f"{self.where}: {key}", None, "is missing", "Convert it again")
-        return self.get(key)
+        kind: `int`, `float`, `str` or `bool`. Raises `ValueError` if the file has another.
+        """
+        if key not in self.fields:
+            return default
+        value = self._raw(key)
+        ok = _is(value, kind)
+        check(ok, f"{self.where}: {key}", _short(value), f"must be {_NAMES[kind]}", _AGAIN)
+        return value
+
+    def get_list(self, key: str, kind: type) -> Any:
+        """The values of `key`, all of `kind`; None where the file has none.
+
+        Raises `ValueError` if it has something else.
+        """
+        if key not in self.fields:
+            return None
+        values = self._raw(key)
+        ok = isinstance(values, list) and all(_is(value, kind) for value in values)
+        rule = f"must be a list, each {_NAMES[kind]}"
+        check(ok, f"{self.where}: {key}", _short(values), rule, _AGAIN)
+        return values
+
+    def is_list(self, key: str) -> bool:
+        """Whether the file has several values of `key`."""
+        return key in self.fields and isinstance(self._raw(key), list)
+
+    def check_there(self, key: str) -> None:
+        """Raises `ValueError` if the file has no `key`."""
+        check(key in self.fields, f"{self.where}: {key}", None, "is missing", _AGAIN)
+
+    def _raw(self, key: str) -> Any:
+        try:
+            value = self.fields[key].contents()
+        except UnicodeDecodeError as error:
+            fail(f"{self.where}: {key}", None, f"is damaged ({error})", _AGAIN)
+        return value.tolist() if isinstance(value, np.generic | np.ndarray) else value
 
 
-def open_gguf(path: Path) -> tuple[Lazy, Metadata]:
+_AGAIN = "Copy or convert it again"
+
+
+def _is(value: Any, kind: type) -> bool:
+    if kind is float:
+        return type(value) in (int, float) and math.isfinite(value)
+    return type(value) is kind
+
+
+def _short(value: Any) -> Any:
+    return value[:5] if isinstance(value, list | str) else value
+
+
+def open_gguf(path: Path, architecture: str) -> tuple[Lazy, Metadata]:
     """Tensors by the file's own names, axes as NumPy has them (out x in), and its metadata.
 
+    architecture: the only one that is read.
+
     Raises:
-        ValueError: a damaged file or none, one part of several, one written for big-endian
-            machines, or a quantization that the library cannot undo.
+        ValueError: a damaged file or none, another architecture, one part of several, one written
+            for big-endian machines, or a quantization that the library cannot undo.
     """
+    kind = gguf_header.architecture(path)
+    # Before the library decodes a large vocabulary for nothing.
+    where, rule = f"{path}: general.architecture", f"only {architecture} is read"
+    check(kind == architecture, where, kind, rule, f"Take a model of type {architecture}")
     gguf = need("gguf", "path", str(path))
     try:
-        reader = gguf.GGUFReader(path)
-    except (ValueError, IndexError, KeyError, OverflowError, OSError) as error:
+        # Places that a damaged file tells may be too large to add up, which it finds out.
+        with np.errstate(over="ignore"):
+            reader = gguf.GGUFReader(path)
+    # An altered file leads the library into errors of any kind.
+    except Exception as error:
         rule = f"is damaged or no GGUF file ({str(error).strip() or type(error).__name__})"
         fail(str(path), f"{path.stat().st_size} bytes", rule, "Copy or download it again")
     fields = Metadata(str(path), reader.fields)
-    rule = "is written for big-endian machines"
-    little = reader.endianess == gguf.GGUFEndian.LITTLE
-    check(little, str(path), None, rule, "Convert it: gguf-convert-endian FILE little")
-    parts = fields.get("split.count", 0)
+    parts = fields.get("split.count", int, 0)
     rule = "is one part of several"
     check(parts < 2, str(path), parts, rule, "Join them: llama-gguf-split --merge FIRST OUTPUT")
     tensors = {tensor.name: tensor for tensor in reader.tensors}
