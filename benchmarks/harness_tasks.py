@@ -59,15 +59,17 @@ metric_list:
 """
 
 
-def write(folder: Path, questions: int = 12, pages: int = 3, answers: int = 4) -> None:
-    """Writes task files and data of so many documents each into `folder`."""
+def write(
+    folder: Path, questions: int = 12, pages: int = 3, answers: int = 4, page: int = 700
+) -> None:
+    """Writes task files and data of so many documents each into `folder`. page: characters."""
     rng = random.Random(0)
     parts = [part for name in sorted(topics) for part in topics[name].split("\n\n")]
     plain = [re.sub(r"\s+", " ", part).strip() for part in parts if "::" not in part]
     texts = [text for text in plain if 150 < len(text) < 400]
     rng.shuffle(texts)
     cloze = [_question(texts[4 * i : 4 * i + 4], rng) for i in range(questions)]
-    whole = [{"page": topics[name][:700]} for name in sorted(topics)[:pages]]
+    whole = [{"page": topics[name][:page]} for name in sorted(topics)[:pages]]
     halves = [text.split(" ") for text in texts[-answers:]]
     begun = [{"context": " ".join(w[:12]), "target": " ".join(w[12:20])} for w in halves]
     _write(folder, "mor_cloze", _CLOZE, cloze)
