@@ -17,7 +17,7 @@ from ml_collections import config_flags
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from mor_jax import command_line, exit_codes
+from mor_jax import command_line, exit_codes, option_names
 from mor_jax.config import TrainConfig
 from mor_jax.flops import (
     effective_parameters,
@@ -40,11 +40,14 @@ JSON = flags.DEFINE_bool("json", False, "print one JSON line instead of tables")
 def main(_: list[str]) -> None:
     try:
         cfg = TrainConfig.from_dict(CONFIG.value.to_dict())
+        if LENGTH.value is not None:
+            cfg = dataclasses.replace(cfg, length=LENGTH.value)
+            cfg.validate()
     except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
+        told = option_names.as_typed(error, option_names.flags_given())
+        print(f"error: {told}", file=sys.stderr)
         sys.exit(exit_codes.REFUSED)
-    length = LENGTH.value or cfg.length
-    cfg = settled(dataclasses.replace(cfg, length=length), PLATFORM.value)
+    cfg, length = settled(cfg, PLATFORM.value), cfg.length
     report, room = flops(cfg.model, length), memory(cfg.model, length)
     counts = {
         name: count(cfg.model, embedding=embedding)

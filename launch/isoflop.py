@@ -20,7 +20,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from mor_jax import exit_codes, platforms
+from mor_jax import exit_codes, option_names, platforms
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLLOWING = ("run", "fit", "report")
@@ -35,7 +35,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         return options.call(options, rest)
     except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
+        typed = option_names.options(options) | option_names.words(rest)
+        print(f"error: {option_names.as_typed(error, typed)}", file=sys.stderr)
         return exit_codes.REFUSED
     except (OSError, ImportError) as error:
         # A disk, its permissions, or what an object store needs installed.

@@ -25,14 +25,16 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from mor_jax import command_line, exit_codes
+from mor_jax import command_line, exit_codes, option_names
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Configuration, such as configs/mor.py.")
 _TOPOLOGY = flags.DEFINE_string("topology", None, "Devices: v5e:16x16, 2xv5e:16x16, h100:8x4.")
 _TOKENS = flags.DEFINE_float("tokens", None, "Tokens of the whole run; default: its steps.")
 _COMPARE = flags.DEFINE_bool("compare", False, "Plain, recursive and MoR side by side.")
 _JSON = flags.DEFINE_bool("json", False, "Print one JSON line a plan instead of tables.")
-_TRY = flags.DEFINE_float("try_seconds", 300, "Time for other settings where these do not fit.")
+_TRY = flags.DEFINE_float(
+    "try_seconds", 300, "Time for other settings where these do not fit.", lower_bound=0
+)
 flags.mark_flags_as_required(["config", "topology"])
 
 
@@ -42,7 +44,8 @@ def main(_: list[str]) -> None:
     try:
         plans = _plans()
     except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
+        told = option_names.as_typed(error, option_names.flags_given())
+        print(f"error: {told}", file=sys.stderr)
         sys.exit(exit_codes.REFUSED)
     seconds = time.perf_counter() - start
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -12,6 +12,8 @@ Typed = Mapping[str, str]
 """Paths of settings -> options as they are typed. `path[]`: each value of a list is an option of
 its own. `group.`: every setting of a group is a value of the option."""
 
+_CONFIG = "config."
+
 _SETTING = re.compile(r"([A-Za-z_][\w.]*)(\[\d+\])?=")
 
 
@@ -52,6 +54,17 @@ def options(given: argparse.Namespace, paths: Mapping[str, str] | None = None) -
 
 
 def words(given: Sequence[str], groups: Sequence[str] = ()) -> dict[str, str]:
-    """The same of words that another parser reads. groups: options that hold `name=value`."""
+    """The same of words that another parser reads. groups: options that hold `name=value`.
+
+    `--config.optim.lr=1` decides on `config.optim.lr`, and on `optim.lr`.
+    """
     names = [word[2:].partition("=")[0] for word in given if word.startswith("--")]
-    return {f"{name}." if name in groups else name: f"--{name}" for name in names}
+    whole = {f"{name}." if name in groups else name: f"--{name}" for name in names}
+    return {name.removeprefix(_CONFIG): option for name, option in whole.items()} | whole
+
+
+def flags_given() -> dict[str, str]:
+    """The same of absl's flags, settings of `--config` among them, once they are parsed."""
+    from absl import flags
+
+    return words([f"--{name}" for name in flags.FLAGS if flags.FLAGS[name].present])

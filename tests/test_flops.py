@@ -338,8 +338,12 @@ def test_mfu():
 @pytest.mark.parametrize(
     ("argument", "told"),
     [
-        ("--config.model.router.capacity_multiple=0", "error: model.router.capacity_multiple=0: "),
+        (
+            "--config.model.router.capacity_multiple=0",
+            "error: --config.model.router.capacity_multiple=0: ",
+        ),
         ("--length=-5", "length"),
+        (f"--length={10**30}", f"error: --length={10**30}: must be between 2 and model.max_length"),
     ],
 )
 def test_the_command_says_what_is_wrong_without_a_traceback(argument, told):

@@ -15,9 +15,8 @@ PATHS = {
     "data.sources": "source",
     "sample.temperature": "temperature",
 }
-TYPED = options(GIVEN, PATHS) | words(
-    ["--model_args", "max_length=9", "--gen_kwargs=a=1", "--model=hf"], ("model_args", "gen_kwargs")
-)
+WORDS = ["--model_args", "max_length=9", "--gen_kwargs=a=1", "--model=hf", "--config.optim.lr=-1"]
+TYPED = options(GIVEN, PATHS) | words(WORDS, ("model_args", "gen_kwargs"))
 
 
 @pytest.mark.parametrize(
@@ -30,6 +29,8 @@ TYPED = options(GIVEN, PATHS) | words(
         ("workdir='w': is not", "--workdir='w': is not"),
         ("model_args.max_length=9: must", "--model_args max_length=9: must"),
         ("model='hf': the model", "--model='hf': the model"),
+        ("optim.lr=-1: must", "--config.optim.lr=-1: must"),
+        ("config.optim.lr=-1: is", "--config.optim.lr=-1: is"),
         # Not given, or of the configuration alone.
         ("sample.temperature=-1: must", "sample.temperature=-1: must"),
         ("sample='x': must", "sample='x': must"),

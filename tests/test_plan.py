@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -419,6 +420,12 @@ def test_a_step_too_large_for_a_tpu():
     assert isinstance(answer, TooLarge)
     assert answer.needed > answer.available > 15 * 2**30
     assert answer.parts[0][0].startswith("logits of one chunk")
+
+
+@pytest.mark.parametrize("budget", [0, -5.0, math.nan, math.inf])
+def test_a_budget_is_a_number_of_tokens(budget):
+    with pytest.raises(ValueError, match=r"^tokens=.*: must be a positive number of tokens"):
+        make_plan(TrainConfig(), parse_topology("v5e:2x2"), budget)
 
 
 def test_a_wrong_topology_is_one_line():

@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 
 from mor_jax import aot
 from mor_jax.aot import OutOfMemory, Program, Topology
-from mor_jax.config import TrainConfig
+from mor_jax.config import TrainConfig, check
 from mor_jax.flops import activation_bytes, flops
 from mor_jax.hlo.collectives import Collective, Network, Tally, tally
 from mor_jax.hlo.memory import Traffic, traffic
@@ -40,8 +40,11 @@ def make_plan(
     budget: tokens of the whole run, the configuration's if None.
 
     Raises:
-        ValueError: the mesh does not match the topology, or a size does not divide.
+        ValueError: the mesh does not match the topology, a size does not divide, or the budget is
+            no number of tokens.
     """
+    ok = budget is None or 0 < budget < math.inf
+    check(ok, "tokens", budget, "must be a positive number of tokens", "Try 1e9, or leave it out")
     start = time.perf_counter()
     cfg = settled(cfg, topology.platform)
     mesh = aot.mesh_of(cfg, topology)

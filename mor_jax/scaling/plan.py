@@ -34,6 +34,8 @@ _SHAPE = {
 }
 """What follows from flags, so that a value of the user's would be lost."""
 
+_MOST_SEEDS = 1000
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Asked:
@@ -132,8 +134,11 @@ def _check_lists(asked: Asked) -> None:
         _distinct(name, getattr(asked, name))
     for budget in asked.budgets:
         check(0 < budget < float("inf"), "budgets", budget, "must be positive FLOPs", "Try 1e18")
-    check(asked.seeds > 0, "seeds", asked.seeds, "must be positive", "Try 1")
+    rule = f"must be in 1 .. {_MOST_SEEDS}: each is a run of every point"
+    check(0 < asked.seeds <= _MOST_SEEDS, "seeds", asked.seeds, rule, "Try 1")
     if asked.noise is not None:
+        rule, number = f"must be at most {_MOST_SEEDS}", asked.noise_seeds
+        check(number <= _MOST_SEEDS, "noise_seeds", number, rule, f"Try {asked.seeds + 2}")
         rule = f"must be more than seeds={asked.seeds}, which every point has"
         fix = f"Try {asked.seeds + 2}"
         check(asked.noise_seeds > asked.seeds, "noise_seeds", asked.noise_seeds, rule, fix)

@@ -100,6 +100,8 @@ def test_noise_adds_seeds_at_one_point_and_drop_leaves_one_out():
         ({"overrides": {"batch_size": "four"}}, "wrong type"),
         ({"architectures": (f"mine={CONFIGS / 'common.py'}",)}, "is no configuration"),
         ({"noise": "w32@1e12", "noise_seeds": 1}, "noise_seeds=1: must be more"),
+        ({"noise": "w32@1e12", "noise_seeds": 10**11}, "noise_seeds=10+: must be at most 1000"),
+        ({"seeds": 10**11}, "^seeds=10+: must be in 1 .. 1000"),
         ({"sizes": ("w016", "w32", "w64")}, "Try w16"),
         ({"sizes": ("w16", "w32", "w99999999999")}, "at most 100,000"),
         ({"speed": 0.0}, "speed=0"),
