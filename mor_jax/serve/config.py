@@ -162,7 +162,7 @@ def _budget(full: Plan, cfg: EngineConfig) -> int:
     check(budget <= free, "engine.cache_bytes", budget, rule, "Give less")
     least = full.deepest_bytes(2)
     rule = f"must hold a sequence's first pages, {least:,} bytes"
-    check(budget >= least, "engine.cache_bytes", budget, rule, "Give more, or use smaller pages")
+    check(budget >= least, "engine.cache_bytes", budget, rule, "Give more")
     return budget
 
 

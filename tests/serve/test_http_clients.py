@@ -339,3 +339,29 @@ def test_the_command_says_what_is_wrong(tmp_path, monkeypatch, capsys, arguments
     assert importlib.import_module("launch.serve").main(["--port=0", *arguments]) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ") and message in error, error
+
+
+def numeric(parser):
+    """Options of a command that take numbers, and whether these are whole."""
+    return {a.dest: a.type is int for a in parser._actions if a.type in (int, float)}
+
+
+@pytest.mark.parametrize("command", ["serve", "generate"])
+def test_extremes_of_every_number_are_one_line_that_names_the_option(tmp_path, capsys, command):
+    write_run(tmp_path / "small", MODEL)
+    program = importlib.import_module(f"launch.{command}")
+    options = numeric(program._parser())
+    assert len(options) > 10
+    given = [
+        f"--workdir={tmp_path / 'small'}",
+        *({"serve": ["--port=0"]}.get(command) or ["--prompt=a"]),
+    ]
+    # As many as anybody likes.
+    endless = ("top_k", "max_waiting")
+    for name, whole in options.items():
+        for value in ("-3", str(10**30) if whole else "nan"):
+            if name not in endless or value == "-3":
+                assert program.main([*given, f"--{name}={value}"]) == 2, (name, value)
+                error = capsys.readouterr().err
+                assert error.startswith(f"error: --{name}={value}"), error
+                assert error.count("\n") == 1 and ". " in error
