@@ -38,6 +38,9 @@ USER = {"role": "user", "content": "hi"}
         b"[" * 100_000,
         b'{"a":' * 100_000,
         b'{"seed": ' + b"9" * 5000 + b"}",
+        b'{"max_tokens": 1, "prompt": "a", "max_tokens": 2}',
+        b'{"messages": [{"role": "user", "role": "system"}]}',
+        b'{"' + b"a" * 1000 + b'": 1, "' + b"a" * 1000 + b'": 2}',
     ],
     ids=lambda body: repr(body[:20]),
 )

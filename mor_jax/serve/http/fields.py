@@ -1,5 +1,6 @@
 """Reads the members of a request's JSON object, each with its type and range."""
 
+import collections
 import difflib
 import json
 import math
@@ -15,10 +16,15 @@ def parse_object(body: bytes) -> dict[str, Any]:
     """The JSON object in a request's body. Raises `Refusal` on anything else.
 
     Text that is no Unicode (a lone surrogate), NaN and infinite numbers are refused wherever they
-    are, because JSON has none.
+    are, because JSON has none; and a name that an object has twice, because one would be ignored.
     """
     try:
-        values = json.loads(body.decode("utf-8"), parse_constant=_no_constant, parse_int=_integer)
+        values = json.loads(
+            body.decode("utf-8"),
+            parse_constant=_no_constant,
+            parse_int=_integer,
+            object_pairs_hook=_object,
+        )
         _check_texts(values)
     except UnicodeDecodeError as error:
         raise Refusal(400, f"the body is not UTF-8 (byte {error.start})", code="not_json") from None
@@ -37,6 +43,14 @@ def parse_object(body: bytes) -> dict[str, Any]:
 
 def _no_constant(name: str) -> Any:
     raise ValueError(f"{name} is no JSON number")
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        twice = collections.Counter(name for name, _ in pairs).most_common(1)[0][0]
+        raise ValueError(f"{twice[:64]!r} is there twice")
+    return made
 
 
 def _integer(digits: str) -> int:
