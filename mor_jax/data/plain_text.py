@@ -109,16 +109,14 @@ class Field:
         rule = f"holds {type(value).__name__} in {where}, not text"
         ok = isinstance(value, str)
         check(ok, self.setting, self.name, rule, "Name a field of text")
-        return cleaned(value, where, found)
+        return cleaned(_without_surrogates(value, where, found), where, found)
 
 
 def cleaned(text: str, where: str, found: Findings) -> str:
-    """A document without what no text holds; what was left out, replaced or empty is counted."""
+    """A document without NUL; what was left out is counted, and so are empty documents."""
     if "\0" in text:
         found.add(NUL, where, text.count("\0"))
         text = text.replace("\0", "")
-    if not text.isascii():
-        text = _without_surrogates(text, where, found)
     if not text:
         found.add(EMPTY, where)
     return text
@@ -126,6 +124,8 @@ def cleaned(text: str, where: str, found: Findings) -> str:
 
 def _without_surrogates(text: str, where: str, found: Findings) -> str:
     """JSON can spell half of a surrogate pair, which no encoding of text can hold."""
+    if text.isascii():
+        return text
     try:
         text.encode("utf-8")
         return text
