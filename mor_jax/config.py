@@ -17,7 +17,10 @@ from mor_jax.model_config import (
     RouterConfig,
     Sharing,
 )
-from mor_jax.parsing import check, fail, not_negative, parse, positive
+from mor_jax.parsing import check, fail, not_negative, numbers, parse, positive
+
+MOST_WORKERS = 1024
+MOST_AHEAD = 65536
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -80,6 +83,11 @@ class DataConfig:
         ok = 0 < self.heldout_share <= 0.5
         check(ok, f"{path}.heldout_share", self.heldout_share, rule, "Try 0.01")
         not_negative(path, self, "seed", "workers", "prefetch")
+        for name, most in (("workers", MOST_WORKERS), ("prefetch", MOST_AHEAD)):
+            rule = f"must be at most {most}: each is a process" if name == "workers" else ""
+            rule = rule or f"must be at most {most}: so many batches are kept in memory"
+            ok = getattr(self, name) <= most
+            check(ok, f"{path}.{name}", getattr(self, name), rule, "Try 2")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -112,14 +120,16 @@ class CheckpointConfig:
     keep_every: int | None = None
     also: tuple[int, ...] = ()
 
-    def validate(self, path: str) -> None:
-        """Raises `ValueError` on a setting out of range."""
+    def validate(self, path: str, steps: int) -> None:
+        """Raises `ValueError` on a setting out of range for a run of `steps` steps."""
         positive(path, self, "keep")
         for name in ("every", "keep_every"):
             if getattr(self, name) is not None:
                 positive(path, self, name)
         for i, step in enumerate(self.also):
-            check(step > 0, f"{path}.also[{i}]", step, "must be a step, from 1", "Try (100,)")
+            rule = f"must be a step of the run, in 1 .. {steps}; after others nothing is written"
+            fix = "Leave it out, or raise steps"
+            check(0 < step <= steps, f"{path}.also[{i}]", step, rule, fix)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -242,6 +252,7 @@ class TrainConfig:
 
     def validate(self) -> None:
         """Raises `ValueError` on a setting out of range or two that do not fit together."""
+        numbers(self.to_dict())
         positive("config", self, "steps", "batch_size", "accumulate")
         rule = f"must be between 2 and model.max_length={self.model.max_length}"
         ok = 2 <= self.length <= self.model.max_length
@@ -255,7 +266,8 @@ class TrainConfig:
         self.model.validate("model")
         self.optim.validate("optim", self.steps)
         self.profile.validate("profile", self.steps)
-        for name in ("data", "eval", "checkpoint", "log", "mesh", "hosts"):
+        self.checkpoint.validate("checkpoint", self.steps)
+        for name in ("data", "eval", "log", "mesh", "hosts"):
             getattr(self, name).validate(name)
 
 

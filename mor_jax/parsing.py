@@ -92,6 +92,34 @@ def size(path: str, text: str) -> int:
         fail(path, text, f"must be a number of bytes, such as 2GB or 500MB ({error})", "Try 2GB")
 
 
+LARGEST = 2**31 - 1
+"""Largest whole number that a setting takes: counts on devices have 32 bits."""
+
+_SEEDS = 2**32 - 1
+_FLOATS = 3.4e38, 1.2e-38
+
+
+def numbers(values: dict[str, Any]) -> None:
+    """Raises `ValueError` if a number among nested settings is none that devices hold."""
+    for path, value in flat(values).items():
+        for i, each in enumerate(value if isinstance(value, (list, tuple)) else ()):
+            _number(f"{path}[{i}]", each)
+        _number(path, value)
+
+
+def _number(path: str, value: Any) -> None:
+    if isinstance(value, float):
+        most, least = _FLOATS
+        rule = f"must be 0 or a number between {least:g} and {most:g}, as 32 bits hold it"
+        ok = value == 0 or least <= abs(value) <= most
+        check(ok, path, value, rule, "Try one nearer to 1")
+    elif isinstance(value, int):
+        most = _SEEDS if path.endswith("seed") else LARGEST
+        bits = "32 bits, unsigned" if most == _SEEDS else "32 bits"
+        check(value <= most, path, value, f"must be at most {most}, {bits}", f"Try {most}")
+        check(value >= -LARGEST, path, value, f"must be at least {-LARGEST}, {bits}", "Try 0")
+
+
 def positive(path: str, cfg: Any, *names: str) -> None:
     """Raises `ValueError` unless the settings `names` of the group at `path` are above 0."""
     for name in names:

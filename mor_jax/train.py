@@ -33,6 +33,7 @@ from mor_jax.loop import Desk, Loop, Start, TooManySkipped, fields
 from mor_jax.models.remat import check_remat
 from mor_jax.readers import reader
 from mor_jax.resume import carried_place, check_place
+from mor_jax.room import check_room
 from mor_jax.settled import settled_in
 from mor_jax.state import TrainState, abstract_params, logical_axes
 from mor_jax.steps import CompiledSteps, abstract_state, first_state, fresh_state
@@ -245,6 +246,7 @@ def _assemble(cfg: TrainConfig, path: epath.Path, look: Callable[[], None]) -> R
     check_remat(cfg.model.remat)
     placement = sharding.param_shardings(mesh, logical_axes(cfg.model), abstract_params(cfg.model))
     abstract = abstract_state(cfg, mesh, placement)
+    check_room(cfg, mesh, abstract)
     steps = CompiledSteps(cfg, mesh, abstract)
     if cfg.model.router.capacity_warmup_steps == 0:
         steps.prepare(1)

@@ -22,7 +22,7 @@ import jax
 from etils import epath
 
 from mor_jax import checkpoint, initial
-from mor_jax.config import TrainConfig, check
+from mor_jax.config import TrainConfig, check, fail
 from mor_jax.lease import Held, Lease
 from mor_jax.manifest import write_atomic
 from mor_jax.parsing import flat
@@ -82,8 +82,21 @@ _LATER = ("model.rope_scaling", _MULTIPLE)
 
 def resolved(directory: epath.PathLike) -> epath.Path:
     """The absolute path of a local directory; that of an object store as it is."""
-    path = epath.Path(directory)
-    return path if "://" in str(directory) else path.expanduser().resolve()
+    text, fix = str(directory), "Give a directory, such as runs/mor"
+    check(bool(text) and "\0" not in text, "workdir", text, "is no name of a directory", fix)
+    try:
+        if "://" in text:
+            path = epath.Path(directory)
+            path.exists()
+            return path
+        local = Path(text).expanduser().resolve()
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError, PermissionError):
+            local.stat()
+    except (OSError, ImportError, RuntimeError) as error:
+        # A name that is too long, of an unknown user, or of a store that needs something installed.
+        reason = str(error).partition(": '")[0].rstrip(".")
+        fail("workdir", text, f"cannot be used: {reason}", "Choose another --workdir")
+    return epath.Path(local)
 
 
 class Change(NamedTuple):

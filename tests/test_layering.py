@@ -84,7 +84,7 @@ LAYERS = (
         "convert",
         "analysis",
     },
-    {"train", "resume", "loop", "feed", "steps", "finish", "scaling", "aot", "plan"},
+    {"train", "resume", "room", "loop", "feed", "steps", "finish", "scaling", "aot", "plan"},
 )
 LAYER_OF = {name: depth for depth, names in enumerate(LAYERS) for name in names}
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from mor_jax.config import LogConfig, MeshConfig, ModelConfig, RouterConfig, TrainConfig
-from mor_jax.workdir import Change, check_workdir, claim_workdir, hold
+from mor_jax.workdir import Change, check_workdir, claim_workdir, hold, resolved
 
 MODEL = ModelConfig(
     width=16,
@@ -92,6 +92,25 @@ def test_a_directory_of_something_else_is_refused_unharmed(tmp_path, name, text,
     with pytest.raises(ValueError, match=message):
         claim_workdir(tmp_path, CFG)
     assert snapshot(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("x" * 300, r"cannot be used: .*File name too long\. Choose another --workdir"),
+        ("x" * 300 + "/run", r"cannot be used: .*File name too long\."),
+        ("abcdefghi/" * 500, r"cannot be used: .*File name too long\."),
+        ("a\0b", r"workdir='a\\x00b': is no name of a directory\. Give a directory"),
+        ("", r"workdir='': is no name of a directory"),
+        ("~no_user_of_this_name/a", r"cannot be used: Could not determine home directory\."),
+    ],
+    ids=["long", "inside of a long one", "long path", "NUL", "empty", "no user"],
+)
+def test_what_cannot_be_a_directory_is_refused_in_one_line(name, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=message) as error:
+        resolved(name)
+    assert "\n" not in str(error.value) and not list(tmp_path.iterdir())
 
 
 def test_a_file_is_refused(tmp_path):
