@@ -122,6 +122,7 @@ def _meant(spec: str) -> str:
         return "Copy the files here, or to gs://, and name their kind, such as 'jsonl:GLOB'"
     if kind in _TABLES or os.path.splitext(spec)[1][1:].lower() in _TABLES:
         return "Tables are read as parquet: write it so, such as with pandas' to_parquet"
+    kind = kind.lower()
     near = difflib.get_close_matches(kind, [known.partition(":")[0] for known in KINDS], n=1)
     meant = _OTHER_NAMES.get(kind) or (near[0] if near else None)
     if colon:

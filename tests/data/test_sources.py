@@ -82,6 +82,7 @@ def test_a_directory_gets_a_source_that_works(tmp_path, monkeypatch, names, give
         ("csv:x.csv", "there are stdlib, text:GLOB.*Tables are read as parquet.*to_parquet"),
         ("x.csv", "Tables are read as parquet"),
         ("json:x.json", r"Did you mean 'jsonl:x\.json'"),
+        ("JSONL:X", "Did you mean 'jsonl:X'"),
         ("txt:x", "Did you mean 'text:x'"),
         ("jsnl:x.gz", r"Did you mean 'jsonl:x\.gz'"),
         ("a.jsonl.zst", r"Did you mean 'jsonl:a\.jsonl\.zst'"),
