@@ -2,6 +2,7 @@
 
 import codecs
 import dataclasses
+import re
 from typing import Any
 
 from mor_jax.config import check, fail
@@ -29,6 +30,7 @@ _FOREIGN = {
     b"%PDF-": ("a PDF file", "Leave it out of the pattern, or take its text out first"),
 }
 _TAR = (257, b"ustar")
+_CONTROL = re.compile(rb"[\x00-\x08\x0e-\x1a\x1c-\x1f]")
 
 _NUL_SHARE = 0.01
 """Share of NULs above which bytes are no text: a slip gives a few, binary data many."""
@@ -39,15 +41,25 @@ def check_head(head: bytes, where: str) -> None:
 
     head: the first bytes, decompressed. Other encodings and kinds of files are told by name.
     """
-    for start, (name, fix) in _FOREIGN.items():
-        check(not head.startswith(start), "file", where, f"is {name}, not text", fix)
-    at, mark = _TAR
-    fix = "Unpack it: each of its files is read by itself"
-    check(head[at : at + len(mark)] != mark, "file", where, "is a tar archive", fix)
+    if _binary(head):
+        for start, (name, fix) in _FOREIGN.items():
+            check(not head.startswith(start), "file", where, f"is {name}, not text", fix)
+        at, mark = _TAR
+        fix = "Unpack it: each of its files is read by itself"
+        check(head[at : at + len(mark)] != mark, "file", where, "is a tar archive", fix)
     encoding = next((name for start, name in _WIDE_MARKS.items() if head.startswith(start)), None)
     encoding = encoding or _without_mark(head)
     fix = f"Convert it: iconv -f {encoding} -t UTF-8"
     check(encoding is None, "file", where, f"is {encoding}, not UTF-8", fix)
+
+
+def _binary(head: bytes) -> bool:
+    """Whether no text begins so. Some marks are letters, which a text may begin with."""
+    try:
+        codecs.getincrementaldecoder("utf-8")().decode(head)
+    except UnicodeDecodeError:
+        return True
+    return _CONTROL.search(head) is not None
 
 
 def _without_mark(head: bytes) -> str | None:

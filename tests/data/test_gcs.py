@@ -52,7 +52,9 @@ def files(tmp_path_factory):
         store = fs.GcsFileSystem(
             anonymous=True, scheme="http", endpoint_override=host, project_id="test"
         )
-        store.create_dir("corpus")
+        # The second makes an object that stands for a folder.
+        for folder_name in ("corpus", "corpus/text/folder"):
+            store.create_dir(folder_name)
         for name, contents in FILES.items():
             (folder / name).parent.mkdir(exist_ok=True)
             (folder / name).write_bytes(contents)

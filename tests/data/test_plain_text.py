@@ -93,6 +93,12 @@ def test_other_kinds_of_files_are_named(tmp_path):
                 read(f"{kind}:{path}")
 
 
+@pytest.mark.parametrize("text", ["PAR1S est une ville é", "ARROW1 points up", "%PDF-like", "7z"])
+def test_texts_may_begin_with_the_letters_of_a_mark(tmp_path, text):
+    (tmp_path / "f.txt").write_text(text)
+    assert read(f"text:{tmp_path}/f.txt") == [text]
+
+
 def test_empty_documents_are_counted_and_said_once(tmp_path, caplog, byte_tokenizer):
     spec = write_jsonl(tmp_path / "f.jsonl", '{"text": null}', "", '{"text": ""}', "")
     cfg = DataConfig(sources=(spec,), heldout_share=0.2)
