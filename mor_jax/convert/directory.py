@@ -12,8 +12,7 @@ from safetensors import SafetensorError
 
 from mor_jax.config import check
 from mor_jax.convert.marker import check_ours, write_marker
-
-PathLike = str | os.PathLike[str]
+from mor_jax.convert.paths import PathLike, check_path
 
 _DRAFT, _REPLACED = ".partial-", "replaced-"
 
@@ -24,7 +23,11 @@ _renaming: set[Path] = set()
 
 @contextlib.contextmanager
 def fresh_directory(
-    path: PathLike, *, replace: bool = False, sources: Sequence[PathLike] = ()
+    path: PathLike,
+    *,
+    replace: bool = False,
+    sources: Sequence[PathLike] = (),
+    name: str = "output",
 ) -> Iterator[Path]:
     """Yields an empty directory beside `path`; on leaving it is made durable and renamed to `path`.
 
@@ -32,29 +35,31 @@ def fresh_directory(
     `.partial-NAME-...` beside it at the most, and the next conversion to `path` removes it.
     replace: what an earlier conversion made there gives way, once the new one is complete; not
     what is one of `sources`, or in the way of one, and nothing that was added or changed since.
+    name: of the setting that `path` is, for messages.
 
     Raises:
         ValueError: `path` exists and may not be replaced, or cannot be written.
     """
+    check_path(name, path)
     _tidy(absolute(path))
-    target = check_target(path, replace=replace, sources=sources)
+    target = check_target(path, replace=replace, sources=sources, name=name)
     draft = target.with_name(_name(target))
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         draft.mkdir()
     except OSError as error:
         raise ValueError(
-            f"output={target}: cannot be written: {error}. Choose another directory"
+            f"{name}={target}: cannot be written: {error}. Choose another directory"
         ) from error
     _open.add(draft)
     try:
         yield draft
         write_marker(draft)
         _settle(draft)
-        _publish(draft, target, replace)
+        _publish(draft, target, replace, name)
     except (OSError, SafetensorError) as error:
         raise ValueError(
-            f"output={target}: writing failed: {error}. Nothing was left there; free space or "
+            f"{name}={target}: writing failed: {error}. Nothing was left there; free space or "
             "choose another directory"
         ) from error
     finally:
@@ -113,37 +118,42 @@ def _remove(path: Path) -> None:
 
 
 def check_target(
-    path: PathLike, *, replace: bool = False, sources: Sequence[PathLike] = ()
+    path: PathLike,
+    *,
+    replace: bool = False,
+    sources: Sequence[PathLike] = (),
+    name: str = "output",
 ) -> Path:
     """The absolute path of an output directory. Raises `ValueError` if it may not be written."""
+    check_path(name, path)
     rule = "conversions write to local directories"
-    check("://" not in str(path), "output", str(path), rule, "Write here and copy the result")
+    check("://" not in str(path), name, str(path), rule, "Write here and copy the result")
     target = absolute(path)
     taken = os.path.lexists(target) and not target.is_dir()
-    check(not taken, "output", str(target), "exists and is a file", "Choose another directory")
+    check(not taken, name, str(target), "exists and is a file", "Choose another directory")
     if target.is_dir() and any(target.iterdir()):
         rule = "exists and is not empty"
         fix = "Choose another directory, or give --overwrite to replace it"
-        check(replace, "output", str(target), rule, fix)
-        _check_replaceable(target, [absolute(source) for source in sources])
+        check(replace, name, str(target), rule, fix)
+        _check_replaceable(target, [absolute(source) for source in sources], name)
     there = next(part for part in (target.parent, *target.parents) if part.exists())
-    check(there.is_dir(), "output", str(target), f"{there} is a file", "Choose another directory")
+    check(there.is_dir(), name, str(target), f"{there} is a file", "Choose another directory")
     rule = f"no permission to write in {there}, or it is read-only"
     writable = os.access(there, os.W_OK | os.X_OK, effective_ids=True)
-    check(writable, "output", str(target), rule, "Choose another directory")
+    check(writable, name, str(target), rule, "Choose another directory")
     return target
 
 
-def _check_replaceable(target: Path, sources: Sequence[Path]) -> None:
+def _check_replaceable(target: Path, sources: Sequence[Path], name: str) -> None:
     # Names that are no paths (of the hub, `bytes`) cannot be in the way.
     for source in filter(Path.exists, sources):
         rule = f"is {source}, which is read, or lies around or inside of it"
         apart = target != source and target not in source.parents and source not in target.parents
-        check(apart, "output", str(target), rule, "Choose another directory")
+        check(apart, name, str(target), rule, "Choose another directory")
     rule = "holds the checkpoints of a run, which are not replaced"
     fix = "Choose another directory, or delete this one yourself"
-    check(not (target / "checkpoints").exists(), "output", str(target), rule, fix)
-    check_ours(target, target, quick=True)
+    check(not (target / "checkpoints").exists(), name, str(target), rule, fix)
+    check_ours(target, target, name, quick=True)
 
 
 def absolute(path: PathLike) -> Path:
@@ -174,7 +184,7 @@ def _tidy(target: Path) -> None:
         else:
             # What was set aside and is not as it was made is somebody's; it stays there.
             with contextlib.suppress(ValueError):
-                check_ours(path, target)
+                check_ours(path, target, "output")
                 _remove(path)
 
 
@@ -207,7 +217,7 @@ def flush(path: Path) -> None:
         os.close(handle)
 
 
-def _publish(draft: Path, target: Path, replace: bool) -> None:
+def _publish(draft: Path, target: Path, replace: bool, name: str) -> None:
     old = target.with_name(_name(target, _REPLACED))
     _renaming.add(draft)
     try:
@@ -215,14 +225,14 @@ def _publish(draft: Path, target: Path, replace: bool) -> None:
             target.rename(old)
             # Nobody adds to it by its name any more: what is found now is all there is.
             if any(old.iterdir()):
-                check_ours(old, target)
+                check_ours(old, target, name)
         try:
             draft.rename(target)
         except OSError as error:
             if not target.exists():
                 raise
             told = "was written by another conversion meanwhile. Choose another directory"
-            raise ValueError(f"output={target}: {told}") from error
+            raise ValueError(f"{name}={target}: {told}") from error
         shutil.rmtree(old, ignore_errors=True)
     finally:
         if old.exists() and not target.exists():

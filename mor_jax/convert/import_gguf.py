@@ -130,7 +130,7 @@ def _number(fields: Metadata, key: str, default: int | None = None) -> int:
     told = fields.get_list(key, int) if fields.is_list(key) else [fields.get(key, int, default)]
     rule = "differs between layers; our layers are alike"
     check(len(set(told)) == 1, f"{fields.where}: {key}", told[:5], rule, "It cannot be converted")
-    rule = "must be a number of at least 1, and none that no model has"
+    rule = "must be a number of at least 1, and below 2**31"
     ok = 0 < told[0] < 2**31
     check(ok, f"{fields.where}: {key}", told[0], rule, "Copy or convert it again")
     return told[0]

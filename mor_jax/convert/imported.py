@@ -94,8 +94,11 @@ def _largest(contents: bytes, where: str) -> int:
         told = json.loads(contents)
         vocabulary = told["model"]["vocab"]
         ids = list(vocabulary.values()) if isinstance(vocabulary, dict) else range(len(vocabulary))
-        added = [token["id"] for token in told.get("added_tokens") or ()]
-        return max([*ids, *added])
-    except (ValueError, KeyError, TypeError) as error:
+        numbers = [*ids, *(token["id"] for token in told.get("added_tokens") or ())]
+        odd = [number for number in numbers if type(number) is not int]
+        if odd:
+            raise ValueError(f"a token has the number {odd[0]!r}")
+        return max(numbers)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         rule = f"is damaged or no Hugging Face tokenizer ({error!r})"
         fail(where, f"{len(contents)} bytes", rule, "Copy or download it again")

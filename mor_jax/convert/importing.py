@@ -67,7 +67,8 @@ def import_run(origin: Origin, source: str, options: ImportOptions) -> Written:
     ok = options.config is None or origin == "reference"
     check(ok, "reference_config", options.config, rule, "Leave it out")
     sources = [path for path in (source, options.config, options.tokenizer) if path is not None]
-    target = check_target(options.workdir, replace=options.replace, sources=sources)
+    place = {"replace": options.replace, "sources": sources, "name": "workdir"}
+    target = check_target(options.workdir, **place)
     start = time.perf_counter()
     imported = _readers(options)[origin](source)
     notes = [str(note) for note in imported.facts.get("notes", ())]
@@ -81,7 +82,7 @@ def import_run(origin: Origin, source: str, options: ImportOptions) -> Written:
         notes.append("no tokenizer came with it: set data.tokenizer before training")
     cfg = run_config(dataclasses.replace(model, dtype=options.dtype), name or "bytes")
     facts = {**imported.facts, "from": f"{source} ({origin})", "notes": notes, "tokenizer": name}
-    with fresh_directory(target, replace=options.replace, sources=sources) as draft:
+    with fresh_directory(target, **place) as draft:
         for file, content in files.items():
             (draft / TOKENIZER).mkdir(exist_ok=True)
             (draft / TOKENIZER / file).write_bytes(content)

@@ -18,20 +18,21 @@ def write_marker(directory: Path) -> None:
     (directory / MARKER).write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
 
 
-def check_ours(directory: Path, shown: Path, *, quick: bool = False) -> None:
+def check_ours(directory: Path, shown: Path, name: str, *, quick: bool = False) -> None:
     """Raises `ValueError` unless all that lies in `directory` is as a conversion made it.
 
-    shown: the directory's name in messages. quick: large files are compared by size alone.
+    shown, name: the directory and the setting that names it, for messages. quick: large files are
+    compared by size alone.
     """
     made = _listed(directory)
     rule = f"has no {MARKER}, the list of what a conversion made (earlier releases left none)"
     fix = "If nothing in it is needed, delete it yourself; else choose another directory"
-    check(made is not None, "output", str(shown), rule, fix)
+    check(made is not None, name, str(shown), rule, fix)
     found = made_files.strangers(directory, made or {}, MARKER, quick=quick)
     more = f" and {len(found) - 10} more" if len(found) > 10 else ""
     rule = f"holds what no conversion made: {', '.join(found[:10])}{more}"
     fix = "Move that elsewhere, or choose another directory"
-    check(not found, "output", str(shown), rule, fix)
+    check(not found, name, str(shown), rule, fix)
 
 
 def renew(directory: Path, name: str) -> bytes | None:

@@ -14,6 +14,7 @@ from mor_jax.config import check
 from mor_jax.convert.directory import PathLike, absolute, replace_file
 from mor_jax.convert.hf_config import AUTO_MAP, CONFIG, read_config
 from mor_jax.convert.marker import MARKER, renew
+from mor_jax.convert.paths import check_path
 
 MODELING = "modeling_mor.py"
 _SEAL = "# SHA-256 of all lines above, as mor_jax wrote them: "
@@ -64,7 +65,7 @@ def refresh(path: PathLike, *, force: bool = False) -> Refreshed:
         ValueError: no export of ours is there, its file was edited or is newer, or it cannot be
             written.
     """
-    check(str(path) != "", "path", "''", "is empty", "Give the directory of an export")
+    check_path("path", path)
     place = absolute(path)
     _check_export(place)
     target, new = place / MODELING, modeling_text()

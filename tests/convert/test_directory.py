@@ -233,3 +233,14 @@ def test_draft_of_a_living_writer_stays(tmp_path):
 def test_places_that_cannot_be_written(path):
     with pytest.raises(ValueError, match="output="), fresh_directory(path):
         pass
+
+
+@pytest.mark.parametrize("path", ["", "a\0b", f"{'x' * 300}/out", "d/" * 3000, "\udcff" * 260])
+def test_texts_that_are_no_paths(path):
+    for name in ("output", "workdir"):
+        with (
+            pytest.raises(ValueError, match=f"^{name}=") as error,
+            fresh_directory(path, name=name),
+        ):
+            pass
+        assert "\n" not in str(error.value) and len(str(error.value)) < 300

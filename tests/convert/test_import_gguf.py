@@ -292,6 +292,27 @@ def test_other_files_and_corrupt_heads_are_refused(tmp_path):
         import_gguf(str(path))
 
 
+def test_counts_that_a_file_has_no_room_for(tmp_path):
+    path = tmp_path / "x.gguf"
+    raw = (tmp_path / write(path)).read_bytes()
+    kinds = raw.index(b"tokenizer.ggml.token_type") + len(b"tokenizer.ggml.token_type") + 8
+    for place, told in ((8, "tensors and"), (16, "settings have no room"), (kinds, "values")):
+        for count in (2**20 * 3, 2**62):
+            path.write_bytes(raw[:place] + count.to_bytes(8, "little") + raw[place + 8 :])
+            with pytest.raises(ValueError, match=rf"x\.gguf.*damaged or no GGUF file.*{told}"):
+                import_gguf(str(path))
+    path.write_bytes(raw[:4] + (3).to_bytes(4, "big") + raw[8:])
+    with pytest.raises(ValueError, match=r"big-endian machines.*gguf-convert-endian"):
+        import_gguf(str(path))
+
+
+def test_another_architecture_is_refused_before_its_vocabulary_is_decoded(tmp_path, monkeypatch):
+    path = write(tmp_path / "x.gguf", architecture="gemma3")
+    monkeypatch.delattr(gguf, "GGUFReader")
+    with pytest.raises(ValueError, match=r"general\.architecture='gemma3': only llama"):
+        import_gguf(path)
+
+
 @pytest.mark.parametrize("path", ["", "runs/nowhere.gguf"])
 def test_paths_that_are_no_files_are_refused(path, tmp_path):
     with pytest.raises(ValueError, match=r"is a directory|neither an existing path"):

@@ -294,9 +294,10 @@ def test_tokenizers_come_along_unless_they_have_too_many_tokens(tmp_path):
     with pytest.raises(ValueError, match=r"tokenizer\.json=65: has a token 64.* embeds 64"):
         import_hf(path)
     assert import_hf(path, tokenizer=False).tokenizer is None
-    (tmp_path / "tokenizer.json").write_text("{}")
-    with pytest.raises(ValueError, match=r"tokenizer\.json.*no Hugging Face tokenizer"):
-        import_hf(path)
+    for text in ("{}", "[" * 10**5, '{"model": {"vocab": {"a": "b", "c": 1}}}'):
+        (tmp_path / "tokenizer.json").write_text(text)
+        with pytest.raises(ValueError, match=r"tokenizer\.json.*no Hugging Face tokenizer"):
+            import_hf(path)
 
 
 def test_what_is_taken_for_granted_is_said(tmp_path):

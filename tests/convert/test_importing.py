@@ -49,7 +49,7 @@ def test_what_is_there_stays_unless_it_may_be_replaced(plain, tmp_path):
     with pytest.raises(ValueError, match=r"not empty.*--overwrite"):
         import_run("hf", str(done.output), options)
     options = dataclasses.replace(options, replace=True)
-    with pytest.raises(ValueError, match=r"has no conversion\.json"):
+    with pytest.raises(ValueError, match=r"^workdir=.*has no conversion\.json"):
         import_run("hf", str(done.output), options)
     (tmp_path / "run" / "config.json").unlink()
     for _ in range(2):

@@ -63,13 +63,13 @@ def test_an_older_file_is_renewed_and_nothing_else(export, text, told):
 def test_a_renewed_export_may_still_be_replaced(export):
     write_marker(export)
     refresh(export)
-    check_ours(export, export)
+    check_ours(export, export, "path")
     (export / MODELING).write_text(sealed(NEWER) + "x")
     with pytest.raises(ValueError, match=r"modeling_mor\.py \(changed\)"):
-        check_ours(export, export)
+        check_ours(export, export, "path")
     kept = refresh(export, force=True).kept
     with pytest.raises(ValueError, match=rf"made: {kept.name} \(added\)\."):
-        check_ours(export, export)
+        check_ours(export, export, "path")
 
 
 def test_a_file_that_is_missing_is_written(export):

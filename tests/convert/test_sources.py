@@ -98,9 +98,10 @@ def test_missing_and_foreign_shards_are_named(suffix, tmp_path):
     index.write_text('{"weight_map": {"a": "../../etc/passwd"}}')
     with pytest.raises(ValueError, match="files beside the index"):
         open_weights(tmp_path)
-    index.write_text('{"weight_')
-    with pytest.raises(ValueError, match="is no index of shards"):
-        open_weights(tmp_path)
+    for text in ('{"weight_', "[" * 10**5, '{"weight_map": 3}'):
+        index.write_text(text)
+        with pytest.raises(ValueError, match="is no index of shards"):
+            open_weights(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin"])

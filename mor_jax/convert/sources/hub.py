@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mor_jax.config import fail
+from mor_jax.convert.paths import check_path
 from mor_jax.convert.sources.ways_out import way_out
 from mor_jax.data.optional import need
 
@@ -29,6 +30,7 @@ def located(name: str, weights: bool = True) -> Path:
     Raises:
         ValueError: neither a path nor a repository that can be reached.
     """
+    check_path("source", name)
     path = Path(os.path.expanduser(name))
     if path.exists():
         return path

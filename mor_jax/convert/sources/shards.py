@@ -49,7 +49,7 @@ def _weight_map(index: Path) -> dict[str, str]:
     try:
         places = json.loads(index.read_text())["weight_map"]
         ok = all(isinstance(k, str) and isinstance(v, str) for k, v in places.items()) and places
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         fail(str(index), None, f"is no index of shards ({error!r})", "Download it again")
     inside = ok and all(Path(file).name == file for file in places.values())
     if not inside:
