@@ -12,10 +12,17 @@ import json
 import sys
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from mor_jax.stopping import Signals
+
+_SIGNALS = Signals("nothing was written")
+if __name__ == "__main__":
+    # First of all: what follows takes seconds to import.
+    _SIGNALS.__enter__()
+
 from absl import app, flags
 from ml_collections import config_flags
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from mor_jax import command_line, exit_codes, option_names
 from mor_jax.config import TrainConfig
@@ -101,4 +108,5 @@ def _print_tables(report, counts, totals, room) -> None:
 
 
 if __name__ == "__main__":
-    app.run(main, flags_parser=command_line.parsed)
+    with _SIGNALS:
+        app.run(main, flags_parser=command_line.parsed)

@@ -18,6 +18,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from mor_jax import exit_codes, option_names, platforms
+from mor_jax.stopping import Signals
 
 _PATHS = {
     "data.sources": "source",
@@ -108,4 +109,5 @@ def _command(commands: Any, name: str, told: str, tokens: int) -> argparse.Argum
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    with Signals("what was under way was not written"):
+        sys.exit(main())

@@ -17,6 +17,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from mor_jax import exit_codes, option_names, platforms
+from mor_jax.stopping import Signals
 
 _PATHS = {
     "eval.batches": "batches",
@@ -107,4 +108,5 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    with Signals("nothing was written"):
+        sys.exit(main())

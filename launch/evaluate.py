@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from mor_jax import exit_codes, option_names, platforms
+from mor_jax.stopping import Signals
 
 if TYPE_CHECKING:
     from mor_jax.config import TrainConfig
@@ -45,9 +46,6 @@ def main(argv: list[str] | None = None) -> int:
         typed |= option_names.words(others, groups=("model_args", "gen_kwargs"))
         print(f"error: {option_names.as_typed(error, typed)}", file=sys.stderr)
         return exit_codes.REFUSED
-    except KeyboardInterrupt:
-        print("stopped; the same command goes on", file=sys.stderr)
-        return exit_codes.STOPPED
     return exit_codes.OK
 
 
@@ -158,4 +156,5 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    with Signals("what was recorded stays"):
+        sys.exit(main())

@@ -13,15 +13,15 @@ settings of an answer under their names here. Answers keep the order of the prom
 import argparse
 import io
 import os
-import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from mor_jax import exit_codes, option_names, platforms
+from mor_jax.stopping import Signals
 
 _PATHS = {"engine.slots": "slots", "engine.cache_bytes": "cache"}
 """Options under other names than their settings."""
@@ -32,9 +32,6 @@ def main(argv: list[str] | None = None) -> int:
     platforms.skip_absent()
     try:
         return _generate(options)
-    except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
-        return exit_codes.STOPPED
     except BrokenPipeError:
         # Whoever read the answers has enough. The interpreter's own flush must not complain.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -125,18 +122,22 @@ def _add_settings(add: Callable[..., Any]) -> None:
     add("--logprobs", type=int, help="show log-probabilities, with this many alternatives (0..20)")
 
 
-def _terminate(*_: object) -> NoReturn:
-    raise KeyboardInterrupt
+def _tidy(_: str) -> None:
+    """What is left of an output that was not finished, and of a line that showed the state."""
+    show = sys.modules.get("mor_jax.serve.show")
+    if show is not None:
+        show.abandon()
+    if sys.stderr.isatty():
+        # The cursor is shown again.
+        sys.stderr.write("\x1b[?25h\n")
+        sys.stderr.flush()
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, _terminate)
+    signals = Signals("answers that were not finished are not written")
+    signals.on_leaving(_tidy)
+    signals.__enter__()
     # A terminal that lacks a letter gets a question mark, not an error.
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")
-    code = main()
-    if code == exit_codes.STOPPED:
-        # The engine's thread may be in a compiler that cannot be interrupted: nobody waits for it.
-        sys.stdout.flush()
-        os._exit(code)
-    sys.exit(code)
+    sys.exit(main())

@@ -21,6 +21,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from mor_jax import exit_codes, option_names, platforms
+from mor_jax.stopping import Signals
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLLOWING = ("run", "fit", "report")
@@ -42,9 +43,6 @@ def main(argv: list[str] | None = None) -> int:
         # A disk, its permissions, or what an object store needs installed.
         print(f"error: study={options.study!r}: cannot be used: {error}", file=sys.stderr)
         return exit_codes.ERROR
-    except KeyboardInterrupt:
-        print("stopped; the same command goes on", file=sys.stderr)
-        return exit_codes.STOPPED
 
 
 def _plan(options: argparse.Namespace, rest: list[str]) -> int:
@@ -304,4 +302,5 @@ def _plan_flags(plan: argparse.ArgumentParser) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    with Signals("no training was under way"):
+        sys.exit(main())

@@ -19,6 +19,13 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from mor_jax.stopping import Signals
+
+_SIGNALS = Signals("nothing was written")
+if __name__ == "__main__":
+    # First of all: what follows takes seconds to import.
+    _SIGNALS.__enter__()
+
 # Nothing runs here; an accelerator of this machine stays free.
 os.environ["JAX_PLATFORMS"] = "cpu"
 
@@ -106,4 +113,5 @@ def _tell_attempt(change: dict, short: int | None) -> None:
 
 
 if __name__ == "__main__":
-    app.run(main, flags_parser=command_line.parsed)
+    with _SIGNALS:
+        app.run(main, flags_parser=command_line.parsed)

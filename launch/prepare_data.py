@@ -12,6 +12,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from mor_jax.stopping import Signals
+
 
 def parse(arguments: list[str]) -> argparse.Namespace:
     """The command line as values."""
@@ -64,4 +66,5 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    with Signals("shards that are whole stay"):
+        sys.exit(main(sys.argv[1:]))

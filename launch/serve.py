@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from mor_jax import exit_codes, option_names, platforms
+from mor_jax.stopping import Signals
 
 if TYPE_CHECKING:
     from mor_jax.serve.http.limits import Limits
@@ -139,4 +140,6 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    # Once it serves the server listens to signals itself.
+    with Signals("no request was taken", "The same command serves", exit_codes.OK):
+        sys.exit(main())

@@ -129,3 +129,53 @@ def test_several_processes_learn_the_largest_number_one_step_late(shape):
     agree = Agreement(mesh, several=True)
     with jax.set_mesh(mesh):
         assert [agree(0), agree(15), agree(10), agree(0)] == [0, 0, 15, 10]
+
+
+LONG = ["--workdir=no/such/run"]
+COMMANDS = {
+    "train": ["--config=configs/mor.py", "--workdir={tmp}/run"],
+    "plan": ["--config=configs/mor.py", "--topology=v5e:2x2"],
+    "accounting": [],
+    "evaluate": LONG,
+    "calibrate": LONG,
+    "analyze": ["statistics", *LONG],
+    "generate": [*LONG, "--prompt=a"],
+    "serve": LONG,
+    "isoflop": ["status", "--study={tmp}/study"],
+    "prepare_data": ["--source=stdlib", "--output={tmp}/shards"],
+}
+
+# Starts a command as Python does, but stops where it first imports what takes long, and there gets
+# a signal: until then nothing may have come that could be hurt.
+EARLY = """
+import os, signal, sys, runpy, time
+
+class Heavy:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in ("absl", "jax", "numpy", "rich", "ml_collections", "etils"):
+            os.kill(os.getpid(), int(os.environ["KIND"]))
+            time.sleep(float(os.environ["PATIENCE"]))
+        return None
+
+sys.meta_path.insert(0, Heavy())
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_is_ended_while_it_imports(name, tmp_path):
+    kind = KINDS[list(COMMANDS).index(name) % len(KINDS)]
+    words = [word.format(tmp=tmp_path) for word in COMMANDS[name]]
+    done = subprocess.run(
+        [sys.executable, "-c", EARLY, f"launch/{name}.py", *words],
+        env={**os.environ, "KIND": str(int(kind)), "PATIENCE": str(PATIENCE)},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    # A server that is told to end before it serves has done what it was told.
+    assert done.returncode == (exit_codes.OK if name == "serve" else exit_codes.STOPPED)
+    assert done.stderr.startswith(f"stopped: {kind.name}: left at once, ")
+    assert done.stderr.count("\n") == 1 and "The same command" in done.stderr
+    assert not done.stdout and not list(tmp_path.iterdir())

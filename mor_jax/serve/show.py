@@ -62,6 +62,9 @@ class JsonLines:
         self._write(json.dumps(answer.to_dict(self._tokenizer), ensure_ascii=False))
 
 
+_DRAFTS: set[Path] = set()
+
+
 @contextlib.contextmanager
 def whole_file(path: Path, replace: bool) -> Iterator[io.TextIOBase]:
     """A text file that appears when the block is left without an error, or not at all.
@@ -80,6 +83,7 @@ def whole_file(path: Path, replace: bool) -> Iterator[io.TextIOBase]:
         file = draft.open("x", encoding="utf-8")
     except OSError as error:
         fail("output", str(path), f"cannot be written ({error.strerror})", "Choose another")
+    _DRAFTS.add(draft)
     try:
         with file:
             yield file
@@ -87,6 +91,13 @@ def whole_file(path: Path, replace: bool) -> Iterator[io.TextIOBase]:
             os.fsync(file.fileno())
         draft.replace(path)
     finally:
+        draft.unlink(missing_ok=True)
+        _DRAFTS.discard(draft)
+
+
+def abandon() -> None:
+    """Removes what `whole_file` has begun, for a process that ends inside of the block."""
+    for draft in list(_DRAFTS):
         draft.unlink(missing_ok=True)
 
 

@@ -22,7 +22,7 @@ from mor_jax.serve.engine import Engine, EngineConfig
 from mor_jax.serve.prompts import Wishes, from_lines, from_texts, prepare
 from mor_jax.serve.request import Finished, Request
 from mor_jax.serve.served import load_served
-from mor_jax.serve.show import whole_file
+from mor_jax.serve.show import abandon, whole_file
 from mor_jax.workdir import claim_workdir
 
 MODEL = dataclasses.replace(TINY["expert_cycle"], vocab_size=256, layers=2, recursions=2)
@@ -305,6 +305,11 @@ def test_a_file_is_whole_or_as_before_and_nothing_beside_it_is_touched(tmp_path)
         file.write("whole")
     assert (tmp_path / "a.jsonl").read_text() == "whole"
     assert (tmp_path / "a.jsonl.draft").read_text() == "mine" and len(os.listdir(tmp_path)) == 2
+    # As for a process that a signal ends inside of the block.
+    with pytest.raises(FileNotFoundError), whole_file(tmp_path / "b.jsonl", True):
+        assert len(os.listdir(tmp_path)) == 3
+        abandon()
+        assert len(os.listdir(tmp_path)) == 2
 
 
 class Interrupted(io.StringIO):
