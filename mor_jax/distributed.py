@@ -23,6 +23,8 @@ HEARTBEAT = 50
 WAIT = 300
 """Seconds for which the processes of a run wait for each other at the start."""
 
+_LONGEST = 7 * 86400
+_MOST = 2**20
 _SHUTDOWN = 120
 _LINGER = 3
 
@@ -44,6 +46,8 @@ def initialize(
     """
     # JAX would install a handler of SIGTERM of its own, and ours decides when to stop.
     jax.config.update("jax_enable_preemption_service", False)
+    rule = f"must be seconds in 1 .. {_LONGEST}"
+    check(0 < wait <= _LONGEST, "--distributed_wait", wait, rule, f"Try {WAIT}")
     if coordinator is None and processes is None and process is None:
         _join("auto", wait)
         return
@@ -146,6 +150,7 @@ def _checked(
         check(value is not None, flag, value, rule, fix)
     assert coordinator is not None and processes is not None and process is not None
     check(processes > 0, "--processes", processes, "must be positive", "Try 1")
+    check(processes <= _MOST, "--processes", processes, f"must be at most {_MOST}", "Try 2")
     rule = f"must be in 0 .. {processes - 1}, as --processes={processes}"
     check(0 <= process < processes, "--process", process, rule, "Count processes from 0")
     address, colon, port = coordinator.rpartition(":")

@@ -173,6 +173,10 @@ def test_coordinator_that_does_not_answer_is_named():
         (("host", 2, 0), "--coordinator='host': must be HOST:PORT"),
         (("host:70000", 2, 0), "--coordinator='host:70000': must be HOST:PORT"),
         ((":80", 2, 0), "--coordinator=':80': must be HOST:PORT"),
+        (("host:1", 10**11, 5), "--processes=100000000000: must be at most 1048576"),
+        (("host:1", 2, 0, 0), r"--distributed_wait=0: must be seconds in 1 \.\. 604800"),
+        (("host:1", 2, 0, -5), r"--distributed_wait=-5: must be seconds"),
+        (("host:1", 2, 0, 10**11), r"--distributed_wait=100000000000: must be seconds"),
     ],
 )
 def test_flags_that_do_not_fit_are_named(arguments, message):

@@ -219,10 +219,10 @@ def test_gpu_ssh_dry_run():
         assert (ssh, host) == ("ssh", machine)
         words = shlex.split(remote)
         assert words[:2] == ["cd", "/shared/a clone"]
-        # What bash -c gets, read as bash reads it.
-        inner = shlex.split(words[-1])
+        # Signals go to the process that starts it again, not to one of its starts.
+        assert words[2:7] == ["&&", "echo", "$$", ">/tmp/mor_jax-9000.pid", "&&"]
         joins = ["--distributed=manual", "--coordinator=a:9000", "--processes=2", f"--process={i}"]
-        assert trained(inner) == [*joins, *TRAINING]
+        assert trained(words) == [*joins, *TRAINING]
 
 
 @pytest.mark.parametrize(

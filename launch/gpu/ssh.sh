@@ -53,9 +53,8 @@ pass_signals forward
 for i in "${!machines[@]}"; do
   training="$(quoted .venv/bin/python launch/train.py --distributed=manual \
     --coordinator="$address:$port" --processes="${#machines[@]}" --process="$i" "$@")"
-  # The number is that of the Python process, also after a new start.
-  inner="$(quoted bash -c "echo \$\$ >$mark; exec $training")"
-  remote="cd $(quoted "$directory") && exec launch/again.sh $restarts $inner"
+  # The number is that of again.sh, which passes signals on, also between two starts.
+  remote="cd $(quoted "$directory") && echo \$\$ >$mark && exec launch/again.sh $restarts $training"
   if ((dry_run)); then
     quoted ssh "${machines[i]}" "$remote"
     continue
