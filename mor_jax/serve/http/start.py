@@ -68,7 +68,7 @@ def announce(engine: Engine, url: str, chats: bool, keys: int) -> None:
         "model": model,
         "context": _context(engine),
         "slots": f"{now.slots}",
-        "cache": f"{now.cache_bytes / 1e6:,.0f} MB in {now.pages:,} pages",
+        "cache": f"{_size(now.cache_bytes)} in {now.pages:,} pages",
         "paths": "  ".join([*paths, "/v1/models", "/health", "/metrics"]),
         "keys": f"{keys}" if keys else "none: whoever reaches this address may ask",
     }
@@ -90,3 +90,7 @@ def _context(engine: Engine) -> str:
     if engine.max_length == whole.max_length or engine.cfg.max_length is not None:
         return told
     return f"{told}; the model's {whole.max_length} need a larger cache"
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e6:,.0f} MB" if count >= 10**6 else f"{count / 1e3:.0f} kB"
