@@ -199,10 +199,7 @@ def _ask(where: str, number: int, line: str | bytes, wishes: Wishes) -> Ask:
     messages = _read_messages(path, value) if chat else ()
     if isinstance(given.get("stop"), str):
         given["stop"] = [given["stop"]]
-    try:
-        merged = parse(Wishes, {**dataclasses.asdict(wishes), **given}, f"{where}.")
-    except OverflowError:
-        fail(where, _start(line), "holds a number that is too large", "Write a smaller one")
+    merged = parse(Wishes, {**dataclasses.asdict(wishes), **given}, f"{where}.")
     return Ask(
         where=where,
         settings=where,
