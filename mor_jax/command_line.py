@@ -58,13 +58,14 @@ def _told(error: Exception, argv: Sequence[str]) -> str:
 
 
 def _given(argv: Sequence[str]) -> str:
-    words = list(argv)
+    # Of several the last counts.
+    words, given = list(argv), ""
     for i, word in enumerate(words):
         if word.startswith(f"{_CONFIG}="):
-            return word.removeprefix(f"{_CONFIG}=")
-        if word == _CONFIG and i + 1 < len(words):
-            return words[i + 1]
-    return ""
+            given = word.removeprefix(f"{_CONFIG}=")
+        elif word == _CONFIG and i + 1 < len(words):
+            given = words[i + 1]
+    return given
 
 
 def _unknown(argv: Sequence[str]) -> str | None:

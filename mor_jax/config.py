@@ -120,16 +120,14 @@ class CheckpointConfig:
     keep_every: int | None = None
     also: tuple[int, ...] = ()
 
-    def validate(self, path: str, steps: int) -> None:
-        """Raises `ValueError` on a setting out of range for a run of `steps` steps."""
+    def validate(self, path: str) -> None:
+        """Raises `ValueError` on a setting out of range."""
         positive(path, self, "keep")
         for name in ("every", "keep_every"):
             if getattr(self, name) is not None:
                 positive(path, self, name)
         for i, step in enumerate(self.also):
-            rule = f"must be a step of the run, in 1 .. {steps}; after others nothing is written"
-            fix = "Leave it out, or raise steps"
-            check(0 < step <= steps, f"{path}.also[{i}]", step, rule, fix)
+            check(step > 0, f"{path}.also[{i}]", step, "must be a step, from 1", "Try (100,)")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -252,7 +250,8 @@ class TrainConfig:
 
     def validate(self) -> None:
         """Raises `ValueError` on a setting out of range or two that do not fit together."""
-        numbers(self.to_dict())
+        # An infinite limit of the gradient is none.
+        numbers(self.to_dict(), endless=("optim.clip_norm",))
         positive("config", self, "steps", "batch_size", "accumulate")
         rule = f"must be between 2 and model.max_length={self.model.max_length}"
         ok = 2 <= self.length <= self.model.max_length
@@ -266,9 +265,16 @@ class TrainConfig:
         self.model.validate("model")
         self.optim.validate("optim", self.steps)
         self.profile.validate("profile", self.steps)
-        self.checkpoint.validate("checkpoint", self.steps)
-        for name in ("data", "eval", "log", "mesh", "hosts"):
+        for name in ("data", "eval", "checkpoint", "log", "mesh", "hosts"):
             getattr(self, name).validate(name)
+
+    def validate_start(self) -> None:
+        """`validate`, and what a run that starts has to fulfil; one that ended may hold others."""
+        self.validate()
+        rule = f"must be a step of the run, in 1 .. {self.steps}; after others nothing is written"
+        for i, step in enumerate(self.checkpoint.also):
+            fix = "Leave it out, or raise steps"
+            check(step <= self.steps, f"checkpoint.also[{i}]", step, rule, fix)
 
 
 __all__ = [

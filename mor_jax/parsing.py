@@ -3,9 +3,11 @@
 import copy
 import dataclasses
 import difflib
+import math
 import sys
 import types
 import typing
+from collections.abc import Sequence
 from typing import Any, Literal
 
 
@@ -99,9 +101,14 @@ _SEEDS = 2**32 - 1
 _FLOATS = 3.4e38, 1.2e-38
 
 
-def numbers(values: dict[str, Any]) -> None:
-    """Raises `ValueError` if a number among nested settings is none that devices hold."""
+def numbers(values: dict[str, Any], endless: Sequence[str] = ()) -> None:
+    """Raises `ValueError` if a number among nested settings is none that devices hold.
+
+    endless: paths of settings that may be infinite.
+    """
     for path, value in flat(values).items():
+        if path in endless and value == math.inf:
+            continue
         for i, each in enumerate(value if isinstance(value, (list, tuple)) else ()):
             _number(f"{path}[{i}]", each)
         _number(path, value)

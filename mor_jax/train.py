@@ -114,7 +114,7 @@ def fit(
 def _prepare(cfg: TrainConfig) -> None:
     keep_freed_memory()
     jax.config.update("jax_threefry_partitionable", True)
-    cfg.validate()
+    cfg.validate_start()
     agree_on_start(cfg.to_dict())
 
 

@@ -39,6 +39,7 @@ WRONG = [
     ([], "--config=None: Flag --config must have a value"),
     (["--config=configs/nope.py"], "--config=configs/nope.py: cannot be read: .*No such file"),
     (["--config", "configs/nope.py"], "--config=configs/nope.py: cannot be read: .*No such file"),
+    ([GOOD, "--config=configs/nope.py"], "--config=configs/nope.py: cannot be read: .*No such"),
     (["--config=configs"], "--config=configs: cannot be read: .*directory"),
     (["--config="], "--config=: cannot be read: .*empty"),
     (["--config=configs/mor.py:size=x"], "--config=.*: config argument 'size=x': .*mean 'debug'"),

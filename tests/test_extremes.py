@@ -62,6 +62,9 @@ def test_every_extreme_is_taken_or_refused_in_one_line(run, group, settings):
         told = refusal(run, path, value)
         if told is None:
             for number in value if isinstance(value, tuple) else (value,):
+                if path == "optim.clip_norm" and number == float("inf"):
+                    # No limit.
+                    continue
                 most = 2**32 if path.endswith("seed") else LARGEST
                 assert abs(number) <= (3.4e38 if isinstance(number, float) else most), path
         else:
@@ -83,9 +86,9 @@ def test_every_extreme_is_taken_or_refused_in_one_line(run, group, settings):
         ("data.workers", 10**6, "data.workers=1000000: must be at most 1024: each is a process"),
         ("data.prefetch", 10**6, "data.prefetch=1000000: must be at most 65536: so many batches"),
         ("optim.lr", 1e-45, "optim.lr=1e-45: must be 0 or a number between 1.2e-38 and 3.4e"),
-        ("optim.clip_norm", float("inf"), "optim.clip_norm=inf: must be 0 or a number between"),
-        ("checkpoint.also", (50, 300), r"checkpoint.also\[1\]=300: must be a step of the run, in"),
-        ("checkpoint.also", (0,), r"checkpoint.also\[0\]=0: must be a step of the run, in 1"),
+        ("optim.eps", float("inf"), "optim.eps=inf: must be 0 or a number between"),
+        ("optim.clip_norm", float("-inf"), "optim.clip_norm=-inf: must be 0 or a number between"),
+        ("checkpoint.also", (0,), r"checkpoint.also\[0\]=0: must be a step, from 1"),
     ],
 )
 def test_messages_name_value_rule_and_fix(path, value, message):
@@ -94,6 +97,13 @@ def test_messages_name_value_rule_and_fix(path, value, message):
     with pytest.raises(ValueError, match=message):
         raise ValueError(told)
     assert told.count(". ") >= 1 and "\n" not in told
+
+
+def test_a_checkpoint_beyond_the_last_step_is_refused_where_a_run_starts():
+    cfg = TrainConfig.from_dict(changed(EXPERT_RUN, {"checkpoint.also": (50, 1001)}))
+    with pytest.raises(ValueError, match=r"^checkpoint.also\[1\]=1001: must be a step of .*1000;"):
+        cfg.validate_start()
+    TrainConfig.from_dict(changed(EXPERT_RUN, {"checkpoint.also": (50, 1000)})).validate_start()
 
 
 @pytest.mark.parametrize(
