@@ -19,6 +19,9 @@ from mor_jax.model_config import (
 )
 from mor_jax.parsing import check, fail, not_negative, numbers, parse, positive
 
+_ENDLESS = ("optim.clip_norm", "eval.batches", "eval.batch_size")
+"""No limit of the gradient; as much held-out text as there is."""
+
 MOST_WORKERS = 1024
 MOST_AHEAD = 65536
 
@@ -250,8 +253,7 @@ class TrainConfig:
 
     def validate(self) -> None:
         """Raises `ValueError` on a setting out of range or two that do not fit together."""
-        # An infinite limit of the gradient is none.
-        numbers(self.to_dict(), endless=("optim.clip_norm",))
+        numbers(self.to_dict(), endless=_ENDLESS)
         positive("config", self, "steps", "batch_size", "accumulate")
         rule = f"must be between 2 and model.max_length={self.model.max_length}"
         ok = 2 <= self.length <= self.model.max_length

@@ -104,10 +104,10 @@ _FLOATS = 3.4e38, 1.2e-38
 def numbers(values: dict[str, Any], endless: Sequence[str] = ()) -> None:
     """Raises `ValueError` if a number among nested settings is none that devices hold.
 
-    endless: paths of settings that may be infinite.
+    endless: paths of settings that may be as large as one likes, or infinite.
     """
     for path, value in flat(values).items():
-        if path in endless and value == math.inf:
+        if path in endless and (value == math.inf or (isinstance(value, int) and value > 0)):
             continue
         for i, each in enumerate(value if isinstance(value, (list, tuple)) else ()):
             _number(f"{path}[{i}]", each)

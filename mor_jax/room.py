@@ -38,8 +38,6 @@ def check_room(cfg: TrainConfig, mesh: Mesh, state: TrainState, free: int | None
     rows = (cfg.batch_size * _TOKEN + micro) * cfg.length / parts
     fix = "Lower it, or raise accumulate" if cfg.accumulate < cfg.batch_size else "Lower it"
     _fits("batch_size", cfg.batch_size, rows, free, fix)
-    rows = cfg.eval.batch_size * (_TOKEN + width) * cfg.length / parts
-    _fits("eval.batch_size", cfg.eval.batch_size, rows, free, "Lower it")
 
 
 def _fits(setting: str, value: Any, needed: int | float, free: int, fix: str) -> None:
