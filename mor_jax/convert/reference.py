@@ -11,6 +11,7 @@ from typing import Any
 
 from mor_jax.config import Attention, KVMode, ModelConfig, RouterConfig, Sharing, check, fail
 from mor_jax.convert.hf_config import llama_config
+from mor_jax.convert.reference_kinds import check_group, check_option, shares
 
 Options = dict[str, Any]
 
@@ -75,6 +76,7 @@ def merge_options(*layers: Mapping[str, Any] | None) -> Options:
     for layer in layers:
         for block, values in (layer or {}).items():
             if block in DEFAULTS:
+                check_group(block, values)
                 values = {"enable": False} if values is None else values
                 merged = merged | {block: _merge(merged[block], values, block)}
             elif isinstance(values, Mapping) and values.get("enable"):
@@ -88,8 +90,10 @@ def _merge(base: Options, values: Mapping[str, Any], path: str) -> Options:
     for key, value in values.items():
         where = f"{path}.{key}"
         if isinstance(base.get(key), dict):
+            check_group(where, value)
             merged[key] = _merge(base[key], value or {}, where)
         elif key in base:
+            check_option(where, value)
             merged[key] = value
         elif value:
             rule = f"unknown option of the reference; known are {sorted(base)}"
@@ -210,15 +214,13 @@ def _expert(base: RouterConfig, mor: Options) -> RouterConfig:
     warmup = part["cap_warmup_step"]
     check(warmup is not None, "mor.expert.cap_warmup_step", warmup, rule, "Write the number out")
     capacity = mor["capacity"]
-    # Written as "1.0,0.5"; a lone number and a list of numbers mean the same.
-    listed = capacity if isinstance(capacity, (list, tuple)) else str(capacity).split(",")
-    shares = None if capacity is None else tuple(float(share) for share in listed)
+    told = None if capacity is None else shares("mor.capacity", capacity)
     score = "none" if part["router_func"] is None else part["router_func"]
     sampling = "none" if part["sampling"] is None else part["sampling"]
     return dataclasses.replace(
         base,
         score=_choice(score, ("sigmoid", "tanh", "none"), "mor.expert.router_func"),
-        capacities=shares,
+        capacities=told,
         capacity_warmup_steps=int(warmup),
         # One level per forward pass: the reference changes its capacity at every one.
         capacity_warmup_levels=max(int(warmup), 1),

@@ -229,3 +229,33 @@ def test_later_options_override_and_null_switches_off():
 def test_layer_counts_follow_the_reference(layers, changes, fitted):
     recursive = merge_options({"recursive": RECURSION | changes})["recursive"]
     assert fitted_layers(layers, recursive) == fitted
+
+
+@pytest.mark.parametrize(
+    ("blocks", "words"),
+    [
+        ({"recursive": 3}, "recursive=3: must be a group"),
+        ({"mor": {"expert": "sigmoid"}}, "mor.expert='sigmoid': must be a group"),
+        ({"recursive": {"num_recursion": "3"}}, "recursive.num_recursion='3': must be a whole"),
+        ({"recursive": {"num_recursion": 0}}, "recursive.num_recursion=0: must be a whole number"),
+        ({"recursive": {"num_recursion": None}}, "recursive.num_recursion=None: must be a whole"),
+        ({"recursive": {"num_recursion": 10**9}}, "num_recursion=1000000000: must be .* to 10000"),
+        ({"recursive": {"base_depth": []}}, r"recursive.base_depth=\[\]: must be a whole"),
+        ({"recursive": {"sharing": 2}}, "recursive.sharing=2: must be a name"),
+        ({"recursive": {"enable": "false"}}, "recursive.enable='false': must be true or false"),
+        ({"mor": {"temp": {}}}, r"mor.temp=\{\}: must be a number"),
+        ({"mor": {"temp": float("nan")}}, "mor.temp=nan: must be a number"),
+        ({"mor": {"router_type": []}}, r"mor.router_type=\[\]: must be a name"),
+        ({"mor": {"capacity": "1.0,half"}}, "mor.capacity='half': must be a number"),
+        ({"mor": {"expert": {"cap_warmup_step": 0.05}}}, "cap_warmup_step=0.05: must be a whole"),
+        ({"mor": {"token": {"u": None}}}, "mor.token.u=None: must be a number"),
+    ],
+)
+def test_values_of_another_kind_are_refused_by_name(blocks, words):
+    with pytest.raises(ValueError, match=words) as error:
+        build(blocks)
+    assert "\n" not in str(error.value)
+
+
+def test_numbers_that_yaml_takes_for_texts_are_numbers():
+    assert routed("expert", {"z_loss": True, "z_coeff": "1e-5"}).router.z_coeff == 1e-5
