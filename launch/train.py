@@ -19,7 +19,7 @@ if __name__ == "__main__":
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from mor_jax import command_line, exit_codes, platforms
+from mor_jax import command_line, exit_codes, option_names, platforms
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Configuration, such as configs/mor.py.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run; an existing one goes on.")
@@ -72,7 +72,8 @@ def main(_: list[str]) -> None:
         # It has said so already.
         _leave("", lost.code)
     except (ValueError, WriteFailed) as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        told = option_names.as_typed(error, option_names.flags_given())
+        print(f"error: {told}", file=sys.stderr, flush=True)
         distributed.linger()
         _leave("", exit_codes.of(error))
 
