@@ -76,10 +76,10 @@ def _unknown(argv: Sequence[str]) -> str | None:
         # The file itself is wrong, whatever the settings are.
         return None
     for word in argv:
-        name, _, value = word.removeprefix(f"{_CONFIG}.").partition("=")
+        name, _, _ = word.removeprefix(f"{_CONFIG}.").partition("=")
         if word.startswith(f"{_CONFIG}.") and name not in names:
             near = difflib.get_close_matches(name, names, n=1, cutoff=0.0)[0]
-            return f"{name}={value}: is no setting. Did you mean {_CONFIG}.{near}?"
+            return f"{word}: is no setting. Did you mean {_CONFIG}.{near}?"
     return None
 
 
