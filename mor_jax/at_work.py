@@ -28,24 +28,7 @@ class Trainer:
 
     def __call__(self) -> str:
         """Process and host, or "" where nobody trains."""
-        return self._by_signs() if "://" in str(self._file) else self._by_lock()
-
-    def _by_lock(self) -> str:
-        import fcntl
-
-        path = Path(self._file)
-        if not path.is_file():
-            return ""
-        with path.open() as file:
-            try:
-                # Let go of at once, with the file.
-                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            except BlockingIOError:
-                return file.read().strip() or "another process"
-            except OSError:
-                # No locks on this file system: nobody can tell.
-                return "perhaps another process"
-        return ""
+        return self._by_signs() if "://" in str(self._file) else holder(Path(self._file))
 
     def _by_signs(self) -> str:
         now = self._clock()
@@ -53,3 +36,21 @@ class Trainer:
         if told != self._last:
             self._last, self._since = told, now
         return "another process" if told and now - self._since < _GONE else ""
+
+
+def holder(lock: Path) -> str:
+    """Process and host that hold the lock at a local path, or "" for nobody."""
+    import fcntl
+
+    if not lock.is_file():
+        return ""
+    with lock.open() as file:
+        try:
+            # Let go of at once, with the file.
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return file.read().strip() or "another process"
+        except OSError:
+            # No locks on this file system: nobody can tell.
+            return "perhaps another process"
+    return ""

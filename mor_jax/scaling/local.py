@@ -12,6 +12,7 @@ from pathlib import Path
 from etils import epath
 
 from mor_jax import exit_codes
+from mor_jax.at_work import holder
 from mor_jax.parsing import check, fail
 from mor_jax.scaling.collect import RUNS, progress
 from mor_jax.scaling.commands import arguments, check_settings, chosen
@@ -146,7 +147,7 @@ class _Runner:
 
     def _busy(self, run: Run) -> bool:
         # Trainings outlive a runner that was killed.
-        owner = _owner(Path(self._study) / RUNS / run.name / LOCK_FILE)
+        owner = holder(Path(self._study) / RUNS / run.name / LOCK_FILE)
         if owner and run.name not in self._waiting:
             self._waiting.add(run.name)
             self._tell(Event("waiting", run, f"{owner} is training in its directory"))
@@ -224,20 +225,6 @@ class _Runner:
                 job.process.terminate()
         for job in self._jobs:
             job.process.wait()
-
-
-def _owner(lock: Path) -> str:
-    """Who holds the lock of a run's directory, or nothing."""
-    import fcntl
-
-    if not lock.is_file():
-        return ""
-    with lock.open() as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return file.read().strip() or "another process"
-    return ""
 
 
 @contextlib.contextmanager
