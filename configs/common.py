@@ -59,9 +59,12 @@ def parse_arg(arg: str, **defaults: Any) -> SimpleNamespace:
     `defaults` are the keys that this configuration takes, all of them in `CHOICES`. Returns every
     key with its value. Raises `ValueError` on an unknown key or a value that is not a choice.
     """
-    values = dict(defaults)
+    values, chosen = dict(defaults), set()
     for item in filter(None, arg.split(",")):
         key, equals, text = item.partition("=")
+        if key in chosen:
+            raise ValueError(f"config argument {item!r}: {key} is chosen twice. Choose it once")
+        chosen.add(key)
         if key not in defaults:
             _refuse(item, f"unknown choice {key!r}", key, tuple(defaults))
         by_text = {str(choice): choice for choice in CHOICES[key]}

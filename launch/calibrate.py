@@ -45,6 +45,7 @@ def main(argv: list[str] | None = None) -> int:
         recursions=options.recursions,
     )
     try:
+        option_names.check_filled(options, "name", "workdir")
         aim = calibrate.Aim(
             shares=_numbers(options.shares), depth=options.mean_depth, points=_points(options)
         )

@@ -40,6 +40,7 @@ def main(argv: list[str] | None = None) -> int:
     options, others = _options(argv)
     platforms.skip_absent()
     try:
+        option_names.check_filled(options, "output", "figure", "calibration", "workdir")
         _watch(options, others) if options.watch else _once(options, others)
     except ValueError as error:
         typed = option_names.options(options, _PATHS)

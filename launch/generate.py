@@ -54,6 +54,7 @@ def _generate(typed: argparse.Namespace) -> int:
     wishes = {name: given.pop(name) for name in settings}
     prompts, cache = tuple(given.pop("prompt")), given.pop("cache")
     try:
+        option_names.check_filled(typed, "output", "calibration", "workdir", "jsonl")
         options = Options(
             **given,
             prompts=prompts,

@@ -34,6 +34,7 @@ def main(argv: list[str] | None = None) -> int:
     options.study = os.path.expanduser(options.study)
     platforms.skip_absent()
     try:
+        option_names.check_filled(options, "study", "output")
         return options.call(options, rest)
     except ValueError as error:
         typed = option_names.options(options) | option_names.words(rest)

@@ -60,6 +60,9 @@ def main(arguments: list[str]) -> int:
         print(f"{split}: {content['tokens']:,} tokens of {content['documents']:,} documents")
     own = manifest["tokenizer"]
     name = str(cfg.output / own["file"]) if own["file"] else own["name"]
+    if cfg.train_bpe is not None and own["vocab_size"] < cfg.train_bpe:
+        told = f"--train-bpe={cfg.train_bpe}: the text gave {own['vocab_size']:,} tokens, not more"
+        print(told, file=sys.stderr)
     print(f"Train with data.sources=('shards:{cfg.output}',) data.tokenizer={name}")
     print(f"and model.vocab_size of at least {own['vocab_size']}")
     return 0

@@ -49,6 +49,7 @@ def main(argv: list[str] | None = None) -> int:
         return exit_codes.ERROR
     platforms.skip_absent()
     try:
+        option_names.check_filled(options, "calibration", "workdir")
         return _serve(options)
     except ValueError as error:
         names = option_names.options(options, _PATHS)

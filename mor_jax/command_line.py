@@ -21,7 +21,11 @@ def parsed(argv: Sequence[str]) -> list[str]:
     a setting is wrong.
     """
     try:
-        rest = flags.FLAGS(list(argv))
+        try:
+            rest = flags.FLAGS(list(argv))
+        except SystemExit:
+            # Help that was asked for is no failure; absl ends it with 1.
+            sys.exit(exit_codes.OK)
         config = flags.FLAGS["config"].value
         if type(config).__name__ != "ConfigDict":
             # A file that could not be read is told only when its content is looked for.

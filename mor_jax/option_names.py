@@ -8,6 +8,8 @@ import argparse
 import re
 from collections.abc import Mapping, Sequence
 
+from mor_jax.parsing import fail
+
 Typed = Mapping[str, str]
 """Paths of settings -> options as they are typed. `path[]`: each value of a list is an option of
 its own. `group.`: every setting of a group is a value of the option."""
@@ -37,6 +39,16 @@ def as_typed(told: object, typed: Typed) -> str:
     else:
         return text
     return f"{name}={text[found.end() :]}"
+
+
+def check_filled(given: argparse.Namespace, *names: str) -> None:
+    """Raises `ValueError` if one of these options of argparse is an empty text.
+
+    Scripts give one where a variable of theirs is not set, and nothing would be written there.
+    """
+    for name in names:
+        if getattr(given, name, None) == "":
+            fail(f"--{name}", "", "is empty", "Give a name, or leave the option out")
 
 
 def options(given: argparse.Namespace, paths: Mapping[str, str] | None = None) -> dict[str, str]:

@@ -55,7 +55,8 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
         rule = f"must be a float, of which the largest is {sys.float_info.max:.3g}"
         check(abs(value) <= sys.float_info.max, path, value, rule, "Write fewer digits")
         return float(value)
-    ok = type(value) is hint and value == value
+    check(value == value, path, value, "must be a number; NaN is none", "Give a value")
+    ok = type(value) is hint
     check(ok, path, value, f"must be a {hint.__name__}", f"Got a {type(value).__name__}")
     return value
 
@@ -117,7 +118,7 @@ def numbers(values: dict[str, Any], endless: Sequence[str] = ()) -> None:
 def _number(path: str, value: Any) -> None:
     if isinstance(value, float):
         most, least = _FLOATS
-        rule = f"must be 0 or a number between {least:g} and {most:g}, as 32 bits hold it"
+        rule = f"must be between {least:g} and {most:g} in size, as 32 bits hold it"
         ok = value == 0 or least <= abs(value) <= most
         check(ok, path, value, rule, "Try one nearer to 1")
     elif isinstance(value, int):
@@ -138,4 +139,5 @@ def not_negative(path: str, cfg: Any, *names: str) -> None:
     """Raises `ValueError` if one of the settings `names` of the group at `path` is below 0."""
     for name in names:
         value = getattr(cfg, name)
-        check(value >= 0, f"{path}.{name}", value, "must not be negative", "Use 0 to switch it off")
+        fix = "Try 0" if name.endswith("seed") else "Use 0 to switch it off"
+        check(value >= 0, f"{path}.{name}", value, "must not be negative", fix)

@@ -4,6 +4,7 @@ Settings may have changed since it was saved (`--allow_changes`), also in a star
 before its first save: the checkpoint's own settings decide, not those of the last start.
 """
 
+import contextlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,7 +12,7 @@ from etils import epath
 
 from mor_jax import data, manifest
 from mor_jax.checkpoint import complete_steps, step_directory
-from mor_jax.config import TrainConfig
+from mor_jax.config import TrainConfig, fail
 
 _SAME = ("workers", "prefetch")
 """Settings of `data` that change no row."""
@@ -43,14 +44,39 @@ def check_place(workdir: epath.Path, cfg: TrainConfig, place: data.Place, finger
     Raises:
         ValueError: as there.
     """
-    for step in reversed(complete_steps(workdir)):
-        try:
-            facts = manifest.read(step_directory(workdir, step))
-        except manifest.Damaged:
-            # Whoever restores says so, and takes the one before as well.
-            continue
+    facts = _newest(workdir)
+    if facts is not None:
         carried_place(facts, cfg, place, fingerprint)
+
+
+def check_state(workdir: epath.Path, state: Mapping[str, Any]) -> None:
+    """Looks, before anything is changed, whether the newest checkpoint holds the state of a model.
+
+    state: shapes of the arrays, as checkpoints hold them.
+
+    Raises:
+        ValueError: it holds others; settings of the model or the optimiser decide on them.
+    """
+    facts = _newest(workdir)
+    if facts is None:
         return
+    saved, wanted = facts["arrays"], manifest.describe(state)
+    names = [n for n in sorted(saved.keys() | wanted.keys()) if saved.get(n) != wanted.get(n)]
+    if names:
+        here, now = (arrays.get(names[0], "none") for arrays in (saved, wanted))
+        rule = f"the checkpoint of step {facts['step']} holds {here} there, this model {now}"
+        rule += f" ({len(names)} arrays differ)" if len(names) > 1 else ""
+        fix = "Give the settings of model and optim that the run has, or choose another --workdir"
+        fail(names[0], now, rule, fix)
+
+
+def _newest(workdir: epath.Path) -> dict[str, Any] | None:
+    """What the newest checkpoint says that can be read; None without one."""
+    for step in reversed(complete_steps(workdir)):
+        # Whoever restores says of a damaged one so, and takes the one before as well.
+        with contextlib.suppress(manifest.Damaged):
+            return manifest.read(step_directory(workdir, step))
+    return None
 
 
 def _changed(before: Mapping[str, Any], cfg: TrainConfig) -> bool:
@@ -63,4 +89,4 @@ def _plain(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
 
 
-__all__ = ["carried_place", "check_place"]
+__all__ = ["carried_place", "check_place", "check_state"]

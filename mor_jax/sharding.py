@@ -48,6 +48,11 @@ def make_mesh(cfg: MeshConfig, devices: list[jax.Device] | None = None) -> Mesh:
     given = int(np.prod([size for size in sizes.values() if size is not None]))
     rule = f"the axes multiply to {given}, but there are {len(devices)} devices"
     fix = "Set one axis to None, which means the rest"
+    if None in sizes.values():
+        axis = max((n for n, size in sizes.items() if size is not None), key=lambda n: sizes[n])
+        others = given // sizes[axis]
+        fit = [s for s in range(1, sizes[axis]) if len(devices) % (others * s) == 0]
+        fix = f"Try mesh.{axis}={fit[-1]}" if fit else "Make their product divide the devices"
     fits = len(devices) % given == 0 if None in sizes.values() else len(devices) == given
     check(fits, "mesh", sizes, rule, fix)
     shape = tuple(len(devices) // given if size is None else size for size in sizes.values())

@@ -30,9 +30,10 @@ from mor_jax.goodput import goodput
 from mor_jax.host_memory import keep_freed_memory
 from mor_jax.hosts import Hosts
 from mor_jax.loop import Desk, Loop, Start, TooManySkipped, fields
+from mor_jax.models.attention_kernels import check_kernel
 from mor_jax.models.remat import check_remat
 from mor_jax.readers import reader
-from mor_jax.resume import carried_place, check_place
+from mor_jax.resume import carried_place, check_place, check_state
 from mor_jax.room import check_room
 from mor_jax.settled import settled_in
 from mor_jax.state import TrainState, abstract_params, logical_axes
@@ -115,6 +116,7 @@ def _prepare(cfg: TrainConfig) -> None:
     keep_freed_memory()
     jax.config.update("jax_threefry_partitionable", True)
     cfg.validate_start()
+    check_kernel(cfg.model.attention, sharding.platform())
     agree_on_start(cfg.to_dict())
 
 
@@ -146,6 +148,7 @@ def _fit(
             if branch is not None:
                 _everywhere(partial(_begin, run, allow, branch))
             _everywhere(partial(_check_initial, run))
+            _everywhere(partial(check_state, path, fields(run.abstract)))
             _everywhere(partial(check_place, path, cfg, run.beginning, run.fingerprint))
             signals.look()
             if jax.process_index() == 0:

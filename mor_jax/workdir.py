@@ -74,6 +74,14 @@ _RECIPE = (
     "model.router.bias_rate",
 )
 
+# What the shapes of the weights follow from.
+_SHAPES = (
+    *(f"model.{name}" for name in ("vocab_size", "width", "layers", "heads", "kv_heads")),
+    *(f"model.{name}" for name in ("head_dim", "mlp_width", "sharing", "recursions")),
+    *(f"model.{name}" for name in ("share_norms", "tie_embeddings")),
+    *(f"model.router.{name}" for name in ("kind", "arch", "aux")),
+)
+
 _MULTIPLE = "model.router.capacity_multiple"
 
 # Settings that older versions did not have. Their runs did what the defaults say.
@@ -164,11 +172,13 @@ def _refusal(path: epath.Path, refused: Sequence[Change], unused: bool) -> Value
     if unused:
         held, end = "imported weights of another model", ""
         giver = f"take them from there with --config=configs/from_workdir.py:{path}"
+    free = [change.setting for change in refused if not within(change.setting, _SHAPES)]
+    # Whoever allows a change of shapes is refused later, by the checkpoint.
+    meant = f", name those meant in --allow_changes={','.join(free)}" if free else ""
     return ValueError(
         f"workdir={path}: holds {held}:\n"
         + "".join(f"  {key}: {old} there, {new} now\n" for key, old, new in refused)
-        + f"Choose another --workdir, {giver}, name those meant in "
-        f"--allow_changes={','.join(change.setting for change in refused)}{end}"
+        + f"Choose another --workdir, {giver}{meant}{end}"
     )
 
 

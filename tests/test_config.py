@@ -42,7 +42,7 @@ WRONG = [
     (nested("steps", True), "steps", "True", "int", "bool"),
     (nested("steps", None), "steps", "None", "int", "NoneType"),
     (nested("optim.lr", "1e-3"), "optim.lr", "'1e-3'", "float", "str"),
-    (nested("optim.lr", float("nan")), "optim.lr", "nan", "float", "float"),
+    (nested("optim.lr", float("nan")), "optim.lr", "nan", "number", "NaN"),
     (nested("optim", 3), "optim", "3", "group of settings", "members"),
     (nested("data.sources", "stdlib"), "data.sources", "'stdlib'", "list", "(1.0, 0.5)"),
     (nested("data.weights", [1.0, "a"]), "data.weights[1]", "'a'", "float", "str"),

@@ -116,6 +116,7 @@ def test_real_sizes_follow_the_papers_recipe(size):
         ("size=360", ["'360'", "135m, 360m", "Did you mean '360m'"]),
         ("recursions=5", ["'5'", "2, 3, 4", "Did you mean '4'"]),
         ("routing", ["'routing'", "expert, token"]),
+        ("recursions=2,recursions=3", ["'recursions=3'", "chosen twice"]),
         ("routing=expert,kv=share", ["kv=share", "Did you mean 'shared'"]),
     ],
 )

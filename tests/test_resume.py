@@ -3,12 +3,13 @@
 import dataclasses
 import json
 
+import numpy as np
 import pytest
 from etils import epath
 from tiny import train_config
 
 from mor_jax import data, manifest
-from mor_jax.resume import carried_place, check_place
+from mor_jax.resume import carried_place, check_place, check_state
 from mor_jax.workdir import plain
 
 
@@ -76,3 +77,20 @@ def test_places_counted_in_batches_become_rows(cfg, tmp_path, monkeypatch):
     # One that is damaged is passed over; whoever restores says so.
     (step / "manifest.json").write_text("{}")
     check_place(epath.Path(tmp_path), longer, *begun(longer))
+
+
+def test_a_model_that_a_checkpoint_does_not_hold_is_refused_in_one_line(cfg, tmp_path):
+    state = {"params": {"a": np.zeros((2, 3)), "b": np.zeros(4)}, "step": np.int32(5)}
+    facts = facts_of(cfg, 20) | {"arrays": manifest.describe(state)}
+    step = epath.Path(tmp_path) / "checkpoints" / "00000005"
+    (step / "arrays").mkdir(parents=True)
+    manifest.write(step, facts, step / "arrays")
+    check_state(epath.Path(tmp_path), state)
+    other = {"params": {"a": np.zeros((2, 5)), "c": np.zeros(4)}, "step": np.int32(5)}
+    told = r"^params\.a='float64\[2, 5\]': the checkpoint of step 5 holds float64\[2, 3\] there.*"
+    with pytest.raises(
+        ValueError, match=rf"{told}\(3 arrays differ\)\. Give the settings"
+    ) as error:
+        check_state(epath.Path(tmp_path), other)
+    assert "\n" not in str(error.value)
+    check_state(epath.Path(tmp_path / "none"), other)

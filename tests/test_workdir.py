@@ -120,6 +120,16 @@ def test_a_file_is_refused(tmp_path):
         claim_workdir(file, CFG)
 
 
+def test_shapes_of_weights_are_not_offered_as_changes(tmp_path):
+    claim_workdir(tmp_path, CFG)
+    wide = dataclasses.replace(CFG, seed=3, model=dataclasses.replace(CFG.model, width=64))
+    with pytest.raises(ValueError, match=r"(?s)model\.width: .*--allow_changes=seed, or delete"):
+        check_workdir(tmp_path, wide)
+    alone = dataclasses.replace(wide, seed=CFG.seed)
+    with pytest.raises(ValueError, match="give the settings of that run, or delete"):
+        check_workdir(tmp_path, alone)
+
+
 def test_listed_settings_may_differ(tmp_path):
     claim_workdir(tmp_path, CFG)
     optim = dataclasses.replace(CFG.optim, lr=1e-4, b1=0.8)

@@ -9,6 +9,7 @@ import numpy as np
 
 from mor_jax import data
 from mor_jax.config import TrainConfig, check, fail
+from mor_jax.data import compressed, plain_text
 from mor_jax.data.tokenizers import Tokenizer
 from mor_jax.types import IGNORE, Batch
 
@@ -146,11 +147,8 @@ def _file(name: str, stdin: Callable[[], bytes]) -> str:
         except OSError as error:
             fix = "Give another file, '-' for the standard input, or --prompt=TEXT"
             fail("text", name, f"cannot be read ({error.strerror})", fix)
-    try:
-        text = raw.decode("utf-8")
-    except UnicodeDecodeError as error:
-        rule = f"is not UTF-8: byte {raw[error.start]:#04x} at offset {error.start}"
-        fail("text", name, rule, "Convert it, such as with iconv -f latin1 -t utf-8")
+    plain_text.check_head(raw[: compressed.HEAD], name, "text")
+    text = plain_text.decode(raw.removeprefix(plain_text.MARK), name, "text")
     at = text.find("\0")
     rule = f"holds a NUL character at offset {at}, so it is no text"
     check(at < 0, "text", name, rule, "Give a text")

@@ -62,7 +62,8 @@ _REQUIRED = (
     "num_hidden_layers",
     "num_attention_heads",
 )
-_SIZES = ("num_key_value_heads", "head_dim", "max_position_embeddings")
+_LENGTH = "max_position_embeddings"
+_SIZES = ("num_key_value_heads", "head_dim", _LENGTH)
 MOST = {"num_hidden_layers": 10**5, "num_attention_heads": 10**5, "num_recursions": 10**4}
 """More is a damaged file: names of so many layers would fill the memory."""
 
@@ -163,8 +164,10 @@ def check_llama(hf: Mapping[str, Any], where: str) -> None:
 def check_size(hf: Mapping[str, Any], name: str, where: str) -> None:
     """Raises `ValueError` unless the setting `name` is silent or a number of a sensible size."""
     value = hf.get(name)
-    ok = value is None or (type(value) is int and value > 0)
-    check(ok, f"{where}: {name}", value, "must be a number of at least 1", "Copy it again")
+    least = 2 if name == _LENGTH else 1
+    ok = value is None or (type(value) is int and value >= least)
+    rule = f"must be a whole number of at least {least}"
+    check(ok, f"{where}: {name}", value, rule, "Mend it, or take the model's file again")
     most = MOST.get(name, 2**31 - 1)
     rule = f"is more than any model has ({most})"
     check(value is None or value <= most, f"{where}: {name}", value, rule, "Copy it again")

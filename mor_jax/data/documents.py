@@ -115,6 +115,8 @@ def open_documents(spec: str, text_key: str = "text", setting: str = "data.sourc
 
 def _meant(spec: str) -> str:
     """The fix for a source of unknown kind."""
+    if not spec:
+        return "Try 'stdlib'"
     kind, colon, rest = spec.partition(":")
     if rest.startswith("//"):
         if kind == "gs":

@@ -60,7 +60,9 @@ def _record(line: bytes, where: str) -> dict[str, Any]:
     try:
         record = json.loads(text)
     except json.JSONDecodeError as error:
-        rule = f"is not one JSON value ({error.msg} at column {error.colno})"
+        # A value that is cut short ends behind the line's last character, not in a next line.
+        column = min(error.pos, len(text.rstrip())) + 1
+        rule = f"is not one JSON value ({error.msg} at column {column})"
         # The value goes on behind the line, is a list, or shares its line with others.
         if error.pos >= len(text.rstrip()) or text.startswith("["):
             fix = "Write one object a line: jq -c . FILE, or jq -c '.[]' FILE for a list of them"

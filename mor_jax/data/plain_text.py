@@ -36,21 +36,22 @@ _NUL_SHARE = 0.01
 """Share of NULs above which bytes are no text: a slip gives a few, binary data many."""
 
 
-def check_head(head: bytes, where: str) -> None:
+def check_head(head: bytes, where: str, setting: str = "file") -> None:
     """Raises `ValueError` if bytes that begin like `head` are no UTF-8 text, as far as that shows.
 
-    head: the first bytes, decompressed. Other encodings and kinds of files are told by name.
+    head: the first bytes, decompressed. setting: what errors call the place. Other encodings and
+    kinds of files are told by name.
     """
     if _binary(head):
         for start, (name, fix) in _FOREIGN.items():
-            check(not head.startswith(start), "file", where, f"is {name}, not text", fix)
+            check(not head.startswith(start), setting, where, f"is {name}, not text", fix)
         at, mark = _TAR
         fix = "Unpack it: each of its files is read by itself"
-        check(head[at : at + len(mark)] != mark, "file", where, "is a tar archive", fix)
+        check(head[at : at + len(mark)] != mark, setting, where, "is a tar archive", fix)
     encoding = next((name for start, name in _WIDE_MARKS.items() if head.startswith(start)), None)
     encoding = encoding or _without_mark(head)
     fix = f"Convert it: iconv -f {encoding} -t UTF-8"
-    check(encoding is None, "file", where, f"is {encoding}, not UTF-8", fix)
+    check(encoding is None, setting, where, f"is {encoding}, not UTF-8", fix)
 
 
 def _binary(head: bytes) -> bool:
@@ -74,13 +75,13 @@ def _without_mark(head: bytes) -> str | None:
     return None
 
 
-def decode(raw: bytes, where: str) -> str:
-    """UTF-8 to text. Raises `ValueError`."""
+def decode(raw: bytes, where: str, setting: str = "file") -> str:
+    """UTF-8 to text. Raises `ValueError`, which calls the place `setting`."""
     try:
         return raw.decode("utf-8")
     except UnicodeDecodeError as error:
         rule = f"is not UTF-8: byte {raw[error.start]:#04x} at offset {error.start}"
-        fail("file", where, rule, "Convert it, such as with iconv -f latin1 -t utf-8")
+        fail(setting, where, rule, "Convert it, such as with iconv -f latin1 -t utf-8")
 
 
 def file_text(raw: bytes, where: str, found: Findings) -> str:

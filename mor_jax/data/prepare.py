@@ -38,7 +38,7 @@ def prepare(cfg: PrepareConfig, report: Report) -> dict[str, Any]:
     """
     cfg.validate()
     sources = [open_documents(spec, cfg.text_key, "--source") for spec in cfg.sources]
-    tokenizer = None if cfg.train_bpe else load_tokenizer(cfg.tokenizer, "--tokenizer")
+    tokenizer = None if cfg.train_bpe is not None else load_tokenizer(cfg.tokenizer, "--tokenizer")
     settings = _settings(cfg, sources, tokenizer)
     with _alone(cfg.output):
         # Before anything is tidied there: what is not ours stays as it is.
@@ -54,6 +54,8 @@ def prepare(cfg: PrepareConfig, report: Report) -> dict[str, Any]:
             write_beside(cfg.output / MANIFEST, to_json(manifest))
         finally:
             clear_partial(cfg.output)
+            if not _written(cfg.output):
+                _give_back(cfg.output)
     return manifest
 
 
@@ -122,6 +124,14 @@ def _written(output: Path) -> bool:
     """Whether a preparation wrote more there than its settings."""
     kept = [path for path in output.rglob("*") if not path.name.endswith(PARTIAL)]
     return any(path.name not in (SETTINGS, PARTS) for path in kept)
+
+
+def _give_back(output: Path) -> None:
+    """Takes away what a preparation that failed at once has made."""
+    (output / SETTINGS).unlink(missing_ok=True)
+    for made in (output / PARTS, output):
+        if made.is_dir() and not any(made.iterdir()):
+            made.rmdir()
 
 
 def _read_settings(path: Path, output: Path) -> dict[str, Any]:

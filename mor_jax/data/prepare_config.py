@@ -5,7 +5,8 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-from mor_jax.config import check
+from mor_jax.config import check, fail
+from mor_jax.data.bpe import check_size
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -39,8 +40,13 @@ class PrepareConfig:
         fix = "Write to a directory here, then copy it to where the run reads it"
         given = str(self.output).replace(":/", "://", 1)
         check(ok, "--output", given, "is no directory of this machine", fix)
-        ok = not self.output.exists() or self.output.is_dir()
+        try:
+            ok = not self.output.exists() or self.output.is_dir()
+        except OSError as error:
+            fail("--output", given, f"cannot be used ({error.strerror})", "Name another directory")
         check(ok, "--output", str(self.output), "is a file", "Name a directory")
+        if self.train_bpe is not None:
+            check_size(self.train_bpe)
 
 
 @dataclasses.dataclass

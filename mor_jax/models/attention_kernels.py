@@ -15,6 +15,7 @@ from mor_jax.sharding import platform
 from mor_jax.types import Array, Float
 
 PATH = "model.attention"
+_NEEDED = {"cudnn": ("cuda", "NVIDIA GPUs"), "splash": ("tpu", "TPUs")}
 
 
 def attend(
@@ -40,8 +41,9 @@ def attend(
     chosen = implementation
     if chosen == "auto":
         chosen = best_implementation(q, platform())
-    elif chosen == "cudnn":
-        _check_cudnn(q, platform())
+    check_kernel(implementation, platform())
+    if implementation == "cudnn" and (obstacle := cudnn_obstacle(q)) is not None:
+        check(False, PATH, "cudnn", *obstacle)
     if chosen == "cudnn":
         return cudnn_attention(q, k, v, visible)
     if chosen == "splash":
@@ -63,12 +65,11 @@ def best_implementation(q: Float[Array, "b c h k"], platform: str) -> Attention:
     return "blockwise"
 
 
-def _check_cudnn(q: Array, platform: str) -> None:
-    rule = f"cuDNN runs on NVIDIA GPUs, this computation is for {platform!r}"
-    check(platform == "cuda", PATH, "cudnn", rule, "Use 'auto'")
-    obstacle = cudnn_obstacle(q)
-    if obstacle is not None:
-        check(False, PATH, "cudnn", *obstacle)
+def check_kernel(implementation: Attention, platform: str) -> None:
+    """Raises `ValueError` if an implementation is not of a platform (see `platform`)."""
+    needed, where = _NEEDED.get(implementation, (platform, ""))
+    rule = f"it runs on {where}, this computation is for {platform!r}"
+    check(platform == needed, PATH, implementation, rule, "Use 'auto'")
 
 
 def dense_attention(

@@ -57,8 +57,10 @@ class Options:
 
     def asks(self, stdin: Callable[[], bytes]) -> list[Ask]:
         """The prompts, read. Raises `ValueError` where they are none."""
-        one = bool(self.prompts) != (self.jsonl is not None)
-        check(one, "prompt", self.prompts, "needs either --prompt or --jsonl", "Try --prompt=Once")
+        if self.jsonl is not None and self.prompts:
+            fail("jsonl", self.jsonl, "stands beside --prompt", "Give one of the two")
+        some = bool(self.prompts) or self.jsonl is not None
+        check(some, "--prompt", "", "is missing, and so is --jsonl", "Try --prompt=Once")
         fix = "Add --chat, or write messages into --jsonl"
         check(self.chat or not self.system, "system", self.system, "is for chats", fix)
         if self.jsonl is None:
@@ -76,7 +78,7 @@ class Options:
             return from_lines(stdin().splitlines(), self.wishes)
         try:
             with Path(self.jsonl).open("rb") as file:
-                return from_lines(file, self.wishes)
+                return from_lines(file, self.wishes, self.jsonl)
         except OSError as error:
             fail("jsonl", self.jsonl, f"cannot be read ({error.strerror})", "Give another file")
 

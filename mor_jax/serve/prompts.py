@@ -125,11 +125,11 @@ def from_texts(
     return asks
 
 
-def from_lines(lines: Iterable[str | bytes], wishes: Wishes) -> list[Ask]:
+def from_lines(lines: Iterable[str | bytes], wishes: Wishes, name: str = "-") -> list[Ask]:
     """Prompts from JSON lines: `{"prompt": TEXT or [TOKEN, ...]}` or `{"messages": [...]}`, each
     with an `id` (default: the line's number) and any settings of `Wishes`, which go first.
 
-    Empty lines are left out. Raises `ValueError`, naming the line.
+    name: of the file. Empty lines are left out. Raises `ValueError`, naming the line.
     """
     asks = [
         _ask(f"line {number}", number, line, wishes)
@@ -137,7 +137,7 @@ def from_lines(lines: Iterable[str | bytes], wishes: Wishes) -> list[Ask]:
         if line.strip()
     ]
     rule = "needs at least one line that is not empty"
-    check(bool(asks), "jsonl", "", rule, 'Write lines like {"prompt": "Once upon"}')
+    check(bool(asks), "jsonl", name, rule, 'Write lines like {"prompt": "Once upon"}')
     return asks
 
 

@@ -79,12 +79,14 @@ def test_rows_of_a_source_are_as_many_as_asked_for(cfg):
 def test_texts_that_cannot_be_read_are_refused(cfg, tmp_path):
     (tmp_path / "latin").write_bytes(b"caf\xe9")
     (tmp_path / "binary").write_bytes(b"a\0b")
+    (tmp_path / "wide").write_bytes("a text".encode("utf-16"))
     for wanted, told in (
         ({"prompt": "x" * 65}, "has 65 tokens, the model's context is model.max_length=64.*window"),
         ({"prompt": ""}, "holds no tokens"),
         ({"prompt": "a\udc80"}, "is not UTF-8"),
         ({"text": str(tmp_path / "none")}, r"text='.*none': cannot be read \(No such file"),
         ({"text": str(tmp_path / "latin")}, "not UTF-8: byte 0xe9 at offset 3"),
+        ({"text": str(tmp_path / "wide")}, r"text='.*wide': is UTF-16, not UTF-8.*iconv -f UTF-16"),
         ({"text": str(tmp_path / "binary")}, "NUL character at offset 1"),
         ({"text": "a", "prompt": "b"}, "several texts: text and prompt"),
         ({"prompt": "a", "tokens": 0}, "tokens=0: must be in 1"),

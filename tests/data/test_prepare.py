@@ -87,7 +87,9 @@ def test_an_interrupted_run_goes_on_and_writes_the_same_bytes(wanted, documents,
         prepare(wanted, stop_after(documents, monkeypatch))
     assert not (wanted.output / "manifest.json").exists()
     assert not list(wanted.output.rglob("*.partial"))
-    complete = len(list((wanted.output / "parts").iterdir()))
+    parts = wanted.output / "parts"
+    # What failed before its first shard has left nothing.
+    complete = len(list(parts.iterdir())) if parts.exists() else 0
     kept = []
     prepare(wanted, lambda progress: kept.append(progress.kept))
     assert kept[-1] == complete
@@ -241,6 +243,12 @@ def test_full_disk(wanted):
         ({"heldout_share": 1e-9}, r"--heldout-share=1e-09: leaves 60 documents.*shares above 0\.0"),
         ({"tokenizer": "gpt-9"}, "--tokenizer='gpt-9'"),
         ({"train_bpe": 10}, "--train-bpe=10"),
+        ({"train_bpe": 0}, "--train-bpe=0: must be at least 257"),
+        ({"train_bpe": 9999999999}, "--train-bpe=9999999999: must be at most 4,194,304"),
+        (
+            {"output": Path("/tmp") / ("x" * 300)},
+            "--output='/tmp/xx.*cannot be used .File name",
+        ),
         ({"output": Path("/proc/nowhere")}, "--output='/proc/nowhere': cannot be created"),
     ],
 )
@@ -248,6 +256,14 @@ def test_bad_settings(wanted, change, message):
     with pytest.raises(ValueError, match=message):
         prepare(dataclasses.replace(wanted, **change), quiet)
     assert not (wanted.output / "manifest.json").exists()
+
+
+def test_a_preparation_that_failed_at_once_leaves_nothing(wanted, tmp_path):
+    (tmp_path / "bad.jsonl").write_text('{"text": "abc"\n')
+    bad = dataclasses.replace(wanted, sources=(f"jsonl:{tmp_path}/bad.jsonl",))
+    with pytest.raises(ValueError, match=r"bad\.jsonl:1.*',' delimiter at column 15\)"):
+        prepare(bad, quiet)
+    assert not wanted.output.exists()
 
 
 def test_a_single_document_is_refused(wanted, tmp_path):

@@ -179,10 +179,12 @@ def test_a_mesh_of_absent_devices_decides(monkeypatch):
     assert attention_kernels.platform() == "tpu"
 
 
-def test_cudnn_is_refused_off_nvidia_gpus():
+@pytest.mark.parametrize(("kernel", "where"), [("cudnn", "NVIDIA GPUs"), ("splash", "TPUs")])
+def test_kernels_are_refused_off_their_devices(kernel, where):
     inputs, _, visible = arrays("plain")
-    with pytest.raises(ValueError, match=r"model\.attention='cudnn': .*'cpu'.*Use 'auto'"):
-        attend(*inputs, visible, "cudnn")
+    told = rf"model\.attention='{kernel}': it runs on {where}, .*'cpu'.*Use 'auto'"
+    with pytest.raises(ValueError, match=told):
+        attend(*inputs, visible, kernel)
 
 
 @pytest.mark.parametrize(

@@ -265,10 +265,11 @@ def test_files_of_json_lines(run, tmp_path):
 def test_what_is_wrong_is_said_before_anything_is_written(run, tmp_path):
     output = f"--output={tmp_path / 'answers.jsonl'}"
     for options, message in (
-        ((), "needs either --prompt or --jsonl"),
-        (("--prompt=a", "--jsonl=b"), "needs either --prompt or --jsonl"),
+        ((), "--prompt='': is missing, and so is --jsonl"),
+        (("--prompt=a", "--jsonl=b"), "--jsonl='b': stands beside --prompt"),
+        (("--prompt=a", "--output="), "--output='': is empty"),
         (("--jsonl=no/such/file",), "jsonl='no/such/file': cannot be read"),
-        (("--jsonl=-",), "needs at least one line"),
+        (("--jsonl=-",), "--jsonl='-': needs at least one line"),
         (("--prompt=a", "--top_p=2"), "error: --top_p=2.0: must be in (0, 1]"),
         (("--prompt=a", "--n=0"), "error: --n=0: must be in 1 .. 10000"),
         (("--prompt=a", "--max_tokens=64"), "error: --max_tokens=64: prompt (1 tokens) and"),

@@ -93,7 +93,8 @@ def _check_one_set(path: Path) -> None:
 
 def _open_file(path: Path) -> Weights:
     if not path.is_file():
-        fail("path", str(path), "is neither a file nor a directory", "Check the path")
+        problem = "is a directory" if path.is_dir() else "is neither a file nor a directory"
+        fail("path", str(path), f"{problem}; weights are in a file", "Check the path")
     if path.name.endswith(f".safetensors{INDEX}"):
         return Weights(open_sharded_safetensors(path), "safetensors, sharded")
     if path.suffix == ".safetensors":

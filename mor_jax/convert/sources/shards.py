@@ -54,5 +54,6 @@ def _weight_map(index: Path) -> dict[str, str]:
     inside = ok and all(Path(file).name == file for file in places.values())
     if not inside:
         rule = "must map names of tensors to files beside the index"
-        fail(f"{index}: weight_map", None, rule, "Download it again")
+        odd = [file for file in places.values() if Path(str(file)).name != file][:3]
+        fail(f"{index}: weight_map", odd or places, rule, "Download it again")
     return places

@@ -125,7 +125,7 @@ class Fields:
         if value is None:
             return default
         ok = type(value) in (int, float) and abs(value) < 1e30 and math.isfinite(value)
-        rule = "must be a finite number"
+        rule = "must be a number below 1e30"
         need(ok, self._path + name, value, rule, f"Leave it out for {default}")
         return float(value)
 
