@@ -56,7 +56,7 @@ def main(argv: list[str] | None = None) -> int:
     except ValueError as error:
         typed = option_names.options(options, _PATHS)
         print(f"error: {option_names.as_typed(error, typed)}", file=sys.stderr)
-        return exit_codes.REFUSED
+        return exit_codes.of(error)
     if options.json:
         print(json.dumps(measured.to_dict()))
     else:

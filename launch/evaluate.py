@@ -46,7 +46,7 @@ def main(argv: list[str] | None = None) -> int:
         typed = option_names.options(options, _PATHS)
         typed |= option_names.words(others, groups=("model_args", "gen_kwargs"))
         print(f"error: {option_names.as_typed(error, typed)}", file=sys.stderr)
-        return exit_codes.REFUSED
+        return exit_codes.of(error)
     return exit_codes.OK
 
 
@@ -78,7 +78,7 @@ def _watch(options: argparse.Namespace, others: list[str]) -> None:
     path = workdir.resolved(options.workdir)
     questions = _questions(options, others, workdir.read_config(path))
     records = Records(options.output or path / FILE, questions.told())
-    watch = Watch(path, records, poll=options.poll, told=_note)
+    watch = Watch(path, records, poll=30.0 if options.poll is None else options.poll, told=_note)
     for record in watch(lambda found: questions(found).record()):
         print(json.dumps(record) if options.json else line(record), flush=True)
 
@@ -119,6 +119,10 @@ def _options(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
         parser.error(f"argument --batch_size: invalid number of rows: {rows!r}")
     if options.watch and (options.step is not None or options.figure):
         parser.error("--watch takes every step, and draws no --figure")
+    if options.poll is not None and not options.watch:
+        parser.error("--poll is of --watch: add that, or leave --poll out")
+    if options.tasks and "" in options.tasks:
+        parser.error("--tasks is empty: name some, or leave it out")
     if options.figure and options.tasks and not (options.text or options.source):
         parser.error("--figure shows losses on text: add --text or --source")
     return options, others
@@ -149,7 +153,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--tasks", nargs="+", help="of lm-eval, in place of text; its other options may follow")
     add("--text", action="store_true", help="with --tasks: text as well")
     add("--watch", action="store_true", help="evaluate every checkpoint, and each new one")
-    add("--poll", type=float, default=30.0, help="seconds between two looks of --watch")
+    add("--poll", type=float, help="seconds between two looks of --watch; default 30")
     add("--output", help="file of JSON lines to add to; default with --watch: the run's")
     add("--figure", help="picture of the losses by position and depth: FILE.png")
     add("--json", action="store_true", help="print JSON, one object for each checkpoint")

@@ -39,7 +39,7 @@ def main(argv: list[str] | None = None) -> int:
     except ValueError as error:
         typed = option_names.options(options) | option_names.words(rest)
         print(f"error: {option_names.as_typed(error, typed)}", file=sys.stderr)
-        return exit_codes.REFUSED
+        return exit_codes.of(error)
     except (OSError, ImportError) as error:
         # A disk, its permissions, or what an object store needs installed.
         print(f"error: study={options.study!r}: cannot be used: {error}", file=sys.stderr)

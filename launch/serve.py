@@ -54,7 +54,7 @@ def main(argv: list[str] | None = None) -> int:
     except ValueError as error:
         names = option_names.options(options, _PATHS)
         print(f"error: {option_names.as_typed(error, names)}", file=sys.stderr)
-        return exit_codes.REFUSED
+        return exit_codes.of(error)
     except MemoryError:
         print("error: not enough memory. Give a smaller --cache or --slots", file=sys.stderr)
         return exit_codes.ERROR

@@ -91,7 +91,7 @@ def _join() -> None:
             f"--distributed={given}: does not take --coordinator, --processes, --process. {fix}"
         )
     elif _DISTRIBUTED.value == "auto":
-        distributed.initialize(None, None, None, wait=_WAIT.value)
+        distributed.initialize(wait=_WAIT.value, manual=False)
 
 
 def _leave(message: str, code: int) -> NoReturn:

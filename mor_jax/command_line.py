@@ -1,6 +1,7 @@
 """The command line of programs that take `--config`: what is wrong with it is told in one line."""
 
 import difflib
+import re
 import sys
 import traceback
 from collections.abc import Sequence
@@ -57,6 +58,8 @@ def _told(error: Exception, argv: Sequence[str]) -> str:
         if inner is not None and "Error whilst parsing config file" in str(error):
             return f"{_CONFIG}={config}: {_lines(inner)}"
         text = _lines(error).removeprefix("flag ").rstrip(".")
+        if missing := re.match(r"(--\w+)=None: Flag .* must have a value", text):
+            text = f"{missing[1]}: is missing"
         return f"{text}. Every flag is listed by --help"
     return _unknown(argv) or f"{_CONFIG}={config}: {_place(error)}{_lines(error)}"
 

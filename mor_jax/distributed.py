@@ -32,13 +32,18 @@ _asked: int | None = None
 
 
 def initialize(
-    coordinator: str | None, processes: int | None, process: int | None, wait: int = WAIT
+    coordinator: str | None = None,
+    processes: int | None = None,
+    process: int | None = None,
+    wait: int = WAIT,
+    *,
+    manual: bool = True,
 ) -> None:
     """Joins this process to the others of its run. Call it before anything that uses a device.
 
     coordinator: HOST:PORT of process 0, which all reach. processes: how many there are. process:
-    which one this is, from 0. All three None: found out from Slurm, Open MPI, Kubernetes or a TPU
-    pod. wait: seconds for the others to come.
+    which one this is, from 0. manual: the three are given; False: they are found out from Slurm,
+    Open MPI, Kubernetes or a TPU pod. wait: seconds for the others to come.
 
     Raises:
         ValueError: the three do not fit together, the port is in use, the coordinator cannot be
@@ -48,7 +53,7 @@ def initialize(
     jax.config.update("jax_enable_preemption_service", False)
     rule = f"must be seconds in 1 .. {_LONGEST}"
     check(0 < wait <= _LONGEST, "--distributed_wait", wait, rule, f"Try {WAIT}")
-    if coordinator is None and processes is None and process is None:
+    if not manual:
         _join("auto", wait)
         return
     global _asked

@@ -133,12 +133,16 @@ def write_atomic(path: epath.Path, text: str) -> None:
     On local disks it is also durable when this returns: it outlives the machine's power.
     """
     draft = path.with_name(f"{path.name}.draft")
-    with draft.open("w") as file:
-        file.write(text)
-        file.flush()
-        if "://" not in str(path):
-            os.fsync(file.fileno())
-    draft.replace(path)
+    try:
+        with draft.open("w") as file:
+            file.write(text)
+            file.flush()
+            if "://" not in str(path):
+                os.fsync(file.fileno())
+        draft.replace(path)
+    except OSError:
+        draft.unlink(missing_ok=True)
+        raise
 
 
 def _seal(manifest: dict[str, Any]) -> int:

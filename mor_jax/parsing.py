@@ -22,6 +22,9 @@ def check(ok: bool, path: str, value: Any, rule: str, fix: str) -> None:
         fail(path, value, rule, fix)
 
 
+_ARTICLES = {"int": "an int"}
+
+
 def parse(cls: type, values: dict[str, Any], path: str) -> Any:
     """Builds dataclass `cls` from plain values. Raises `ValueError` on unknown keys and types."""
     hints = typing.get_type_hints(cls)
@@ -57,7 +60,8 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
         return float(value)
     check(value == value, path, value, "must be a number; NaN is none", "Give a value")
     ok = type(value) is hint
-    check(ok, path, value, f"must be a {hint.__name__}", f"Got a {type(value).__name__}")
+    told, got = (_ARTICLES.get(t.__name__, f"a {t.__name__}") for t in (hint, type(value)))
+    check(ok, path, value, f"must be {told}", f"Got {got}")
     return value
 
 

@@ -12,7 +12,7 @@ from etils import epath
 
 from mor_jax import data, manifest
 from mor_jax.checkpoint import complete_steps, step_directory
-from mor_jax.config import TrainConfig, fail
+from mor_jax.config import TrainConfig, check, fail
 
 _SAME = ("workers", "prefetch")
 """Settings of `data` that change no row."""
@@ -49,17 +49,20 @@ def check_place(workdir: epath.Path, cfg: TrainConfig, place: data.Place, finger
         carried_place(facts, cfg, place, fingerprint)
 
 
-def check_state(workdir: epath.Path, state: Mapping[str, Any]) -> None:
-    """Looks, before anything is changed, whether the newest checkpoint holds the state of a model.
+def check_state(workdir: epath.Path, cfg: TrainConfig, state: Mapping[str, Any]) -> None:
+    """Looks, before anything is changed, whether a run can go on from its newest checkpoint.
 
-    state: shapes of the arrays, as checkpoints hold them.
+    state: shapes of the arrays of `cfg`, as checkpoints hold them.
 
     Raises:
-        ValueError: it holds others; settings of the model or the optimiser decide on them.
+        ValueError: it holds others, or is of a step behind the last one of `cfg`.
     """
     facts = _newest(workdir)
     if facts is None:
         return
+    rule = f"the run has finished step {facts['step']}"
+    fix = f"Give {facts['step']} or more, or start another with --branch=RUN@STEP"
+    check(facts["step"] <= cfg.steps, "steps", cfg.steps, rule, fix)
     saved, wanted = facts["arrays"], manifest.describe(state)
     names = [n for n in sorted(saved.keys() | wanted.keys()) if saved.get(n) != wanted.get(n)]
     if names:

@@ -148,7 +148,7 @@ def _fit(
             if branch is not None:
                 _everywhere(partial(_begin, run, allow, branch))
             _everywhere(partial(_check_initial, run))
-            _everywhere(partial(check_state, path, fields(run.abstract)))
+            _everywhere(partial(check_state, path, cfg, fields(run.abstract)))
             _everywhere(partial(check_place, path, cfg, run.beginning, run.fingerprint))
             signals.look()
             if jax.process_index() == 0:

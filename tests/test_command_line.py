@@ -36,7 +36,7 @@ assert "jax" not in sys.modules
 GOOD = "--config=configs/mor.py"
 
 WRONG = [
-    ([], "--config=None: Flag --config must have a value"),
+    ([], r"--config: is missing\. Every flag is listed by --help"),
     (["--config=configs/nope.py"], "--config=configs/nope.py: cannot be read: .*No such file"),
     (["--config", "configs/nope.py"], "--config=configs/nope.py: cannot be read: .*No such file"),
     ([GOOD, "--config=configs/nope.py"], "--config=configs/nope.py: cannot be read: .*No such"),

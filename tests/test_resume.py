@@ -85,12 +85,15 @@ def test_a_model_that_a_checkpoint_does_not_hold_is_refused_in_one_line(cfg, tmp
     step = epath.Path(tmp_path) / "checkpoints" / "00000005"
     (step / "arrays").mkdir(parents=True)
     manifest.write(step, facts, step / "arrays")
-    check_state(epath.Path(tmp_path), state)
+    check_state(epath.Path(tmp_path), cfg, state)
     other = {"params": {"a": np.zeros((2, 5)), "c": np.zeros(4)}, "step": np.int32(5)}
     told = r"^params\.a='float64\[2, 5\]': the checkpoint of step 5 holds float64\[2, 3\] there.*"
     with pytest.raises(
         ValueError, match=rf"{told}\(3 arrays differ\)\. Give the settings"
     ) as error:
-        check_state(epath.Path(tmp_path), other)
+        check_state(epath.Path(tmp_path), cfg, other)
     assert "\n" not in str(error.value)
-    check_state(epath.Path(tmp_path / "none"), other)
+    check_state(epath.Path(tmp_path / "none"), cfg, other)
+    short = dataclasses.replace(cfg, steps=3)
+    with pytest.raises(ValueError, match=r"^steps=3: the run has finished step 5\. Give 5 or more"):
+        check_state(epath.Path(tmp_path), short, state)

@@ -11,7 +11,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from mor_jax.config import check
-from mor_jax.convert.marker import check_ours, write_marker
+from mor_jax.convert.marker import MARKER, check_ours, write_marker
 from mor_jax.convert.paths import PathLike, check_path
 
 _DRAFT, _REPLACED = ".partial-", "replaced-"
@@ -133,7 +133,9 @@ def check_target(
     check(not taken, name, str(target), "exists and is a file", "Choose another directory")
     if target.is_dir() and any(target.iterdir()):
         rule = "exists and is not empty"
-        fix = "Choose another directory, or give --overwrite to replace it"
+        listed = (target / MARKER).is_file()
+        or_so = ", or give --overwrite to replace what a conversion made" if listed else ""
+        fix = f"Choose another directory{or_so}"
         check(replace, name, str(target), rule, fix)
         _check_replaceable(target, [absolute(source) for source in sources], name)
     there = next(part for part in (target.parent, *target.parents) if part.exists())

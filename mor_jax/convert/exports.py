@@ -107,7 +107,9 @@ def _hf(run: RunSource, options: ExportOptions, draft: Path) -> int:
 def _llama(run: RunSource, options: ExportOptions, draft: Path) -> int:
     cfg = run.cfg.model
     rule = f"recursions are written out {cfg.recursions} times in a plain Llama"
-    fix = "Give --unroll if that is meant, or use --to=hf, which stores shared weights once"
+    fix = "Use --to=hf, which stores shared weights once"
+    if cfg.router.kind == "none":
+        fix = f"Give --unroll if that is meant, or u{fix[1:]}"
     check(cfg.sharing == "none" or options.unroll, "model.sharing", cfg.sharing, rule, fix)
     tensors = _tensors(run, llama_entries(cfg))
     write_shards(draft, tensors, options.dtype, options.shard_bytes)

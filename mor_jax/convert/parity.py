@@ -36,6 +36,7 @@ from mor_jax.convert.parity_train import compare_trajectory
 from mor_jax.convert.reference_loss import Pass, compiled, overlap_accuracy, rules, steady
 from mor_jax.convert.state_dict import from_params
 from mor_jax.models.routing import Routing
+from mor_jax.stopping import Signals
 from mor_jax.types import IGNORE
 
 Seen = dict[str, tuple[Group, Any]]
@@ -253,4 +254,5 @@ def _check_platform(name: str) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    with Signals("parity writes nothing"):
+        sys.exit(main())

@@ -5,6 +5,9 @@ from typing import Any
 
 from mor_jax.config import fail
 
+_OF_FILES = {"lm_eval": "-c requirements.lock -r requirements-eval.txt"}
+"""What the project's own files install, at the versions that were tested."""
+
 
 def need(module: str, setting: str, value: str) -> Any:
     """The module, imported now because `setting=value` asks for it.
@@ -16,4 +19,5 @@ def need(module: str, setting: str, value: str) -> Any:
     except ImportError as error:
         package = module.partition(".")[0].replace("_", "-")
         rule = f"needs a package that is missing ({error})"
-        fail(setting, value, rule, f"Run pip install {package}")
+        wanted = _OF_FILES.get(module, package)
+        fail(setting, value, rule, f"Run pip install {wanted}")

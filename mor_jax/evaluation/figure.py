@@ -1,6 +1,7 @@
 """A picture of an evaluation: loss by depth and by position in the row."""
 
 import os
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -49,10 +50,25 @@ def draw(values: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
     told = f"{Path(values['workdir']).name}, step {values['step']}: {values['text']}"
     lines = headings.wrapped(told, 0.96 * figure.get_size_inches()[0], headings.SIZE)
     figure.suptitle("\n".join(lines), fontsize=headings.SIZE, parse_math=False)
+    kind = Path(path).suffix
     try:
-        figure.savefig(path, dpi=150, metadata={_TELLS[Path(path).suffix]: _MAKER})
+        # Beside it first: a full disk would leave a picture that no evaluation seems to have drawn.
+        with tempfile.NamedTemporaryFile(dir=Path(path).parent, suffix=kind, delete=False) as file:
+            draft = Path(file.name)
+        try:
+            figure.savefig(draft, dpi=150, metadata={_TELLS[kind]: _MAKER})
+            draft.chmod(0o666 & ~_umask())
+            draft.replace(path)
+        finally:
+            draft.unlink(missing_ok=True)
     except OSError as error:
         fail("figure", str(path), f"cannot be written ({error})", "Give another --figure")
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
 
 
 def check_path(path: str | os.PathLike[str]) -> None:

@@ -57,12 +57,18 @@ class Records:
             before = self.path.read_text() if self.path.exists() else ""
             self.path.write_text(before + line)
             return
-        with Path(self.path).open("a+b") as file:
-            if file.tell() and not _ends_whole(file):
-                line = "\n" + line
-            file.write(line.encode("utf-8"))
-            file.flush()
-            os.fsync(file.fileno())
+        path, new = Path(self.path), not self.path.exists()
+        try:
+            with path.open("a+b") as file:
+                if file.tell() and not _ends_whole(file):
+                    line = "\n" + line
+                file.write(line.encode("utf-8"))
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError:
+            if new:
+                path.unlink(missing_ok=True)
+            raise
 
     def _read(self) -> list[dict[str, Any]]:
         if not self.path.exists():
