@@ -12,6 +12,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from mor_jax import exit_codes
 from mor_jax.stopping import Signals
 
 
@@ -53,8 +54,8 @@ def main(arguments: list[str]) -> int:
     try:
         manifest = prepare.prepare(cfg, report)
     except (ValueError, OSError) as error:
-        print(f"{start}{error}", file=sys.stderr)
-        return 2 if isinstance(error, ValueError) else 1
+        print(f"{start}error: {error}", file=sys.stderr)
+        return exit_codes.of(error)
     print(end="" if end else "\n", file=sys.stderr)
     for split, content in manifest["splits"].items():
         print(f"{split}: {content['tokens']:,} tokens of {content['documents']:,} documents")

@@ -1,4 +1,4 @@
-"""A disk that is full: nothing half-written stays, and the exit code says that nothing was refused."""
+"""A full disk: nothing half-written stays, and the exit code is not that of refused input."""
 
 import errno
 import os
