@@ -343,7 +343,8 @@ def test_mfu():
             "error: --config.model.router.capacity_multiple=0: ",
         ),
         ("--length=-5", "length"),
-        (f"--length={10**30}", f"error: --length={10**30}: must be between 2 and model.max_length"),
+        (f"--length={10**30}", f"error: --length={10**30}: must be at most 2147483647, 32 bits"),
+        ("--length=1000000", "error: --length=1000000: must be between 2 and model.max_length"),
     ],
 )
 def test_the_command_says_what_is_wrong_without_a_traceback(argument, told):
