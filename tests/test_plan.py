@@ -98,11 +98,8 @@ def on(name: str, rows: int, sharding: ShardingConfig | None = None, **mesh: int
 @pytest.mark.parametrize(
     ("topology", "cfg", "match"),
     [
-        (
-            "v5e:2x2",
-            on("plain", 8, fsdp=8),
-            "axes multiply to 8, but .* 4 dev.* Try mesh.fsdp=4",
-        ),
+        ("v5e:2x2", on("plain", 8, fsdp=8), "axes multiply to 8, but there are 4 devices"),
+        ("v5e:2x2", on("plain", 9, data=None, fsdp=3), r"multiply to 3, .* Try mesh\.fsdp=2"),
         ("v5e:2x2", on("plain", 6, fsdp=4), "batch_size=6: must be a multiple of 4"),
         ("2xv5e:2x2", on("plain", 8, fsdp=8), r"mesh\.slice=1: .*2 slices.*Set it to 2"),
         ("h100:8x4", on("plain", 32, fsdp=32), "needs 32 fake CPU devices"),
