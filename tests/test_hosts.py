@@ -167,6 +167,7 @@ def test_coordinator_that_does_not_answer_is_named():
     ("arguments", "message"),
     [
         (("host:1", 2, None), "--process=None: --distributed=manual needs it"),
+        ((None, None, None), "--coordinator=None: --distributed=manual needs it"),
         (("host:1", None, 0), "--processes=None: --distributed=manual needs it"),
         (("host:1", 0, 0), "--processes=0: must be positive"),
         (("host:1", 2, 2), r"--process=2: must be in 0 .. 1, as --processes=2"),

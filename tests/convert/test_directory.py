@@ -59,6 +59,12 @@ def test_what_is_there_is_refused_unless_it_may_be_replaced(tmp_path):
     made(out)
     with pytest.raises(ValueError, match=r"not empty.*--overwrite"), fresh_directory(out):
         pass
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").write_text("1")
+    # --overwrite would be refused there, so nobody is told to give it.
+    with pytest.raises(ValueError, match=r"Choose another directory$"):
+        fresh_directory(tmp_path / "mine").__enter__()
+    shutil.rmtree(tmp_path / "mine")
     with pytest.raises(RuntimeError), fresh_directory(out, replace=True) as draft:
         (draft / "b").write_text("2")
         raise RuntimeError

@@ -203,6 +203,8 @@ def test_both_generations_of_config_say_the_same():
         ({"architectures": 2}, ["architectures=2"]),
         ({"head_dim": 0}, ["head_dim=0"]),
         ({"num_key_value_heads": 0}, ["num_key_value_heads=0"]),
+        ({"max_position_embeddings": 1}, ["max_position_embeddings=1", "at least 2"]),
+        ({"num_hidden_layers": 2.0}, ["num_hidden_layers=2.0", "whole number of at least 1"]),
         ({"num_attention_heads": 10**9}, ["num_attention_heads=1000000000", "any model"]),
         ({"tie_word_embeddings": "false"}, ["tie_word_embeddings='false'", "without quotes"]),
         ({"attention_bias": "false"}, ["attention_bias='false'"]),
