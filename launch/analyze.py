@@ -38,7 +38,7 @@ def main(argv: list[str] | None = None) -> int:
     given = dict(vars(options))
     as_json = given.pop("json")
     try:
-        option_names.check_filled(given, "output", "calibration", "workdir", "text")
+        option_names.check_filled(options, "output", "calibration", "workdir", "text")
         result = command.run(given, _standard_input)
     except ValueError as error:
         typed = option_names.options(options, _PATHS)

@@ -9,6 +9,8 @@ from mor_jax.config import check, fail
 from mor_jax.data.findings import EMPTY, NUL, SURROGATE, Findings
 
 MARK = codecs.BOM_UTF8
+_FEWEST = 4
+"""Pairs of bytes that tell an encoding from a NUL that stands in a short text."""
 """The byte order mark, which some editors put before UTF-8. It is no part of the text."""
 
 _WIDE_MARKS = {
@@ -66,7 +68,7 @@ def _binary(head: bytes) -> bool:
 def _without_mark(head: bytes) -> str | None:
     """UTF-16 without a mark: in western text every second byte is NUL."""
     pairs = len(head) // 2
-    if not pairs:
+    if pairs < _FEWEST:
         return None
     zeros = [head[start : 2 * pairs : 2].count(0) for start in (0, 1)]
     for few, many, name in ((0, 1, "UTF-16LE"), (1, 0, "UTF-16BE")):

@@ -4,19 +4,13 @@ import copy
 
 import numpy as np
 import pytest
+from rope_settings import LLAMA3
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from mor_jax.convert.hf_rope import rope
 
 LINEAR = {"rope_type": "linear", "factor": 4.0}
-LLAMA3 = {
-    "rope_type": "llama3",
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 32,
-}
 DEFAULT = {"rope_type": "default", "rope_theta": 10000.0}
 SIZES = {"hidden_size": 32, "num_attention_heads": 4, "max_position_embeddings": 128}
 

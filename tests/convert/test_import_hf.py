@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import tokenizers
 import torch
+from rope_settings import LLAMA3
 from safetensors.torch import load_file, save_file
 from seeded import random_params
 from tiny import TINY
@@ -28,13 +29,6 @@ from mor_jax.state import forward, unembed
 from mor_jax.types import Batch
 
 PLAIN = TINY["plain"]
-LLAMA3 = {
-    "rope_type": "llama3",
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 32,
-}
 SIZES = {
     "vocab_size": 64,
     "hidden_size": 32,

@@ -8,7 +8,7 @@ import threading
 import openai
 import pytest
 from engines import paused
-from http_server import engine_of, idle, run, serving
+from http_server import idle, run, serving
 from patience import PATIENCE, until
 from serve_client import CHAT, TEXT, Connection, get, numbers, post
 
@@ -17,18 +17,6 @@ from mor_jax.serve.sequence import Sequence
 
 LONG = {"prompt": "a", "max_tokens": 500, "ignore_eos": True}
 ASKED = {"prompt": "Once", "max_tokens": 8, "temperature": 1, "seed": 5, "ignore_eos": True}
-
-
-@pytest.fixture(scope="module")
-def engine(tmp_path_factory):
-    with engine_of(tmp_path_factory.mktemp("http") / "small") as engine:
-        yield engine
-
-
-@pytest.fixture(scope="module")
-def server(engine):
-    with serving(engine) as server:
-        yield server
 
 
 @pytest.fixture(scope="module")

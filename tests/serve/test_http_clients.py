@@ -30,18 +30,6 @@ SOME = 50
 
 
 @pytest.fixture(scope="module")
-def engine(tmp_path_factory):
-    with engine_of(tmp_path_factory.mktemp("http") / "small") as engine:
-        yield engine
-
-
-@pytest.fixture(scope="module")
-def server(engine):
-    with serving(engine) as server:
-        yield server
-
-
-@pytest.fixture(scope="module")
 def url(server):
     return server.url
 

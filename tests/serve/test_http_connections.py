@@ -7,24 +7,12 @@ import socket
 
 import pytest
 from engines import paused
-from http_server import engine_of, idle, run, serving
+from http_server import idle, run
 from patience import until
 from serve_client import TEXT, Connection
 
 ASKED = {"prompt": "Once", "max_tokens": 8, "seed": 5, "ignore_eos": True}
 LONG = ASKED | {"max_tokens": 500}
-
-
-@pytest.fixture(scope="module")
-def engine(tmp_path_factory):
-    with engine_of(tmp_path_factory.mktemp("http") / "small") as engine:
-        yield engine
-
-
-@pytest.fixture(scope="module")
-def server(engine):
-    with serving(engine) as server:
-        yield server
 
 
 def request(value, version="1.1", method="POST", path=TEXT):
