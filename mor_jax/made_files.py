@@ -5,6 +5,7 @@ list beside their files, and ask here what is not in it before they replace anyt
 """
 
 import os
+import secrets
 import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -32,6 +33,11 @@ def stamp(path: Path) -> list[int]:
         while block := file.read(_BLOCK):
             size, crc = size + len(block), zlib.crc32(block, crc)
     return [size, crc]
+
+
+def unused(path: Path) -> Path:
+    """A name beside `path`, with its ending, that nobody has: `NAME.draft` may be anybody's."""
+    return path.with_name(f".{path.stem}.{os.getpid()}.{secrets.token_hex(4)}{path.suffix}")
 
 
 def strangers(
@@ -71,4 +77,4 @@ def _entries(directory: Path) -> Iterator[tuple[str, Path]]:
             yield here.relative_to(directory).as_posix(), here
 
 
-__all__ = ["Stamps", "stamp", "stamps", "strangers"]
+__all__ = ["Stamps", "stamp", "stamps", "strangers", "unused"]

@@ -38,28 +38,15 @@ def carried_place(
     return data.carried_over(data.Place.of(facts["position"], notes, config), place, jumps)
 
 
-def check_place(workdir: epath.Path, cfg: TrainConfig, place: data.Place, fingerprint: str) -> None:
-    """`carried_place` of the newest checkpoint that can be read, before anything is changed.
+def check_state(facts: Mapping[str, Any], cfg: TrainConfig, state: Mapping[str, Any]) -> None:
+    """Looks whether a run can go on from the state of a checkpoint.
 
-    Raises:
-        ValueError: as there.
-    """
-    facts = _newest(workdir)
-    if facts is not None:
-        carried_place(facts, cfg, place, fingerprint)
-
-
-def check_state(workdir: epath.Path, cfg: TrainConfig, state: Mapping[str, Any]) -> None:
-    """Looks, before anything is changed, whether a run can go on from its newest checkpoint.
-
-    state: shapes of the arrays of `cfg`, as checkpoints hold them.
+    facts: step and arrays of the checkpoint. state: shapes of the arrays of `cfg`, as checkpoints
+    hold them.
 
     Raises:
         ValueError: it holds others, or is of a step behind the last one of `cfg`.
     """
-    facts = _newest(workdir)
-    if facts is None:
-        return
     rule = f"the run has finished step {facts['step']}"
     fix = f"Give {facts['step']} or more, or start another with --branch=RUN@STEP"
     check(facts["step"] <= cfg.steps, "steps", cfg.steps, rule, fix)
@@ -73,7 +60,7 @@ def check_state(workdir: epath.Path, cfg: TrainConfig, state: Mapping[str, Any])
         fail(names[0], now, rule, fix)
 
 
-def _newest(workdir: epath.Path) -> dict[str, Any] | None:
+def newest(workdir: epath.Path) -> dict[str, Any] | None:
     """What the newest checkpoint says that can be read; None without one."""
     for step in reversed(complete_steps(workdir)):
         # Whoever restores says of a damaged one so, and takes the one before as well.
@@ -92,4 +79,4 @@ def _plain(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
 
 
-__all__ = ["carried_place", "check_place", "check_state"]
+__all__ = ["carried_place", "check_state", "newest"]

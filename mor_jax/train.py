@@ -33,7 +33,7 @@ from mor_jax.loop import Desk, Loop, Start, TooManySkipped, fields
 from mor_jax.models.attention_kernels import check_kernel
 from mor_jax.models.remat import check_remat
 from mor_jax.readers import reader
-from mor_jax.resume import carried_place, check_place, check_state
+from mor_jax.resume import carried_place, check_state, newest
 from mor_jax.room import check_room
 from mor_jax.settled import settled_in
 from mor_jax.state import TrainState, abstract_params, logical_axes
@@ -148,8 +148,7 @@ def _fit(
             if branch is not None:
                 _everywhere(partial(_begin, run, allow, branch))
             _everywhere(partial(_check_initial, run))
-            _everywhere(partial(check_state, path, cfg, fields(run.abstract)))
-            _everywhere(partial(check_place, path, cfg, run.beginning, run.fingerprint))
+            _everywhere(partial(_check_newest, run))
             signals.look()
             if jax.process_index() == 0:
                 workdir.claim_workdir(path, cfg, allow)
@@ -302,6 +301,14 @@ def _from(run: Run, desk: Desk, step: int | None) -> Start:
         restored = desk.checkpoints.restore(fields(run.abstract), step)
     there = carried_place(restored._asdict(), run.cfg, run.beginning, run.fingerprint)
     return Start.of(TrainState(**restored.state), there, restored.extra)
+
+
+def _check_newest(run: Run) -> None:
+    """Whether the newest checkpoint can be gone on from, before anything is changed."""
+    facts = newest(run.path)
+    if facts is not None:
+        check_state(facts, run.cfg, fields(run.abstract))
+        carried_place(facts, run.cfg, run.beginning, run.fingerprint)
 
 
 def _check_initial(run: Run) -> None:

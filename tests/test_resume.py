@@ -9,7 +9,7 @@ from etils import epath
 from tiny import train_config
 
 from mor_jax import data, manifest
-from mor_jax.resume import carried_place, check_place, check_state
+from mor_jax.resume import carried_place, check_state, newest
 from mor_jax.workdir import plain
 
 
@@ -70,13 +70,13 @@ def test_places_counted_in_batches_become_rows(cfg, tmp_path, monkeypatch):
     extra = {"fingerprint": fingerprint, "jumps": [[24, 40]], "bad": [144, 152], "other": [1]}
     assert found["extra"] == extra
     assert carried_place(found, cfg, place, fingerprint).row == 160
-    check_place(epath.Path(tmp_path), cfg, place, fingerprint)
+    assert newest(epath.Path(tmp_path)) == found
     longer = dataclasses.replace(cfg, length=32)
     with pytest.raises(ValueError, match=r"^length=32: 160 rows of"):
-        check_place(epath.Path(tmp_path), longer, *begun(longer))
+        carried_place(found, longer, *begun(longer))
     # One that is damaged is passed over; whoever restores says so.
     (step / "manifest.json").write_text("{}")
-    check_place(epath.Path(tmp_path), longer, *begun(longer))
+    assert newest(epath.Path(tmp_path)) is None
 
 
 def test_a_model_that_a_checkpoint_does_not_hold_is_refused_in_one_line(cfg, tmp_path):
@@ -85,15 +85,16 @@ def test_a_model_that_a_checkpoint_does_not_hold_is_refused_in_one_line(cfg, tmp
     step = epath.Path(tmp_path) / "checkpoints" / "00000005"
     (step / "arrays").mkdir(parents=True)
     manifest.write(step, facts, step / "arrays")
-    check_state(epath.Path(tmp_path), cfg, state)
+    found = newest(epath.Path(tmp_path))
+    check_state(found, cfg, state)
     other = {"params": {"a": np.zeros((2, 5)), "c": np.zeros(4)}, "step": np.int32(5)}
     told = r"^params\.a='float64\[2, 5\]': the checkpoint of step 5 holds float64\[2, 3\] there.*"
     with pytest.raises(
         ValueError, match=rf"{told}\(3 arrays differ\)\. Give the settings"
     ) as error:
-        check_state(epath.Path(tmp_path), cfg, other)
+        check_state(found, cfg, other)
     assert "\n" not in str(error.value)
-    check_state(epath.Path(tmp_path / "none"), cfg, other)
+    assert newest(epath.Path(tmp_path / "none")) is None
     short = dataclasses.replace(cfg, steps=3)
     with pytest.raises(ValueError, match=r"^steps=3: the run has finished step 5\. Give 5 or more"):
-        check_state(epath.Path(tmp_path), short, state)
+        check_state(found, short, state)

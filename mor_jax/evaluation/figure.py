@@ -1,13 +1,13 @@
 """A picture of an evaluation: loss by depth and by position in the row."""
 
 import os
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from mor_jax.analysis import headings
 from mor_jax.evaluation.report import NAMES
+from mor_jax.made_files import unused
 from mor_jax.parsing import check, fail
 
 # What a picture says of where it comes from, and the field for it in each format.
@@ -50,25 +50,16 @@ def draw(values: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
     told = f"{Path(values['workdir']).name}, step {values['step']}: {values['text']}"
     lines = headings.wrapped(told, 0.96 * figure.get_size_inches()[0], headings.SIZE)
     figure.suptitle("\n".join(lines), fontsize=headings.SIZE, parse_math=False)
-    kind = Path(path).suffix
+    draft = unused(Path(path))
     try:
         # Beside it first: a full disk would leave a picture that no evaluation seems to have drawn.
-        with tempfile.NamedTemporaryFile(dir=Path(path).parent, suffix=kind, delete=False) as file:
-            draft = Path(file.name)
         try:
-            figure.savefig(draft, dpi=150, metadata={_TELLS[kind]: _MAKER})
-            draft.chmod(0o666 & ~_umask())
+            figure.savefig(draft, dpi=150, metadata={_TELLS[draft.suffix]: _MAKER})
             draft.replace(path)
         finally:
             draft.unlink(missing_ok=True)
     except OSError as error:
         fail("figure", str(path), f"cannot be written ({error})", "Give another --figure")
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def check_path(path: str | os.PathLike[str]) -> None:

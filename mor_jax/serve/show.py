@@ -7,7 +7,6 @@ import contextlib
 import io
 import json
 import os
-import secrets
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Protocol, runtime_checkable
@@ -19,6 +18,7 @@ from rich.text import Text
 
 from mor_jax.analysis.plots import colour, text_pieces
 from mor_jax.data.tokenizers import Tokenizer
+from mor_jax.made_files import unused
 from mor_jax.parsing import check, fail
 from mor_jax.serve.answers import Answer
 from mor_jax.serve.prompts import Prompt
@@ -77,8 +77,7 @@ def whole_file(path: Path, replace: bool) -> Iterator[io.TextIOBase]:
     check(file, "output", str(path), "is there and no file", "Give the path of a file")
     exists = path.exists() and not replace
     check(not exists, "output", str(path), "exists already", "Add --overwrite to replace it")
-    # A name that nobody has: a file `answers.jsonl.draft` may be anybody's.
-    draft = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}")
+    draft = unused(path)
     try:
         file = draft.open("x", encoding="utf-8")
     except OSError as error:
