@@ -32,13 +32,15 @@ import jax
 import numpy as np
 import timing
 
-from mor_jax import events, exit_codes, metrics, sharding
-from mor_jax.checkpoint import Checkpoints
+from mor_jax.checkpoint.checkpointer import Checkpoints
 from mor_jax.config import TrainConfig
-from mor_jax.goodput import goodput
-from mor_jax.loop import fields
-from mor_jax.state import abstract_params, logical_axes
-from mor_jax.steps import abstract_state
+from mor_jax.distributed import mesh as sharding
+from mor_jax.models.params import abstract_params, logical_axes
+from mor_jax.observability import event_log, metrics
+from mor_jax.observability.goodput import goodput
+from mor_jax.runtime import exit_codes
+from mor_jax.training.compiled_step import abstract_state
+from mor_jax.training.loop import fields
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -127,7 +129,7 @@ def kill_once(trial: Trial, workdir: Path, aim: str, kind: int, chance: random.R
     time.sleep(chance.uniform(0, 0.05 if aim == "steps" else 0.01))
     run.send_signal(kind)
     code = run.wait(PATIENCE)
-    logged = [event["event"] for event in events.read(workdir / events.FILE)]
+    logged = [event["event"] for event in event_log.read(workdir / event_log.FILE)]
     return Kill(
         aim=aim,
         seconds=time.monotonic() - began,
@@ -220,7 +222,7 @@ def run_trial(trial: Trial, root: Path, kills: int, kind: int, seed: int) -> dic
         )
     trial.complete(killed)
     found = differences(trial, whole, killed)
-    spent = goodput(events.read(killed / events.FILE))
+    spent = goodput(event_log.read(killed / event_log.FILE))
     print(spent.line())
     print("\n".join(found[:20]) or verdict(trial, done, spent.again))
     return {

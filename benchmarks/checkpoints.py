@@ -22,9 +22,9 @@ import jax.numpy as jnp
 import timing
 from absl import logging
 
-from mor_jax.checkpoint import Checkpoints
+from mor_jax.checkpoint.checkpointer import Checkpoints
 from mor_jax.config import CheckpointConfig
-from mor_jax.host_memory import keep_freed_memory
+from mor_jax.runtime.host_memory import keep_freed_memory
 
 LAYOUTS = {"merged": True, "apart": False}
 ARRAYS = 24

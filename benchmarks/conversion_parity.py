@@ -30,14 +30,14 @@ import transformers
 import yaml
 from transformers import AutoModelForCausalLM
 
+from mor_jax.checkpoint.lazy_arrays import Lazy, nested
 from mor_jax.config import ModelConfig
-from mor_jax.convert.cases import BLOCKS, Case, load_case
 from mor_jax.convert.exports import ExportOptions, export
-from mor_jax.convert.importing import ImportOptions, import_run
-from mor_jax.convert.lazy import Lazy, nested
+from mor_jax.convert.imports import ImportOptions, import_run
+from mor_jax.convert.parity.cases import BLOCKS, Case, load_case
 from mor_jax.convert.run_source import RunSource, open_run
-from mor_jax.models.router import Route
-from mor_jax.state import forward, unembed
+from mor_jax.models.params import forward, unembed
+from mor_jax.models.routing.router import Route
 from mor_jax.types import Batch
 
 PROMPTS, NEW = (20, 13, 7), 64

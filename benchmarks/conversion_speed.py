@@ -193,10 +193,10 @@ def make(size: str, folder: Path) -> None:
     import jax
     import numpy as np
 
-    from mor_jax.checkpoint import Checkpoints
-    from mor_jax.convert.lazy import Lazy, Spec, nested
+    from mor_jax.checkpoint.checkpointer import Checkpoints
+    from mor_jax.checkpoint.lazy_arrays import Lazy, Spec, nested
+    from mor_jax.checkpoint.run_dir import claim_workdir
     from mor_jax.convert.names import array_shapes, entries
-    from mor_jax.workdir import claim_workdir
 
     cfg = config_of(size)
     cfg = dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, tokenizer="bytes"))

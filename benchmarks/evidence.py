@@ -22,10 +22,10 @@ from evidencing.planning import ROOT, make, model
 from evidencing.report import report
 from evidencing.variants import MAIN
 
-from mor_jax import exit_codes
-from mor_jax.scaling.local import Event, Local, StudyStopped, run_local
-from mor_jax.scaling.manifest import Manifest, read, write
-from mor_jax.scaling.points import RESULTS, read_points
+from mor_jax.runtime import exit_codes
+from mor_jax.scaling.runs.local import Event, Local, StudyStopped, run_local
+from mor_jax.scaling.runs.points import RESULTS, read_points
+from mor_jax.scaling.study.manifest import Manifest, read, write
 
 
 def parse_args() -> argparse.Namespace:

@@ -29,13 +29,13 @@ import timing
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from mor_jax.convert.compare import by_magnitude
+from mor_jax.checkpoint.lazy_arrays import nested
 from mor_jax.convert.import_gguf import import_gguf
 from mor_jax.convert.imported import Imported
-from mor_jax.convert.lazy import nested
+from mor_jax.convert.parity.compare import by_magnitude
 from mor_jax.data import Tokenizer, load_tokenizer
-from mor_jax.evaluate import CAUSAL
-from mor_jax.state import forward, unembed
+from mor_jax.models.params import forward, unembed
+from mor_jax.training.evaluator import CAUSAL
 from mor_jax.types import Batch, Params
 
 PROMPT = "The capital of France is"

@@ -40,7 +40,7 @@ from gpu_compiling import matrix, report
 from gpu_compiling.matrix import Case
 
 from mor_jax import __version__
-from mor_jax.gpu_targets import TARGETS
+from mor_jax.planning.gpu_targets import TARGETS
 
 ROOT = Path(__file__).resolve().parent.parent
 HOME = ROOT / ".venv-gpu"

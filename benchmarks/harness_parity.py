@@ -35,7 +35,7 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
 from launch import convert
-from mor_jax.harness.model import MorLM
+from mor_jax.evaluation.lm_eval.model import MorLM
 
 LIMIT, PAGE_LIMIT = 1e-4, 1e-6
 """Largest differences that count as agreement: of a choice's log-likelihood, in nats; of a page's,

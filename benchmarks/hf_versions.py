@@ -31,8 +31,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import timing
 from hf_checking import environments, models
 
-from mor_jax import exit_codes
 from mor_jax.convert.modeling_file import modeling_version
+from mor_jax.runtime import exit_codes
 
 VERSIONS = ("4.56.0", "5.0.0", "5.23.0", "5.24.0")
 WORKER = Path(__file__).resolve().parent / "hf_checking" / "worker.py"

@@ -23,7 +23,7 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 
 import timing
 
-from mor_jax.plan.show import size
+from mor_jax.planning.show import size
 
 ROOT = Path(__file__).resolve().parent.parent
 PLAIN, RECURSIVE, MOR = "vanilla:", "recursive:recursions=3,", "mor:recursions=3,"

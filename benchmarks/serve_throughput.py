@@ -32,8 +32,8 @@ from serving import allowed, load, report, shapes, weights
 from serving.vocabulary import tokenizer_of
 
 from mor_jax.config import ModelConfig
-from mor_jax.serve.engine import Engine, EngineConfig
-from mor_jax.serve.served import Served
+from mor_jax.inference.engine.engine import Engine, EngineConfig
+from mor_jax.inference.load_model import Served
 
 PARTS = ("fixed", "budget", "static", "rival")
 

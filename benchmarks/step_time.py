@@ -21,11 +21,11 @@ import jax.numpy as jnp
 import timing
 
 from configs import common
-from mor_jax import state
-from mor_jax.chips import mfu, peak_flops
 from mor_jax.config import ModelConfig, RouterConfig, TrainConfig
-from mor_jax.flops import flops
-from mor_jax.parsing import parse
+from mor_jax.config.parsing import parse
+from mor_jax.models import params as state
+from mor_jax.models.flops import flops
+from mor_jax.runtime.hardware import mfu, peak_flops
 
 # 2 + 12 layers, so that 2, 3 and 4 recursions all keep the depth.
 SMALL = ModelConfig(

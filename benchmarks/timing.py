@@ -19,12 +19,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from mor_jax.config import TrainConfig
-from mor_jax.host_memory import keep_freed_memory
-from mor_jax.models.router import capacity_counts
-from mor_jax.optim import make_optimizer
-from mor_jax.platforms import skip_absent
-from mor_jax.state import init_params, new_state
-from mor_jax.steps import jitted_steps
+from mor_jax.models.params import init_params, new_state
+from mor_jax.models.routing.router import capacity_counts
+from mor_jax.runtime.host_memory import keep_freed_memory
+from mor_jax.runtime.platform import skip_absent
+from mor_jax.training.compiled_step import jitted_steps
+from mor_jax.training.optimizer import make_optimizer
 from mor_jax.types import IGNORE, Batch, Params
 
 skip_absent()
@@ -50,7 +50,7 @@ def random_batch(cfg: TrainConfig, seed: int = 0) -> Batch:
 
 
 class Trainer:
-    """A run's train step, compiled as `mor_jax.train` compiles it, on one batch and one device.
+    """A run's train step, compiled as `mor_jax.training.trainer` compiles it, on one batch and one device.
 
     temp_bytes: memory of the compiled step beside the state and the batch. losses: cross-entropy
     of every step taken, in nats per token.

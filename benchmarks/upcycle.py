@@ -34,18 +34,18 @@ import jax.numpy as jnp
 import timing
 
 from mor_jax import data
+from mor_jax.checkpoint.lazy_arrays import nested
 from mor_jax.config import DataConfig, EvalConfig, ModelConfig, OptimConfig, TrainConfig
 from mor_jax.convert.import_gguf import import_gguf
 from mor_jax.convert.imported import Imported
 from mor_jax.convert.init_strategies import STRATEGIES
-from mor_jax.convert.lazy import nested
 from mor_jax.convert.upcycle import Upcycling, upcycle, upcycled_config
-from mor_jax.evaluate import Evaluator
-from mor_jax.host_memory import keep_freed_memory
-from mor_jax.models.router import capacity_counts
-from mor_jax.parameters import unique_parameters
-from mor_jax.state import init_params
-from mor_jax.steps import first_state, jitted_steps
+from mor_jax.models.param_count import unique_parameters
+from mor_jax.models.params import init_params
+from mor_jax.models.routing.router import capacity_counts
+from mor_jax.runtime.host_memory import keep_freed_memory
+from mor_jax.training.compiled_step import first_state, jitted_steps
+from mor_jax.training.evaluator import Evaluator
 from mor_jax.types import Params
 
 FAMILIES = {"none": "recursive", "expert": "expert-choice MoR"}

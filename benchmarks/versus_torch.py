@@ -49,7 +49,7 @@ class TorchTrainer:
 
 
 def _adamw(model: LlamaForCausalLM, cfg: OptimConfig) -> torch.optim.AdamW:
-    """AdamW that decays everything but norms, as `mor_jax.optim.decays` does."""
+    """AdamW that decays everything but norms, as `mor_jax.training.optimizer.decays` does."""
     norms = [p for name, p in model.named_parameters() if "norm" in name]
     others = [p for name, p in model.named_parameters() if "norm" not in name]
     groups = [

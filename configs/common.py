@@ -1,7 +1,7 @@
 """What the shipped configurations share: the argument after the colon, sizes, routers, recipes.
 
 Every number stands in a table. Nothing here computes one setting from another; values that follow
-from others are properties of the typed side (`mor_jax/config.py`).
+from others are properties of the typed side (`mor_jax/config/train.py`).
 """
 
 import difflib

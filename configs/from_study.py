@@ -15,8 +15,8 @@ from ml_collections import ConfigDict
 
 from configs.common import plain_model, train
 from configs.from_workdir import fill
-from mor_jax.parsing import changed
-from mor_jax.scaling.seal import digest
+from mor_jax.config.parsing import changed
+from mor_jax.scaling.study.seal import digest
 
 _FIX = "Write --config=configs/from_study.py:STUDY/RUN, as launch/isoflop.py run does"
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from mor_jax.stopping import Signals
+from mor_jax.runtime.preemption import Signals
 
 _SIGNALS = Signals("nothing was written")
 if __name__ == "__main__":
@@ -24,15 +24,11 @@ if __name__ == "__main__":
 from absl import app, flags
 from ml_collections import config_flags
 
-from mor_jax import command_line, exit_codes, option_names
+from mor_jax.cli import config_flag, option_names
 from mor_jax.config import TrainConfig
-from mor_jax.flops import (
-    effective_parameters,
-    flops,
-    memory,
-    unique_parameters,
-)
-from mor_jax.settled import settled
+from mor_jax.models.flops import effective_parameters, flops, memory, unique_parameters
+from mor_jax.runtime import exit_codes
+from mor_jax.training.resolved_settings import settled
 
 CONFIG = config_flags.DEFINE_config_file("config", "configs/mor.py", "what to account for")
 LENGTH = flags.DEFINE_integer(
@@ -109,4 +105,4 @@ def _print_tables(report, counts, totals, room) -> None:
 
 if __name__ == "__main__":
     with _SIGNALS:
-        app.run(main, flags_parser=command_line.parsed)
+        app.run(main, flags_parser=config_flag.parsed)

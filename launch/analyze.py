@@ -17,8 +17,9 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from mor_jax import exit_codes, option_names, platforms
-from mor_jax.stopping import Signals
+from mor_jax.cli import option_names
+from mor_jax.runtime import exit_codes, platform
+from mor_jax.runtime.preemption import Signals
 
 _PATHS = {
     "data.sources": "source",
@@ -32,7 +33,7 @@ _PATHS = {
 
 def main(argv: list[str] | None = None) -> int:
     options = _parser().parse_args(argv)
-    platforms.skip_absent()
+    platform.skip_absent()
     from mor_jax.analysis import command
 
     given = dict(vars(options))

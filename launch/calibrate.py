@@ -16,8 +16,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from mor_jax import exit_codes, option_names, platforms
-from mor_jax.stopping import Signals
+from mor_jax.cli import option_names
+from mor_jax.runtime import exit_codes, platform
+from mor_jax.runtime.preemption import Signals
 
 _PATHS = {
     "eval.batches": "batches",
@@ -32,10 +33,10 @@ POINTS = 9
 
 def main(argv: list[str] | None = None) -> int:
     options = _parser().parse_args(argv)
-    platforms.skip_absent()
+    platform.skip_absent()
+    from mor_jax.calibration import calibrate
+    from mor_jax.checkpoint.load_weights import find
     from mor_jax.evaluation import Asked
-    from mor_jax.load import find
-    from mor_jax.serve import calibrate
 
     asked = Asked(
         sources=None if options.source is None else tuple(options.source),

@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 # Nothing is computed on a device; accelerators of this machine stay free.
 os.environ["JAX_PLATFORMS"] = "cpu"
 
-from mor_jax import exit_codes, host_memory
+from mor_jax.runtime import exit_codes, host_memory
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -88,9 +88,9 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _export(options: argparse.Namespace) -> int:
+    from mor_jax.config.parsing import size
     from mor_jax.convert.exports import ExportOptions, export
     from mor_jax.convert.run_source import open_run
-    from mor_jax.parsing import size
 
     chosen = ExportOptions(
         output=options.output,
@@ -113,7 +113,7 @@ def _export(options: argparse.Namespace) -> int:
 
 
 def _import(options: argparse.Namespace) -> int:
-    from mor_jax.convert.importing import ImportOptions, import_run
+    from mor_jax.convert.imports import ImportOptions, import_run
 
     chosen = ImportOptions(
         workdir=options.workdir,

@@ -20,12 +20,13 @@ from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from mor_jax import exit_codes, option_names, platforms
-from mor_jax.stopping import Signals
+from mor_jax.cli import option_names
+from mor_jax.runtime import exit_codes, platform
+from mor_jax.runtime.preemption import Signals
 
 if TYPE_CHECKING:
     from mor_jax.config import TrainConfig
-    from mor_jax.evaluation.questions import Questions
+    from mor_jax.evaluation.eval_runner import Questions
 
 _PATHS = {
     "eval.batches": "batches",
@@ -38,7 +39,7 @@ _PATHS = {
 
 def main(argv: list[str] | None = None) -> int:
     options, others = _options(argv)
-    platforms.skip_absent()
+    platform.skip_absent()
     try:
         option_names.check_filled(options, "output", "figure", "calibration", "workdir")
         _watch(options, others) if options.watch else _once(options, others)
@@ -51,9 +52,9 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _once(options: argparse.Namespace, others: list[str]) -> None:
-    from mor_jax.evaluation.figure import check_path, draw
-    from mor_jax.evaluation.records import Records
-    from mor_jax.load import find
+    from mor_jax.checkpoint.load_weights import find
+    from mor_jax.evaluation.plot import check_path, draw
+    from mor_jax.evaluation.results import Records
 
     if options.figure:
         check_path(options.figure)
@@ -70,13 +71,13 @@ def _once(options: argparse.Namespace, others: list[str]) -> None:
 
 
 def _watch(options: argparse.Namespace, others: list[str]) -> None:
-    from mor_jax import workdir
-    from mor_jax.evaluation.questions import line
-    from mor_jax.evaluation.records import FILE, Records
-    from mor_jax.evaluation.watch import Watch
+    from mor_jax.checkpoint import run_dir
+    from mor_jax.evaluation.eval_runner import line
+    from mor_jax.evaluation.results import FILE, Records
+    from mor_jax.evaluation.watch_checkpoints import Watch
 
-    path = workdir.resolved(options.workdir)
-    questions = _questions(options, others, workdir.read_config(path))
+    path = run_dir.resolved(options.workdir)
+    questions = _questions(options, others, run_dir.read_config(path))
     records = Records(options.output or path / FILE, questions.told())
     watch = Watch(path, records, poll=30.0 if options.poll is None else options.poll, told=_note)
     for record in watch(lambda found: questions(found).record()):
@@ -85,7 +86,7 @@ def _watch(options: argparse.Namespace, others: list[str]) -> None:
 
 def _questions(options: argparse.Namespace, others: list[str], cfg: "TrainConfig") -> "Questions":
     from mor_jax.evaluation import Asked
-    from mor_jax.evaluation.questions import Questions, Tasks
+    from mor_jax.evaluation.eval_runner import Questions, Tasks
 
     rows, tasks = options.batch_size, None
     if options.tasks:

@@ -20,8 +20,9 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from mor_jax import exit_codes, option_names, platforms
-from mor_jax.stopping import Signals
+from mor_jax.cli import option_names
+from mor_jax.runtime import exit_codes, platform
+from mor_jax.runtime.preemption import Signals
 
 _PATHS = {"engine.slots": "slots", "engine.cache_bytes": "cache"}
 """Options under other names than their settings."""
@@ -29,7 +30,7 @@ _PATHS = {"engine.slots": "slots", "engine.cache_bytes": "cache"}
 
 def main(argv: list[str] | None = None) -> int:
     options = _parser().parse_args(argv)
-    platforms.skip_absent()
+    platform.skip_absent()
     try:
         return _generate(options)
     except BrokenPipeError:
@@ -45,10 +46,10 @@ def main(argv: list[str] | None = None) -> int:
 def _generate(typed: argparse.Namespace) -> int:
     from rich.console import Console
 
-    from mor_jax.parsing import size
-    from mor_jax.serve.generate import Options, generate
-    from mor_jax.serve.prompts import ANSWER, Wishes
-    from mor_jax.serve.request import Stopped
+    from mor_jax.config.parsing import size
+    from mor_jax.inference.cli.generate import Options, generate
+    from mor_jax.inference.cli.prompts import ANSWER, Wishes
+    from mor_jax.inference.engine.request import Stopped
 
     given, settings = dict(vars(typed)), Wishes.__dataclass_fields__
     wishes = {name: given.pop(name) for name in settings}
@@ -125,7 +126,7 @@ def _add_settings(add: Callable[..., Any]) -> None:
 
 def _tidy(_: str) -> None:
     """What is left of an output that was not finished, and of a line that showed the state."""
-    show = sys.modules.get("mor_jax.serve.show")
+    show = sys.modules.get("mor_jax.inference.cli.show")
     if show is not None:
         show.abandon()
     if sys.stderr.isatty():

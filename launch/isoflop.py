@@ -20,8 +20,9 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from mor_jax import exit_codes, option_names, platforms
-from mor_jax.stopping import Signals
+from mor_jax.cli import option_names
+from mor_jax.runtime import exit_codes, platform
+from mor_jax.runtime.preemption import Signals
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLLOWING = ("run", "fit", "report")
@@ -32,7 +33,7 @@ def main(argv: list[str] | None = None) -> int:
     options.given = sys.argv[1:] if argv is None else argv
     # Shells leave the ~ of --study=~/x alone.
     options.study = os.path.expanduser(options.study)
-    platforms.skip_absent()
+    platform.skip_absent()
     try:
         option_names.check_filled(options, "study", "output")
         return options.call(options, rest)
@@ -47,9 +48,9 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _plan(options: argparse.Namespace, rest: list[str]) -> int:
-    from mor_jax.scaling.manifest import read, write
-    from mor_jax.scaling.plan import make_plan
-    from mor_jax.scaling.show import plan_lines, plan_table
+    from mor_jax.scaling.runs.show import plan_lines, plan_table
+    from mor_jax.scaling.study.manifest import read, write
+    from mor_jax.scaling.study.plan import make_plan
 
     manifest = make_plan(_asked(options, rest), ROOT / "configs")
     again = [f"python launch/isoflop.py {name} --study={options.study}" for name in FOLLOWING]
@@ -66,8 +67,8 @@ def _plan(options: argparse.Namespace, rest: list[str]) -> int:
 
 
 def _asked(options: argparse.Namespace, rest: list[str]) -> Any:
-    from mor_jax.scaling.architectures import Shapes
-    from mor_jax.scaling.plan import Asked, Rules
+    from mor_jax.scaling.study.architectures import Shapes
+    from mor_jax.scaling.study.plan import Asked, Rules
 
     rules = {name: getattr(options, name) for name in Rules.__dataclass_fields__}
     shapes = {name: getattr(options, name) for name in Shapes.__dataclass_fields__}
@@ -90,8 +91,8 @@ def _asked(options: argparse.Namespace, rest: list[str]) -> Any:
 
 def _speed(options: argparse.Namespace) -> float | None:
     """FLOP/s that a device is expected to reach."""
-    from mor_jax.chips import CHIPS
-    from mor_jax.parsing import check
+    from mor_jax.config.parsing import check
+    from mor_jax.runtime.hardware import CHIPS
 
     check(0 < options.mfu <= 1, "mfu", options.mfu, "must be in (0, 1]", "Try 0.4")
     if options.speed is not None or options.device is None:
@@ -119,8 +120,8 @@ def _settings(rest: list[str]) -> dict[str, Any]:
 
 
 def _run(options: argparse.Namespace, rest: list[str]) -> int:
-    from mor_jax.parsing import check
-    from mor_jax.scaling.manifest import read
+    from mor_jax.config.parsing import check
+    from mor_jax.scaling.study.manifest import read
 
     manifest, only = read(options.study), _words(options.only)
     fix = "Leave it out to run all"
@@ -130,7 +131,7 @@ def _run(options: argparse.Namespace, rest: list[str]) -> int:
     if options.on == "local":
         _none(flags)
         return _locally(options, manifest, settings)
-    from mor_jax.scaling.cluster import Cluster, submit
+    from mor_jax.scaling.runs.cluster import Cluster, submit
 
     for name in ("jobs", "retries", "gpus"):
         value, rule = getattr(options, name), "is of --on=local; the cluster has its own"
@@ -143,8 +144,8 @@ def _run(options: argparse.Namespace, rest: list[str]) -> int:
 
 
 def _locally(options: argparse.Namespace, manifest: Any, settings: list[str]) -> int:
-    from mor_jax.scaling.local import Local, StudyStopped, run_local
-    from mor_jax.scaling.watch import Watch
+    from mor_jax.scaling.runs.local import Local, StudyStopped, run_local
+    from mor_jax.scaling.runs.watch import Watch
 
     how = Local(
         train=ROOT / "launch" / "train.py",
@@ -166,15 +167,15 @@ def _locally(options: argparse.Namespace, manifest: Any, settings: list[str]) ->
 
 
 def _status(options: argparse.Namespace, rest: list[str]) -> int:
-    from mor_jax.scaling.manifest import read
-    from mor_jax.scaling.watch import show_status
+    from mor_jax.scaling.runs.watch import show_status
+    from mor_jax.scaling.study.manifest import read
 
     _none(rest)
     return show_status(options.study, read(options.study), _console(), options.watch)
 
 
 def _fit(options: argparse.Namespace, rest: list[str]) -> int:
-    from mor_jax.scaling.fit_tables import show
+    from mor_jax.scaling.fit.tables import show
 
     _none(rest)
     fitted, _, _ = _fitted(options)
@@ -185,7 +186,7 @@ def _fit(options: argparse.Namespace, rest: list[str]) -> int:
 def _report(options: argparse.Namespace, rest: list[str]) -> int:
     from etils import epath
 
-    from mor_jax.scaling.report import write_report
+    from mor_jax.scaling.report.report import write_report
 
     _none(rest)
     fitted, points, manifest = _fitted(options)
@@ -198,11 +199,11 @@ def _report(options: argparse.Namespace, rest: list[str]) -> int:
 def _fitted(options: argparse.Namespace) -> tuple[Any, Any, Any]:
     from etils import epath
 
-    from mor_jax.parsing import check
-    from mor_jax.scaling.collect import progress
-    from mor_jax.scaling.fit import FitOptions, fit, save
-    from mor_jax.scaling.manifest import read
-    from mor_jax.scaling.points import read_points
+    from mor_jax.config.parsing import check
+    from mor_jax.scaling.fit.fit import FitOptions, fit, save
+    from mor_jax.scaling.runs.collect import progress
+    from mor_jax.scaling.runs.points import read_points
+    from mor_jax.scaling.study.manifest import read
 
     manifest = read(options.study)
     missing = [each for each in progress(options.study, manifest) if each.state != "done"]
@@ -221,7 +222,7 @@ def _words(text: str | None) -> tuple[str, ...]:
 
 
 def _numbers(name: str, text: str) -> tuple[float, ...]:
-    from mor_jax.parsing import fail
+    from mor_jax.config.parsing import fail
 
     try:
         return tuple(float(word) for word in _words(text))
@@ -230,7 +231,7 @@ def _numbers(name: str, text: str) -> tuple[float, ...]:
 
 
 def _none(rest: list[str]) -> None:
-    from mor_jax.parsing import check
+    from mor_jax.config.parsing import check
 
     fix = "python launch/isoflop.py --help lists the flags; settings of runs belong to plan"
     check(not rest, "arguments", rest, "are no flags of this subcommand", fix)

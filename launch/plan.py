@@ -19,7 +19,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from mor_jax.stopping import Signals
+from mor_jax.runtime.preemption import Signals
 
 _SIGNALS = Signals("nothing was written")
 if __name__ == "__main__":
@@ -32,7 +32,8 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from mor_jax import command_line, exit_codes, option_names
+from mor_jax.cli import config_flag, option_names
+from mor_jax.runtime import exit_codes
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Configuration, such as configs/mor.py.")
 _TOPOLOGY = flags.DEFINE_string("topology", None, "Devices: v5e:16x16, 2xv5e:16x16, h100:8x4.")
@@ -65,12 +66,12 @@ def main(_: list[str]) -> None:
 
 
 def _plans() -> list:
-    from mor_jax.aot import parse_topology
     from mor_jax.config import TrainConfig
-    from mor_jax.plan.build import make_plan
-    from mor_jax.plan.fitting import try_others
-    from mor_jax.plan.report import TooLarge
-    from mor_jax.plan.variants import siblings
+    from mor_jax.planning.aot import parse_topology
+    from mor_jax.planning.build import make_plan
+    from mor_jax.planning.fitting import try_others
+    from mor_jax.planning.report import TooLarge
+    from mor_jax.planning.variants import siblings
 
     topology = parse_topology(_TOPOLOGY.value)
     configs = [_CONFIG.value]
@@ -93,7 +94,7 @@ def _plans() -> list:
 def _print(plans: list) -> None:
     from rich.console import Console
 
-    from mor_jax.plan.show import compare, show
+    from mor_jax.planning.show import compare, show
 
     console = Console()
     if len(plans) > 1:
@@ -114,4 +115,4 @@ def _tell_attempt(change: dict, short: int | None) -> None:
 
 if __name__ == "__main__":
     with _SIGNALS:
-        app.run(main, flags_parser=command_line.parsed)
+        app.run(main, flags_parser=config_flag.parsed)

@@ -12,8 +12,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from mor_jax import exit_codes
-from mor_jax.stopping import Signals
+from mor_jax.runtime import exit_codes
+from mor_jax.runtime.preemption import Signals
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
@@ -38,7 +38,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 def main(arguments: list[str]) -> int:
     """Runs the preparation; 2 on bad settings or sources, 1 if the disk refuses."""
     flags = vars(parse(arguments))
-    from mor_jax.data import prepare
+    from mor_jax.data.shards import prepare
 
     cfg = prepare.PrepareConfig(sources=tuple(flags.pop("source")), **flags)
     # On a terminal one line that is rewritten; elsewhere, such as in a job's log, line by line.

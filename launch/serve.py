@@ -18,11 +18,12 @@ from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from mor_jax import exit_codes, option_names, platforms
-from mor_jax.stopping import Signals
+from mor_jax.cli import option_names
+from mor_jax.runtime import exit_codes, platform
+from mor_jax.runtime.preemption import Signals
 
 if TYPE_CHECKING:
-    from mor_jax.serve.http.limits import Limits
+    from mor_jax.inference.server.limits import Limits
 
 _PATHS = {
     **{f"engine.{name}": name for name in ("slots", "max_length", "max_waiting", "dtype")},
@@ -47,7 +48,7 @@ def main(argv: list[str] | None = None) -> int:
         fix = "pip install -c requirements.lock -r requirements-serve.txt"
         print(f"error: {', '.join(missing)} not installed. Try {fix}", file=sys.stderr)
         return exit_codes.ERROR
-    platforms.skip_absent()
+    platform.skip_absent()
     try:
         option_names.check_filled(options, "calibration", "workdir")
         return _serve(options)
@@ -61,12 +62,12 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _serve(options: argparse.Namespace) -> int:
-    from mor_jax import parsing
-    from mor_jax.serve.engine import Engine, EngineConfig
-    from mor_jax.serve.http.app import Api
-    from mor_jax.serve.http.server import Server, address, bind, run
-    from mor_jax.serve.http.start import announce, log_to_stderr, read_keys
-    from mor_jax.serve.served import load_served
+    from mor_jax.config import parsing
+    from mor_jax.inference.engine.engine import Engine, EngineConfig
+    from mor_jax.inference.load_model import load_served
+    from mor_jax.inference.server.api_server import Server, address, bind, run
+    from mor_jax.inference.server.app import Api
+    from mor_jax.inference.server.startup import announce, log_to_stderr, read_keys
 
     limits = _limits(options)
     keys = read_keys(options.api_key_file)
@@ -97,8 +98,8 @@ def _serve(options: argparse.Namespace) -> int:
 
 
 def _limits(options: argparse.Namespace) -> "Limits":
-    from mor_jax.parsing import size
-    from mor_jax.serve.http.limits import Limits
+    from mor_jax.config.parsing import size
+    from mor_jax.inference.server.limits import Limits
 
     limits = Limits(
         timeout=options.timeout,

@@ -1,6 +1,6 @@
 """Trains a model: python launch/train.py --config=configs/mor.py:size=debug --workdir=runs/mor.
 
-Exit codes are those of mor_jax/exit_codes.py; docs/faults.md explains them.
+Exit codes are those of mor_jax/runtime/exit_codes.py; docs/faults.md explains them.
 """
 
 import os
@@ -9,7 +9,7 @@ from typing import NoReturn
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-from mor_jax.stopping import Diverged, Leave, Signals, Stopped, StoppedAtOnce
+from mor_jax.runtime.preemption import Diverged, Leave, Signals, Stopped, StoppedAtOnce
 
 _SIGNALS = Signals()
 if __name__ == "__main__":
@@ -19,7 +19,8 @@ if __name__ == "__main__":
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from mor_jax import command_line, exit_codes, option_names, platforms
+from mor_jax.cli import config_flag, option_names
+from mor_jax.runtime import exit_codes, platform
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Configuration, such as configs/mor.py.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run; an existing one goes on.")
@@ -45,28 +46,28 @@ flags.mark_flags_as_required(["config", "workdir"])
 
 def main(_: list[str]) -> None:
     logging.set_verbosity(logging.WARNING)
-    platforms.skip_absent()
-    from mor_jax import distributed
-    from mor_jax.branch import Branch
-    from mor_jax.checkpoint import WriteFailed
+    platform.skip_absent()
+    from mor_jax.checkpoint.checkpointer import WriteFailed
     from mor_jax.config import TrainConfig
-    from mor_jax.hosts import HostLost
-    from mor_jax.train import fit
+    from mor_jax.distributed import initialize
+    from mor_jax.distributed.heartbeat import HostLost
+    from mor_jax.training.fork import Branch
+    from mor_jax.training.trainer import fit
 
     try:
         cfg = TrainConfig.from_dict(_CONFIG.value.to_dict())
         _join()
         branch = None if _BRANCH.value is None else Branch.parse(_BRANCH.value)
         fit(cfg, _WORKDIR.value, _ALLOW.value, _SIGNALS, branch)
-        distributed.shutdown()
+        initialize.shutdown()
     except Stopped as stopped:
         print(f"stopped: {stopped}", file=sys.stderr)
         if not isinstance(stopped, StoppedAtOnce):
-            distributed.shutdown()
+            initialize.shutdown()
         _leave("", stopped.code)
     except Diverged as diverged:
         print(f"error: {diverged}", file=sys.stderr)
-        distributed.shutdown()
+        initialize.shutdown()
         _leave("", diverged.code)
     except HostLost as lost:
         # It has said so already.
@@ -74,16 +75,16 @@ def main(_: list[str]) -> None:
     except (ValueError, WriteFailed) as error:
         told = option_names.as_typed(error, option_names.flags_given())
         print(f"error: {told}", file=sys.stderr, flush=True)
-        distributed.linger()
+        initialize.linger()
         _leave("", exit_codes.of(error))
 
 
 def _join() -> None:
-    from mor_jax import distributed
+    from mor_jax.distributed import initialize
 
     manual = (_COORDINATOR.value, _PROCESSES.value, _PROCESS.value)
     if _DISTRIBUTED.value == "manual":
-        distributed.initialize(*manual, wait=_WAIT.value)
+        initialize.initialize(*manual, wait=_WAIT.value)
     elif any(value is not None for value in manual):
         given = _DISTRIBUTED.value
         fix = "Add --distributed=manual, or leave the three out"
@@ -91,7 +92,7 @@ def _join() -> None:
             f"--distributed={given}: does not take --coordinator, --processes, --process. {fix}"
         )
     elif _DISTRIBUTED.value == "auto":
-        distributed.initialize(wait=_WAIT.value, manual=False)
+        initialize.initialize(wait=_WAIT.value, manual=False)
 
 
 def _leave(message: str, code: int) -> NoReturn:
@@ -105,6 +106,6 @@ def _leave(message: str, code: int) -> NoReturn:
 
 if __name__ == "__main__":
     try:
-        app.run(main, flags_parser=command_line.parsed)
+        app.run(main, flags_parser=config_flag.parsed)
     except Leave as left:
         _leave(f"stopped: {left}. The same command starts it again", exit_codes.STOPPED)

@@ -33,7 +33,7 @@ from jaxtyping import install_import_hook
 # unless that test asks for more.
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
-install_import_hook("mor_jax", "typecheck.check")
+install_import_hook("mor_jax", "support.typecheck.check")
 
 GOLDENS = Path(__file__).parent / "goldens"
 

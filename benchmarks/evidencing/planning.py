@@ -4,11 +4,11 @@ from pathlib import Path
 
 from evidencing.variants import ABLATIONS, MAIN, WIDTH, Variant
 from mor_jax.config import TrainConfig
-from mor_jax.scaling.architectures import Architecture, Shapes
-from mor_jax.scaling.budgets import flops_per_token
-from mor_jax.scaling.family import Model, Planned, Rules, assemble, family
-from mor_jax.scaling.manifest import Manifest
-from mor_jax.scaling.plan import code
+from mor_jax.scaling.study.architectures import Architecture, Shapes
+from mor_jax.scaling.study.budgets import flops_per_token
+from mor_jax.scaling.study.family import Model, Planned, Rules, assemble, family
+from mor_jax.scaling.study.manifest import Manifest
+from mor_jax.scaling.study.plan import code
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 RULES = Rules(lr=6e-3, lr_width=32, lr_power=1.0)

@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from evidencing.variants import ABLATIONS, CAUSES, MAIN
-from mor_jax.scaling.manifest import Manifest
-from mor_jax.scaling.points import Point
+from mor_jax.scaling.runs.points import Point
+from mor_jax.scaling.study.manifest import Manifest
 
 Timed = dict[str, dict[str, Any]]
 

@@ -5,7 +5,7 @@ import importlib
 from typing import Any
 
 from mor_jax.config import TrainConfig
-from mor_jax.settled import settled
+from mor_jax.training.resolved_settings import settled
 
 # Name -> configuration, its choices, settings.
 MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {

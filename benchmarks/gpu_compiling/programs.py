@@ -11,25 +11,27 @@ import numpy as np
 from jax.sharding import Mesh, SingleDeviceSharding
 
 from gpu_compiling.matrix import ENGINE, Case, config
-from mor_jax import aot, sharding, steps
-from mor_jax.aot import parse_topology
 from mor_jax.config import TrainConfig
-from mor_jax.data.tokenizers import load_tokenizer
-from mor_jax.flops import flops
-from mor_jax.gpu_targets import TARGETS, gpu_devices
-from mor_jax.hlo.memory import traffic
-from mor_jax.hlo.text import parse_module
-from mor_jax.models.cached.layer import Weights
-from mor_jax.models.cached.pages import Tables
-from mor_jax.models.router import capacity_counts
-from mor_jax.serve.config import EngineConfig, plan
-from mor_jax.serve.programs import Programs, Prompt, Step
-from mor_jax.serve.runner import CHUNK_TOKENS, GROUP_TOKENS
-from mor_jax.serve.sampling import Want
-from mor_jax.serve.served import Served, expected_shares
-from mor_jax.serve.slots import Held, Slots
-from mor_jax.state import abstract_params
-from mor_jax.train_step import eval_step
+from mor_jax.data.tokenizers.base import load_tokenizer
+from mor_jax.distributed import mesh as sharding
+from mor_jax.inference.config import EngineConfig, plan
+from mor_jax.inference.engine.batch_state import Held, Slots
+from mor_jax.inference.engine.model_runner import CHUNK_TOKENS, GROUP_TOKENS
+from mor_jax.inference.engine.sampling import Want
+from mor_jax.inference.engine.step_functions import Programs, Prompt, Step
+from mor_jax.inference.load_model import Served, expected_shares
+from mor_jax.models.decode.layer import Weights
+from mor_jax.models.decode.paged_cache import Tables
+from mor_jax.models.flops import flops
+from mor_jax.models.params import abstract_params
+from mor_jax.models.routing.router import capacity_counts
+from mor_jax.planning import aot
+from mor_jax.planning.aot import parse_topology
+from mor_jax.planning.gpu_targets import TARGETS, gpu_devices
+from mor_jax.planning.hlo.memory import traffic
+from mor_jax.planning.hlo.text import parse_module
+from mor_jax.training import compiled_step
+from mor_jax.training.train_step import eval_step
 
 SLOTS, PIECE, PAGE = 64, 256, 32
 """Of the engine: sequences that decode together, tokens of a prompt stored at a time, of a page."""
@@ -79,7 +81,9 @@ def _model(case: Case, cfg: TrainConfig, mesh: Mesh) -> jax.stages.Lowered:
     """The train step, or an evaluation of one batch."""
     state, batch = aot.abstract(cfg, mesh)
     if case.program == "train":
-        return steps.jitted_steps(cfg)(capacity_counts(cfg.model, cfg.length)).lower(state, batch)
+        return compiled_step.jitted_steps(cfg)(capacity_counts(cfg.model, cfg.length)).lower(
+            state, batch
+        )
     step = jax.jit(partial(eval_step, cfg), static_argnums=2)
     return step.lower(state.params, batch, case.program)
 

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from mor_jax.plan.show import size
+from mor_jax.planning.show import size
 
 Record = dict[str, Any]
 

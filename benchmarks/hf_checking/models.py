@@ -9,14 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
+from mor_jax.checkpoint.lazy_arrays import flatten, held
 from mor_jax.config import ModelConfig, RopeScaling, RouterConfig, TrainConfig
 from mor_jax.convert.exports import ExportOptions, export
-from mor_jax.convert.lazy import flatten, held
 from mor_jax.convert.run_source import RunSource
-from mor_jax.losses import batch_counts
-from mor_jax.models.router import Route, capacity_counts
-from mor_jax.state import forward, init_params, unembed
-from mor_jax.train_step import loss_fn
+from mor_jax.models.params import forward, init_params, unembed
+from mor_jax.models.routing.router import Route, capacity_counts
+from mor_jax.training.losses import batch_counts
+from mor_jax.training.train_step import loss_fn
 from mor_jax.types import IGNORE, Batch, Params
 
 # Left-padded prompts, tokens to write after them; rows of the training step.

@@ -21,10 +21,10 @@ import jax
 import jax.numpy as jnp
 
 from mor_jax.config import ModelConfig
-from mor_jax.models.cached.attention import Extent, Queue, Softmax, by_list, by_queue
-from mor_jax.models.cached.pages import Geometry, Pages
-from mor_jax.parameters import key_value_weights, layer_weights
-from mor_jax.serve.runner import CHUNK_TOKENS
+from mor_jax.inference.engine.model_runner import CHUNK_TOKENS
+from mor_jax.models.decode.attention import Extent, Queue, Softmax, by_list, by_queue
+from mor_jax.models.decode.paged_cache import Geometry, Pages
+from mor_jax.models.param_count import key_value_weights, layer_weights
 from mor_jax.types import Array
 
 _ITEMSIZE = {"bfloat16": 2, "float32": 4}

@@ -13,8 +13,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from mor_jax.serve.engine import Engine
-from mor_jax.serve.request import Event, Finished, Request, Sampling, Token
+from mor_jax.inference.engine.engine import Engine
+from mor_jax.inference.engine.request import Event, Finished, Request, Sampling, Token
 
 MEAN, SPREAD, SHORTEST, LONGEST = 256, 64, 32, 480
 """Tokens of prompts and of answers: normally distributed, cut off at both ends."""

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Literal
 
 from mor_jax.config import ModelConfig, RouterConfig
-from mor_jax.model_config import KVMode
+from mor_jax.config.model import KVMode
 
 Dtype = Literal["bfloat16", "float32"]
 

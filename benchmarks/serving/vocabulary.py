@@ -4,8 +4,8 @@ import sysconfig
 from pathlib import Path
 
 from mor_jax.data import load_tokenizer
-from mor_jax.data.bpe import train_bpe
-from mor_jax.data.tokenizers import Tokenizer
+from mor_jax.data.tokenizers.base import Tokenizer
+from mor_jax.data.tokenizers.train_bpe import train_bpe
 
 _FILES = 400
 

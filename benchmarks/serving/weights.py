@@ -6,12 +6,12 @@ from collections.abc import Iterator
 import jax.numpy as jnp
 import numpy as np
 
+from mor_jax.calibration.calibrator import Calibrator, Text
 from mor_jax.config import ModelConfig, TrainConfig
-from mor_jax.data.tokenizers import Tokenizer
-from mor_jax.serve.aims import trained_shares
-from mor_jax.serve.calibrator import Calibrator, Text
-from mor_jax.serve.served import Served, expected_shares
-from mor_jax.state import init_params
+from mor_jax.data.tokenizers.base import Tokenizer
+from mor_jax.inference.calibration_targets import trained_shares
+from mor_jax.inference.load_model import Served, expected_shares
+from mor_jax.models.params import init_params
 from mor_jax.types import Batch
 
 _ROWS, _BATCHES, _LENGTH = 8, 3, 512

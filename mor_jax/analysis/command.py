@@ -10,8 +10,8 @@ from mor_jax.analysis.observe import Model, observe, routed_model
 from mor_jax.analysis.output import Place
 from mor_jax.analysis.parts_of_speech import check_tagger
 from mor_jax.analysis.reading import Rows, Wanted, read, utf8
-from mor_jax.load import Found, find
-from mor_jax.parsing import check
+from mor_jax.checkpoint.load_weights import Found, find
+from mor_jax.config.parsing import check
 
 Given = Mapping[str, Any]
 Stdin = Callable[[], bytes]

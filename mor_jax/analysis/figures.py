@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from mor_jax.analysis import headings, plots
 from mor_jax.analysis.observe import ROUTINGS
+from mor_jax.plotting import plots, titles
 
 Record = Mapping[str, Any]
 
@@ -30,7 +30,7 @@ def depth_figure(
         axes = figure.add_subplot(-(-len(shown) // 2), 2, place + 1)
         _depth_panel(axes, title, records, recursions)
     told = f"Recursions per token, mean above each bar: {about}"
-    below = headings.title(figure, told, figure.axes[0].get_legend_handles_labels())
+    below = titles.title(figure, told, figure.axes[0].get_legend_handles_labels())
     figure.tight_layout(rect=(0, 0, 1, below))
     plots.write_figure(figure, path)
 
@@ -69,7 +69,7 @@ def score_figure(records: Sequence[Record], about: str, path: plots.PathLike) ->
     columns = min(3, len(records))
     rows = -(-len(records) // columns)
     figure = plots.new_figure(max(4.2 * columns, 7.0), 0.7 + 3.2 * rows)
-    below = headings.title(figure, f"Router scores: {about}")
+    below = titles.title(figure, f"Router scores: {about}")
     for place, record in enumerate(records):
         axes = figure.add_subplot(rows, columns, place + 1)
         edges = np.linspace(0, 1, len(record["bins_chosen"]) + 1)
@@ -107,7 +107,7 @@ def recursion_figure(
     curves: routing for people ("" where nothing is routed) -> records. trained: recursions.
     """
     figure = plots.new_figure(12.0, 4.6)
-    below = headings.title(figure, f"Recursions at test time: {about}")
+    below = titles.title(figure, f"Recursions at test time: {about}")
     panels = (
         ("loss", "cross-entropy, nats per token"),
         ("work", f"forward FLOPs; 1: all tokens at {trained} recursions"),

@@ -4,7 +4,7 @@ import numpy as np
 
 from mor_jax import data
 from mor_jax.config import DataConfig
-from mor_jax.data.tokenizers import Tokenizer
+from mor_jax.data.tokenizers.base import Tokenizer
 
 MOST = 2**24
 """Tokens that are counted of each source; of a longer one, stretches spread evenly over it."""

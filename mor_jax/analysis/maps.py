@@ -7,11 +7,11 @@ from typing import Any
 
 import numpy as np
 
-from mor_jax.analysis import plots
 from mor_jax.analysis.observe import ROUTINGS, Observed, scores
 from mor_jax.analysis.output import Write, json_lines, number
 from mor_jax.analysis.page import Page, Token
-from mor_jax.serve.token_bytes import token_bytes
+from mor_jax.inference.token_bytes import token_bytes
+from mor_jax.plotting import plots
 
 _FEW = 10
 """Depths below this are shown although no token has them."""

@@ -9,12 +9,13 @@ import numpy as np
 from mor_jax import data
 from mor_jax.analysis.passes import compiled
 from mor_jax.analysis.reading import Rows
-from mor_jax.config import ModelConfig, TrainConfig, fail
-from mor_jax.data.tokenizers import Tokenizer
-from mor_jax.load import Found
-from mor_jax.serve.calibration import load
-from mor_jax.serve.config import compute_config
-from mor_jax.serve.served import check_finite, is_causal, ready
+from mor_jax.checkpoint.load_weights import Found
+from mor_jax.config import ModelConfig, TrainConfig
+from mor_jax.config.parsing import fail
+from mor_jax.data.tokenizers.base import Tokenizer
+from mor_jax.inference.calibration_file import load
+from mor_jax.inference.config import compute_config
+from mor_jax.inference.load_model import check_finite, is_causal, ready
 from mor_jax.types import Params
 
 ROUTINGS = {"causal": "causal", "topk": "top-k"}

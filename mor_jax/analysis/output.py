@@ -8,8 +8,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from mor_jax import made_files
-from mor_jax.parsing import check, fail
+from mor_jax import files as made_files
+from mor_jax.config.parsing import check, fail
 
 FILE = "analysis.json"
 """What was asked and what came of it; its presence marks the directory of an analysis."""

@@ -8,7 +8,7 @@ import html
 import unicodedata
 from collections.abc import Mapping, Sequence
 
-from mor_jax.analysis.plots import colour
+from mor_jax.plotting.plots import colour
 
 _LOSSES = ("#f3f4f6", "#e3e9f7", "#c8d6f3", "#a6bdec", "#83a2e4", "#6489dc")
 """Colours of losses, the last of everything above; bright enough under black letters."""

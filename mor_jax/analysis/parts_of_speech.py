@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from mor_jax.data.optional import need
+from mor_jax.config.optional_import import need
 
 CLASSES = (
     "noun",

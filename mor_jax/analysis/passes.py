@@ -7,12 +7,12 @@ import jax
 import jax.numpy as jnp
 
 from mor_jax.config import ModelConfig
-from mor_jax.free_memory import Program
-from mor_jax.losses import token_losses
-from mor_jax.models.gather import spread
-from mor_jax.models.router import Route
-from mor_jax.models.routing import Routing, Visit
-from mor_jax.state import forward, logits_table
+from mor_jax.models.layers.token_gather import spread
+from mor_jax.models.params import forward, logits_table
+from mor_jax.models.routing.outputs import Routing, Visit
+from mor_jax.models.routing.router import Route
+from mor_jax.runtime.free_memory import Program
+from mor_jax.training.losses import token_losses
 from mor_jax.types import IGNORE, Array, Batch, Bool, Float, Int, Params
 
 _LOGITS = 2**24

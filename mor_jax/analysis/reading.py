@@ -8,9 +8,10 @@ from pathlib import Path
 import numpy as np
 
 from mor_jax import data
-from mor_jax.config import TrainConfig, check, fail
-from mor_jax.data import compressed, plain_text
-from mor_jax.data.tokenizers import Tokenizer
+from mor_jax.config import TrainConfig
+from mor_jax.config.parsing import check, fail
+from mor_jax.data.sources import compressed, records
+from mor_jax.data.tokenizers.base import Tokenizer
 from mor_jax.types import IGNORE, Batch
 
 MOST_TOKENS = 2**23
@@ -147,8 +148,8 @@ def _file(name: str, stdin: Callable[[], bytes]) -> str:
         except OSError as error:
             fix = "Give another file, '-' for the standard input, or --prompt=TEXT"
             fail("text", name, f"cannot be read ({error.strerror})", fix)
-    plain_text.check_head(raw[: compressed.HEAD], name, "text")
-    text = plain_text.decode(raw.removeprefix(plain_text.MARK), name, "text")
+    records.check_head(raw[: compressed.HEAD], name, "text")
+    text = records.decode(raw.removeprefix(records.MARK), name, "text")
     at = text.find("\0")
     rule = f"holds a NUL character at offset {at}, so it is no text"
     check(at < 0, "text", name, rule, "Give a text")

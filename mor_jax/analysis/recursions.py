@@ -12,18 +12,19 @@ from mor_jax.analysis.figures import recursion_figure
 from mor_jax.analysis.observe import ROUTINGS
 from mor_jax.analysis.output import Write, json_lines, number
 from mor_jax.analysis.reading import Rows
-from mor_jax.config import TrainConfig, check
-from mor_jax.data.tokenizers import Tokenizer
-from mor_jax.evaluate import Evaluator
-from mor_jax.flops import flops
-from mor_jax.free_memory import Program
-from mor_jax.load import Found
-from mor_jax.serve.calibration import Calibration, load
-from mor_jax.serve.config import EngineConfig, compute_config
-from mor_jax.serve.engine import Engine
-from mor_jax.serve.request import Request, Sampling
-from mor_jax.serve.served import Served, check_finite, is_causal, ready
-from mor_jax.train_step import eval_step
+from mor_jax.checkpoint.load_weights import Found
+from mor_jax.config import TrainConfig
+from mor_jax.config.parsing import check
+from mor_jax.data.tokenizers.base import Tokenizer
+from mor_jax.inference.calibration_file import Calibration, load
+from mor_jax.inference.config import EngineConfig, compute_config
+from mor_jax.inference.engine.engine import Engine
+from mor_jax.inference.engine.request import Request, Sampling
+from mor_jax.inference.load_model import Served, check_finite, is_causal, ready
+from mor_jax.models.flops import flops
+from mor_jax.runtime.free_memory import Program
+from mor_jax.training.evaluator import Evaluator
+from mor_jax.training.train_step import eval_step
 from mor_jax.types import IGNORE, Batch, Params
 
 Record = dict[str, Any]

@@ -7,7 +7,7 @@ import numpy as np
 
 from mor_jax.analysis.observe import Observed
 from mor_jax.analysis.output import number
-from mor_jax.flops import flops, kv_bytes
+from mor_jax.models.flops import flops, kv_bytes
 
 
 def saving_records(observed: Observed) -> list[dict[str, Any]]:

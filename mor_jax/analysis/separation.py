@@ -6,7 +6,7 @@ import numpy as np
 
 from mor_jax.analysis.observe import Model, Observed, Pass, scores
 from mor_jax.analysis.output import number
-from mor_jax.serve.aims import takes_all
+from mor_jax.inference.calibration_targets import takes_all
 
 BINS = 50
 CLEAR = (0.1, 0.9)

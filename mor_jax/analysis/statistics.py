@@ -15,7 +15,7 @@ from mor_jax.analysis.output import Write, json_lines
 from mor_jax.analysis.parts_of_speech import CLASSES, tagged, token_classes
 from mor_jax.analysis.savings import dead_records, saving_records
 from mor_jax.analysis.separation import agreement_records, choice_records, score_records
-from mor_jax.serve.token_bytes import token_bytes
+from mor_jax.inference.token_bytes import token_bytes
 
 Record = dict[str, Any]
 

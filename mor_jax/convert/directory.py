@@ -10,9 +10,9 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from mor_jax.config import check
+from mor_jax.config.parsing import check
 from mor_jax.convert.marker import MARKER, check_ours, write_marker
-from mor_jax.convert.paths import PathLike, check_path
+from mor_jax.convert.sources.paths import PathLike, check_path
 
 _DRAFT, _REPLACED = ".partial-", "replaced-"
 

@@ -3,9 +3,10 @@
 import dataclasses
 from typing import Any
 
-from mor_jax.config import ModelConfig, RouterConfig, check
+from mor_jax.config import ModelConfig, RouterConfig
+from mor_jax.config.parsing import check
 from mor_jax.convert.hf_config import AUTO_MAP, SHAPE, STRUCTURE
-from mor_jax.convert.reference import merge_options
+from mor_jax.convert.reference_config import merge_options
 
 Plain = dict[str, Any]
 

@@ -9,16 +9,16 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from mor_jax.config import check
+from mor_jax.checkpoint.lazy_arrays import Lazy
+from mor_jax.config.parsing import check
 from mor_jax.convert.card import model_card
 from mor_jax.convert.directory import PathLike, absolute, check_target, fresh_directory
 from mor_jax.convert.export_config import llama_config, mor_config, reference_options
-from mor_jax.convert.lazy import Lazy
 from mor_jax.convert.modeling_file import MODELING, modeling_text
 from mor_jax.convert.names import Entry, entries, llama_entries, mor_entries
 from mor_jax.convert.run_source import RunSource
 from mor_jax.convert.shards import DEFAULT_SHARD, DTYPES, Dtype, write_shards
-from mor_jax.convert.tokenizer_export import special_ids, tokenizer_files
+from mor_jax.convert.tokenizers.export import special_ids, tokenizer_files
 from mor_jax.convert.views import as_tensors
 
 Target = Literal["hf", "llama", "reference"]

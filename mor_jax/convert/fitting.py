@@ -8,8 +8,8 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from mor_jax.config import check, fail
-from mor_jax.convert.lazy import Lazy
+from mor_jax.checkpoint.lazy_arrays import Lazy
+from mor_jax.config.parsing import check, fail
 from mor_jax.convert.names import EMBEDDING
 
 _STORED = re.compile(r"model\.(first|last|(?:layers|shared)\.\d+)\.(?:self_attn|mlp)\.")

@@ -10,9 +10,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mor_jax.config import ModelConfig, check, fail
+from mor_jax.config import ModelConfig
+from mor_jax.config.parsing import check, fail, parse
 from mor_jax.convert.hf_rope import rope
-from mor_jax.parsing import parse
 
 CONFIG = "config.json"
 

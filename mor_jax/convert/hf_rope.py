@@ -9,8 +9,8 @@ import sys
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from mor_jax.config import RopeScaling, check
-from mor_jax.parsing import parse
+from mor_jax.config import RopeScaling
+from mor_jax.config.parsing import check, parse
 
 _KINDS = ("default", "linear", "llama3")
 _ORIGINAL = "original_max_position_embeddings"

@@ -9,15 +9,16 @@ import re
 
 import numpy as np
 
-from mor_jax.config import ModelConfig, RopeScaling, check, fail
+from mor_jax.checkpoint.lazy_arrays import Lazy
+from mor_jax.config import ModelConfig, RopeScaling
+from mor_jax.config.parsing import check, fail
 from mor_jax.convert.fitting import check_layers
-from mor_jax.convert.gguf_tokenizer import tokenizer_files
 from mor_jax.convert.imported import Imported, check_tokenizer, facts_of
-from mor_jax.convert.lazy import Lazy
 from mor_jax.convert.names import EMBEDDING, HEAD, llama_entries
 from mor_jax.convert.sources import Weights
 from mor_jax.convert.sources.gguf_file import Metadata, open_gguf
 from mor_jax.convert.sources.hub import located
+from mor_jax.convert.tokenizers.gguf import tokenizer_files
 from mor_jax.convert.views import as_params
 
 ROPE_FACTORS = "rope_freqs.weight"

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from mor_jax.checkpoint.lazy_arrays import Lazy
 from mor_jax.config import ModelConfig
 from mor_jax.convert.fitting import check_layers, check_sizes
 from mor_jax.convert.hf_config import (
@@ -21,7 +22,6 @@ from mor_jax.convert.hf_config import (
     remarks,
 )
 from mor_jax.convert.imported import Imported, facts_of, tokenizer_beside
-from mor_jax.convert.lazy import Lazy
 from mor_jax.convert.names import EMBEDDING, HEAD, Entry, llama_entries, mor_entries
 from mor_jax.convert.sources import check_readable, open_weights
 from mor_jax.convert.sources.hub import located

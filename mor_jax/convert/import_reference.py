@@ -10,17 +10,17 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mor_jax.config import check, fail
+from mor_jax.config.optional_import import need
+from mor_jax.config.parsing import check, fail
 from mor_jax.convert.fitting import check_stored
 from mor_jax.convert.hf_config import CONFIG, read_config
 from mor_jax.convert.import_hf import are_tied
 from mor_jax.convert.imported import Imported, facts_of, tokenizer_beside
 from mor_jax.convert.names import entries
-from mor_jax.convert.reference import DEFAULTS, merge_options, model_config
+from mor_jax.convert.reference_config import DEFAULTS, merge_options, model_config
 from mor_jax.convert.sources import open_weights
 from mor_jax.convert.sources.hub import located
 from mor_jax.convert.views import as_params
-from mor_jax.data.optional import need
 
 _BASE, _CHANGES = "model_name_or_path", "model_config"
 

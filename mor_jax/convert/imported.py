@@ -7,11 +7,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mor_jax.config import ModelConfig, check, fail
-from mor_jax.convert.lazy import Lazy
+from mor_jax.checkpoint.lazy_arrays import Lazy
+from mor_jax.config import ModelConfig
+from mor_jax.config.optional_import import need
+from mor_jax.config.parsing import check, fail
 from mor_jax.convert.sources import Weights
-from mor_jax.data.optional import need
-from mor_jax.data.tokenizers import files_beside
+from mor_jax.data.tokenizers.base import files_beside
 
 # Files that make up a tokenizer, or say how a model wants to be prompted.
 TOKENIZER_FILES = (

@@ -10,8 +10,9 @@ from typing import Literal, get_args
 
 import numpy as np
 
-from mor_jax.config import ModelConfig, Sharing, check
-from mor_jax.convert.lazy import Lazy, Spec
+from mor_jax.checkpoint.lazy_arrays import Lazy, Spec
+from mor_jax.config import ModelConfig, Sharing
+from mor_jax.config.parsing import check
 from mor_jax.convert.views import parts
 
 Strategy = Literal["stepwise", "average", "lower", "upper", "random"]

@@ -4,8 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from mor_jax import made_files
-from mor_jax.parsing import check
+from mor_jax import files
+from mor_jax.config.parsing import check
 
 MARKER = "conversion.json"
 
@@ -14,7 +14,7 @@ _ABOUT = "files that mor_jax made here, with size and CRC-32; --overwrite replac
 
 def write_marker(directory: Path) -> None:
     """Lists all files under `directory`. Raises `OSError` where that cannot be."""
-    told = {"about": _ABOUT, "files": made_files.stamps(directory, MARKER)}
+    told = {"about": _ABOUT, "files": files.stamps(directory, MARKER)}
     (directory / MARKER).write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
 
 
@@ -28,7 +28,7 @@ def check_ours(directory: Path, shown: Path, name: str, *, quick: bool = False) 
     rule = f"has no {MARKER}, the list of what a conversion made (earlier releases left none)"
     fix = "If nothing in it is needed, delete it yourself; else choose another directory"
     check(made is not None, name, str(shown), rule, fix)
-    found = made_files.strangers(directory, made or {}, MARKER, quick=quick)
+    found = files.strangers(directory, made or {}, MARKER, quick=quick)
     more = f" and {len(found) - 10} more" if len(found) > 10 else ""
     rule = f"holds what no conversion made: {', '.join(found[:10])}{more}"
     fix = "Move that elsewhere, or choose another directory"
@@ -40,11 +40,11 @@ def renew(directory: Path, name: str) -> bytes | None:
     made = _listed(directory)
     if made is None:
         return None
-    told = {"about": _ABOUT, "files": made | {name: made_files.stamp(directory / name)}}
+    told = {"about": _ABOUT, "files": made | {name: files.stamp(directory / name)}}
     return (json.dumps(told, indent=1) + "\n").encode()
 
 
-def _listed(directory: Path) -> made_files.Stamps | None:
+def _listed(directory: Path) -> files.Stamps | None:
     try:
         told: Any = json.loads((directory / MARKER).read_bytes())
         made = told["files"]

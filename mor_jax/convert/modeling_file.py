@@ -10,11 +10,11 @@ import re
 from importlib import resources
 from pathlib import Path
 
-from mor_jax.config import check
+from mor_jax.config.parsing import check
 from mor_jax.convert.directory import PathLike, absolute, replace_file
 from mor_jax.convert.hf_config import AUTO_MAP, CONFIG, read_config
 from mor_jax.convert.marker import MARKER, renew
-from mor_jax.convert.paths import check_path
+from mor_jax.convert.sources.paths import check_path
 
 MODELING = "modeling_mor.py"
 _SEAL = "# SHA-256 of all lines above, as mor_jax wrote them: "

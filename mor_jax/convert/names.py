@@ -12,7 +12,8 @@ import math
 import re
 from collections.abc import Iterator, Sequence
 
-from mor_jax.config import ModelConfig, check
+from mor_jax.config import ModelConfig
+from mor_jax.config.parsing import check
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 

@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from mor_jax.config import check, fail
+from mor_jax.config.parsing import check, fail
 
 _FLAGS = {"enable", "ln_share", "rand_router", "z_loss", "include_first", "update_cache"}
 _WHOLE = {"base_depth", "num_recursion", "cap_warmup_step", "bal_warmup_step"}

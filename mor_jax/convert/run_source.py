@@ -10,12 +10,15 @@ from typing import Any
 
 from etils import epath
 
-from mor_jax import data, initial, metrics
-from mor_jax.checkpoint import Checkpoints
-from mor_jax.config import CheckpointConfig, TrainConfig, check
-from mor_jax.convert.lazy import Lazy, Spec
+from mor_jax import data
+from mor_jax.checkpoint import pretrained
+from mor_jax.checkpoint.checkpointer import Checkpoints
+from mor_jax.checkpoint.lazy_arrays import Lazy, Spec
+from mor_jax.checkpoint.load_weights import find
+from mor_jax.config import CheckpointConfig, TrainConfig
+from mor_jax.config.parsing import check
 from mor_jax.convert.names import array_shapes, entries
-from mor_jax.load import find
+from mor_jax.observability import metrics
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,7 +51,7 @@ def open_run(directory: epath.PathLike, step: int | None = None) -> RunSource:
     """
     found = find(directory, step, sums=False)
     cfg, path = found.cfg, found.path
-    part = partial(initial.array, path)
+    part = partial(pretrained.array, path)
     if found.step:
         checkpoints = Checkpoints(path, CheckpointConfig())
         part = checkpoints.parts(found.step).read

@@ -13,9 +13,9 @@ from typing import Any, Literal, get_args
 import jax.numpy as jnp
 import numpy as np
 
-from mor_jax.config import check
+from mor_jax.checkpoint.lazy_arrays import Lazy, ahead
+from mor_jax.config.parsing import check
 from mor_jax.convert.directory import flush
-from mor_jax.convert.lazy import Lazy, ahead
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 DTYPES: tuple[Dtype, ...] = get_args(Dtype)

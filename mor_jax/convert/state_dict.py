@@ -5,8 +5,8 @@ from typing import Any
 
 import numpy as np
 
+from mor_jax.checkpoint.lazy_arrays import flatten, held, nested
 from mor_jax.config import ModelConfig
-from mor_jax.convert.lazy import flatten, held, nested
 from mor_jax.convert.names import entries
 from mor_jax.convert.views import as_params, as_tensors
 from mor_jax.types import Params

@@ -17,10 +17,10 @@ from typing import Any
 
 import numpy as np
 
-from mor_jax.config import check
-from mor_jax.convert.lazy import Lazy, ahead
+from mor_jax.checkpoint.lazy_arrays import Lazy, ahead
+from mor_jax.config.optional_import import need
+from mor_jax.config.parsing import check
 from mor_jax.convert.shards import Dtype, narrow
-from mor_jax.data.optional import need
 
 ALIGNMENT = 64
 """Bytes at whose multiples records begin, so that they can be used where they are mapped."""

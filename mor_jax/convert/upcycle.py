@@ -12,7 +12,9 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
-from mor_jax.config import KVMode, ModelConfig, RouterConfig, Sharing, check, fail
+from mor_jax.checkpoint.lazy_arrays import Lazy, Spec
+from mor_jax.config import KVMode, ModelConfig, RouterConfig, Sharing
+from mor_jax.config.parsing import check, fail
 from mor_jax.convert.init_strategies import (
     STRATEGIES,
     Selection,
@@ -20,7 +22,6 @@ from mor_jax.convert.init_strategies import (
     select_layers,
     share_layers,
 )
-from mor_jax.convert.lazy import Lazy, Spec
 from mor_jax.convert.names import array_shapes, mor_entries
 
 Routing = Literal["none", "expert", "token"]

@@ -13,10 +13,11 @@ from collections.abc import Callable, Collection, Sequence
 import numpy as np
 from einops import rearrange
 
-from mor_jax.config import ModelConfig, fail
-from mor_jax.convert.lazy import Lazy, Spec
+from mor_jax.checkpoint.lazy_arrays import Lazy, Spec
+from mor_jax.config import ModelConfig
+from mor_jax.config.parsing import fail
 from mor_jax.convert.names import HEAD, Entry, array_shapes, sizes, torch_shape
-from mor_jax.parameters import unique_parameters
+from mor_jax.models.param_count import unique_parameters
 
 # Buffers that older checkpoints carry and that follow from the configuration.
 DERIVED = re.compile(r"\.rotary_emb\.(inv_freq|cos_cached|sin_cached)$")

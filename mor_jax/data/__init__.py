@@ -1,6 +1,5 @@
 """Data: corpora, tokenizers, packing and batches. docs/data.md describes sources and settings."""
 
-from mor_jax.data.baselines import ngram_loss
 from mor_jax.data.loader import (
     Layout,
     TrainBatches,
@@ -12,8 +11,9 @@ from mor_jax.data.loader import (
     place_of,
     train_batches,
 )
-from mor_jax.data.place import Jump, Place, ahead, carried_over
-from mor_jax.data.tokenizers import Tokenizer, check_vocabulary, load_tokenizer
+from mor_jax.data.ngram_baseline import ngram_loss
+from mor_jax.data.position import Jump, Place, ahead, carried_over
+from mor_jax.data.tokenizers.base import Tokenizer, check_vocabulary, load_tokenizer
 
 __all__ = [
     "Jump",

@@ -13,14 +13,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mor_jax.config import DataConfig, check
-from mor_jax.data.documents import Documents, open_documents
-from mor_jax.data.mixture import shares_of
-from mor_jax.data.place import Course, Jump, Place, ahead, first_place
-from mor_jax.data.rows import Row, Rows, spread
-from mor_jax.data.shards import open_shards
-from mor_jax.data.streams import TokenStream, tokenize
-from mor_jax.data.tokenizers import Tokenizer
+from mor_jax.config import DataConfig
+from mor_jax.config.parsing import check
+from mor_jax.data.position import Course, Jump, Place, ahead, first_place
+from mor_jax.data.shards.reader import open_shards
+from mor_jax.data.sources.documents import Documents, open_documents
+from mor_jax.data.streams.mixture import shares_of
+from mor_jax.data.streams.packing import Row, Rows, spread
+from mor_jax.data.streams.token_streams import TokenStream, tokenize
+from mor_jax.data.tokenizers.base import Tokenizer
 from mor_jax.types import IGNORE, Batch
 
 # grain takes half a second to import; evaluation and preparation do without it.

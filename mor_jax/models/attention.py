@@ -12,12 +12,12 @@ from flax import nnx
 
 from mor_jax.config import Attention as Implementation
 from mor_jax.config import ModelConfig
-from mor_jax.models.attention_kernels import attend
-from mor_jax.models.gather import Rows
-from mor_jax.models.layers import Axes, normal, param
-from mor_jax.models.masks import Visibility
-from mor_jax.models.remat import keep
-from mor_jax.models.rope import Rotary, apply_rope
+from mor_jax.models.attention_kernels.dispatch import attend
+from mor_jax.models.layers.basic import Axes, normal, param
+from mor_jax.models.layers.masks import Visibility
+from mor_jax.models.layers.remat import keep
+from mor_jax.models.layers.rope import Rotary, apply_rope
+from mor_jax.models.layers.token_gather import Rows
 from mor_jax.types import Array, Bool, Float, Int
 
 

@@ -11,11 +11,11 @@ import jax.numpy as jnp
 from flax import nnx
 
 from mor_jax.config import ModelConfig
-from mor_jax.exchange import constrain, row_axes, whole
+from mor_jax.distributed.collectives import constrain, row_axes, whole
 from mor_jax.models.attention import Attention, KeyValue, Scope
-from mor_jax.models.layers import Axes, RMSNorm, SwiGLU
-from mor_jax.models.remat import keep as kept_by_remat
-from mor_jax.models.remat import layer_input, remat
+from mor_jax.models.layers.basic import Axes, RMSNorm, SwiGLU
+from mor_jax.models.layers.remat import keep as kept_by_remat
+from mor_jax.models.layers.remat import layer_input, remat
 from mor_jax.types import Array, Float
 
 Keep = tuple[Literal["kv", "outputs"], ...]

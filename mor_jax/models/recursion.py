@@ -12,21 +12,15 @@ import jax.numpy as jnp
 from mor_jax.config import ModelConfig
 from mor_jax.models.attention import KeyValue, Scope
 from mor_jax.models.block import Keep, Stack
-from mor_jax.models.gather import Rows, spread
-from mor_jax.models.router import (
+from mor_jax.models.layers.token_gather import Rows, spread
+from mor_jax.models.routing.outputs import Routing, Visit, expert_sums, stack_sums, token_sums
+from mor_jax.models.routing.router import (
     Route,
     Routers,
     capacity_counts,
     expert_score,
     select,
     token_score,
-)
-from mor_jax.models.routing import (
-    Routing,
-    Visit,
-    expert_sums,
-    stack_sums,
-    token_sums,
 )
 from mor_jax.types import Array, Bool, Float, Int
 

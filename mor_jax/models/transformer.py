@@ -6,15 +6,16 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from mor_jax.config import ModelConfig, check
-from mor_jax.exchange import constrain
+from mor_jax.config import ModelConfig
+from mor_jax.config.parsing import check
+from mor_jax.distributed.collectives import constrain
 from mor_jax.models.attention import Scope
 from mor_jax.models.block import Stack
-from mor_jax.models.layers import Embed, RMSNorm, unembed
+from mor_jax.models.layers.basic import Embed, RMSNorm, unembed
+from mor_jax.models.layers.rope import rotary
 from mor_jax.models.recursion import Stage, run_expert, run_plain, run_token
-from mor_jax.models.rope import rotary
-from mor_jax.models.router import Route, Routers, check_route
-from mor_jax.models.routing import Routing
+from mor_jax.models.routing.outputs import Routing
+from mor_jax.models.routing.router import Route, Routers, check_route
 from mor_jax.types import Array, Batch, Float
 
 

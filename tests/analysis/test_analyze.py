@@ -8,20 +8,20 @@ import json
 import numpy as np
 import pytest
 from matplotlib import image
-from seeded import random_params
-from tiny import TINY, train_config
+from support.seeded import random_params
+from support.tiny import TINY, train_config
 
-from mor_jax import initial
 from mor_jax.analysis import recursions, statistics
 from mor_jax.analysis.observe import observe, routed_model
 from mor_jax.analysis.output import FILE, Place
 from mor_jax.analysis.reading import Wanted, read
+from mor_jax.checkpoint import pretrained
+from mor_jax.checkpoint.lazy_arrays import flatten, held
+from mor_jax.checkpoint.load_weights import find
+from mor_jax.checkpoint.run_dir import claim_workdir
 from mor_jax.config import DataConfig, EvalConfig
-from mor_jax.convert.lazy import flatten, held
-from mor_jax.evaluate import token_depths
-from mor_jax.load import find
-from mor_jax.models.router import capacity_counts
-from mor_jax.workdir import claim_workdir
+from mor_jax.models.routing.router import capacity_counts
+from mor_jax.training.evaluator import token_depths
 
 ONE_BLOCK = {"vocab_size": 256, "layers": 3}
 MODELS = {
@@ -48,7 +48,7 @@ def runs(tmp_path_factory):
         (root / name).mkdir()
         claim_workdir(root / name, cfg)
         params = random_params(model, 1)
-        initial.write(root / name, model, held(dict(flatten(params))), {"from": "a/model"})
+        pretrained.write(root / name, model, held(dict(flatten(params))), {"from": "a/model"})
     return root
 
 

@@ -7,7 +7,7 @@ import sys
 
 import numpy as np
 import pytest
-from tiny import TINY, train_config
+from support.tiny import TINY, train_config
 
 from mor_jax import data
 from mor_jax.analysis import parts_of_speech, separation

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from mor_jax import made_files
+from mor_jax import files
 from mor_jax.convert import directory
 from mor_jax.convert.directory import check_target, fresh_directory
 from mor_jax.convert.marker import MARKER
@@ -126,7 +126,7 @@ def test_a_project_with_a_configuration_is_no_conversion(tmp_path):
 
 
 def test_what_is_added_while_a_conversion_runs_is_kept(tmp_path, monkeypatch):
-    monkeypatch.setattr(made_files, "_SMALL", 4)
+    monkeypatch.setattr(files, "_SMALL", 4)
     out = tmp_path / "out"
     with fresh_directory(out) as draft:
         write(draft / "model", "weights")

@@ -11,22 +11,22 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from run_directories import STEP, model, trained
 from safetensors.numpy import load_file, save_file
-from tiny import TINY
+from support.run_directories import STEP, model, trained
+from support.tiny import TINY
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from mor_jax import exit_codes, parsing
-from mor_jax.checkpoint import Checkpoints
-from mor_jax.config import CheckpointConfig
+from mor_jax.checkpoint.checkpointer import Checkpoints
+from mor_jax.checkpoint.lazy_arrays import flatten, held
+from mor_jax.config import CheckpointConfig, parsing
 from mor_jax.convert.exports import ExportOptions, export
-from mor_jax.convert.importing import ImportOptions, import_run
-from mor_jax.convert.lazy import flatten, held
+from mor_jax.convert.imports import ImportOptions, import_run
 from mor_jax.convert.run_source import open_run
 from mor_jax.convert.shards import INDEX, write_shards
-from mor_jax.models.router import Route
-from mor_jax.parameters import unique_parameters
-from mor_jax.state import forward, unembed
+from mor_jax.models.param_count import unique_parameters
+from mor_jax.models.params import forward, unembed
+from mor_jax.models.routing.router import Route
+from mor_jax.runtime import exit_codes
 from mor_jax.types import Batch
 
 COMMAND = [sys.executable, str(Path(__file__).parents[2] / "launch" / "convert.py")]

@@ -4,7 +4,7 @@ import copy
 
 import numpy as np
 import pytest
-from rope_settings import LLAMA3
+from support.rope_settings import LLAMA3
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 

@@ -13,18 +13,18 @@ import pytest
 import sentencepiece
 import tokenizers
 import torch
-from seeded import random_params
-from tiny import TINY
+from support.seeded import random_params
+from support.tiny import TINY
 from tokenizers import decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM
 
+from mor_jax.checkpoint.lazy_arrays import flatten, held, nested
 from mor_jax.config import RopeScaling
 from mor_jax.convert.import_gguf import import_gguf
-from mor_jax.convert.lazy import flatten, held, nested
 from mor_jax.convert.names import llama_entries
 from mor_jax.convert.views import as_tensors
-from mor_jax.data.tokenizers import load_tokenizer
-from mor_jax.state import forward, unembed
+from mor_jax.data.tokenizers.base import load_tokenizer
+from mor_jax.models.params import forward, unembed
 from mor_jax.types import Batch
 
 PLAIN, UNTIED = TINY["plain"], TINY["plain_untied"]

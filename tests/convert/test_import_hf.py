@@ -10,22 +10,22 @@ import numpy as np
 import pytest
 import tokenizers
 import torch
-from rope_settings import LLAMA3
 from safetensors.torch import load_file, save_file
-from seeded import random_params
-from tiny import TINY
+from support.rope_settings import LLAMA3
+from support.seeded import random_params
+from support.tiny import TINY
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from mor_jax.checkpoint.lazy_arrays import flatten, held, nested
 from mor_jax.config import RopeScaling
 from mor_jax.convert.export_config import llama_config as exported_llama
 from mor_jax.convert.export_config import mor_config as exported_mor
 from mor_jax.convert.hf_config import llama_config, mor_config
 from mor_jax.convert.import_hf import import_hf
-from mor_jax.convert.lazy import flatten, held, nested
 from mor_jax.convert.names import EMBEDDING, HEAD, llama_entries, mor_entries
 from mor_jax.convert.torch_writer import write_torch
 from mor_jax.convert.views import as_tensors
-from mor_jax.state import forward, unembed
+from mor_jax.models.params import forward, unembed
 from mor_jax.types import Batch
 
 PLAIN = TINY["plain"]

@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from seeded import random_params
-from tiny import TINY
+from support.seeded import random_params
+from support.tiny import TINY
 
+from mor_jax.checkpoint.lazy_arrays import flatten, held
 from mor_jax.convert.export_config import llama_config, reference_options
 from mor_jax.convert.import_reference import import_reference
-from mor_jax.convert.lazy import flatten, held
 from mor_jax.convert.names import HEAD, entries
 from mor_jax.convert.state_dict import from_params
 from mor_jax.convert.torch_writer import write_torch

@@ -4,12 +4,12 @@ import dataclasses
 
 import numpy as np
 import pytest
-from seeded import random_params
-from tiny import TINY
+from support.seeded import random_params
+from support.tiny import TINY
 
+from mor_jax.checkpoint.lazy_arrays import flatten, held, nested
 from mor_jax.convert.init_strategies import STRATEGIES, select_layers, share_layers
-from mor_jax.convert.lazy import flatten, held, nested
-from mor_jax.optim import paths
+from mor_jax.training.optimizer import paths
 
 PLAIN = dataclasses.replace(TINY["plain"], layers=6)
 

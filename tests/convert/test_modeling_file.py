@@ -9,15 +9,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from hf_model import torch_model
-from tiny import TINY
+from support.hf_model import torch_model
+from support.tiny import TINY
 from transformers import AutoModelForCausalLM
 
-from mor_jax import exit_codes
 from mor_jax.convert import modeling_file
 from mor_jax.convert.hf_config import AUTO_MAP
 from mor_jax.convert.marker import check_ours, write_marker
 from mor_jax.convert.modeling_file import MODELING, modeling_text, refresh
+from mor_jax.runtime import exit_codes
 
 COMMAND = [sys.executable, str(Path(__file__).parents[2] / "launch" / "convert.py"), "refresh"]
 OLD = '"""A model as exports had it once."""\n'

@@ -6,15 +6,15 @@ import itertools
 import jax
 import numpy as np
 import pytest
-from seeded import random_params
-from tiny import TINY
+from support.seeded import random_params
+from support.tiny import TINY
 
-from mor_jax.convert.lazy import Lazy, flatten, held
+from mor_jax.checkpoint.lazy_arrays import Lazy, flatten, held
 from mor_jax.convert.names import EMBEDDING, HEAD, entries, llama_entries, mor_entries
 from mor_jax.convert.state_dict import from_params, to_params
 from mor_jax.convert.views import as_params, as_tensors, turn
-from mor_jax.optim import paths
-from mor_jax.parameters import unique_parameters
+from mor_jax.models.param_count import unique_parameters
+from mor_jax.training.optimizer import paths
 
 RECURSIVE = TINY["middle_cycle"]
 EXPERT = TINY["expert"]

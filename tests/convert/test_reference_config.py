@@ -6,7 +6,7 @@ import pytest
 
 from mor_jax.config import ModelConfig, RopeScaling, RouterConfig
 from mor_jax.convert.export_config import reference_options
-from mor_jax.convert.reference import fitted_layers, merge_options, model_config
+from mor_jax.convert.reference_config import fitted_layers, merge_options, model_config
 
 LLAMA = {
     "vocab_size": 37,

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from mor_jax.convert.lazy import Lazy, Spec, held
+from mor_jax.checkpoint.lazy_arrays import Lazy, Spec, held
 from mor_jax.convert.torch_writer import ALIGNMENT, write_torch
 
 RNG = np.random.default_rng(0)

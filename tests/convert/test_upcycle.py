@@ -8,11 +8,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from seeded import random_params
-from tiny import BASE, batch
+from support.seeded import random_params
+from support.tiny import BASE, batch
 
+from mor_jax.checkpoint.lazy_arrays import Lazy, Spec, flatten, held, nested
 from mor_jax.convert.init_strategies import STRATEGIES, select_layers
-from mor_jax.convert.lazy import Lazy, Spec, flatten, held, nested
 from mor_jax.convert.upcycle import (
     Upcycling,
     parse_upcycle,
@@ -20,7 +20,7 @@ from mor_jax.convert.upcycle import (
     upcycle_notes,
     upcycled_config,
 )
-from mor_jax.state import abstract_params, forward
+from mor_jax.models.params import abstract_params, forward
 
 PLAIN = dataclasses.replace(BASE, layers=8)
 PARAMS = random_params(PLAIN)

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from sample_texts import words
+from support.sample_texts import words
 
 from mor_jax.config import DataConfig
 from mor_jax.data import load_tokenizer

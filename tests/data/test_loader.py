@@ -9,7 +9,7 @@ import pytest
 
 from mor_jax.config import DataConfig
 from mor_jax.data import Layout, fingerprint, heldout_batches, open_corpus, train_batches
-from mor_jax.data.mixture import CYCLE, Mixture, shares_of
+from mor_jax.data.streams.mixture import CYCLE, Mixture, shares_of
 from mor_jax.types import IGNORE
 
 LAYOUT = Layout(length=16, batch_size=4)

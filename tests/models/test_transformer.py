@@ -7,14 +7,14 @@ from operator import itemgetter
 import jax
 import jax.numpy as jnp
 import numpy as np
-import oracle
 import pytest
-from seeded import random_params
-from tiny import EXPERT, TINY, TOKEN, batch, tokens
+from support import oracle
+from support.seeded import random_params
+from support.tiny import EXPERT, TINY, TOKEN, batch, tokens
 
 from mor_jax.config import RouterConfig
-from mor_jax.models.router import Route, capacity_counts
-from mor_jax.state import forward, unembed
+from mor_jax.models.params import forward, unembed
+from mor_jax.models.routing.router import Route, capacity_counts
 from mor_jax.types import Batch
 
 LENGTH, SHORT, CUT = 16, 10, 9

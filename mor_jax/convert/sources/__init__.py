@@ -3,8 +3,8 @@
 import dataclasses
 from pathlib import Path
 
-from mor_jax.config import check, fail
-from mor_jax.convert.lazy import Lazy
+from mor_jax.checkpoint.lazy_arrays import Lazy
+from mor_jax.config.parsing import check, fail
 from mor_jax.convert.sources.safetensors_files import open_safetensors, open_sharded_safetensors
 from mor_jax.convert.sources.shards import shards_of
 from mor_jax.convert.sources.torch_files import open_deepspeed, open_sharded_torch, open_torch

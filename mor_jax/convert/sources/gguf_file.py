@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from mor_jax.config import check, fail
-from mor_jax.convert.lazy import Lazy, Spec
+from mor_jax.checkpoint.lazy_arrays import Lazy, Spec
+from mor_jax.config.optional_import import need
+from mor_jax.config.parsing import check, fail
 from mor_jax.convert.sources import gguf_header
-from mor_jax.data.optional import need
 
 _WHOLE = ("F32", "F16", "F64")
 _NAMES = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}

@@ -8,7 +8,7 @@ import mmap
 import struct
 from pathlib import Path
 
-from mor_jax.config import fail
+from mor_jax.config.parsing import fail
 
 # Kinds of values: struct's letter of the plain ones, then texts and arrays.
 _PLAIN = dict(enumerate("BbHhIif?")) | {10: "Q", 11: "q", 12: "d"}

@@ -7,10 +7,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from mor_jax.config import fail
-from mor_jax.convert.paths import check_path
+from mor_jax.config.optional_import import need
+from mor_jax.config.parsing import fail
+from mor_jax.convert.sources.paths import check_path
 from mor_jax.convert.sources.ways_out import way_out
-from mor_jax.data.optional import need
 
 _NAME = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
 # Everything that an import reads; of weights, one format is chosen.

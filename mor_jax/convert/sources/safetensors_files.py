@@ -5,10 +5,10 @@ from pathlib import Path
 
 import numpy as np
 
-from mor_jax.config import fail
-from mor_jax.convert.lazy import Lazy, Spec
+from mor_jax.checkpoint.lazy_arrays import Lazy, Spec
+from mor_jax.config.optional_import import need
+from mor_jax.config.parsing import fail
 from mor_jax.convert.sources.shards import open_shards
-from mor_jax.data.optional import need
 
 # Name in the file -> our name and what the bytes are read as.
 _DTYPES = {

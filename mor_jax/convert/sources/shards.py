@@ -4,8 +4,8 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
-from mor_jax.config import fail
-from mor_jax.convert.lazy import Lazy
+from mor_jax.checkpoint.lazy_arrays import Lazy
+from mor_jax.config.parsing import fail
 
 
 def open_shards(index: Path, open_one: Callable[[Path], Lazy]) -> Lazy:

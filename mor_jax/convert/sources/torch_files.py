@@ -10,10 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from mor_jax.config import check, fail
-from mor_jax.convert.lazy import Lazy, Spec
+from mor_jax.checkpoint.lazy_arrays import Lazy, Spec
+from mor_jax.config.optional_import import need
+from mor_jax.config.parsing import check, fail
 from mor_jax.convert.sources.shards import open_shards
-from mor_jax.data.optional import need
 
 # Where trainers put the state dict among other things.
 _INSIDE = ("module", "model", "state_dict", "model_state_dict")

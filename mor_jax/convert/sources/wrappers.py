@@ -2,8 +2,8 @@
 
 import re
 
-from mor_jax.config import check
-from mor_jax.convert.lazy import Lazy
+from mor_jax.checkpoint.lazy_arrays import Lazy
+from mor_jax.config.parsing import check
 
 # What wrappers leave inside of names; `module.` only counts in front of all of them.
 _INSIDE = re.compile(r"(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")

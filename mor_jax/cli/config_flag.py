@@ -1,0 +1,119 @@
+"""The command line of programs that take `--config`: what is wrong with it is told in one line."""
+
+import difflib
+import re
+import sys
+import traceback
+from collections.abc import Sequence
+
+from absl import flags
+from ml_collections import ConfigDict
+
+from mor_jax.runtime import exit_codes
+
+_CONFIG = "--config"
+_LATE = "Configuration is not available because of an earlier failure to load: "
+
+
+def parsed(argv: Sequence[str]) -> list[str]:
+    """Parses the flags, for `app.run(main, flags_parser=parsed)`; returns what is no flag.
+
+    Ends the process with `exit_codes.REFUSED` and one line if a flag, the configuration's file or
+    a setting is wrong.
+    """
+    try:
+        try:
+            rest = flags.FLAGS(list(argv))
+        except SystemExit:
+            # Help that was asked for is no failure; absl ends it with 1.
+            sys.exit(exit_codes.OK)
+        config = flags.FLAGS["config"].value
+        if type(config).__name__ != "ConfigDict":
+            # A file that could not be read is told only when its content is looked for.
+            rule = f"its get_config() returned {config.lock and config!r}, not a ConfigDict"
+            raise ValueError(rule)
+    except Exception as error:
+        _refuse(_told(error, argv))
+    if len(rest) > 1:
+        fix = f"Settings are {_CONFIG}.NAME=VALUE, other flags --NAME=VALUE"
+        _refuse(f"{rest[1]}: is no flag, and nothing else is taken. {fix}")
+    return rest
+
+
+def _refuse(message: str) -> None:
+    print(f"error: {message}", file=sys.stderr, flush=True)
+    sys.exit(exit_codes.REFUSED)
+
+
+def _told(error: Exception, argv: Sequence[str]) -> str:
+    config = _given(argv)
+    if isinstance(error, OSError):
+        reason = str(error).strip().splitlines()[-1].strip().removeprefix(_LATE).rstrip(".")
+        fix = "Give a file such as configs/mor.py"
+        return f"{_CONFIG}={config}: cannot be read: {reason}. {fix}"
+    if isinstance(error, (flags.ValidationError, flags.Error)):
+        # An exception in the configuration's file is told as a traceback; its own words do.
+        inner = error.__cause__ or error.__context__
+        inner = inner and (inner.__cause__ or inner.__context__)
+        if inner is not None and "Error whilst parsing config file" in str(error):
+            return f"{_CONFIG}={config}: {_lines(inner)}"
+        text = _lines(error).removeprefix("flag ").rstrip(".")
+        if missing := re.match(r"(--\w+)=None: Flag .* must have a value", text):
+            text = f"{missing[1]}: is missing"
+        return f"{text}. Every flag is listed by --help"
+    return _unknown(argv) or f"{_CONFIG}={config}: {_place(error)}{_lines(error)}"
+
+
+def _given(argv: Sequence[str]) -> str:
+    # Of several the last counts.
+    words, given = list(argv), ""
+    for i, word in enumerate(words):
+        if word.startswith(f"{_CONFIG}="):
+            given = word.removeprefix(f"{_CONFIG}=")
+        elif word == _CONFIG and i + 1 < len(words):
+            given = words[i + 1]
+    return given
+
+
+def _unknown(argv: Sequence[str]) -> str | None:
+    """The first setting on the command line that the configuration does not have."""
+    try:
+        names = _names(flags.FLAGS["config"].parser.parse(_given(argv)))
+    except Exception:
+        # The file itself is wrong, whatever the settings are.
+        return None
+    for word in argv:
+        name, _, _ = word.removeprefix(f"{_CONFIG}.").partition("=")
+        if word.startswith(f"{_CONFIG}.") and name not in names:
+            near = difflib.get_close_matches(name, names, n=1, cutoff=0.0)[0]
+            return f"{word}: is no setting. Did you mean {_CONFIG}.{near}?"
+    return None
+
+
+def _names(tree: ConfigDict, prefix: str = "") -> list[str]:
+    names = []
+    for key in tree:
+        value = tree.get(key)
+        names.append(f"{prefix}{key}")
+        names += _names(value, f"{prefix}{key}.") if isinstance(value, ConfigDict) else []
+    return names
+
+
+def _place(error: Exception) -> str:
+    """FILE:LINE of the innermost call."""
+    if isinstance(error, SyntaxError):
+        return f"{error.filename}:{error.lineno}: "
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [frame for frame in frames if not _is_ours(frame.filename)]
+    return f"{own[-1].filename}:{own[-1].lineno}: {type(error).__name__}: " if own else ""
+
+
+def _is_ours(file: str) -> bool:
+    return file == __file__ or "site-packages" in file
+
+
+def _lines(error: BaseException) -> str:
+    return " ".join(str(error).split())
+
+
+__all__ = ["parsed"]

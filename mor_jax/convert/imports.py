@@ -1,0 +1,157 @@
+"""Foreign weights into the directory of a run that can be trained, evaluated, served, exported."""
+
+import dataclasses
+import json
+import math
+import os
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from mor_jax import data
+from mor_jax.checkpoint import pretrained
+from mor_jax.checkpoint import run_dir as workdir
+from mor_jax.checkpoint.lazy_arrays import Lazy
+from mor_jax.config import DataConfig, EvalConfig, ModelConfig, OptimConfig, TrainConfig
+from mor_jax.config.parsing import check
+from mor_jax.convert.directory import PathLike, absolute, check_target, fresh_directory
+from mor_jax.convert.imported import Imported
+from mor_jax.convert.upcycle import parse_upcycle, upcycle, upcycle_notes, upcycled_config
+
+Origin = Literal["hf", "reference", "gguf"]
+ORIGINS: tuple[Origin, ...] = get_args(Origin)
+
+TOKENIZER = "tokenizer"
+"""Directory inside of a run for the tokenizer that came with its weights."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ImportOptions:
+    """How an import is written.
+
+    workdir: the new run. dtype: that training computes in; weights are float32. tokenizer: another
+    one than the source's: `bytes`, or a path. upcycle: text for `parse_upcycle`. config: the
+    reference's YAML. replace: an existing directory gives way.
+    """
+
+    workdir: PathLike
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    tokenizer: str | None = None
+    upcycle: str | None = None
+    config: str | None = None
+    replace: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Written:
+    """What an import made. stored: parameters. facts: of the source. notes: for the reader."""
+
+    workdir: Path
+    cfg: TrainConfig
+    stored: int
+    facts: dict[str, Any]
+    notes: tuple[str, ...]
+    seconds: float
+
+
+def import_run(origin: Origin, source: str, options: ImportOptions) -> Written:
+    """Reads `source` and makes a run of it; the directory is complete or absent.
+
+    Memory: one array of our model and one tensor of theirs.
+
+    Raises:
+        ValueError: the source is no such model or damaged, tensors do not fit (all are listed),
+            an option or the directory does not fit. Nothing is left then.
+    """
+    check(origin in ORIGINS, "from", origin, f"must be one of {ORIGINS}", "Try 'hf'")
+    rule = "only checkpoints of the reference are described by one"
+    ok = options.config is None or origin == "reference"
+    check(ok, "reference_config", options.config, rule, "Leave it out")
+    sources = [path for path in (source, options.config, options.tokenizer) if path is not None]
+    place = {"replace": options.replace, "sources": sources, "name": "workdir"}
+    target = check_target(options.workdir, **place)
+    start = time.perf_counter()
+    imported = _readers(options)[origin](source)
+    notes = [str(note) for note in imported.facts.get("notes", ())]
+    model, params = imported.cfg, imported.params
+    if options.upcycle is not None:
+        model, params, how = _upcycled(imported, options.upcycle)
+        notes += how
+    files = {} if options.tokenizer else dict(imported.tokenizer or {})
+    name = str(target / TOKENIZER) if files else _named(options.tokenizer, model.vocab_size)
+    if name is None:
+        notes.append("no tokenizer came with it: set data.tokenizer before training")
+    cfg = run_config(dataclasses.replace(model, dtype=options.dtype), name or "bytes")
+    facts = {**imported.facts, "from": f"{source} ({origin})", "notes": notes, "tokenizer": name}
+    with fresh_directory(target, **place) as draft:
+        for file, content in files.items():
+            (draft / TOKENIZER).mkdir(exist_ok=True)
+            (draft / TOKENIZER / file).write_bytes(content)
+        pretrained.write(draft, cfg.model, params, facts)
+        text = json.dumps(workdir.plain(cfg), indent=2) + "\n"
+        (draft / workdir.CONFIG_FILE).write_text(text)
+    stored = sum(math.prod(spec.shape) for spec in params.specs.values())
+    return Written(target, cfg, stored, facts, tuple(notes), time.perf_counter() - start)
+
+
+def run_config(model: ModelConfig, tokenizer: str) -> TrainConfig:
+    """A recipe to go on from trained weights: small steps, rows that fit a small machine.
+
+    All of it may be changed until the first checkpoint is written.
+    """
+    cfg = TrainConfig(
+        steps=1000,
+        batch_size=8,
+        length=min(1024, model.max_length),
+        model=model,
+        optim=OptimConfig(lr=3e-4, warmup_steps=50, decay_steps=200),
+        data=DataConfig(tokenizer=tokenizer),
+        eval=EvalConfig(completion_tokens=min(40, model.max_length // 2)),
+    )
+    cfg.validate()
+    return cfg
+
+
+def _readers(options: ImportOptions) -> dict[Origin, Callable[[str], Imported]]:
+    # The libraries of the origins that are not asked for stay unread.
+    from mor_jax.convert import import_gguf, import_hf, import_reference
+
+    # With a tokenizer that was named, the source's own need not be one that can be read.
+    own = options.tokenizer is None
+    return {
+        "hf": partial(import_hf.import_hf, tokenizer=own),
+        "gguf": partial(import_gguf.import_gguf, tokenizer=own),
+        "reference": lambda source: import_reference.import_reference(
+            source, options.config or _only_yaml(source), own
+        ),
+    }
+
+
+def _only_yaml(source: str) -> str:
+    # The reference keeps it elsewhere; our own exports have it beside the weights.
+    path = Path(os.path.expanduser(source))
+    check(path.exists(), "source", source, "is neither a file nor a directory", "Check the path")
+    folder = path if path.is_dir() else path.parent
+    found = sorted(str(file) for file in folder.glob("*.yaml"))
+    rule = f"{folder} holds {len(found)} YAML files, and one has to describe the model"
+    fix = "Give --reference_config=FILE, the training run's YAML from conf/pretrain/"
+    check(len(found) == 1, "reference_config", None, rule, fix)
+    return found[0]
+
+
+def _upcycled(imported: Imported, text: str) -> tuple[ModelConfig, Lazy, list[str]]:
+    wish = parse_upcycle(text)
+    model = upcycled_config(imported.cfg, wish)
+    params = upcycle(imported.cfg, model, imported.params, wish)
+    return model, params, upcycle_notes(imported.cfg, wish)
+
+
+def _named(tokenizer: str | None, vocab_size: int) -> str | None:
+    # One that was named stays where it is, and must fit.
+    if tokenizer is None:
+        return None
+    found = data.load_tokenizer(tokenizer, "tokenizer")
+    data.check_vocabulary(found, vocab_size)
+    return tokenizer if tokenizer == "bytes" else str(absolute(tokenizer))

@@ -1,0 +1,1 @@
+"""Parity with the paper authors' implementation, on its recorded cases. docs/parity.md."""

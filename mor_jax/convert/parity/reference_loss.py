@@ -1,0 +1,160 @@
+"""The reference's losses: the project's own, with the normalisation of the reference's trainer.
+
+mor_jax averages every term over the global batch. The reference divides the cross-entropy by a
+number of items it is given (all labels of the optimiser step, unshifted), scales z-loss and
+balancing by tokens / items, and leaves the auxiliary loss alone (the authors' trainer).
+"""
+
+import dataclasses
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mor_jax.config import ModelConfig, RouterConfig
+from mor_jax.convert.parity import compacted_rows
+from mor_jax.models.params import forward, logits_table, unembed
+from mor_jax.models.routing.outputs import Routing
+from mor_jax.models.routing.router import Route, capacity_counts
+from mor_jax.models.transformer import ModelOutput
+from mor_jax.training.losses import batch_counts, router_losses, text_loss
+from mor_jax.types import Array, Batch, Float, Int, Params
+
+# The cross-entropy works through a row in turns; short rows, too, should take more than one.
+TURNS = 3
+# Compiling takes far longer than running such small models, so it is kept short.
+QUICK = {
+    "xla_backend_optimization_level": 0,
+    "xla_llvm_disable_expensive_passes": True,
+    "xla_cpu_use_fusion_emitters": False,
+}
+Values = dict[str, Array]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Pass:
+    """A forward pass. values: losses and rates by the reference's names."""
+
+    values: Values
+    logits: Float[Array, "b l v"]
+    out: ModelOutput
+
+
+@dataclasses.dataclass(frozen=True)
+class Rules:
+    """What is fixed when a pass is compiled.
+
+    counts: tokens that each recursion keeps. compacted_rows: with that fault of the reference.
+    """
+
+    counts: tuple[int, ...]
+    compacted_rows: bool = False
+
+
+def rules(cfg: ModelConfig, length: int, step: int, compacted_rows: bool = False) -> Rules:
+    """The rules of training forward pass number `step`, from 1."""
+    return Rules(capacity_counts(cfg, length, step), compacted_rows)
+
+
+def steady(cfg: ModelConfig) -> int:
+    """The first forward pass after all warm-ups: how an evaluation routes."""
+    return 1 + max(cfg.router.capacity_warmup_steps, cfg.router.balance_warmup_steps)
+
+
+def objective(
+    params: Params,
+    cfg: ModelConfig,
+    batch: Batch,
+    items: Float[Array, ""] | float,
+    fixed: Rules,
+    step: Int[Array, ""] | int,
+) -> tuple[Float[Array, ""], Pass]:
+    """What the reference differentiates, and the pass that led to it.
+
+    items: labels that the loss is divided by. step: number of this training forward pass, from 1.
+    The auxiliary router's own loss is part of the objective but not of
+    `total_loss`: the reference minimises it apart, and neither reaches the other's parameters.
+    """
+    route = Route(counts=fixed.counts, step=step)
+    if fixed.compacted_rows:
+        out = compacted_rows.forward(cfg, params, batch, route)
+    else:
+        out = forward(cfg, params, batch, route, trace=True)
+    chunk = math.ceil(batch.tokens.shape[1] / TURNS)
+    ce, _ = text_loss(out.hidden, logits_table(cfg, params), batch.targets, chunk)
+    values = {"loss": ce / items, "total_loss": ce / items}
+    apart = jnp.zeros(())
+    if out.routing is not None:
+        _, terms = router_losses(cfg, out.routing, batch_counts(cfg, batch, fixed.counts))
+        values |= _router_values(cfg.router, out.routing, terms, batch.tokens.size / items)
+        values["total_loss"] += _weighed(cfg.router, values)
+        if cfg.router.kind == "expert" and cfg.router.aux == "aux_router":
+            apart = values["sampling_loss"]
+    logits = unembed(cfg, params, out.hidden)
+    return values["total_loss"] + apart, Pass(values, logits, out)
+
+
+@functools.cache
+def compiled():
+    """`objective` and its gradients: the same arguments -> ((objective, pass), gradients)."""
+    return jax.jit(
+        jax.value_and_grad(objective, has_aux=True),
+        static_argnames=("cfg", "fixed"),
+        compiler_options=_known_options(),
+    )
+
+
+def _known_options() -> dict[str, bool | int]:
+    # Options come and go with XLA's versions. Without one, compiling just takes longer.
+    known = {}
+    for name, value in QUICK.items():
+        try:
+            jax.jit(jnp.negative, compiler_options={name: value})(0.0)
+        except jax.errors.JaxRuntimeError as error:
+            if "No such compile option" not in str(error):
+                raise
+        else:
+            known[name] = value
+    return known
+
+
+def _router_values(
+    router: RouterConfig, routing: Routing, terms: Values, scale: Float[Array, ""] | float
+) -> Values:
+    # scale: tokens of this micro-batch / items. A term that is not in use is recorded as 0.
+    zero = jnp.zeros(())
+    values = dict.fromkeys(("sampling_loss", "sampling_acc", "balancing_loss"), zero)
+    values["balancing_ratio"] = zero
+    values["router_z_loss"] = scale * terms["router_z"] if router.z_coeff else zero
+    if routing.expert is not None and router.aux != "none":
+        values["sampling_loss"] = terms["router_bce"]
+        values["sampling_acc"] = jnp.mean(routing.expert.correct / routing.expert.candidates)
+    if routing.token is not None and router.balancing != "none":
+        values["balancing_ratio"] = routing.token.choice / routing.token.tokens
+    if routing.token is not None and router.balancing == "loss":
+        values["balancing_loss"] = scale * terms["router_balance"]
+    return values
+
+
+def _weighed(router: RouterConfig, values: Values) -> Float[Array, ""]:
+    coeff = router.aux_coeff if router.aux == "aux_loss" else 0.0
+    weighed = coeff * values["sampling_loss"] + router.balance_coeff * values["balancing_loss"]
+    return weighed + router.z_coeff * values["router_z_loss"]
+
+
+def overlap_accuracy(routing: Routing) -> float:
+    """Share of each recursion's choice that the trained router's own top-k would have made."""
+    shares, before = [], None
+    for visit in routing.visits:
+        scores = np.asarray(visit.trained)
+        rows = np.arange(scores.shape[1]) if visit.index is None else np.asarray(visit.index)
+        chosen = np.broadcast_to(rows, (scores.shape[0], rows.shape[-1]))
+        best = np.argsort(-scores, axis=1, kind="stable")[:, : chosen.shape[1]]
+        guess = best if before is None else np.take_along_axis(before, best, axis=1)
+        hits = [np.isin(a, b).sum() for a, b in zip(chosen, guess, strict=True)]
+        shares.append(sum(hits) / chosen.size)
+        before = chosen
+    return float(np.mean(shares))

@@ -1,0 +1,1 @@
+"""Tokenizers of foreign models and of exports."""

@@ -1,0 +1,1 @@
+"""Tokens prepared on disk: written once, read by position."""

@@ -1,0 +1,196 @@
+"""Tokenises sources into shards once, so that runs start at once and corpora may be of any size.
+
+A preparation that was stopped goes on after its last complete shard and writes the same bytes as
+one that was not. The manifest comes last: where there is one, everything is there.
+"""
+
+import fcntl
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from mor_jax.config.parsing import check, fail
+from mor_jax.data.shards.prepare_config import PrepareConfig, Progress, Report
+from mor_jax.data.shards.prepare_parts import PARTS, PartWork, clear_partial, to_json
+from mor_jax.data.shards.reader import FORMAT, MANIFEST, RECORD_TOKENS, SPLITS
+from mor_jax.data.shards.writer import PARTIAL, write_beside
+from mor_jax.data.sources.documents import Documents, open_documents
+from mor_jax.data.streams.validation_split import is_heldout, text_hash
+from mor_jax.data.tokenizers.base import Tokenizer, load_tokenizer
+from mor_jax.data.tokenizers.train_bpe import train_bpe
+
+__all__ = ["PrepareConfig", "Progress", "prepare"]
+
+SETTINGS = "settings.json"
+BPE_CHARACTERS = 256 * 2**20
+"""Text that a BPE tokenizer is trained on, at most, shared evenly between the sources."""
+
+
+def prepare(cfg: PrepareConfig, report: Report) -> dict[str, Any]:
+    """Writes all shards that are missing, then the manifest, which it returns.
+
+    `report` is called about once a second and at the end. Raises `ValueError` on bad settings or
+    sources, on a directory that was begun with other settings, and if a split stays empty;
+    `OSError` if the disk is full.
+    """
+    cfg.validate()
+    sources = [open_documents(spec, cfg.text_key, "--source") for spec in cfg.sources]
+    tokenizer = None if cfg.train_bpe is not None else load_tokenizer(cfg.tokenizer, "--tokenizer")
+    settings = _settings(cfg, sources, tokenizer)
+    with _alone(cfg.output):
+        # Before anything is tidied there: what is not ours stays as it is.
+        _check_ours(cfg.output, settings)
+        try:
+            _claim(cfg.output, settings)
+            tokenizer = tokenizer or _trained(cfg, sources)
+            for name, contents in tokenizer.files().items():
+                write_beside(cfg.output / name, contents)
+            parts = PartWork(cfg, sources, tokenizer, report).run()
+            _check_splits(cfg, parts)
+            manifest = _manifest(settings, tokenizer, parts)
+            write_beside(cfg.output / MANIFEST, to_json(manifest))
+        finally:
+            clear_partial(cfg.output)
+            if not _written(cfg.output):
+                _give_back(cfg.output)
+    return manifest
+
+
+@contextmanager
+def _alone(output: Path) -> Iterator[None]:
+    """Keeps a second preparation out of the directory, which it creates."""
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        rule = f"cannot be created ({error.strerror})"
+        fail("--output", str(output), rule, "Name a directory that you may write to")
+    lock = os.open(output, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            rule = "another preparation is writing there"
+            fail("--output", str(output), rule, "Wait for it, or name another directory")
+        yield
+    finally:
+        os.close(lock)
+
+
+def _settings(
+    cfg: PrepareConfig, sources: list[Documents], tokenizer: Tokenizer | None
+) -> dict[str, Any]:
+    return {
+        "format": FORMAT,
+        "sources": list(cfg.sources),
+        "identities": [source.identity for source in sources],
+        "text_key": cfg.text_key,
+        "tokenizer": tokenizer.fingerprint if tokenizer else f"train-bpe={cfg.train_bpe}",
+        "shard_tokens": cfg.shard_tokens,
+        "record_tokens": RECORD_TOKENS,
+        "heldout_share": cfg.heldout_share,
+    }
+
+
+def _check_ours(output: Path, settings: dict[str, Any]) -> None:
+    """Raises `ValueError` unless the directory is empty or was begun with the same settings."""
+    path = output / SETTINGS
+    if path.exists():
+        before = _read_settings(path, output)
+        changed = {k: (before.get(k), v) for k, v in settings.items() if before.get(k) != v}
+        rule = f"was begun with other settings (before, now): {changed}"
+        fix = "Name another directory, remove this one, or use the settings of before"
+        # A preparation that failed at once has nothing to lose: its source may be mended now.
+        check(not changed or not _written(output), "--output", str(output), rule, fix)
+        return
+    # A start that was killed leaves no more than this.
+    others = {entry.name for entry in output.iterdir()} - {f"{SETTINGS}{PARTIAL}"}
+    rule = "is not empty and was not begun by this program"
+    check(not others, "--output", str(output), rule, "Name a new directory")
+
+
+def _claim(output: Path, settings: dict[str, Any]) -> None:
+    """Makes the directory, which `_check_ours` found free, ours."""
+    path, contents = output / SETTINGS, to_json(settings)
+    if not path.exists() or path.read_bytes() != contents:
+        write_beside(path, contents)
+    (output / PARTS).mkdir(exist_ok=True)
+    clear_partial(output)
+
+
+def _written(output: Path) -> bool:
+    """Whether a preparation wrote more there than its settings."""
+    kept = [path for path in output.rglob("*") if not path.name.endswith(PARTIAL)]
+    return any(path.name not in (SETTINGS, PARTS) for path in kept)
+
+
+def _give_back(output: Path) -> None:
+    """Takes away what a preparation that failed at once has made."""
+    (output / SETTINGS).unlink(missing_ok=True)
+    for made in (output / PARTS, output):
+        if made.is_dir() and not any(made.iterdir()):
+            made.rmdir()
+
+
+def _read_settings(path: Path, output: Path) -> dict[str, Any]:
+    try:
+        before = json.loads(path.read_text())
+    except ValueError as error:
+        before = error
+    rule = f"its {SETTINGS} is damaged ({before})"
+    fix = "Name another directory, or remove this one"
+    check(isinstance(before, dict), "--output", str(output), rule, fix)
+    return before
+
+
+def _trained(cfg: PrepareConfig, sources: list[Documents]) -> Tokenizer:
+    path = cfg.output / "tokenizer.json"
+    if not path.exists():
+        texts = _training_texts(sources, cfg.heldout_share)
+        write_beside(path, train_bpe(texts, cfg.train_bpe or 0).encode())
+    return load_tokenizer(str(path), "--tokenizer")
+
+
+def _training_texts(sources: list[Documents], share: float) -> Iterator[str]:
+    for source in sources:
+        left = BPE_CHARACTERS // len(sources)
+        for text in source.read(0):
+            if text and not is_heldout(text_hash(text), share):
+                yield text
+                left -= len(text)
+            if left <= 0:
+                break
+
+
+def _check_splits(cfg: PrepareConfig, parts: list[dict[str, Any]]) -> None:
+    documents = {s: sum(p[s]["documents"] for p in parts if p[s]) for s in SPLITS}
+    total = sum(documents.values())
+    rule = f"holds {total} documents that are not empty; two are needed, one to train on and one "
+    rule += "to hold out"
+    check(total >= 2, "--source", cfg.sources, rule, "Add documents, one a file or record")
+    if min(documents.values()) == 0:
+        lowest = min(part["lowest"] for part in parts)
+        rule = f"leaves {documents['train']} documents to train on and {documents['heldout']} "
+        rule += f"held out; the first is held out at shares above {lowest:.6f}"
+        fix = f"Remove {cfg.output} and use another share, or add documents"
+        fail("--heldout-share", cfg.heldout_share, rule, fix)
+
+
+def _manifest(
+    settings: dict[str, Any], tokenizer: Tokenizer, parts: list[dict[str, Any]]
+) -> dict[str, Any]:
+    splits = {}
+    for split in SPLITS:
+        shards = [part[split] for part in parts if part[split]]
+        totals = {key: sum(shard[key] for shard in shards) for key in ("tokens", "documents")}
+        splits[split] = totals | {"shards": shards}
+    described = {
+        "name": tokenizer.name if not tokenizer.files() else next(iter(tokenizer.files())),
+        "file": next(iter(tokenizer.files()), None),
+        "fingerprint": tokenizer.fingerprint,
+        "vocab_size": tokenizer.vocab_size,
+        "eos_id": tokenizer.eos_id,
+    }
+    return settings | {"tokenizer": described, "dtype": tokenizer.dtype.name, "splits": splits}

@@ -1,0 +1,129 @@
+"""Writes one shard of each split: beside its final name first, renamed when complete."""
+
+import dataclasses
+import errno
+import hashlib
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+
+from mor_jax.data.shards.reader import RECORD_TOKENS
+
+PARTIAL = ".partial"
+# One record a group, so that any record is one read. Tokens hardly compress.
+_OPTIONS = "group_size:1,uncompressed"
+
+
+@dataclasses.dataclass(frozen=True)
+class Shard:
+    """A complete shard on disk, as the manifest lists it."""
+
+    file: str
+    documents_file: str
+    tokens: int
+    documents: int
+    bytes: int
+    documents_bytes: int
+    sha256: str
+
+
+@contextmanager
+def explained(path: Path) -> Iterator[None]:
+    """Turns a failure to write `path` into an `OSError` that says what to do about it."""
+    try:
+        yield
+    # The ArrayRecord library reports every failure as RuntimeError.
+    except (OSError, RuntimeError) as error:
+        free = shutil.disk_usage(path.parent).free
+        code = error.errno if isinstance(error, OSError) and error.errno else errno.EIO
+        rule = f"{path}: cannot be written ({error}); {free:,} bytes are free there"
+        fix = "Free space, then run the same command again: complete shards are kept"
+        raise OSError(code, f"{rule}. {fix}") from error
+
+
+def pair_hash(*paths: Path) -> str:
+    """SHA-256 over the SHA-256 of each file's contents."""
+    digests = []
+    for path in paths:
+        with path.open("rb") as stream:
+            digests.append(hashlib.file_digest(stream, "sha256").digest())
+    return hashlib.sha256(b"".join(digests)).hexdigest()
+
+
+def write_beside(path: Path, contents: bytes) -> None:
+    """Writes a whole file so that it is either absent or complete, even after a crash."""
+    partial = path.with_name(path.name + PARTIAL)
+    with explained(path):
+        with partial.open("wb") as stream:
+            stream.write(contents)
+            stream.flush()
+            os.fsync(stream.fileno())
+        partial.replace(path)
+
+
+class ShardWriter:
+    """Collects documents into one shard. `tokens` counts what it holds, ends included."""
+
+    def __init__(self, directory: Path, stem: str, dtype: np.dtype, eos_id: int) -> None:
+        from array_record.python.array_record_module import ArrayRecordWriter
+
+        self._path = directory / f"{stem}.array_record"
+        self._ends_path = directory / f"{stem}.documents.npy"
+        self._partial = self._path.with_name(self._path.name + PARTIAL)
+        self._dtype = dtype.newbyteorder("<")
+        self._eos = np.array([eos_id], self._dtype)
+        self._waiting: list[np.ndarray] = []
+        self._waiting_tokens = 0
+        self._ends: list[int] = []
+        self.tokens = 0
+        with explained(self._path):
+            self._writer = ArrayRecordWriter(str(self._partial), _OPTIONS)
+
+    def add(self, tokens: np.ndarray) -> None:
+        """Appends one document and its EOS."""
+        self._waiting += [tokens.astype(self._dtype, copy=False), self._eos]
+        self._waiting_tokens += len(tokens) + 1
+        self.tokens += len(tokens) + 1
+        self._ends.append(self.tokens)
+        if self._waiting_tokens >= 16 * RECORD_TOKENS:
+            self._flush(self._waiting_tokens // RECORD_TOKENS * RECORD_TOKENS)
+
+    def _flush(self, count: int) -> None:
+        if not self._waiting:
+            return
+        joined = np.concatenate(self._waiting)
+        with explained(self._path):
+            for start in range(0, count, RECORD_TOKENS):
+                self._writer.write(joined[start : min(start + RECORD_TOKENS, count)].tobytes())
+        self._waiting = [joined[count:]]
+        self._waiting_tokens = len(joined) - count
+
+    def finish(self) -> Shard:
+        """Writes what is waiting, renames both files and describes them."""
+        self._flush(self._waiting_tokens)
+        with explained(self._path):
+            self._writer.close()
+            descriptor = os.open(self._partial, os.O_RDONLY)
+            os.fsync(descriptor)
+            os.close(descriptor)
+        # np.save writes the same bytes for the same array.
+        ends = np.array(self._ends, np.int64)
+        with explained(self._ends_path):
+            partial = self._ends_path.with_name(self._ends_path.name + PARTIAL)
+            with partial.open("wb") as stream:
+                np.save(stream, ends)
+            partial.replace(self._ends_path)
+            self._partial.replace(self._path)
+        return Shard(
+            file=self._path.name,
+            documents_file=self._ends_path.name,
+            tokens=self.tokens,
+            documents=len(self._ends),
+            bytes=self._path.stat().st_size,
+            documents_bytes=self._ends_path.stat().st_size,
+            sha256=pair_hash(self._path, self._ends_path),
+        )

@@ -1,0 +1,1 @@
+"""Sources of documents: text, JSON lines, parquet, TensorFlow Datasets, Hugging Face, GCS."""

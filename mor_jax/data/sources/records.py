@@ -1,0 +1,152 @@
+"""Bytes and values of records to text: encodings, marks, and characters that no text holds."""
+
+import codecs
+import dataclasses
+import re
+from typing import Any
+
+from mor_jax.config.parsing import check, fail
+from mor_jax.data.sources.findings import EMPTY, NUL, SURROGATE, Findings
+
+MARK = codecs.BOM_UTF8
+_FEWEST = 4
+"""Pairs of bytes that tell an encoding from a NUL that stands in a short text."""
+"""The byte order mark, which some editors put before UTF-8. It is no part of the text."""
+
+_WIDE_MARKS = {
+    codecs.BOM_UTF32_LE: "UTF-32",
+    codecs.BOM_UTF32_BE: "UTF-32",
+    codecs.BOM_UTF16_LE: "UTF-16",
+    codecs.BOM_UTF16_BE: "UTF-16",
+}
+
+_FOREIGN = {
+    b"PAR1": ("parquet", "Read it with 'parquet:...'"),
+    b"ARROW1": ("an Arrow file", "Write it as parquet, such as with pyarrow"),
+    b"PK\x03\x04": ("a zip archive", "Unpack it, or compress each file with gzip or zstd"),
+    b"7z\xbc\xaf": ("a 7z archive", "Unpack it, or compress each file with gzip or zstd"),
+    b"Rar!\x1a": ("a rar archive", "Unpack it, or compress each file with gzip or zstd"),
+    b"\x04\x22\x4d\x18": ("lz4", "Unpack it with lz4 -d, or compress it with gzip or zstd"),
+    b"]\x00\x00": ("lzma, the form before xz", "Write it anew: xz -dc FILE | xz > FILE.xz"),
+    b"\x1f\x9d": ("compressed by compress", "Unpack it with gzip -d"),
+    b"%PDF-": ("a PDF file", "Leave it out of the pattern, or take its text out first"),
+}
+_TAR = (257, b"ustar")
+_CONTROL = re.compile(rb"[\x00-\x08\x0e-\x1a\x1c-\x1f]")
+
+_NUL_SHARE = 0.01
+"""Share of NULs above which bytes are no text: a slip gives a few, binary data many."""
+
+
+def check_head(head: bytes, where: str, setting: str = "file") -> None:
+    """Raises `ValueError` if bytes that begin like `head` are no UTF-8 text, as far as that shows.
+
+    head: the first bytes, decompressed. setting: what errors call the place. Other encodings and
+    kinds of files are told by name.
+    """
+    if _binary(head):
+        for start, (name, fix) in _FOREIGN.items():
+            check(not head.startswith(start), setting, where, f"is {name}, not text", fix)
+        at, mark = _TAR
+        fix = "Unpack it: each of its files is read by itself"
+        check(head[at : at + len(mark)] != mark, setting, where, "is a tar archive", fix)
+    encoding = next((name for start, name in _WIDE_MARKS.items() if head.startswith(start)), None)
+    encoding = encoding or _without_mark(head)
+    fix = f"Convert it: iconv -f {encoding} -t UTF-8"
+    check(encoding is None, setting, where, f"is {encoding}, not UTF-8", fix)
+
+
+def _binary(head: bytes) -> bool:
+    """Whether no text begins so. Some marks are letters, which a text may begin with."""
+    try:
+        codecs.getincrementaldecoder("utf-8")().decode(head)
+    except UnicodeDecodeError:
+        return True
+    return _CONTROL.search(head) is not None
+
+
+def _without_mark(head: bytes) -> str | None:
+    """UTF-16 without a mark: in western text every second byte is NUL."""
+    pairs = len(head) // 2
+    if pairs < _FEWEST:
+        return None
+    zeros = [head[start : 2 * pairs : 2].count(0) for start in (0, 1)]
+    for few, many, name in ((0, 1, "UTF-16LE"), (1, 0, "UTF-16BE")):
+        if zeros[many] > 0.6 * pairs and zeros[few] < 0.1 * pairs:
+            return name
+    return None
+
+
+def decode(raw: bytes, where: str, setting: str = "file") -> str:
+    """UTF-8 to text. Raises `ValueError`, which calls the place `setting`."""
+    try:
+        return raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        rule = f"is not UTF-8: byte {raw[error.start]:#04x} at offset {error.start}"
+        fail(setting, where, rule, "Convert it, such as with iconv -f latin1 -t utf-8")
+
+
+def file_text(raw: bytes, where: str, found: Findings) -> str:
+    """The text of a whole file. Raises `ValueError` if it is none."""
+    check_head(raw[:512], where)
+    text = decode(raw.removeprefix(MARK), where)
+    nuls = text.count("\0")
+    rule = f"holds a NUL character at offset {text.find(chr(0))}, so it is no text"
+    if nuls > 1:
+        rule = f"{rule} ({nuls} of {len(text)} characters are)"
+    fix = "Leave binary files out of the pattern"
+    check(nuls <= _NUL_SHARE * len(text), "file", where, rule, fix)
+    return cleaned(text, where, found)
+
+
+@dataclasses.dataclass(frozen=True)
+class Field:
+    """The field of a record, or column of a table, with the text. setting: what errors call it."""
+
+    name: str
+    setting: str = "data.text_key"
+
+    def require(self, names: list[str], where: str) -> None:
+        """Raises `ValueError` unless the record or table at `where`, of fields `names`, has it."""
+        rule = f"{where} has no such field, only {sorted(names)}"
+        fix = "Name the field that holds the text"
+        check(self.name in names, self.setting, self.name, rule, fix)
+
+    def text(self, value: Any, where: str, found: Findings) -> str:
+        """What the field of the record at `where` holds, as text; null is empty.
+
+        Raises `ValueError` if it is no text or not UTF-8.
+        """
+        if value is None:
+            value = ""
+        if isinstance(value, bytes):
+            value = decode(value, where)
+        rule = f"holds {type(value).__name__} in {where}, not text"
+        ok = isinstance(value, str)
+        check(ok, self.setting, self.name, rule, "Name a field of text")
+        return cleaned(_without_surrogates(value, where, found), where, found)
+
+
+def cleaned(text: str, where: str, found: Findings) -> str:
+    """A document without NUL; what was left out is counted, and so are empty documents."""
+    if "\0" in text:
+        found.add(NUL, where, text.count("\0"))
+        text = text.replace("\0", "")
+    if not text:
+        found.add(EMPTY, where)
+    return text
+
+
+def _without_surrogates(text: str, where: str, found: Findings) -> str:
+    """JSON can spell half of a surrogate pair, which no encoding of text can hold."""
+    if text.isascii():
+        return text
+    try:
+        text.encode("utf-8")
+        return text
+    except UnicodeEncodeError:
+        whole = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        count = whole.count("\ufffd") - text.count("\ufffd")
+        if count:
+            found.add(SURROGATE, where, count)
+        return whole

@@ -1,0 +1,1 @@
+"""Token streams: documents joined, packed into sequences, mixed by weight."""

@@ -1,0 +1,1 @@
+"""Tokenizers: bytes, Hugging Face tokenizer.json, SentencePiece, and training of BPE."""

@@ -1,0 +1,115 @@
+"""Answers until a stop text, by the serving engine, under the names of lm-eval's settings."""
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+from mor_jax.config.parsing import check, fail
+from mor_jax.inference.engine.engine import Engine, EngineConfig
+from mor_jax.inference.engine.request import Request, Sampling
+from mor_jax.inference.load_model import Served
+
+_LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
+_DRAWS = ("top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
+_KNOWN = ("until", "do_sample", "temperature", "seed", *_DRAWS, *_LENGTHS)
+# What other engines know, where it changes nothing.
+_NEUTRAL = {"num_beams": 1, "num_return_sequences": 1, "use_cache": True, "typical_p": 1.0}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Wanted:
+    """Settings of an answer. stop: texts that end it."""
+
+    max_tokens: int
+    stop: tuple[str, ...] = ()
+    sampling: Sampling
+
+
+def check_names(settings: Mapping[str, Any]) -> None:
+    """Raises `ValueError` for a setting that the engine does not have."""
+    for name, value in settings.items():
+        if name not in _KNOWN and not (name in _NEUTRAL and value == _NEUTRAL[name]):
+            rule = f"is not supported; there are {', '.join(_KNOWN)}"
+            fail(f"gen_kwargs.{name}", value, rule, "Leave it out")
+
+
+def wanted(settings: Mapping[str, Any], max_tokens: int, max_length: int) -> Wanted:
+    """`generation_kwargs` of a task. Without `do_sample` or a temperature the best token is taken.
+
+    max_tokens: where none is asked for. max_length: of context and answer. Raises `ValueError` for
+    a setting that the engine does not have.
+    """
+    check_names(settings)
+    given = {name: value for name, value in settings.items() if value is not None}
+    name = next((name for name in _LENGTHS if name in given), "max_gen_toks")
+    number = _number(given, name, whole=True) if name in given else max_tokens
+    rule = f"must be between 1 and {max_length - 1}; context and answer share {max_length} tokens"
+    fix = f"Set --gen_kwargs {name}={max(max_length // 2, 1)}"
+    check(0 < number < max_length, f"gen_kwargs.{name}", number, rule, fix)
+    until = given.get("until") or []
+    stop = (until,) if isinstance(until, str) else until
+    rule, fix = "must be a text or a list of texts", "Write it like ['\\n']"
+    ok = isinstance(stop, list | tuple) and all(isinstance(text, str) for text in stop)
+    check(ok, "gen_kwargs.until", until, rule, fix)
+    temperature = _number(given, "temperature") if "temperature" in given else 0.0
+    if not given.get("do_sample", temperature > 0):
+        temperature = 0.0
+    draws = {name: _number(given, name, name == "top_k") for name in _DRAWS if name in given}
+    # Transformers writes "all of them" as 0.
+    if draws.get("top_k") == 0:
+        del draws["top_k"]
+    seed = _number(given, "seed", whole=True) if "seed" in given else None
+    sampling = Sampling(temperature=temperature, seed=seed, **draws)
+    sampling.validate("gen_kwargs")
+    return Wanted(max_tokens=number, stop=tuple(filter(None, stop)), sampling=sampling)
+
+
+def _number(settings: Mapping[str, Any], name: str, whole: bool = False) -> Any:
+    """A setting as a number, be it written as a text."""
+    value = settings[name]
+    try:
+        number = float(value)
+    except (TypeError, ValueError, OverflowError):
+        number = math.nan
+    rule = "must be a whole number" if whole else "must be a number"
+    ok = math.isfinite(number) and (not whole or number.is_integer())
+    check(ok, f"gen_kwargs.{name}", value, rule, "Leave it out")
+    return int(number) if whole else number
+
+
+def requests(
+    contexts: Sequence[Sequence[int]], wishes: Sequence[Wanted], seed: int
+) -> list[Request]:
+    """seed: with a request's place it gives its own, where its settings name none."""
+    made = []
+    for place, (context, wish) in enumerate(zip(contexts, wishes, strict=True)):
+        own = wish.sampling.seed
+        own = (seed + place) % 2**32 if own is None else (own + place) % 2**32
+        sampling = dataclasses.replace(wish.sampling, seed=own)
+        limits = {"max_tokens": wish.max_tokens, "stop": wish.stop}
+        made.append(Request(prompt=tuple(context), sampling=sampling, **limits))
+    return made
+
+
+def answers(
+    served: Served, asked: Sequence[Request], slots: int | None, told: Callable[[], None]
+) -> Iterator[str]:
+    """Texts in the order of the requests. told: called for each.
+
+    Raises:
+        ValueError: a request does not fit the model.
+        RuntimeError: the engine failed.
+    """
+    longest = max(len(one.prompt) + one.max_tokens for one in asked)
+    cfg = EngineConfig(
+        slots=slots, max_length=longest, max_waiting=len(asked) + 1, dtype=served.cfg.dtype
+    )
+    with Engine(served, cfg) as engine:
+        handles = [engine.submit(request) for request in asked]
+        for handle in handles:
+            tokens, end = handle.result()
+            if end.reason == "error":
+                raise RuntimeError(f"generation failed: {end.message}")
+            told()
+            yield "".join(token.text for token in tokens) + end.text

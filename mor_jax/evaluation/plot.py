@@ -1,0 +1,74 @@
+"""A picture of an evaluation: loss by depth and by position in the row."""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from mor_jax.config.parsing import check, fail
+from mor_jax.evaluation.report import NAMES
+from mor_jax.files import unused
+from mor_jax.plotting import titles
+
+# What a picture says of where it comes from, and the field for it in each format.
+_MAKER = "mor_jax evaluation"
+_TELLS = {".png": "Software", ".svg": "Creator", ".pdf": "Creator"}
+_COLOURS = {"causal": "#c2410c", "topk": "#1d4ed8"}
+
+
+def draw(values: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
+    """values: as `Evaluation.to_dict` has them. Writes a PNG, SVG or PDF.
+
+    Raises `ValueError` for another kind of file, or where it cannot be written.
+    """
+    from matplotlib.figure import Figure
+
+    check_path(path)
+    depths = [group for group in values.get("by_depth", ()) if group["targets_causal"]]
+    figure = Figure(figsize=(10, 4) if depths else (6, 4), layout="constrained")
+    axes = figure.subplots(1, 2 if depths else 1, squeeze=False)[0]
+    modes = [mode for mode in NAMES if f"loss_{mode}" in values]
+    for mode in modes:
+        label = f"{NAMES[mode]} routing" if depths else "loss"
+        style = {"marker": "o", "color": _COLOURS[mode], "label": label}
+        groups = [g for g in values["by_position"] if g[f"targets_{mode}"]]
+        places = [1 + (g["first"] + g["last"]) / 2 for g in groups]
+        axes[0].plot(places, [g[f"loss_{mode}"] for g in groups], **style)
+        if depths:
+            shown = [g for g in values["by_depth"] if g[f"targets_{mode}"]]
+            losses = [g[f"loss_{mode}"] for g in shown]
+            axes[1].plot([g["depth"] for g in shown], losses, **style)
+    axes[0].set(xscale="log", xlabel="position in the row, from 1", ylabel="loss, nats per token")
+    axes[0].set_title("Loss by position")
+    if depths:
+        axes[1].set(xlabel="recursions of the predicting token", ylabel="loss, nats per token")
+        axes[1].set_title("Loss by depth")
+        axes[1].set_xticks(range(len(values["by_depth"])))
+        axes[0].legend()
+    for one in axes:
+        one.grid(alpha=0.3)
+    told = f"{Path(values['workdir']).name}, step {values['step']}: {values['text']}"
+    lines = titles.wrapped(told, 0.96 * figure.get_size_inches()[0], titles.SIZE)
+    figure.suptitle("\n".join(lines), fontsize=titles.SIZE, parse_math=False)
+    draft = unused(Path(path))
+    try:
+        # Beside it first: a full disk would leave a picture that no evaluation seems to have drawn.
+        try:
+            figure.savefig(draft, dpi=150, metadata={_TELLS[draft.suffix]: _MAKER})
+            draft.replace(path)
+        finally:
+            draft.unlink(missing_ok=True)
+    except OSError as error:
+        fail("figure", str(path), f"cannot be written ({error})", "Give another --figure")
+
+
+def check_path(path: str | os.PathLike[str]) -> None:
+    """Raises `ValueError` unless a picture can be written there."""
+    where = Path(path)
+    rule = "must end in .png, .svg or .pdf"
+    check(where.suffix in (".png", ".svg", ".pdf"), "figure", str(path), rule, "Try loss.png")
+    rule = "its directory does not exist"
+    check(where.parent.is_dir(), "figure", str(path), rule, "Make it first")
+    ours = not where.exists() or (where.is_file() and _MAKER.encode() in where.read_bytes())
+    rule = "is there and was not drawn by an evaluation; it is not replaced"
+    check(ours, "figure", str(path), rule, "Give another --figure")

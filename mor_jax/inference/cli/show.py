@@ -1,0 +1,206 @@
+"""Answers on their way out: streamed to a terminal, coloured by depth, or as JSON lines.
+
+Where the output is no terminal it is the bare text, as it was generated.
+"""
+
+import contextlib
+import io
+import json
+import os
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+from rich.console import Console
+from rich.style import Style
+from rich.text import Text
+
+from mor_jax.config.parsing import check, fail
+from mor_jax.data.tokenizers.base import Tokenizer
+from mor_jax.files import unused
+from mor_jax.inference.cli.answers import Answer
+from mor_jax.inference.cli.prompts import Prompt
+from mor_jax.inference.detokenizer import token_text
+from mor_jax.inference.engine.request import Token
+from mor_jax.plotting.plots import colour, text_pieces
+from mor_jax.training.summary import printable
+
+# Depths from 0 on, where there are 16 colours.
+_FEW = ("bright_white", "bright_yellow", "bright_red", "bright_magenta", "bright_cyan", "green")
+
+
+@runtime_checkable
+class Show(Protocol):
+    """Is told of answers, one after the other."""
+
+    def begin(self, answer: Answer) -> None:
+        """An answer begins."""
+
+    def add(self, token: Token) -> None:
+        """It has another token."""
+
+    def end(self, answer: Answer) -> None:
+        """It is finished."""
+
+
+class JsonLines:
+    """Writes an object for each answer when it is finished."""
+
+    def __init__(self, write: Callable[[str], object], tokenizer: Tokenizer) -> None:
+        """write: takes a line."""
+        self._write, self._tokenizer = write, tokenizer
+
+    def begin(self, answer: Answer) -> None:
+        """Writes nothing yet."""
+
+    def add(self, token: Token) -> None:
+        """Writes nothing yet."""
+
+    def end(self, answer: Answer) -> None:
+        """Writes the line."""
+        self._write(json.dumps(answer.to_dict(self._tokenizer), ensure_ascii=False))
+
+
+_DRAFTS: set[Path] = set()
+
+
+@contextlib.contextmanager
+def whole_file(path: Path, replace: bool) -> Iterator[io.TextIOBase]:
+    """A text file that appears when the block is left without an error, or not at all.
+
+    Raises `ValueError` if it exists (unless `replace`), or cannot be written there.
+    """
+    path = path.resolve()
+    # Replacing a device, such as /dev/null, would take it from everybody.
+    file = path.is_file() or not path.exists()
+    check(file, "output", str(path), "is there and no file", "Give the path of a file")
+    exists = path.exists() and not replace
+    check(not exists, "output", str(path), "exists already", "Add --overwrite to replace it")
+    draft = unused(path)
+    try:
+        file = draft.open("x", encoding="utf-8")
+    except OSError as error:
+        fail("output", str(path), f"cannot be written ({error.strerror})", "Choose another")
+    _DRAFTS.add(draft)
+    try:
+        with file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        draft.replace(path)
+    finally:
+        draft.unlink(missing_ok=True)
+        _DRAFTS.discard(draft)
+
+
+def abandon() -> None:
+    """Removes what `whole_file` has begun, for a process that ends inside of the block."""
+    for draft in list(_DRAFTS):
+        draft.unlink(missing_ok=True)
+
+
+def depth_style(depth: int, console: Console) -> Style:
+    """Black letters on the colour of a depth: that of pictures, if the terminal has it."""
+    few = console.color_system == "standard"
+    return Style(color="black", bgcolor=_FEW[depth % len(_FEW)] if few else colour(depth))
+
+
+def legend(recursions: int, console: Console) -> Text:
+    """Which colour stands for which depth."""
+    made = Text("recursions that it took to predict a token:")
+    for depth in range(recursions + 1):
+        made.append(" ").append(f" {depth} ", depth_style(depth, console))
+    return made.append("\n")
+
+
+class Screen:
+    """Text for people, or bare text where the console is no terminal."""
+
+    def __init__(
+        self,
+        console: Console,
+        tokenizer: Tokenizer,
+        *,
+        echo: bool = False,
+        streaming: bool = True,
+        titles: bool = False,
+        depths: Callable[[Prompt], np.ndarray] | None = None,
+    ) -> None:
+        """echo: the prompt before each answer. streaming: each token as it comes, not all at the
+        end. titles: a line before each answer. depths: those of a prompt's tokens (int [l]), if
+        tokens are to be coloured."""
+        self._console, self._tokenizer = console, tokenizer
+        self._echo, self._streaming, self._titles = echo, streaming, titles
+        self._depths = depths
+        self._prompt = Text()
+
+    def begin(self, answer: Answer) -> None:
+        """Shows title and prompt."""
+        if self._titles:
+            title = f"{answer.prompt.id}"
+            if len(answer.prompt.requests) > 1:
+                title += f", answer {answer.index + 1}"
+            self._write(Text(f"==> {title} <==\n", "dim"))
+        if self._echo:
+            if answer.index == 0:
+                self._prompt = self._coloured(answer.prompt)
+            self._write(self._prompt.copy())
+
+    def add(self, token: Token) -> None:
+        """Shows what a token adds to the text."""
+        if self._streaming:
+            self._token(token)
+
+    def end(self, answer: Answer) -> None:
+        """Shows what is left of an answer, and its log-probabilities if it has any."""
+        assert answer.finished is not None
+        if not self._streaming:
+            for token in answer.tokens:
+                self._token(token)
+        self._write(Text(answer.finished.text + "\n"))
+        if answer.request.logprobs is not None:
+            lines = logprob_lines(answer, self._tokenizer)
+            self._write(Text("\n".join(["", *lines, "", ""])))
+
+    def _token(self, token: Token) -> None:
+        if token.text:
+            style = "" if self._depths is None else self._style(token.depth)
+            self._write(Text(token.text, style))
+
+    def _coloured(self, prompt: Prompt) -> Text:
+        if self._depths is None:
+            return Text(prompt.text, "bold")
+        pieces = text_pieces(prompt.tokens, self._tokenizer.decode)
+        made = Text(pieces[0])
+        # A token is predicted at the position before it.
+        for piece, depth in zip(pieces[1:], self._depths(prompt)[:-1].tolist(), strict=True):
+            made.append(piece, self._style(depth))
+        # A last character that is not whole comes with the answer.
+        return made[: len(prompt.text)]
+
+    def _style(self, depth: int) -> Style:
+        return depth_style(depth, self._console)
+
+    def _write(self, text: Text) -> None:
+        if self._console.is_terminal:
+            text.plain = printable(text.plain)
+            self._console.print(text, end="", soft_wrap=True)
+        else:
+            # A file gets all that was generated, control characters too.
+            self._console.file.write(text.plain)
+        self._console.file.flush()
+
+
+def logprob_lines(answer: Answer, tokenizer: Tokenizer) -> list[str]:
+    """A table: each token, its log-probability (nats) and depth, the likeliest ones with theirs."""
+    rows: list[Sequence[str]] = [("token", "logprob", "depth", "likeliest")]
+    for token in answer.tokens:
+        tops = [f"{token_text(tokenizer, i)!r} {logprob:.2f}" for i, logprob in token.top]
+        logprob = "-" if token.logprob is None else f"{token.logprob:.3f}"
+        text = repr(token_text(tokenizer, token.id))
+        rows.append((text, logprob, str(token.depth), "  ".join(tops)))
+    widths = [max(len(row[i]) for row in rows) for i in range(3)]
+    return [
+        f"{a:<{widths[0]}}  {b:>{widths[1]}}  {c:>{widths[2]}}  {d}".rstrip() for a, b, c, d in rows
+    ]

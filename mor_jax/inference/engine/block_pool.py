@@ -1,0 +1,87 @@
+"""Pages on the host: which are free, and which sequence holds which."""
+
+import dataclasses
+
+import numpy as np
+
+from mor_jax.inference.config import Plan
+
+
+class Pool:
+    """The pages of one pool. A page is free or held by one list of one sequence."""
+
+    def __init__(self, pages: int):
+        self.size = pages
+        self._free = list(range(pages - 1, -1, -1))
+
+    @property
+    def free(self) -> int:
+        """Pages that nobody holds."""
+        return len(self._free)
+
+    def take(self, number: int) -> list[int] | None:
+        """`number` pages, or None and nothing taken where there are fewer."""
+        if number > len(self._free):
+            return None
+        return [self._free.pop() for _ in range(number)]
+
+    def give_back(self, pages: list[int]) -> None:
+        """Frees pages that were taken."""
+        self._free += pages
+
+
+@dataclasses.dataclass
+class Lists:
+    """The pages of one sequence, in the order of its tokens."""
+
+    ends: list[int]
+    block: list[list[int]]
+
+
+class Pages:
+    """Both pools, and the tables that the device reads. Slot `slots` belongs to nobody."""
+
+    def __init__(self, plan: Plan):
+        self.plan = plan
+        self.ends, self.block = Pool(plan.end_pages), Pool(plan.block_pages)
+        most = -(-plan.max_length // plan.geometry.size)
+        shape = (plan.slots + 1, plan.geometry.lists)
+        self.end_table = np.zeros((plan.slots + 1, most), np.int32)
+        self.block_table = np.zeros((*shape, most), np.int32)
+        self.room = np.zeros(shape, np.int32)
+        self.changed = True
+
+    @property
+    def used(self) -> tuple[int, int]:
+        """Pages given out: at the ends, in the block's pool."""
+        return self.ends.size - self.ends.free, self.block.size - self.block.free
+
+    def reserve(self, slot: int, ends: int, lists: tuple[int, ...]) -> Lists | None:
+        """Pages for a sequence, or None and nothing taken."""
+        if ends > self.ends.free or sum(lists) > self.block.free:
+            return None
+        taken = Lists(self.ends.take(ends) or [], [self.block.take(n) or [] for n in lists])
+        self._tell(slot, taken)
+        return taken
+
+    def extend(self, slot: int, held: Lists, number: int) -> bool:
+        """One more page for list `number`; False where none is free."""
+        page = self.block.take(1)
+        if page is None:
+            return False
+        held.block[number] += page
+        self._tell(slot, held)
+        return True
+
+    def release(self, held: Lists) -> None:
+        """Frees all pages of a sequence."""
+        self.ends.give_back(held.ends)
+        for pages in held.block:
+            self.block.give_back(pages)
+
+    def _tell(self, slot: int, held: Lists) -> None:
+        self.end_table[slot, : len(held.ends)] = held.ends
+        for number, pages in enumerate(held.block):
+            self.block_table[slot, number, : len(pages)] = pages
+            self.room[slot, number] = len(pages) * self.plan.geometry.size
+        self.changed = True

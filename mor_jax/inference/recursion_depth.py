@@ -1,0 +1,111 @@
+"""Test-time depth: a trained model run with fewer or more recursions than it was trained with."""
+
+import dataclasses
+import functools
+import logging
+from typing import Any
+
+import jax.numpy as jnp
+
+from mor_jax.config import ModelConfig
+from mor_jax.config.parsing import check, fail
+from mor_jax.types import Array, Params
+
+Thresholds = tuple[float, ...] | None
+
+_MOST = 1024
+"""Effective layers of a model."""
+
+_log = logging.getLogger(__name__)
+
+
+@functools.cache
+def _warn(trained: int, recursions: int) -> None:
+    """Says once that a depth is far from what was trained."""
+    told = "recursions=%d: more than twice the %d that were trained. Each costs as much as one "
+    told += "that was, and what they do to the loss only a measurement tells: launch/analyze.py "
+    told += "depth --recursions=%d,%d"
+    _log.warning(told, recursions, trained, trained, recursions)
+
+
+def with_recursions(
+    cfg: ModelConfig, params: Params, recursions: int, thresholds: Thresholds = None
+) -> tuple[ModelConfig, Params, Thresholds]:
+    """The model that runs its shared block `recursions` times, with its parameters and thresholds.
+
+    Fewer: the later recursions go, their routers and norms with them; token-choice then weighs the
+    depths that are left against each other. More: the block is run again, for expert-choice with
+    the last recursion's router, capacity and threshold. `layers` follows. Nothing changes for the
+    number that the model was trained with.
+
+    Raises:
+        ValueError: a plain model; more recursions than trained where each has parameters of its
+            own (norms that are not shared, the depths of token-choice); too many layers.
+    """
+    rule, setting = "must be at least 1", "recursions"
+    check(recursions >= 1, setting, recursions, rule, f"Try {cfg.recursions}")
+    if recursions == cfg.recursions:
+        return cfg, params, thresholds
+    rule = "a plain model (sharing='none') runs its layers once"
+    check(cfg.sharing != "none", setting, recursions, rule, "Leave it out")
+    if recursions > cfg.recursions:
+        _check_more(cfg, recursions)
+    layers = cfg.shared_layers * recursions + 2 * cfg.is_middle
+    rule = f"makes {layers:,} layers; programs are compiled layer by layer, for {_MOST} at most"
+    most = (_MOST - 2 * cfg.is_middle) // cfg.shared_layers
+    check(layers <= _MOST, setting, recursions, rule, f"Use at most {most}")
+    if recursions > 2 * cfg.recursions:
+        _warn(cfg.recursions, recursions)
+    changed = dataclasses.replace(cfg, recursions=recursions, layers=layers)
+    if cfg.router.kind == "expert":
+        shares = _first(cfg.router.shares(cfg.recursions), recursions)
+        router = dataclasses.replace(cfg.router, capacities=shares)
+        changed = dataclasses.replace(changed, router=router)
+    changed.validate()
+    kept = None if thresholds is None else _first(thresholds, recursions)
+    return changed, _params(cfg, params, recursions), kept
+
+
+def _check_more(cfg: ModelConfig, recursions: int) -> None:
+    fix = f"Use at most {cfg.recursions}"
+    if not cfg.share_norms:
+        rule = "each recursion has norms of its own (share_norms=False), and more are not trained"
+        fail("recursions", recursions, rule, fix)
+    if cfg.router.kind == "token":
+        rule = f"token-choice scores the {cfg.recursions} depths it was trained with and no others"
+        fail("recursions", recursions, rule, fix)
+
+
+def _first(values: tuple[float, ...], number: int) -> tuple[float, ...]:
+    """The first `number` values, the last one again where there are fewer."""
+    return values[:number] + values[-1:] * (number - len(values))
+
+
+def _params(cfg: ModelConfig, params: Params, number: int) -> Params:
+    changed = dict(params)
+    if not cfg.share_norms:
+        norms = {name: {"scale": params["shared"][name]["scale"][:, :number]} for name in _NORMS}
+        changed["shared"] = {**params["shared"], **norms}
+    if cfg.router.kind != "none":
+        changed["router"] = {name: _router(cfg, x, number) for name, x in params["router"].items()}
+    return changed
+
+
+_NORMS = ("norm1", "norm2")
+
+
+def _router(cfg: ModelConfig, part: Any, number: int) -> Any:
+    """The routers `main` or `aux`, or the balancing bias, for `number` recursions."""
+    if not isinstance(part, dict):
+        return part[:number]
+    # Only the joint router of token-choice shares its hidden layer between depths.
+    if cfg.router.kind == "token" and cfg.router.arch == "mlp":
+        return {**part, "out": part["out"][:, :number]}
+    return {name: _rows(x, number) for name, x in part.items()}
+
+
+def _rows(x: Array, number: int) -> Array:
+    missing = number - x.shape[0]
+    if missing <= 0:
+        return x[:number]
+    return jnp.concatenate([x, jnp.repeat(x[-1:], missing, axis=0)])

@@ -1,0 +1,188 @@
+"""The process around the endpoints: its socket, its signals, and how it ends."""
+
+import asyncio
+import contextlib
+import logging
+import os
+import resource
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+
+import uvicorn
+
+from mor_jax.config.parsing import check, fail
+from mor_jax.inference.engine.engine import Engine
+from mor_jax.inference.server.app import Api
+from mor_jax.inference.server.connection import bounded
+from mor_jax.inference.server.limits import SEND_BUFFER, Limits
+from mor_jax.runtime import exit_codes
+from mor_jax.runtime.preemption import AGAIN
+
+LOG = logging.getLogger("mor_jax.serve")
+
+# Seconds: for what was answered last to reach its client, and for an engine that does not stop.
+_FLUSH = 5
+_MARGIN = 10.0
+
+# Connections that wait to be accepted: a thousand clients may come at the same moment.
+_BACKLOG = 4096
+
+# Seconds after which the thread that runs hands over to one that waits. The default of 5 ms would
+# let the event loop hold up every step of the engine by as much.
+_SWITCH = 0.0005
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """A socket at that address, not listening yet; port 0 picks one. Raises `ValueError`."""
+    rule = "must be in 0 .. 65535"
+    check(0 <= port <= 65535, "port", port, rule, "Try 8000; 0 takes any that is free")
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        bound = socket.socket(family, kind, protocol)
+    except (OSError, OverflowError, UnicodeError) as error:
+        fail("host", host, f"no such address ({error})", "Try 127.0.0.1, or 0.0.0.0 for all")
+    try:
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        # Connections inherit it.
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)
+        bound.bind(address)
+    except OSError as error:
+        bound.close()
+        rule = f"cannot listen on {host} ({error.strerror})"
+        fail("port", port, rule, "Choose another one; 0 takes any that is free")
+    return bound
+
+
+def address(bound: socket.socket) -> str:
+    """`http://127.0.0.1:8000`."""
+    host, port = bound.getsockname()[:2]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+class Server(uvicorn.Server):
+    """Serves until it is told to end: `stop`, SIGTERM, SIGINT, or an engine that failed.
+
+    First the engine finishes what it has (`Limits.drain`), while new requests get 503. A second
+    signal gives up what is under way. ready: called once clients can connect. code: exit code of
+    the process. hangs: the engine did not stop when it was told to.
+    """
+
+    def __init__(
+        self, api: Api, engine: Engine, limits: Limits, ready: Callable[[], None] = lambda: None
+    ) -> None:
+        config = uvicorn.Config(
+            api.app,
+            http=bounded(limits),
+            ws="none",
+            lifespan="off",
+            log_config=None,
+            access_log=False,
+            proxy_headers=False,
+            server_header=False,
+            backlog=_BACKLOG,
+            timeout_keep_alive=limits.keep_alive,  # type: ignore[arg-type]
+            timeout_graceful_shutdown=_FLUSH,
+        )
+        super().__init__(config)
+        self._api, self._engine, self._limits, self._ready = api, engine, limits, ready
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._draining: asyncio.Task[None] | None = None
+        self._asked = -AGAIN
+        self.code, self.hangs = exit_codes.OK, False
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """uvicorn's own would end the process by the signal, and drop answers under way."""
+        self._loop = asyncio.get_running_loop()
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = {kind: signal.getsignal(kind) for kind in (signal.SIGTERM, signal.SIGINT)}
+        for kind in before:
+            self._loop.add_signal_handler(kind, self._signal, signal.Signals(kind).name)
+        try:
+            yield
+        finally:
+            for kind, handler in before.items():
+                self._loop.remove_signal_handler(kind)
+                # The process is at its end: a signal that comes again must not change its code.
+                signal.signal(kind, signal.SIG_IGN if self._draining else handler)
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Listens."""
+        await super().startup(sockets)
+        self._ready()
+
+    def stop(self) -> None:
+        """As SIGTERM. May be called from any thread."""
+        if self._loop is not None:
+            self._loop.call_soon_threadsafe(self._ask, "stop")
+
+    async def on_tick(self, counter: int) -> bool:
+        """Ten times a second: whether to end now."""
+        if self._engine.failure and self._draining is None:
+            LOG.error("the engine failed: %s", self._engine.failure)
+            self.code = exit_codes.ERROR
+            self._ask("failure")
+        return await super().on_tick(counter)
+
+    def _signal(self, name: str) -> None:
+        now = time.monotonic()
+        if now - self._asked >= AGAIN:
+            self._ask(name)
+        self._asked = now
+
+    def _ask(self, reason: str) -> None:
+        if self._draining is not None:
+            LOG.warning("%s again: giving up the answers under way", reason)
+            self._api.give_up()
+            return
+        LOG.warning("%s: finishing the answers under way, for %g s", reason, self._limits.drain)
+        self._api.draining = "the server is shutting down"
+        self._draining = asyncio.get_running_loop().create_task(self._drain())
+
+    async def _drain(self) -> None:
+        done = asyncio.Event()
+        loop = asyncio.get_running_loop()
+
+        def stop() -> None:
+            try:
+                self._engine.stop(drain=True, timeout=self._limits.drain)
+            finally:
+                loop.call_soon_threadsafe(done.set)
+
+        # A daemon: an engine that hangs must not keep the process.
+        threading.Thread(target=stop, name="drain", daemon=True).start()
+        try:
+            async with asyncio.timeout(self._limits.drain + _MARGIN):
+                await done.wait()
+        except TimeoutError:
+            LOG.error("the engine does not stop: leaving it")
+            self.code, self.hangs = exit_codes.ERROR, True
+            self._api.give_up()
+        self.should_exit = True
+
+
+def run(server: Server, bound: socket.socket) -> int:
+    """Serves on that socket until the server ends; returns the exit code."""
+    sys.setswitchinterval(_SWITCH)
+    _allow_many_connections()
+    server.run(sockets=[bound])
+    if server.hangs:
+        # Its thread is inside of a device that does not answer, and nobody could join it.
+        logging.shutdown()
+        os._exit(server.code)
+    return server.code
+
+
+def _allow_many_connections() -> None:
+    """Each connection is a file to the system, which often allows 1,024 unless asked."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))

@@ -1,0 +1,155 @@
+"""Reads the members of a request's JSON object, each with its type and range."""
+
+import collections
+import difflib
+import json
+import math
+from typing import Any
+
+from mor_jax.inference.server.errors import Refusal, need, refuse
+
+# Of a whole number: Python reads longer ones ever more slowly.
+_MAX_DIGITS = 100
+
+
+def parse_object(body: bytes) -> dict[str, Any]:
+    """The JSON object in a request's body. Raises `Refusal` on anything else.
+
+    Text that is no Unicode (a lone surrogate), NaN and infinite numbers are refused wherever they
+    are, because JSON has none; and a name that an object has twice, because one would be ignored.
+    """
+    try:
+        values = json.loads(
+            body.decode("utf-8"),
+            parse_constant=_no_constant,
+            parse_int=_integer,
+            object_pairs_hook=_object,
+        )
+        _check_texts(values)
+    except UnicodeDecodeError as error:
+        raise Refusal(400, f"the body is not UTF-8 (byte {error.start})", code="not_json") from None
+    except RecursionError:
+        raise Refusal(400, "the body is nested too deeply", code="not_json") from None
+    except ValueError as error:
+        # A JSONDecodeError holds the text; only its place is repeated.
+        what = getattr(error, "msg", None) or str(error)
+        line, column = getattr(error, "lineno", None), getattr(error, "colno", None)
+        where = f" (line {line}, column {column})" if line else ""
+        raise Refusal(400, f"the body is not JSON: {what}{where}", code="not_json") from None
+    if not isinstance(values, dict):
+        raise Refusal(400, "the body must be a JSON object", code="not_json")
+    return values
+
+
+def _no_constant(name: str) -> Any:
+    raise ValueError(f"{name} is no JSON number")
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        twice = collections.Counter(name for name, _ in pairs).most_common(1)[0][0]
+        raise ValueError(f"{twice[:64]!r} is there twice")
+    return made
+
+
+def _integer(digits: str) -> int:
+    if len(digits) > _MAX_DIGITS:
+        raise ValueError(f"a number has {len(digits)} digits")
+    return int(digits)
+
+
+def _check_texts(values: Any) -> None:
+    """Raises `ValueError` if a text in a JSON value cannot be written as UTF-8."""
+    stack = [values]
+    while stack:
+        value = stack.pop()
+        if isinstance(value, str):
+            try:
+                value.encode("utf-8")
+            except UnicodeEncodeError:
+                raise ValueError("a text holds half of a surrogate pair") from None
+        elif isinstance(value, dict):
+            stack.extend(value)
+            stack.extend(value.values())
+        elif isinstance(value, list) and value and not _numbers(value):
+            stack.extend(value)
+
+
+def _numbers(values: list[Any]) -> bool:
+    return all(type(value) is int for value in values)
+
+
+class Fields:
+    """The members of a JSON object, taken by name. null counts as left out, whatever the name.
+
+    Names that nobody took are refused by `end`: a setting that is misspelt or not supported must
+    not be ignored silently.
+    """
+
+    def __init__(self, values: dict[str, Any], path: str = "") -> None:
+        self._values = values
+        self._path = path
+        self._known: set[str] = set()
+
+    def take(self, name: str) -> Any:
+        """The member as it is, None where it is left out."""
+        self._known.add(name)
+        return self._values.get(name)
+
+    def text(self, name: str) -> str | None:
+        """A string."""
+        value = self.take(name)
+        ok = value is None or isinstance(value, str)
+        need(ok, self._path + name, value, "must be a string", "Put it in quotes")
+        return value
+
+    def flag(self, name: str) -> bool:
+        """true or false; left out is false."""
+        value = self.take(name)
+        ok = value is None or isinstance(value, bool)
+        need(ok, self._path + name, value, "must be true or false", "Leave it out for false")
+        return bool(value)
+
+    def integer(self, name: str, low: int, high: int) -> int | None:
+        """A whole number in low .. high."""
+        value = self.take(name)
+        ok = value is None or (type(value) is int and low <= value <= high)
+        rule = f"must be a whole number in {low} .. {high}"
+        need(ok, self._path + name, value, rule, "Leave it out for the default")
+        return value
+
+    def number(self, name: str, default: float) -> float:
+        """A finite number."""
+        value = self.take(name)
+        if value is None:
+            return default
+        ok = type(value) in (int, float) and abs(value) < 1e30 and math.isfinite(value)
+        rule = "must be a number below 1e30"
+        need(ok, self._path + name, value, rule, f"Leave it out for {default}")
+        return float(value)
+
+    def group(self, name: str) -> "Fields":
+        """The members of an object inside; empty where it is left out."""
+        value = self.take(name)
+        ok = value is None or isinstance(value, dict)
+        need(ok, self._path + name, value, "must be an object", "Leave it out")
+        return Fields(value or {}, f"{self._path}{name}.")
+
+    def neutral(self, name: str, *values: Any) -> None:
+        """Refuses a member that this server does not support, unless it asks for nothing."""
+        value = self.take(name)
+        ok = value is None or any(value == v and type(value) is type(v) for v in values)
+        need(ok, self._path + name, value, "is not supported by this server", "Leave it out")
+
+    def end(self, *nothing: Any) -> None:
+        """Refuses the first member that nobody took, with the nearest name that exists.
+
+        nothing: values besides null that say as little as leaving the member out.
+        """
+        for name, value in self._values.items():
+            if name not in self._known and value is not None and value not in nothing:
+                near = difflib.get_close_matches(name, sorted(self._known), n=1)
+                fix = f"Did you mean {near[0]}?" if near else "Leave it out"
+                param = self._path + (name if len(name) <= 64 else name[:64] + "...")
+                refuse(param, value, "unknown setting", fix, code="unknown_parameter")

@@ -1,0 +1,190 @@
+"""From the body of a request to what the engine is asked: parsed, checked, turned into tokens.
+
+Everything here may take long for a long text, so it runs in a thread of its own.
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+
+from mor_jax.data.tokenizers.base import Tokenizer
+from mor_jax.inference.chat_template import ChatTemplate
+from mor_jax.inference.detokenizer import text_before
+from mor_jax.inference.engine.request import Request
+from mor_jax.inference.load_model import Served
+from mor_jax.inference.server import fields, schemas
+from mor_jax.inference.server.errors import Refusal, need, of_value_error, refuse
+from mor_jax.inference.server.limits import Limits
+from mor_jax.inference.server.output_processor import ChatForm, Form, TextForm
+from mor_jax.inference.token_bytes import token_bytes
+
+# OpenAI's own default for completions; a chat may fill what the context leaves.
+_COMPLETION_TOKENS = 16
+
+# Seconds: a deadline has to be positive.
+_SHORTEST = 1e-6
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Prepared:
+    """A request that is ready for the engine.
+
+    requests: one for each answer, all answers of a prompt together. echoes: what comes before each
+    answer. prompts: tokens of each prompt.
+    """
+
+    form: Form
+    requests: tuple[Request, ...]
+    echoes: tuple[str, ...]
+    prompts: tuple[int, ...]
+    stream: bool
+    include_usage: bool
+
+    def after(self, seconds: float) -> "Prepared":
+        """The same, that long after it arrived: its deadlines are as much nearer.
+
+        One that has passed stays in the request, just as short as the engine takes, so that it ends
+        like any other.
+        """
+        requests = tuple(
+            request
+            if request.deadline is None
+            else dataclasses.replace(request, deadline=max(request.deadline - seconds, _SHORTEST))
+            for request in self.requests
+        )
+        return dataclasses.replace(self, requests=requests)
+
+
+class Preparer:
+    """Knows the model that is served. `completion` and `chat` raise `Refusal`."""
+
+    def __init__(self, served: Served, max_length: int, limits: Limits) -> None:
+        """max_length: tokens of prompt and answer together. Raises `ValueError` if the model's chat
+        template cannot be read."""
+        self._served, self._limits = served, limits
+        self._token_bytes = token_bytes(served.tokenizer)
+        self._max_length = max_length
+        self._template = None if served.chat_template is None else ChatTemplate(served)
+
+    @property
+    def chats(self) -> bool:
+        """Whether there is a chat template."""
+        return self._template is not None
+
+    def completion(self, body: bytes) -> Prepared:
+        """A request to /v1/completions."""
+        asked = schemas.completion(fields.parse_object(body), self._limits)
+        self._check_model(asked.options.model)
+        tokenizer = self._served.tokenizer
+        given = asked.prompts
+        texts = [prompt for prompt in given if isinstance(prompt, str)]
+        encoded = iter(tokenizer.encode_batch(texts))
+        # As OpenAI does it: an empty prompt is the end of another text.
+        start = (tokenizer.eos_id,)
+        prompts = [
+            tuple(next(encoded).tolist()) or start if isinstance(p, str) else p for p in given
+        ]
+        echoes = [""] * len(prompts)
+        if asked.echo:
+            echoes = [_echo(tokenizer, p) for p in given]
+        options = asked.options
+        form = TextForm(self._token_bytes, options.logprobs, options.depths)
+        for path, tokens in zip(asked.paths, prompts, strict=True):
+            self._check_tokens(path, tokens)
+        return self._prepared(options, form, dict(zip(asked.paths, prompts, strict=True)), echoes)
+
+    def chat(self, body: bytes) -> Prepared:
+        """A request to /v1/chat/completions."""
+        asked = schemas.chat(fields.parse_object(body), self._limits)
+        self._check_model(asked.options.model)
+        if self._template is None:
+            message = "this model's tokenizer has no chat template. Use /v1/completions"
+            raise Refusal(400, message, param="messages", code="no_chat_template")
+        try:
+            prompt = self._template.tokens(asked.messages)
+        except ValueError as error:
+            raise of_value_error(error) from None
+        prompt = prompt or (self._served.tokenizer.eos_id,)
+        options = asked.options
+        form = ChatForm(self._token_bytes, options.logprobs, options.depths)
+        return self._prepared(options, form, {"messages": prompt}, [""])
+
+    def _check_model(self, name: str | None) -> None:
+        served = self._served.name
+        if name is not None and name != served:
+            fix = f"This server has {served}"
+            refuse("model", name, "is not served here", fix, code="model_not_found", status=404)
+
+    def _check_tokens(self, path: str, tokens: Sequence[int]) -> None:
+        size = self._served.cfg.vocab_size
+        for i, token in enumerate(tokens):
+            rule = f"must be in 0 .. {size - 1}, the model's vocabulary"
+            fix = "Use the tokenizer of this model"
+            need(0 <= token < size, f"{path}[{i}]", token, rule, fix)
+
+    def _prepared(
+        self,
+        options: schemas.Options,
+        form: Form,
+        prompts: Mapping[str, tuple[int, ...]],
+        echoes: Sequence[str],
+    ) -> Prepared:
+        """prompts: tokens by what the request calls them."""
+        self._check_tokens("stop_token_ids", options.stop_tokens)
+        requests = []
+        for path, prompt in prompts.items():
+            request = self._request(options, form, prompt, path)
+            requests += [_numbered(request, k) for k in range(options.n)]
+        return Prepared(
+            form=form,
+            requests=tuple(requests),
+            echoes=tuple(echo for echo in echoes for _ in range(options.n)),
+            prompts=tuple(map(len, prompts.values())),
+            stream=options.stream,
+            include_usage=options.include_usage,
+        )
+
+    def _request(
+        self, options: schemas.Options, form: Form, prompt: tuple[int, ...], path: str
+    ) -> Request:
+        # Programs that shorten a conversation until it fits look for these words.
+        rule = f"This model's maximum context length is {self._max_length} tokens"
+        rule += f", prompt and answer together. {path} has {len(prompt)}"
+        code, room = "context_length_exceeded", self._max_length - len(prompt)
+        if room <= 0:
+            raise Refusal(400, f"{rule}. Shorten it", param=path, code=code)
+        wanted = options.max_tokens
+        if wanted is None:
+            wanted = room if isinstance(form, ChatForm) else min(_COMPLETION_TOKENS, room)
+        if wanted > room:
+            message = f"{rule}, and {options.limit}={wanted} asks for more than the rest"
+            message += f". Ask for at most {room}"
+            raise Refusal(400, message, param=options.limit, code=code)
+        most = self._limits.timeout
+        return Request(
+            prompt=prompt,
+            max_tokens=wanted,
+            sampling=options.sampling,
+            stop=options.stop,
+            stop_tokens=options.stop_tokens,
+            ignore_eos=options.ignore_eos,
+            logprobs=options.logprobs,
+            deadline=most if options.timeout is None else min(options.timeout, most),
+        )
+
+
+def _echo(tokenizer: Tokenizer, prompt: schemas.Prompt) -> str:
+    """A prompt as text; what its answer begins with is not in it."""
+    # That sign stands for what is no character too, and the answer takes it for that.
+    if isinstance(prompt, str) and not prompt.endswith("\ufffd"):
+        return prompt
+    tokens = tokenizer.encode(prompt).tolist() if isinstance(prompt, str) else prompt
+    return text_before(tokenizer, tokens)
+
+
+def _numbered(request: Request, number: int) -> Request:
+    """The request for answer `number` of the same prompt: seeds count up from the one given."""
+    seed = request.sampling.seed
+    if seed is None or number == 0:
+        return request
+    sampling = dataclasses.replace(request.sampling, seed=(seed + number) % 2**32)
+    return dataclasses.replace(request, sampling=sampling)

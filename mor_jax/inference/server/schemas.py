@@ -1,0 +1,268 @@
+"""What a client may ask of the two endpoints, checked, before a tokenizer sees it."""
+
+import dataclasses
+from typing import Any
+
+from mor_jax.inference.engine.request import MAX_LOGPROBS, Sampling
+from mor_jax.inference.server.errors import need, of_value_error, refuse
+from mor_jax.inference.server.fields import Fields
+from mor_jax.inference.server.limits import MAX_STOP_LENGTH, MAX_STOPS, Limits
+
+Prompt = str | tuple[int, ...]
+
+# Accepted and without effect: they say who asks or how it is billed, not what is answered.
+_HARMLESS = (
+    "user",
+    "metadata",
+    "service_tier",
+    "safety_identifier",
+    "prompt_cache_key",
+    "prompt_cache_options",
+    "prompt_cache_retention",
+    "parallel_tool_calls",
+)
+
+# Not supported, and refused unless they ask for nothing: with these values, or null.
+_NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "best_of": (1,),
+    "logit_bias": ({},),
+    "store": (False,),
+    "suffix": ("",),
+}
+# The same of chats. Completions know them by name, to say so.
+_NEUTRAL_IN_CHATS: dict[str, tuple[Any, ...]] = {
+    "audio": (),
+    "echo": (False,),
+    "function_call": ("none", "auto"),
+    "functions": ([],),
+    "modalities": (["text"],),
+    "moderation": (),
+    "prediction": (),
+    "reasoning_effort": ("none",),
+    "response_format": ({"type": "text"},),
+    "tool_choice": ("none", "auto"),
+    "tools": ([],),
+    "verbosity": (),
+    "web_search_options": (),
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options:
+    """What both endpoints take. max_tokens: None where left out. limit: its name in the request.
+    timeout: seconds; None: the server's own. logprobs: alternatives a token; None: none at all.
+    depths: each token's too."""
+
+    model: str | None
+    n: int
+    stream: bool
+    include_usage: bool
+    max_tokens: int | None
+    limit: str
+    sampling: Sampling
+    stop: tuple[str, ...]
+    stop_tokens: tuple[int, ...]
+    ignore_eos: bool
+    timeout: float | None
+    logprobs: int | None
+    depths: bool
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Completion:
+    """A request to /v1/completions. paths: of each prompt in the request, such as `prompt[1]`.
+    echo: the prompt comes before its answer."""
+
+    options: Options
+    prompts: tuple[Prompt, ...]
+    paths: tuple[str, ...]
+    echo: bool
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Chat:
+    """A request to /v1/chat/completions. messages: role, content (a text), maybe name."""
+
+    options: Options
+    messages: tuple[dict[str, str], ...]
+
+
+def completion(values: dict[str, Any], limits: Limits) -> Completion:
+    """Checks the body of a request to /v1/completions. Raises `Refusal`."""
+    fields = Fields(values)
+    logprobs = fields.integer("logprobs", 0, MAX_LOGPROBS)
+    for name in _NEUTRAL_IN_CHATS.keys() - {"echo"}:
+        fields.neutral(name)
+    echo = fields.flag("echo")
+    options = _options(fields, logprobs)
+    if echo and logprobs is not None:
+        rule = "cannot be combined with echo: prompts are not scored"
+        refuse("logprobs", logprobs, rule, "Leave one of them out")
+    given = fields.take("prompt")
+    prompts = _prompts(given, limits)
+    fields.end()
+    _check_choices(len(prompts), options.n, limits)
+    # One prompt may stand by itself.
+    alone = isinstance(given, str) or type(given[0]) is int
+    paths = ("prompt",) if alone else tuple(f"prompt[{i}]" for i in range(len(prompts)))
+    return Completion(options=options, prompts=prompts, paths=paths, echo=echo)
+
+
+def chat(values: dict[str, Any], limits: Limits) -> Chat:
+    """Checks the body of a request to /v1/chat/completions. Raises `Refusal`."""
+    fields = Fields(values)
+    wanted = fields.flag("logprobs")
+    alternatives = fields.integer("top_logprobs", 0, MAX_LOGPROBS)
+    if alternatives is not None and not wanted:
+        refuse("top_logprobs", alternatives, "needs logprobs", 'Set "logprobs": true')
+    for name, values in _NEUTRAL_IN_CHATS.items():
+        fields.neutral(name, *values)
+    options = _options(fields, (alternatives or 0) if wanted else None)
+    messages = _messages(fields.take("messages"))
+    fields.end()
+    _check_choices(1, options.n, limits)
+    return Chat(options=options, messages=messages)
+
+
+def _options(fields: Fields, logprobs: int | None) -> Options:
+    for name in _HARMLESS:
+        fields.take(name)
+    for name, values in _NEUTRAL.items():
+        fields.neutral(name, *values)
+    # The older of the two names gives way, as with OpenAI.
+    old = fields.integer("max_tokens", 1, 2**31 - 1)
+    new = fields.integer("max_completion_tokens", 1, 2**31 - 1)
+    usage = fields.group("stream_options")
+    stream, include_usage = fields.flag("stream"), usage.flag("include_usage")
+    # Pads events against listeners on the line, which OpenAI's clients need not know.
+    usage.take("include_obfuscation")
+    usage.end()
+    if fields.take("stream_options") is not None and not stream:
+        refuse("stream_options", fields.take("stream_options"), "needs stream", "Leave it out")
+    timeout = fields.number("timeout", 0.0) if fields.take("timeout") is not None else None
+    ok = timeout is None or timeout > 0
+    need(ok, "timeout", timeout, "must be greater than 0, in seconds", "Leave it out")
+    return Options(
+        model=fields.text("model"),
+        n=fields.integer("n", 1, 2**16) or 1,
+        stream=stream,
+        include_usage=include_usage,
+        max_tokens=old if new is None else new,
+        limit="max_tokens" if new is None else "max_completion_tokens",
+        sampling=_sampling(fields),
+        stop=_stops(fields.take("stop")),
+        stop_tokens=_stop_tokens(fields.take("stop_token_ids")),
+        ignore_eos=fields.flag("ignore_eos"),
+        timeout=timeout,
+        logprobs=logprobs,
+        depths=fields.flag("depths"),
+    )
+
+
+def _sampling(fields: Fields) -> Sampling:
+    seed = fields.integer("seed", -(2**63), 2**64 - 1)
+    top_k = fields.integer("top_k", -1, 2**31 - 1)
+    sampling = Sampling(
+        temperature=fields.number("temperature", 1.0),
+        # Others say "all" with 0 or -1.
+        top_k=top_k if top_k is not None and top_k > 0 else None,
+        top_p=fields.number("top_p", 1.0),
+        min_p=fields.number("min_p", 0.0),
+        repetition_penalty=fields.number("repetition_penalty", 1.0),
+        presence_penalty=fields.number("presence_penalty", 0.0),
+        frequency_penalty=fields.number("frequency_penalty", 0.0),
+        seed=None if seed is None else seed % 2**32,
+    )
+    try:
+        sampling.validate()
+    except ValueError as error:
+        raise of_value_error(error) from None
+    return sampling
+
+
+def _stops(value: Any) -> tuple[str, ...]:
+    stops = [value] if isinstance(value, str) else [] if value is None else value
+    ok = isinstance(stops, list) and all(isinstance(stop, str) for stop in stops)
+    need(ok, "stop", value, "must be a string or a list of strings", "Leave it out")
+    need(len(stops) <= MAX_STOPS, "stop", value, f"at most {MAX_STOPS} texts", "Give fewer")
+    for i, stop in enumerate(stops):
+        rule = f"must have 1 to {MAX_STOP_LENGTH} characters"
+        need(0 < len(stop) <= MAX_STOP_LENGTH, f"stop[{i}]", stop, rule, "Leave it out")
+    return tuple(stops)
+
+
+def _stop_tokens(value: Any) -> tuple[int, ...]:
+    tokens = [] if value is None else value
+    ok = isinstance(tokens, list) and all(type(token) is int for token in tokens)
+    need(ok, "stop_token_ids", value, "must be a list of token numbers", "Leave it out")
+    rule = f"at most {MAX_STOPS} tokens"
+    need(len(tokens) <= MAX_STOPS, "stop_token_ids", value, rule, "Give fewer")
+    return tuple(tokens)
+
+
+def _prompts(value: Any, limits: Limits) -> tuple[Prompt, ...]:
+    rule = "must be a string, a list of strings, a list of token numbers, or a list of such lists"
+    fix = 'Write "prompt": "Once upon a time"'
+    need(isinstance(value, str | list) and value != [], "prompt", value, rule, fix)
+    if isinstance(value, str):
+        return (value,)
+    if type(value[0]) is int:
+        value = [value]
+    most = limits.max_prompts
+    need(len(value) <= most, "prompt", value, f"at most {most} prompts a request", "Send fewer")
+    found: list[Prompt] = []
+    for i, item in enumerate(value):
+        if isinstance(item, str) and isinstance(value[0], str):
+            found.append(item)
+        else:
+            ok = isinstance(item, list) and isinstance(value[0], list) and item != []
+            ok = ok and all(type(token) is int for token in item)
+            need(ok, f"prompt[{i}]", item, rule, fix)
+            found.append(tuple(item))
+    return tuple(found)
+
+
+def _check_choices(prompts: int, n: int, limits: Limits) -> None:
+    most = limits.max_choices
+    rule = f"{prompts} prompt{'s' * (prompts != 1)} times n must not exceed {most} answers"
+    need(prompts * n <= most, "n", n, rule, f"Ask for at most {most // prompts}")
+
+
+_ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
+
+
+def _messages(value: Any) -> tuple[dict[str, str], ...]:
+    rule, fix = "must be a list of messages", 'Write [{"role": "user", "content": "Hello"}]'
+    need(isinstance(value, list) and value != [], "messages", value, rule, fix)
+    return tuple(_message(item, f"messages[{i}]") for i, item in enumerate(value))
+
+
+def _message(value: Any, path: str) -> dict[str, str]:
+    rule, fix = "must be an object with role and content", 'Write {"role": "user", "content": ".."}'
+    need(isinstance(value, dict), path, value, rule, fix)
+    fields = Fields(value, f"{path}.")
+    role = fields.text("role")
+    rule = f"must be one of {', '.join(_ROLES)}"
+    need(role in _ROLES, f"{path}.role", role, rule, "Try user")
+    out = {"role": _ROLES[role or ""], "content": _content(fields.take("content"), path)}
+    name = fields.text("name")
+    for other in ("tool_calls", "function_call", "audio", "refusal", "tool_call_id"):
+        fields.neutral(other, [])
+    # Clients send answers back as they got them, with all that their class has a place for.
+    fields.end("", [], {})
+    return out if name is None else out | {"name": name}
+
+
+def _content(value: Any, path: str) -> str:
+    """The text of a message: a string, or a list of parts that are all text."""
+    if isinstance(value, str):
+        return value
+    rule, fix = "must be a string or a list of text parts", "Give a string"
+    need(isinstance(value, list), f"{path}.content", value, rule, fix)
+    texts = []
+    for i, part in enumerate(value):
+        ok = isinstance(part, dict) and part.get("type") == "text"
+        ok = ok and isinstance(part.get("text"), str)
+        need(ok, f"{path}.content[{i}]", part, "must be a text part; this model reads text", fix)
+        texts.append(part["text"])
+    return "".join(texts)

@@ -1,0 +1,1 @@
+"""Dot-product attention: several implementations of the same numbers."""

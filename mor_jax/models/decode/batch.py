@@ -1,0 +1,168 @@
+"""Rows through layers whose past is in the cache: where they write, and what they see."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+
+from mor_jax.config import ModelConfig
+from mor_jax.models.decode.attention import Extent, Queue, Softmax, by_list, by_queue
+from mor_jax.models.decode.decoder import Decoder
+from mor_jax.models.decode.layer import Layer, apply
+from mor_jax.models.decode.paged_cache import Cache, Geometry, Pages, Place, write
+from mor_jax.models.layers.rope import Rotary
+from mor_jax.types import Array, Bool, Float, Int
+
+Lists = Int[Array, "n m"] | Int[Array, "m"]
+"""Page numbers of one list for each row, or of one list that all rows share."""
+
+_ALWAYS = 127
+"""A limit that no token's reach is beyond."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Look:
+    """How rows use the pages of a pool's layers. place: where theirs go. see: what they read."""
+
+    place: Place
+    see: Callable[[Float[Array, "n g j k"], Pages], Softmax]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Rows:
+    """n rows of different sequences. live: False marks rows that only fill the shape.
+
+    slot: whose tables they use. position: in their sequence, from 0.
+    """
+
+    slot: Int[Array, "n"]
+    position: Int[Array, "n"]
+    live: Bool[Array, "n"]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Piece:
+    """n rows of one sequence, in order, the live ones first or spread. Members as in `Rows`."""
+
+    slot: Int[Array, ""]
+    position: Int[Array, "n"]
+    live: Bool[Array, "n"]
+
+
+def through(
+    cfg: ModelConfig,
+    layers: Sequence[Layer],
+    pages: Sequence[Pages],
+    x: Float[Array, "n d"],
+    at: tuple[Rotary, Array | int],
+    look: Look,
+) -> tuple[Float[Array, "n d"], tuple[Pages, ...]]:
+    """n rows through all `layers`, each with its pages; the rows' entries are written before."""
+    written: list[Pages] = []
+
+    def mix(q: Array, k: Array, v: Array) -> Array:
+        here = write(pages[len(written)], look.place, k, v)
+        written.append(here)
+        return look.see(q, here).result(q.dtype)
+
+    for layer in layers:
+        x = apply(cfg, layer, x, at, mix)
+    return x, tuple(written)
+
+
+def all_tokens(geometry: Geometry, lists: Lists, rows: Rows | Piece, chunk: int) -> Look:
+    """For a list that every token is in, where its index is its position."""
+    see = _reader(geometry, lists, jnp.where(rows.live, rows.position + 1, 0), chunk)
+    place = _place(geometry, lists, rows.position, rows.live)
+    return Look(place, lambda q, pages: see(Softmax.empty(q), q, pages))
+
+
+def block(
+    decoder: Decoder,
+    cache: Cache,
+    rows: Rows | Piece,
+    x: Float[Array, "n d"],
+    at: tuple[Rotary, Int[Array, "n"] | Int[Array, ""]],
+    counts: Int[Array, "n"],
+) -> tuple[Float[Array, "n d"], Cache]:
+    """Rows once through the shared block. at: their rotary tables and recursions.
+
+    counts: entries that its list holds before each of the rows.
+    """
+    geometry, recursion = decoder.geometry, at[1]
+    tables = decoder.tables.block[rows.slot]
+    first, chunk, reach = tables[..., 0, :], decoder.chunk, cache.reach
+    if geometry.cfg.kv == "shared":
+        look = all_tokens(geometry, first, rows, chunk)
+        writes = rows.live & (recursion == 0)
+        look = dataclasses.replace(look, place=_place(geometry, first, rows.position, writes))
+    elif geometry.updates:
+        whole = _place(geometry, first, rows.position, rows.live)
+        entered = jnp.broadcast_to(recursion, whole.page.shape).astype(jnp.int8)
+        reach = reach.at[whole.page, whole.offset].set(entered, mode="drop")
+        look = _updated(decoder, reach, rows, recursion, counts)
+    else:
+        own = _own(tables, recursion)
+        see = _reader(geometry, own, jnp.where(rows.live, counts + 1, 0), chunk)
+        place = _place(geometry, own, counts, rows.live)
+        look = Look(place, lambda q, pages: see(Softmax.empty(q), q, pages))
+    x, pages = through(geometry.cfg, decoder.weights.block, cache.block, x, at, look)
+    return x, dataclasses.replace(cache, block=pages, reach=reach)
+
+
+def _updated(
+    decoder: Decoder,
+    reach: Int[Array, "p t"],
+    rows: Rows | Piece,
+    recursion: Int[Array, "n"] | Int[Array, ""],
+    counts: Int[Array, "n"],
+) -> Look:
+    """For updated sharing: recursion 0's entries that are not replaced, and the list's own.
+
+    reach: holds the rows themselves already.
+    """
+    geometry, chunk = decoder.geometry, decoder.chunk
+    tables = decoder.tables.block[rows.slot]
+    own = _own(tables, recursion)
+    limit = jnp.where(recursion == 0, _ALWAYS, recursion - 1)
+    before = jnp.where(rows.live, rows.position + 1, 0)
+    later = jnp.where(rows.live & (recursion > 0), counts + 1, 0)
+    kept = _reader(geometry, tables[..., 0, :], before, chunk, (reach, limit))
+    fresh = _reader(geometry, own, later, chunk)
+    place = _place(geometry, own, counts, rows.live)
+    return Look(place, lambda q, pages: fresh(kept(Softmax.empty(q), q, pages), q, pages))
+
+
+def _reader(
+    geometry: Geometry,
+    lists: Lists,
+    lengths: Int[Array, "n"],
+    chunk: int,
+    within: tuple[Int[Array, "p t"], Array] | None = None,
+) -> Callable[[Softmax, Array, Pages], Softmax]:
+    """What adds the first `lengths` entries of one list a row, or of one of all rows.
+
+    within: `reach`, and the limit beyond which entries do not count.
+    """
+    reach, limit = (None, None) if within is None else within
+    if lists.ndim == 1:
+        extent = Extent(lists, lengths, chunk)
+        return lambda before, q, pages: by_list(before, q, pages, extent, within)
+    queue = Queue.of(lists, lengths, geometry.size, chunk, limit)
+    return lambda before, q, pages: by_queue(before, q, pages, queue, reach)
+
+
+def _place(geometry: Geometry, lists: Lists, index: Int[Array, "n"], do: Array) -> Place:
+    """Entry `index` of each row's list, for the rows where `do`."""
+    each = jnp.broadcast_to(jnp.atleast_2d(lists), (index.shape[0], lists.shape[-1]))
+    return Place.of(each, index, geometry.size, do)
+
+
+def _own(tables: Array, recursion: Int[Array, "n"] | Int[Array, ""]) -> Lists:
+    """The list of each row's recursion, or of that of all rows."""
+    if tables.ndim == 2:
+        return tables[recursion]
+    return jnp.take_along_axis(tables, recursion[:, None, None], axis=1)[:, 0]

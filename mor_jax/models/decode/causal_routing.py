@@ -1,0 +1,78 @@
+"""Causal routing of single rows: each from its own state, so that no other token can change it."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from mor_jax.config import ModelConfig
+from mor_jax.models.routing.router import Router, Routers, expert_score, token_score
+from mor_jax.types import Array, Bool, Float, Int, Params
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Verdict:
+    """What the routers say of n rows before a recursion. goes: they enter it. gate: their score."""
+
+    goes: Bool[Array, "n"]
+    gate: Float[Array, "n"]
+
+
+@functools.cache
+def _structure(cfg: ModelConfig) -> tuple[nnx.GraphDef, nnx.State]:
+    return nnx.split(nnx.eval_shape(lambda: Routers(cfg, rngs=nnx.Rngs(params=0))))
+
+
+def _routers(cfg: ModelConfig, params: Params) -> Routers:
+    graph, state = _structure(cfg)
+    filled = jax.tree.map(lambda leaf: leaf, state)
+    nnx.replace_by_pure_dict(filled, params)
+    return nnx.merge(graph, filled)
+
+
+def takes_all(cfg: ModelConfig) -> tuple[bool, ...]:
+    """Recursions of expert-choice that every token enters that got there: capacity 1."""
+    return tuple(share == 1.0 for share in cfg.router.shares(cfg.recursions))
+
+
+def expert(
+    cfg: ModelConfig,
+    params: Params,
+    thresholds: Float[Array, "r"],
+    x: Float[Array, "n d"],
+    r: Int[Array, "n"] | Int[Array, ""],
+) -> Verdict:
+    """Expert-choice before recursion `r`, one for all rows or one for each (paper section 2.2.1).
+
+    thresholds: logits from which on a row goes on, of the router that learnt the choice.
+    """
+    routers = _routers(cfg, params)
+    cooled = x.astype(jnp.float32) / cfg.router.temperature
+    logits = _logits(routers.main, cooled, r, cfg.recursions)
+    trained = logits if routers.aux is None else _logits(routers.aux, x, r, cfg.recursions)
+    goes = jnp.array(takes_all(cfg))[r] | (trained >= thresholds[r])
+    return Verdict(goes, expert_score(cfg.router, logits))
+
+
+def _logits(router: Router, x: Float[Array, "n d"], r: Array, recursions: int) -> Float[Array, "n"]:
+    if r.ndim == 0:
+        return router.one(x[None], r)[0]
+    # Rows of all recursions stand side by side: each router looks at all of them.
+    every = jnp.stack([router.one(x[None], i)[0] for i in range(recursions)])
+    return jnp.take_along_axis(every, r[None], axis=0)[0]
+
+
+def token(
+    cfg: ModelConfig, params: Params, x: Float[Array, "n d"]
+) -> tuple[Int[Array, "n"], Float[Array, "n"]]:
+    """Token-choice: last recursion of each row and its weight, from the stage's input."""
+    routers = _routers(cfg, params)
+    weights = token_score(
+        cfg.router, routers.main.joint(x.astype(jnp.float32)[None] / cfg.router.temperature)
+    )[0]
+    ranked = weights if routers.bias is None else weights + routers.bias[...][None]
+    choice = jnp.argmax(ranked, axis=-1).astype(jnp.int32)
+    return choice, jnp.take_along_axis(weights, choice[:, None], axis=1)[:, 0]

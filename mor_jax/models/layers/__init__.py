@@ -1,0 +1,1 @@
+"""Parts of a Llama layer: norms, MLP, embedding, rotary embedding, masks, token gathers."""

@@ -1,0 +1,177 @@
+"""Between the modules and plain JAX: building parameters, applying a model, the training state.
+
+Outside `models/` a model is its configuration and a nested dictionary of float32 arrays.
+"""
+
+import dataclasses
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import PartitionSpec
+
+from mor_jax.config import ModelConfig
+from mor_jax.distributed.collectives import row_axes, whole
+from mor_jax.models.param_count import unique_parameters
+from mor_jax.models.routing.router import Route
+from mor_jax.models.transformer import ModelOutput, Transformer
+from mor_jax.types import Array, Batch, Float, Int, Params
+
+ONE_DRAW = 2**28
+"""Random numbers that may exist at one time on one device, while parameters are made."""
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    """Everything that a step changes.
+
+    step: optimiser steps taken, skipped ones included. skipped: steps whose loss or gradient was
+    not finite; skipped_in_a_row: those at the end of the run so far.
+    """
+
+    step: Int[Array, ""]
+    params: Params
+    opt_state: Any
+    skipped: Int[Array, ""]
+    skipped_in_a_row: Int[Array, ""]
+
+
+@functools.cache
+def _abstract(
+    cfg: ModelConfig, kind: type[Transformer] = Transformer
+) -> tuple[nnx.GraphDef, nnx.State]:
+    model = nnx.eval_shape(lambda: kind(cfg, rngs=nnx.Rngs(params=0)))
+    return nnx.split(model)
+
+
+def abstract_params(cfg: ModelConfig) -> Params:
+    """The parameter tree as `jax.ShapeDtypeStruct`s."""
+    return _abstract(cfg)[1].to_pure_dict()
+
+
+def logical_axes(cfg: ModelConfig) -> Params:
+    """The parameter tree with, for each array, the tuple of its logical axis names."""
+    return _metadata(cfg, "axes")
+
+
+def _metadata(cfg: ModelConfig, name: str) -> Params:
+    tree: Params = {}
+    for path, variable in nnx.to_flat_state(_abstract(cfg)[1]):
+        node = tree
+        for key in path[:-1]:
+            node = node.setdefault(key, {})
+        node[path[-1]] = variable.get_metadata(name)
+    return tree
+
+
+def init_params(cfg: ModelConfig, seed: int) -> Params:
+    """Fresh float32 parameters; traceable. The count is checked against the formula.
+
+    Raises:
+        ValueError: the configuration does not make a model.
+    """
+    shapes, structure = jax.tree.flatten(abstract_params(cfg))
+    # Weight sharing that silently came apart would show here first.
+    stored = sum(shape.size for shape in shapes)
+    assert stored == unique_parameters(cfg), (stored, unique_parameters(cfg))
+    inits = structure.flatten_up_to(_metadata(cfg, "init"))
+    random = [s.shape for s, init in zip(shapes, inits, strict=True) if init.std > 0]
+    drawn = iter(_normal(jax.random.key(seed), random))
+    return structure.unflatten(
+        init.mean + init.std * next(drawn)
+        if init.std > 0
+        else jnp.full(shape.shape, init.mean, jnp.float32)
+        for shape, init in zip(shapes, inits, strict=True)
+    )
+
+
+def _normal(key: Array, shapes: list[tuple[int, ...]]) -> list[Float[Array, "..."]]:
+    """Standard normal numbers in arrays of these shapes.
+
+    One draw, cut into arrays: a generator compiled for each of them would take most of the time
+    from the command to the first step. Where that draw would not fit a device, each its own.
+    """
+    sizes = [math.prod(shape) for shape in shapes]
+    if sum(sizes) > ONE_DRAW:
+        keys = jax.random.split(key, len(shapes))
+        return [jax.random.normal(k, s, jnp.float32) for k, s in zip(keys, shapes, strict=True)]
+    values = jax.random.normal(key, (sum(sizes),), jnp.float32)
+    if not jax.sharding.get_abstract_mesh().empty:
+        # Whole on every device, which then keeps its part: cut, its pieces would have to move.
+        values = jax.lax.with_sharding_constraint(values, PartitionSpec())
+    ends = np.cumsum(sizes).tolist()
+    return [
+        jax.lax.slice(values, (end - size,), (end,)).reshape(shape)
+        for end, size, shape in zip(ends, sizes, shapes, strict=True)
+    ]
+
+
+def model_of(
+    cfg: ModelConfig, params: Params, kind: type[Transformer] = Transformer
+) -> Transformer:
+    """The module with these parameters; cheap, meant for use under a trace.
+
+    kind: a class with the parameters of `Transformer` that runs them in another way.
+    """
+    graph, state = _abstract(cfg, kind)
+    filled = jax.tree.map(lambda leaf: leaf, state)
+    nnx.replace_by_pure_dict(filled, params)
+    return nnx.merge(graph, filled)
+
+
+def gather(cfg: ModelConfig, params: Params, shared: bool) -> Params:
+    """Parameters that every token passes, whole; the block that recursions share if `shared`.
+
+    Under `exchange.over_rows` this, or the layer that uses it, gathers what FSDP has cut: here
+    once, there each time that the layer runs. Matrices come in the model's dtype.
+    """
+    if not row_axes():
+        return params
+    axes, sizes = logical_axes(cfg), abstract_params(cfg)
+    dtype = jnp.dtype(cfg.dtype)
+
+    def one(path: Any, x: Array, names: tuple[str, ...], size: jax.ShapeDtypeStruct) -> Array:
+        top, last = path[0].key, path[-1].key
+        if top in ("layers", "first", "last") or (top == "shared" and not shared):
+            return x
+        narrow = top in ("embed", "head") or (top == "shared" and last != "scale")
+        label = "gather_shared" if top == "shared" else "gather"
+        return whole(x, names, size.shape, dtype if narrow else None, label)
+
+    return jax.tree_util.tree_map_with_path(one, params, axes, sizes)
+
+
+def forward(
+    cfg: ModelConfig,
+    params: Params,
+    batch: Batch,
+    route: Route | None = None,
+    *,
+    trace: bool = False,
+) -> ModelOutput:
+    """Runs the model; see `Transformer.__call__`."""
+    return model_of(cfg, params)(batch, route, trace=trace)
+
+
+def unembed(
+    cfg: ModelConfig, params: Params, hidden: Float[Array, "... d"]
+) -> Float[Array, "... v"]:
+    """Float32 logits of the hidden states that `forward` returned."""
+    return model_of(cfg, params).logits(hidden)
+
+
+def logits_table(cfg: ModelConfig, params: Params) -> Float[Array, "v d"]:
+    """The table of the output projection, for losses that never hold all logits at once."""
+    return params["embed" if cfg.tie_embeddings else "head"]["weight"]
+
+
+def new_state(params: Params, opt_state: Any) -> TrainState:
+    """The state before the first step."""
+    # Three arrays, not one thrice: a state is donated, and a buffer can be donated only once.
+    step, skipped, in_a_row = (jnp.zeros((), jnp.int32) for _ in range(3))
+    return TrainState(step, params, opt_state, skipped, in_a_row)

@@ -1,0 +1,1 @@
+"""Routing: which tokens go through a recursion."""

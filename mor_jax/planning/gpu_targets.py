@@ -1,0 +1,135 @@
+"""NVIDIA GPUs that are not here, described for XLA's compiler.
+
+With `jax[cuda]` installed XLA compiles for a GPU from its description alone: what its kernels may
+use is known without it. Autotuning does not run, so among equal kernels the first is taken. The
+numbers are those of XLA's own `target_config/specs`.
+"""
+
+import contextlib
+import dataclasses
+import importlib.util
+
+import jax
+from jax.experimental import topologies
+
+from mor_jax.config.parsing import check
+
+FOLDER = "jax_plugins"
+"""The package that plugins of JAX install themselves in."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """One kind of GPU. kind: as JAX names it. clock: GHz. memory, shared, opt_in, cache: bytes of
+    the device, of a core, of a block that asks for it, of the L2 cache. bandwidth: bytes/s.
+    capability: of CUDA, major version; the minor one is 0.
+    """
+
+    kind: str
+    cores: int
+    units: int
+    bandwidth: int
+    cache: int
+    clock: float
+    memory: int
+    shared: int
+    capability: int
+
+    @property
+    def opt_in(self) -> int:
+        """A block may have all shared memory of its core but for what the driver keeps."""
+        return self.shared - 1024
+
+
+TARGETS = {
+    "h100": Target(
+        "NVIDIA H100 80GB HBM3",
+        132,
+        128,
+        3352320000000,
+        52428800,
+        1.98,
+        84942979072,
+        233472,
+        9,
+    ),
+    "a100": Target(
+        "NVIDIA A100-SXM4-80GB",
+        108,
+        64,
+        2039040000000,
+        41943040,
+        1.41,
+        85100068864,
+        167936,
+        8,
+    ),
+    "h200": Target("NVIDIA H200", 132, 128, 4800000000000, 52428800, 1.98, 151397597184, 233472, 9),
+    "b200": Target(
+        "NVIDIA B200", 148, 128, 7672320000000, 132644864, 1.965, 191514411008, 233472, 10
+    ),
+}
+
+# What all of them have alike.
+_COMMON = {
+    "threads_per_block_limit": 1024,
+    "threads_per_warp": 32,
+    "shared_memory_per_block": 49152,
+    "threads_per_core_limit": 2048,
+    "block_dim_limit_x": 2147483647,
+    "block_dim_limit_y": 65535,
+    "block_dim_limit_z": 65535,
+    "thread_dim_limit_x": 1024,
+    "thread_dim_limit_y": 1024,
+    "thread_dim_limit_z": 64,
+    "registers_per_core_limit": 65536,
+    "registers_per_block_limit": 65536,
+}
+
+
+def specification(target: Target) -> str:
+    """XLA's description of the GPU, a text proto."""
+    numbers = _COMMON | {
+        "core_count": target.cores,
+        "fpus_per_core": target.units,
+        "memory_bandwidth": target.bandwidth,
+        "l2_cache_size": target.cache,
+        "clock_rate_ghz": target.clock,
+        "device_memory_size": target.memory,
+        "shared_memory_per_core": target.shared,
+        "shared_memory_per_block_optin": target.opt_in,
+    }
+    listed = "\n".join(f"  {name}: {value}" for name, value in numbers.items())
+    return (
+        f"gpu_device_info {{\n{listed}\n"
+        f"  cuda_compute_capability {{ major: {target.capability} }}\n}}\n"
+        'platform_name: "CUDA"\n'
+        "dnn_version_info { major: 9 minor: 10 }\n"
+        "runtime_version { major: 12 minor: 8 }\n"
+        f'device_description_str: "{target.kind}"\n'
+    )
+
+
+def gpu_devices(name: str, gpus: int = 1, nodes: int = 1) -> list[jax.Device]:
+    """`nodes` times `gpus` GPUs of a kind in `TARGETS`, node by node, to compile for, not run on.
+
+    Raises:
+        ValueError: no such kind is described here, or `jax[cuda]` is not installed.
+    """
+    rule = f"is described for none but {', '.join(TARGETS)}"
+    check(name in TARGETS, "gpu", name, rule, "Try h100")
+    fix = "Run pip install -c requirements.lock -r requirements-gpu.txt; no GPU is needed"
+    check(_installed(), "gpu", name, "the compiler for GPUs is in jax[cuda], not installed", fix)
+    found = topologies.get_topology_desc(
+        platform="cuda",
+        target_config=specification(TARGETS[name]),
+        topology=f"1x{nodes}x{gpus}",
+    )
+    return list(found.devices)
+
+
+def _installed() -> bool:
+    with contextlib.suppress(ModuleNotFoundError):
+        names = (f"{FOLDER}.xla_cuda{version}" for version in (12, 13))
+        return any(importlib.util.find_spec(name) for name in names)
+    return False

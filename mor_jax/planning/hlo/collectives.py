@@ -1,0 +1,248 @@
+"""What a step sends over the network, counted in its optimised HLO.
+
+Bytes are those that one chip receives, by ring accounting, values without padding. With n chips in
+the group, operand P and result R of one chip:
+
+    all-gather          (n-1)/n of R        reduce-scatter      (n-1)/n of P
+    all-reduce          twice (n-1)/n of P  all-to-all          (n-1)/n of P
+    collective-permute  P                   broadcast           P
+
+Where g of the n chips share a slice, the exchange is taken as two stages, one inside the slices and
+one between chips that stand in the same place of their slices: of an all-gather (g-1)/g of R stay
+inside and (n/g - 1)/n of R go between, which adds up to the ring's total. A program for several TPU
+slices holds the second stage as sends to the other slices; these are counted as what they carry.
+
+Loops are multiplied by their turns, of a conditional the branch that sends most counts, and an
+operation that is split over several fusions (asynchronous ones on TPU) counts where it starts.
+"""
+
+import collections
+import dataclasses
+import functools
+import re
+from collections.abc import Callable, Iterable
+
+from mor_jax.planning.hlo import groups
+from mor_jax.planning.hlo.loops import trip_count
+from mor_jax.planning.hlo.text import Computation, Instruction, Module, total_bytes
+
+KINDS = (
+    "all-gather",
+    "reduce-scatter",
+    "all-reduce",
+    "all-to-all",
+    "ragged-all-to-all",
+    "collective-permute",
+    "collective-broadcast",
+    "send",
+)
+_ASYNC = "async_collective_fusion_config"
+
+
+@dataclasses.dataclass(frozen=True)
+class Network:
+    """What the numbers of devices mean: `devices` in all, `slice_size` of them next to each other.
+
+    Numbers of one program: that for TPU slices names the devices of one slice.
+    """
+
+    devices: int
+    slice_size: int
+    slices: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Collective:
+    """One operation, each time it runs.
+
+    operand: type of what a chip puts in. chips: in the group. inside, between: bytes that a chip
+    receives from its own slice and from others. op_name: its place in the traced function.
+    """
+
+    kind: str
+    operand: str
+    chips: int
+    inside: float
+    between: float
+    op_name: str
+
+    @property
+    def bytes(self) -> float:
+        """Over both networks."""
+        return self.inside + self.between
+
+
+@dataclasses.dataclass(frozen=True)
+class Tally:
+    """Collectives of one step with how often each runs, and loops whose length is not known.
+
+    A loop of unknown length that holds collectives counts as one turn.
+    """
+
+    runs: dict[Collective, int]
+    unknown_loops: tuple[str, ...] = ()
+
+    @property
+    def inside(self) -> float:
+        """Bytes that a chip receives from its own slice in a step."""
+        return float(sum(one.inside * runs for one, runs in self.runs.items()))
+
+    @property
+    def between(self) -> float:
+        """Bytes that a chip receives from other slices in a step."""
+        return float(sum(one.between * runs for one, runs in self.runs.items()))
+
+    @property
+    def bytes(self) -> float:
+        """Bytes that a chip receives in a step."""
+        return self.inside + self.between
+
+    def grouped(self, key: Callable[[Collective], str]) -> dict[str, "Tally"]:
+        """Parts by `key`, the one with most bytes first."""
+        parts: dict[str, dict[Collective, int]] = {}
+        for one, runs in self.runs.items():
+            parts.setdefault(key(one), {})[one] = runs
+        tallies = {name: Tally(runs) for name, runs in parts.items()}
+        return dict(sorted(tallies.items(), key=lambda item: -item[1].bytes))
+
+    @property
+    def count(self) -> int:
+        """Operations run in a step."""
+        return sum(self.runs.values())
+
+
+def tally(module: Module, network: Network) -> Tally:
+    """All collectives of one run of `module`."""
+    counter = _Counter(module, network)
+    runs = counter.of(module.entry)
+    return Tally(dict(runs), tuple(counter.unknown))
+
+
+class _Counter:
+    """Collectives by computation, each computation looked at once."""
+
+    def __init__(self, module: Module, network: Network):
+        self._module, self._network = module, network
+        self.unknown: list[str] = []
+        self.of = functools.cache(self._of)
+
+    def _of(self, name: str) -> collections.Counter[Collective]:
+        computation = self._module.computations[name]
+        found: collections.Counter[Collective] = collections.Counter()
+        for i in computation.instructions.values():
+            if i.opcode == "while":
+                found.update(self._loop(computation, i))
+            elif i.opcode == "conditional":
+                branches = i.called("branch_computations", "true_computation", "false_computation")
+                found.update(max(map(self.of, branches), key=_weight))
+            elif i.opcode in ("fusion", "call", "async-start", "custom-call"):
+                for callee in i.called("calls", "to_apply", "called_computations"):
+                    found.update(self.of(callee))
+            elif (one := _collective(computation, i, self._network)) is not None:
+                found[one] += 1
+        return found
+
+    def _loop(self, inside: Computation, loop: Instruction) -> collections.Counter[Collective]:
+        body = self.of(loop.called("body")[0]) + self.of(loop.called("condition")[0])
+        if not body:
+            return body
+        turns = trip_count(self._module, inside, loop)
+        if turns is None:
+            self.unknown.append(loop.name)
+            turns = 1
+        return collections.Counter({one: runs * turns for one, runs in body.items()})
+
+
+def _weight(found: collections.Counter[Collective]) -> float:
+    return float(sum(one.bytes * runs for one, runs in found.items()))
+
+
+def _collective(inside: Computation, i: Instruction, network: Network) -> Collective | None:
+    """`i` as a collective; None if it is none, moves nothing, or began elsewhere."""
+    kind = i.opcode.removesuffix("-start")
+    if kind not in KINDS or (_ASYNC in i.attributes and not _starts(inside, i)):
+        return None
+    size = float(sum(total_bytes(operand) for operand in inside.operands(i)))
+    types = ", ".join(_shape(operand) for operand in inside.operands(i)[:1])
+    if len(i.operands) > 1 and kind != "send":
+        types += f" and {len(i.operands) - 1} more"
+    if kind == "send":
+        found = _send(i, size, network)
+        return found and Collective(found[0], types, found[1], 0.0, found[2], i.op_name)
+    if kind == "collective-permute":
+        chips, inside_bytes, between = _permute(i, size, network)
+    else:
+        reach = groups.reach(i, network.devices, network.slice_size)
+        chips = reach.chips
+        if kind == "all-reduce" and _scattered(inside, i):
+            kind = "reduce-scatter"
+        inside_bytes, between = _ring(kind, size, reach)
+    if inside_bytes + between == 0:
+        return None
+    return Collective(kind, types, chips, inside_bytes, between, i.op_name)
+
+
+def _ring(kind: str, operand: float, reach: groups.Reach) -> tuple[float, float]:
+    """Bytes from inside the slice and from between slices; see the module."""
+    n, g = reach.chips, reach.in_slice
+    if n == 1:
+        return 0.0, 0.0
+    if kind.endswith("all-to-all"):
+        return operand * (g - 1) / n, operand * (n - g) / n
+    if kind == "collective-broadcast":
+        return (operand, 0.0) if g == n else (0.0, operand)
+    whole = operand * n if kind == "all-gather" else operand
+    times = 2 if kind == "all-reduce" else 1
+    return times * whole * (g - 1) / g, times * whole * (n // g - 1) / n
+
+
+def _permute(i: Instruction, operand: float, network: Network) -> tuple[int, float, float]:
+    sent = groups.pairs(i.attributes)
+    crossing = [a // network.slice_size != b // network.slice_size for a, b in sent]
+    chips = len({chip for pair in sent for chip in pair})
+    return chips, operand if not all(crossing) else 0.0, operand if any(crossing) else 0.0
+
+
+def _send(i: Instruction, operand: float, network: Network) -> tuple[str, int, float] | None:
+    """Kind, slices and bytes of a send to other slices; None if it goes to the host alone."""
+    if "megascale" not in i.attributes:
+        return None
+    found = re.search(r'_xla_megascale_transfer_type="(\w+)"', i.attributes)
+    kind = found[1].lower().replace("_", "-") if found else "send"
+    target = re.search(r'_xla_megascale_target="\{([\d,:]+)\}x', i.attributes)
+    slices = _length(target[1]) if target else network.slices
+    if kind not in KINDS:
+        return kind, slices, operand
+    _, between = _ring(kind, operand, groups.Reach(slices, 1))
+    return kind, slices, between
+
+
+def _length(ranges: str) -> int:
+    """Numbers in `1,2` or `0:3`, both ends included."""
+    ends = [[int(n) for n in part.split(":")] for part in ranges.split(",")]
+    return sum(end[-1] - end[0] + 1 for end in ends)
+
+
+def _starts(inside: Computation, i: Instruction) -> bool:
+    return any('"AsyncCollectiveStart"' in user.attributes for user in inside.users[i.name])
+
+
+def _scattered(inside: Computation, i: Instruction) -> bool:
+    """Whether each chip keeps only its slice of an all-reduce: a fused reduce-scatter."""
+    name = inside.name.startswith("all-reduce-scatter")
+    users = list(_through(inside, i))
+    return name and bool(users) and all(user.opcode == "dynamic-slice" for user in users)
+
+
+def _through(inside: Computation, i: Instruction) -> Iterable[Instruction]:
+    """Users of a value, looked for behind tuples and bitcasts."""
+    for user in inside.users[i.name]:
+        if user.opcode in ("get-tuple-element", "bitcast"):
+            yield from _through(inside, user)
+        else:
+            yield user
+
+
+def _shape(i: Instruction) -> str:
+    """Types without layouts: `bf16[1,960,2560]`."""
+    return ", ".join(f"{a.dtype}[{','.join(map(str, a.dims))}]" for a in i.arrays)

@@ -1,0 +1,1 @@
+"""Fits of a study: minima, power laws, the parametric loss."""

@@ -1,0 +1,82 @@
+"""The report of a study: figures as PNG files and one HTML page that needs nothing beside it."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from etils import epath
+
+from mor_jax.checkpoint.manifest import write_atomic
+from mor_jax.config.parsing import check
+from mor_jax.scaling.fit.fit import Fit, View
+from mor_jax.scaling.report.figures import Figures
+from mor_jax.scaling.report.page import OPENING, Picture, page
+from mor_jax.scaling.runs.points import Point
+
+PAGE = "report.html"
+
+# The first view has all. Another count moves sizes only, another routing losses.
+_DRAWN = {
+    ("causal", "unique"): ("by_budget", "frontier", "optimum", "by_architecture"),
+    ("causal", "effective"): ("optimum",),
+    ("topk", "unique"): ("by_budget", "frontier"),
+    ("topk", "effective"): ("optimum",),
+}
+_FILES = {
+    "by_budget": "curves",
+    "by_architecture": "architectures",
+    "frontier": "frontier",
+    "optimum": "optimum",
+}
+
+
+def write_report(
+    fit: Fit, points: Sequence[Point], manifest: Mapping[str, Any], folder: epath.Path
+) -> list[epath.Path]:
+    """Writes figures and page into `folder` and returns their paths, the page first.
+
+    manifest: plain values with `study`, `unit`, `code` and `runs`; it is printed as it is. Every
+    file is absent, the old one or complete. Needs a fit and the points that it was made of.
+
+    Raises `ValueError` where files of these names are there and no report made them.
+    """
+    _check_free(fit, folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    unit = str(manifest.get("unit", "training"))
+    pictures: dict[tuple[str, str], list[Picture]] = {}
+    paths = []
+    for view in fit.views:
+        drawn = _draw(fit, view, unit, _DRAWN[view.routing, view.kind])
+        pictures[view.routing, view.kind] = drawn
+        for picture in drawn:
+            _write_bytes(folder / picture.file, picture.png)
+            paths.append(folder / picture.file)
+    write_atomic(folder / PAGE, page(fit, points, manifest, pictures))
+    return [folder / PAGE, *paths]
+
+
+def _check_free(fit: Fit, folder: epath.Path) -> None:
+    names = [
+        _file(name, view) for view in fit.views for name in _DRAWN[view.routing, view.kind]
+    ] + [PAGE]
+    there = [name for name in names if (folder / name).exists()]
+    ours = (folder / PAGE).exists() and OPENING.encode() in (folder / PAGE).read_bytes()
+    rule = f"holds {', '.join(there[:5])}, which no report made, and would replace"
+    check(ours or not there, "output", str(folder), rule, "Give another --output")
+
+
+def _file(name: str, view: View) -> str:
+    return f"{_FILES[name]}-{view.routing}-{view.kind}.png"
+
+
+def _draw(fit: Fit, view: View, unit: str, names: Sequence[str]) -> list[Picture]:
+    figures = Figures(fit, view, unit)
+    return [Picture(name, _file(name, view), getattr(figures, name)()) for name in names]
+
+
+def _write_bytes(path: epath.Path, content: bytes) -> None:
+    draft = path.with_name(f"{path.name}.draft")
+    draft.write_bytes(content)
+    draft.replace(path)
+
+
+__all__ = ["PAGE", "write_report"]

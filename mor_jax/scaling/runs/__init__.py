@@ -1,0 +1,1 @@
+"""The runs of a study: commands, local and cluster execution, results."""

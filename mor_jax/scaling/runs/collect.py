@@ -1,0 +1,163 @@
+"""How far the runs of a study are, and the results of those that are done.
+
+A run's state is read from its own directory, so that it does not matter who started it or where.
+Results go into `results.jsonl`, a line a run, and stay there when the directories are deleted.
+"""
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from etils import epath
+
+from mor_jax.checkpoint import run_dir
+from mor_jax.checkpoint.checkpointer import complete_steps
+from mor_jax.checkpoint.manifest import write_atomic
+from mor_jax.config.parsing import check
+from mor_jax.observability import metrics
+from mor_jax.observability.event_log import FILE as EVENTS
+from mor_jax.observability.event_log import read as read_events
+from mor_jax.observability.goodput import goodput
+from mor_jax.scaling.runs.points import RESULTS, Point, read_points
+from mor_jax.scaling.study.manifest import Manifest, Run
+
+RUNS = "runs"
+
+_SAME = ("architecture", "size", "budget", "seed", "unique", "effective", "tokens", "flops")
+"""What a result and the run that it is of have in common."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Progress:
+    """Of one run. state: `done`, `started`, `new`, or `failed` with the problem. step: logged last.
+
+    loss: held out, causal routing, nats per token.
+    """
+
+    run: Run
+    state: str
+    step: int = 0
+    loss: float | None = None
+    problem: str = ""
+
+
+def directory(study: epath.PathLike, run: Run) -> epath.Path:
+    """The workdir of a run."""
+    return epath.Path(study) / RUNS / run.name
+
+
+def known_points(study: epath.PathLike) -> dict[str, Point]:
+    """The results that the study holds already, by run. Raises `ValueError` as `read_points`."""
+    there = (epath.Path(study) / RESULTS).exists()
+    return {point.run: point for point in read_points(study)} if there else {}
+
+
+def progress(study: epath.PathLike, manifest: Manifest) -> list[Progress]:
+    """Of every run, in the manifest's order; new results are written down on the way.
+
+    Raises:
+        ValueError: a run's directory is of another configuration, or `results.jsonl` is damaged or
+            of another study.
+    """
+    found, new = _progress(study, manifest)
+    if new:
+        add(study, new)
+    return found
+
+
+def look(study: epath.PathLike, manifest: Manifest) -> list[Progress]:
+    """The same, but nothing is written: for whoever looks on while another keeps the results."""
+    return _progress(study, manifest)[0]
+
+
+def _progress(study: epath.PathLike, manifest: Manifest) -> tuple[list[Progress], list[Point]]:
+    points = known_points(study)
+    _check_points(study, manifest, points)
+    found, new = [], []
+    for run in manifest.runs:
+        if run.name in points:
+            found.append(Progress(run, "done", run.steps, points[run.name].loss_causal))
+            continue
+        state, point = _look(study, manifest, run)
+        found.append(state)
+        new += [] if point is None else [point]
+    return found, new
+
+
+def add(study: epath.PathLike, points: Sequence[Point]) -> None:
+    """Appends results; the file is replaced as a whole, so none is ever half there."""
+    path = epath.Path(study) / RESULTS
+    before = path.read_text() if path.exists() else ""
+    lines = [json.dumps(dataclasses.asdict(point)) + "\n" for point in points]
+    write_atomic(path, before + "".join(lines))
+
+
+def _check_points(study: epath.PathLike, manifest: Manifest, points: dict[str, Point]) -> None:
+    runs = {run.name: run for run in manifest.runs}
+    where, fix = f"{study}/{RESULTS}", "Take its lines out, or plan that study in its own directory"
+    other = sorted(points.keys() - runs.keys())
+    rule = f"holds results of runs that this study has not: {', '.join(other[:5])}"
+    check(not other, "results", where, rule, fix)
+    for name, point in points.items():
+        for value in _SAME:
+            found, planned = getattr(point, value), getattr(runs[name], value)
+            rule = (
+                f"{name} has {value}={found!r} there, the plan {planned!r}: it is of another study"
+            )
+            check(found == planned, "results", where, rule, fix)
+
+
+def _look(study: epath.PathLike, manifest: Manifest, run: Run) -> tuple[Progress, Point | None]:
+    """How far a run is by its directory, and its result once it is done."""
+    path = directory(study, run)
+    if not (path / run_dir.CONFIG_FILE).exists():
+        return Progress(run, "new"), None
+    _check_config(path, manifest, run)
+    rows = metrics.read(path / metrics.FILE) if (path / metrics.FILE).exists() else []
+    step = rows[-1]["step"] if rows else 0
+    last = [row for row in rows if row["step"] == run.steps and "eval/loss_causal" in row]
+    if not last or run.steps not in complete_steps(path):
+        return Progress(run, "started", step), None
+    try:
+        point = _point(path, run, last[-1])
+    except ValueError as error:
+        # Told with the others; it must not hide the results of those that are sound.
+        return Progress(run, "failed", step, problem=str(error)), None
+    return Progress(run, "done", step, point.loss_causal), point
+
+
+def _check_config(path: epath.Path, manifest: Manifest, run: Run) -> None:
+    planned = manifest.config(run)
+    there = run_dir.read_config(path)
+    changed = [str(tuple(change)) for change in run_dir.differences(there, planned)]
+    if there.steps != planned.steps:
+        changed.append(f"steps: {there.steps} there, {planned.steps} planned")
+    rule = f"the run in {path} is not the one that is planned: {'; '.join(changed)}"
+    fix = "Move that directory away, or plan the study into a new directory"
+    check(not changed, "run", run.name, rule, fix)
+
+
+def _point(path: epath.Path, run: Run, last: dict[str, Any]) -> Point:
+    """The result of a run whose last evaluation was logged as `last`."""
+    spent = goodput(read_events(path / EVENTS)) if (path / EVENTS).exists() else None
+    values = {
+        "run": run.name,
+        "architecture": run.architecture,
+        "size": run.size,
+        "budget": run.budget,
+        "seed": run.seed,
+        "unique": run.unique,
+        "effective": run.effective,
+        "tokens": run.tokens,
+        "flops": run.flops,
+        "flops_per_token": run.flops_per_token,
+        "loss_causal": last["eval/loss_causal"],
+        "loss_topk": last.get("eval/loss_topk"),
+        "depth": last.get("eval/depth_causal"),
+        "seconds": None if spent is None else spent.seconds["training steps"],
+    }
+    return Point.from_dict(values, str(path / metrics.FILE))
+
+
+__all__ = ["RUNS", "Progress", "add", "directory", "known_points", "look", "progress"]

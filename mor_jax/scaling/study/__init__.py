@@ -1,0 +1,1 @@
+"""The plan of a study: architectures, budgets, sizes, the manifest."""

@@ -1,0 +1,42 @@
+"""Whether the sizes of a budget can have the minimum of the loss between them."""
+
+from collections.abc import Sequence
+
+from mor_jax.config.parsing import check
+from mor_jax.scaling.study.manifest import Run
+
+_LEAST = 3
+
+
+def check_brackets(runs: Sequence[Run], ratio: float) -> None:
+    """Refuses grids from which no parabola with an interior minimum can come.
+
+    ratio: tokens per effective parameter around which the minimum is expected.
+
+    Raises:
+        ValueError: a group of one architecture and budget has fewer than three sizes, or all of
+            them on one side of the ratio.
+    """
+    groups: dict[tuple[str, float], dict[str, Run]] = {}
+    for run in runs:
+        groups.setdefault((run.architecture, run.budget), {})[run.size] = run
+    for (name, budget), found in groups.items():
+        rule = f"{name} has {len(found)} sizes at {budget:g} FLOPs; a minimum between them needs "
+        rule += f"{_LEAST}"
+        check(len(found) >= _LEAST, "sizes", sorted(found), rule, "Add sizes")
+        _check_sides(name, budget, list(found.values()), ratio)
+
+
+def _check_sides(name: str, budget: float, runs: list[Run], ratio: float) -> None:
+    each = {run.size: run.tokens / run.effective for run in runs}
+    told = ", ".join(f"{size}: {value:.3g}" for size, value in each.items())
+    rule = f"{name} at {budget:g} FLOPs would see these tokens per effective parameter: {told}; "
+    small, large = max(each.values()), min(each.values())
+    rule += f"the minimum is expected near {ratio:g}, which they do not enclose"
+    # Tokens fall with the size, so their ratio falls with its square.
+    side = "smaller" if small <= ratio else "larger"
+    nearest = min(runs, key=lambda run: run.effective * (1 if side == "smaller" else -1))
+    wanted = nearest.effective * (each[nearest.size] / ratio) ** 0.5
+    fix = f"Add {side} sizes (about {wanted:.2g} effective parameters), change the budget, or say "
+    fix += "where your data has it: --tokens_per_parameter"
+    check(large < ratio < small, "sizes", sorted(each), rule, fix)

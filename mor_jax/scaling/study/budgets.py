@@ -1,0 +1,34 @@
+"""What a budget of FLOPs counts, and how many steps it buys.
+
+`training`: training FLOPs of the tokens routed on, head included, causal attention halved; what
+`launch/accounting.py` prints. `paper`: the unit in which the paper's 2e18, 5e18 and 16.5e18 give
+its numbers of steps (docs/accounting.md): forward FLOPs without the head, causal attention halved,
+keys and values counted as wide as the queries.
+"""
+
+import dataclasses
+from typing import Literal
+
+from mor_jax.config import ModelConfig
+from mor_jax.models.flops import flops
+
+Unit = Literal["training", "paper"]
+
+UNITS: dict[str, str] = {
+    "training": "training FLOPs, routed, head included, causal attention halved",
+    "paper": "forward FLOPs without the head, keys and values as wide as queries",
+}
+"""What people are told."""
+
+
+def flops_per_token(cfg: ModelConfig, length: int, unit: Unit) -> float:
+    """FLOPs that a token of a row of `length` tokens costs, in the unit."""
+    if unit == "training":
+        return flops(cfg, length).training()
+    wide = dataclasses.replace(cfg, kv_heads=cfg.heads)
+    return flops(wide, length).forward(head=False)
+
+
+def steps_for(budget: float, per_token: float, batch_tokens: int) -> int:
+    """Optimiser steps of `batch_tokens` tokens that come nearest to the budget."""
+    return round(budget / (per_token * batch_tokens))

@@ -1,0 +1,327 @@
+"""The loop of a run: steps, evaluations, saves; where it ends early, and why."""
+
+import concurrent.futures
+import contextlib
+import dataclasses
+import signal
+import threading
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import jax
+from rich.console import Console
+
+from mor_jax.checkpoint.checkpointer import Checkpoints
+from mor_jax.data import Jump, Place
+from mor_jax.distributed.heartbeat import Hosts
+from mor_jax.distributed.stop_consensus import Agreement
+from mor_jax.models.flops import flops
+from mor_jax.models.params import TrainState
+from mor_jax.observability.event_log import Events
+from mor_jax.observability.metrics import Metrics, Record
+from mor_jax.observability.profiling import Profile, memory, memory_line
+from mor_jax.observability.progress import Meter, Progress
+from mor_jax.runtime.compilation_cache import Cache
+from mor_jax.runtime.hardware import peak_flops
+from mor_jax.runtime.preemption import Signals, Stopped
+from mor_jax.training.batch_iterator import Feed
+
+if TYPE_CHECKING:
+    from mor_jax.training.trainer import Run
+
+_A_BATCH = 1.0
+"""Seconds for which a stop waits for the evaluation of a batch; a compilation takes longer."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Desk:
+    """What a run writes to and listens to, beside its metrics."""
+
+    checkpoints: Checkpoints
+    events: Events
+    signals: Signals
+    agreement: Agreement
+    cache: Cache | None
+    hosts: Hosts
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Start:
+    """Where a loop begins.
+
+    place: in the data. jumps: rows that are left out. rolled_back: whether the one rollback was
+    used. bad: first rows of the steps skipped last, up to now. owes: the evaluation after this
+    state was left for a stop.
+    """
+
+    state: TrainState
+    place: Place
+    jumps: tuple[Jump, ...] = ()
+    rolled_back: bool = False
+    bad: tuple[int, ...] = ()
+    owes: bool = False
+
+    def notes(self) -> dict[str, Any]:
+        """What a checkpoint has to remember beside state and position."""
+        return {
+            "data": self.place.notes(),
+            "jumps": [list(jump) for jump in self.jumps],
+            "rolled_back": self.rolled_back,
+            "bad": list(self.bad),
+            "owes_evaluation": self.owes,
+        }
+
+    @classmethod
+    def of(cls, state: TrainState, place: Place, notes: dict[str, Any]) -> "Start":
+        """From what a checkpoint gave back. place: in the data as it is now."""
+        return cls(
+            state=state,
+            place=place,
+            jumps=tuple((first, end) for first, end in notes.get("jumps", ())),
+            rolled_back=notes.get("rolled_back", False),
+            bad=tuple(notes.get("bad", ())),
+            owes=notes.get("owes_evaluation", False),
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Trained:
+    """The end of a loop: the last state, the last evaluation and the speed."""
+
+    state: TrainState
+    evaluated: dict[str, Any]
+    meter: Meter
+
+
+class TooManySkipped(Exception):
+    """As many steps in a row as may be were not finite. bad: their first rows. step: the last."""
+
+    def __init__(self, step: int, bad: tuple[int, ...]):
+        super().__init__(f"step {step}")
+        self.step, self.bad = step, bad
+
+
+class _Left(Exception):
+    """An evaluation was left for a signal."""
+
+
+class Loop:
+    """Runs the steps from a start to the end. Every process of the run calls it alike."""
+
+    def __init__(self, run: "Run", desk: Desk, start: Start, feed: Feed):
+        self._run, self._desk, self._start, self._feed = run, desk, start, feed
+        self._state, self._bad = start.state, list(start.bad)
+        self._first = int(start.state.step)
+        self._meter = _meter(run)
+        self._evaluated: dict[str, Any] = {}
+        self._owed = False
+
+    def __call__(self) -> Trained:
+        """Raises `Stopped` after a signal, `TooManySkipped` when steps keep being skipped."""
+        cfg, run = self._run.cfg, self._run
+        with (
+            jax.set_mesh(run.mesh),
+            Metrics(
+                run.path,
+                cfg.log,
+                config=cfg.to_dict(),
+                start_step=self._first,
+                again="eval/" if self._start.owes else None,
+            ) as metrics,
+            Progress(cfg.steps, self._meter, console=_console()) as progress,
+            Profile(run.path, cfg.profile) as profile,
+        ):
+            self._metrics, self._progress = metrics, progress
+            self._desk.signals.on_leaving(lambda _: progress.__exit__())
+            self._desk.events.restart_clock()
+            if self._start.owes and (caught := self._evaluate(self._first)):
+                self._stop(self._first, caught)
+            for step in range(self._first + 1, cfg.steps + 1):
+                if not self._compiled(step):
+                    number = self._desk.signals.number
+                    self._save(step - 1, number)
+                    self._stop(step - 1, number)
+                self._step(step, profile)
+                caught = self._desk.agreement(self._desk.signals.number)
+                if not caught and self._to_evaluate(step):
+                    caught = self._evaluate(step)
+                self._save(step, caught)
+                if caught:
+                    self._stop(step, caught)
+            self._desk.checkpoints.wait()
+            self._desk.signals.nothing_new = "the last step was saved"
+            if not self._evaluated:
+                with progress.busy("evaluating"):
+                    self._evaluated = run.evaluator(self._state.params)
+        return Trained(self._state, self._evaluated, self._meter)
+
+    def _step(self, step: int, profile: Profile) -> None:
+        run, events = self._run, self._desk.events
+        self._desk.hosts.phase(f"step {step}")
+        number, batch = self._feed.next()
+        program = run.steps(step)
+        profile.before(step)
+        self._state, scalars = program(self._state, run.place(batch))
+        if step == self._first + 1:
+            jax.block_until_ready(scalars)
+            self._under_way(program)
+        host = {"tokens_per_second": self._meter.tokens_per_second or 0.0, "position": number}
+        self._report(self._metrics.push(step, scalars, host))
+        events.step(step, self._feed.waited)
+        if done := profile.after(step, scalars):
+            self._progress.note(done)
+
+    def _compiled(self, step: int) -> bool:
+        """Waits for the program of `step`; False if a signal came first and there is a state."""
+        made = self._run.steps.prepare(step)
+        if made.done():
+            return True
+        self._desk.hosts.phase(f"compilation for step {step}")
+        with self._desk.events.timed("compile", step=step):
+            while True:
+                with contextlib.suppress(concurrent.futures.TimeoutError):
+                    made.exception(_A_BATCH)
+                    return True
+                self._desk.signals.look()
+                # Several processes would have to agree; they wait for their compilers instead.
+                saveable = step > self._first + 1 and jax.process_count() == 1
+                if saveable and self._desk.signals.number:
+                    return False
+
+    def _under_way(self, program: Any) -> None:
+        self._desk.signals.something_new()
+        report = memory(program)
+        self._desk.events.write("memory", **report)
+        self._progress.note(memory_line(report))
+        self._seal()
+
+    def _seal(self) -> None:
+        if self._desk.cache is not None:
+            self._desk.cache.seal()
+
+    def _report(self, record: Record | None) -> None:
+        # Shows a fetched step, and keeps count of those without a finite loss or gradient.
+        if record is None:
+            return
+        shares: Any = record.values.get("depth_share", ())
+        self._progress.update(record.step, float(record.values["ce"]), shares)
+        if not record.values["skipped_in_a_row"]:
+            self._bad.clear()
+            return
+        position = int(record.values["position"])
+        self._bad.append(position)
+        self._desk.events.write("skipped", step=record.step, position=position)
+        self._progress.note(
+            f"step {record.step}, row {position} on: loss or gradient not finite, update skipped"
+        )
+        if record.values["skipped_in_a_row"] >= self._run.cfg.optim.max_skipped_steps:
+            raise TooManySkipped(record.step, tuple(self._bad))
+
+    def _to_evaluate(self, step: int) -> bool:
+        cfg = self._run.cfg
+        return step == cfg.steps or _due(step, cfg.eval.every, cfg.steps)
+
+    def _evaluate(self, step: int) -> int:
+        """Evaluates after `step`; returns the signal for which it was left, else 0."""
+        self._desk.hosts.phase(f"evaluation after step {step}")
+        self._report(self._metrics.flush())
+        asked: list[int] = []
+        evaluator = dataclasses.replace(
+            self._run.evaluator, step=self._between(self._run.evaluator.step, asked)
+        )
+        with self._progress.busy("evaluating"), self._desk.events.timed("eval", step=step):
+            try:
+                self._evaluated = self._wait_for(partial(evaluator, self._state.params))
+            except _Left:
+                return asked[0] if asked else self._desk.signals.number
+        self._metrics.write(step, {f"eval/{k}": v for k, v in self._evaluated.items()})
+        return 0
+
+    def _between(self, evaluate: Callable[..., Any], asked: list[int]) -> Callable[..., Any]:
+        # `evaluate` that looks for signals before every batch.
+        def watched(*args: Any) -> Any:
+            if caught := self._desk.agreement(self._desk.signals.number):
+                asked.append(caught)
+                raise _Left
+            return jax.block_until_ready(evaluate(*args))
+
+        return watched
+
+    def _wait_for(self, call: Callable[[], Any]) -> Any:
+        # A program of the evaluation may be compiling when a signal comes, and nothing can
+        # interrupt that. Beside the main thread it may go on while the state is saved. Several
+        # processes have to run everything in the same order, and wait for it instead.
+        if jax.process_count() > 1:
+            return call()
+        made: concurrent.futures.Future[Any] = concurrent.futures.Future()
+        threading.Thread(target=self._settle, args=(made, call)).start()
+        while True:
+            with contextlib.suppress(concurrent.futures.TimeoutError):
+                return made.result(_A_BATCH)
+            if self._desk.signals.number and not made.done():
+                raise _Left
+
+    def _settle(self, made: "concurrent.futures.Future[Any]", call: Callable[[], Any]) -> None:
+        try:
+            with jax.set_mesh(self._run.mesh):
+                made.set_result(call())
+        except BaseException as error:
+            made.set_exception(error)
+
+    def _save(self, step: int, caught: int) -> None:
+        cfg = self._run.cfg
+        last = step == cfg.steps
+        self._owed |= _due(step, cfg.checkpoint.every, cfg.steps) or step in cfg.checkpoint.also
+        if not (caught or last or self._owed):
+            return
+        self._report(self._metrics.flush())
+        if self._bad and not (caught or last):
+            # What a rollback would go back to must not give way to states amid skipped steps.
+            return
+        self._owed = False
+        start = dataclasses.replace(
+            self._start, bad=tuple(self._bad), owes=bool(caught) and self._to_evaluate(step)
+        )
+        extra = {"fingerprint": self._run.fingerprint} | start.notes()
+        self._desk.hosts.phase(f"save of step {step}")
+        state = fields(self._state)
+        with self._desk.events.timed("save", step=step):
+            self._desk.checkpoints.save(
+                step, state, self._feed.position, self._run.cfg.to_dict(), extra
+            )
+        self._seal()
+
+    def _stop(self, step: int, caught: int) -> None:
+        with self._desk.events.timed("save", step=step):
+            self._desk.checkpoints.wait()
+        name = signal.Signals(caught).name
+        self._desk.events.write("stop", step=step, reason=name)
+        saved = f"stopped after step {step}, saved in {self._run.path}"
+        raise Stopped(f"{name}: {saved}. The same command goes on")
+
+
+def fields(state: TrainState) -> dict[str, Any]:
+    """The state as the nested dictionary that checkpoints hold."""
+    return {field.name: getattr(state, field.name) for field in dataclasses.fields(state)}
+
+
+def _due(step: int, every: int | None, steps: int) -> bool:
+    return every is not None and step % every == 0 and step < steps
+
+
+def _console() -> Console:
+    # One process speaks for all.
+    return Console(quiet=jax.process_index() != 0)
+
+
+def _meter(run: "Run") -> Meter:
+    peak = peak_flops(jax.devices()[0].device_kind)
+    return Meter(
+        run.cfg.batch_size * run.cfg.length,
+        flops_per_token=flops(run.cfg.model, run.cfg.length).training(),
+        peak_flops=None if peak is None else peak * jax.device_count(),
+    )
+
+
+__all__ = ["Desk", "Loop", "Start", "TooManySkipped", "Trained", "fields"]

@@ -1,0 +1,54 @@
+"""Whether a run can fit into memory at all, told before anything is compiled.
+
+Only what is needed for certain is counted: the state, the tokens, and one residual stream of a
+micro-batch. So nothing is refused that could train; what passes may still be too much, and then the
+compiler or the system says so.
+"""
+
+import math
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from mor_jax.config import TrainConfig
+from mor_jax.config.parsing import check
+from mor_jax.models.params import TrainState
+from mor_jax.runtime.free_memory import free_bytes
+
+_TOKEN = 8
+"""Bytes of a token and its target, int32."""
+
+
+def check_room(cfg: TrainConfig, mesh: Mesh, state: TrainState, free: int | None = None) -> None:
+    """Raises `ValueError`, naming the setting, for a state or for rows that cannot fit.
+
+    state: shapes with shardings. free: bytes on each device, or on the host of CPUs; by default as
+    it is now.
+    """
+    free = free_bytes() if free is None else free
+    # Devices that are CPUs share what the host has.
+    sharing = jax.local_device_count() if jax.default_backend() == "cpu" else 1
+    needed = sum(map(_bytes, jax.tree.leaves(state))) * sharing
+    parameters = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(state.params))
+    fix = "Take a smaller model, or raise mesh.fsdp where there are more devices"
+    _fits("model", f"{parameters:,} parameters", needed, free, fix)
+    width = cfg.model.width * (2 if cfg.model.dtype == "bfloat16" else 4)
+    parts = mesh.size / sharing
+    micro = cfg.batch_size / cfg.accumulate * width
+    rows = (cfg.batch_size * _TOKEN + micro) * cfg.length / parts
+    fix = "Lower it, or raise accumulate" if cfg.accumulate < cfg.batch_size else "Lower it"
+    _fits("batch_size", cfg.batch_size, rows, free, fix)
+
+
+def _fits(setting: str, value: Any, needed: int | float, free: int, fix: str) -> None:
+    rule = f"needs {needed / 1e9:,.1f} GB of memory or more, and {free / 1e9:,.1f} GB are free"
+    check(needed <= free, setting, value, rule, fix)
+
+
+def _bytes(leaf: Any) -> int:
+    shape = leaf.shape if leaf.sharding is None else leaf.sharding.shard_shape(leaf.shape)
+    return math.prod(shape) * leaf.dtype.itemsize
+
+
+__all__ = ["check_room"]

@@ -1,0 +1,370 @@
+"""`fit`: assembles a run from its configuration, starts it, takes it back once if it diverges.
+
+The loop itself is in `loop.py`. No mathematics lives here.
+"""
+
+import contextlib
+import dataclasses
+import os
+import socket
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, TypeVar, cast
+
+import jax
+from etils import epath
+from jax.sharding import Mesh
+
+from mor_jax import data
+from mor_jax.checkpoint import pretrained, run_dir
+from mor_jax.checkpoint.checkpointer import Checkpoints, DiskFull, any_complete
+from mor_jax.config import TrainConfig
+from mor_jax.config.parsing import check
+from mor_jax.distributed import mesh as sharding
+from mor_jax.distributed.data_shard import reader
+from mor_jax.distributed.heartbeat import Hosts
+from mor_jax.distributed.startup_check import agree_on_start, gather
+from mor_jax.distributed.stop_consensus import Agreement
+from mor_jax.models.attention_kernels.dispatch import check_kernel
+from mor_jax.models.layers.remat import check_remat
+from mor_jax.models.params import TrainState, abstract_params, logical_axes
+from mor_jax.observability.event_log import FILE, Events, read
+from mor_jax.observability.goodput import goodput
+from mor_jax.runtime.compilation_cache import kept_in
+from mor_jax.runtime.host_memory import keep_freed_memory
+from mor_jax.runtime.preemption import Diverged, Leave, Signals, Stopped, StoppedAtOnce
+from mor_jax.training.batch_iterator import Feed
+from mor_jax.training.compiled_step import CompiledSteps, abstract_state, first_state, fresh_state
+from mor_jax.training.data_position import carried_place, check_state, newest
+from mor_jax.training.evaluator import Evaluator
+from mor_jax.training.fork import Branch, begin, check_begun
+from mor_jax.training.loop import Desk, Loop, Start, TooManySkipped, fields
+from mor_jax.training.memory_check import check_room
+from mor_jax.training.report import finish
+from mor_jax.training.resolved_settings import settled_in
+from mor_jax.types import Batch
+
+_T = TypeVar("_T")
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """The parts of a run that do not change from step to step.
+
+    beginning: of its data. abstract: shapes and shardings of the state.
+    """
+
+    cfg: TrainConfig
+    path: epath.Path
+    mesh: Mesh
+    tokenizer: data.Tokenizer
+    evaluator: Evaluator
+    fingerprint: str
+    beginning: data.Place
+    abstract: TrainState
+    steps: CompiledSteps
+
+    def place(self, batch: Batch) -> Batch:
+        """This host's rows -> the global batch on the devices."""
+        return place(self.mesh, batch)
+
+    def batches(self, start: Start) -> data.TrainBatches:
+        """This host's rows of the training batches from where `start` is on."""
+        cfg, place = self.cfg, start.place
+        layout = _layout(self.mesh, cfg, cfg.batch_size)
+        options: dict[str, Any] = {"seed": cfg.seed, "start": place, "jumps": start.jumps}
+        return data.train_batches(cfg.data, self.tokenizer, layout, **options)
+
+
+def fit(
+    cfg: TrainConfig,
+    directory: epath.PathLike,
+    allow_changes: Sequence[str] = (),
+    signals: Signals | None = None,
+    branch: Branch | None = None,
+) -> None:
+    """Trains `cfg` in `directory`, from its newest good checkpoint if it has one.
+
+    Everything that can be wrong with the settings, the data and the directory is found before the
+    directory is claimed. Resuming continues bit for bit.
+
+    allow_changes: settings that may differ from the run's last start, see `check_workdir`.
+    signals: listens already; by default from now on. branch: where a run without a checkpoint of
+    its own starts, see `mor_jax.training.fork`.
+
+    Raises:
+        ValueError: a setting, the data or the directory does not fit; nothing was changed.
+        Stopped: a signal asked the run to end; the same call goes on.
+        Diverged: too many steps in a row were not finite, also after going back once.
+        WriteFailed: a checkpoint could not be written.
+        HostLost: another process of the run is gone.
+    """
+    with signals or Signals() as signals:
+        signals.looks = True
+        try:
+            path = run_dir.resolved(directory)
+            _prepare(cfg)
+            places = [path] if branch is None else [path, branch.source]
+            cfg = _everywhere(partial(settled_in, places, cfg, sharding.platform()))
+            signals.look()
+            _fit(cfg, path, allow_changes, signals, branch)
+        except Leave as left:
+            raise StoppedAtOnce(f"{left}. The same command starts it again") from None
+        finally:
+            signals.looks = False
+
+
+def _prepare(cfg: TrainConfig) -> None:
+    keep_freed_memory()
+    jax.config.update("jax_threefry_partitionable", True)
+    cfg.validate_start()
+    check_kernel(cfg.model.attention, sharding.platform())
+    agree_on_start(cfg.to_dict())
+
+
+def _begin(run: Run, allow: Sequence[str], branch: Branch) -> None:
+    def fits(facts: dict[str, Any]) -> None:
+        carried_place(facts, run.cfg, run.beginning, run.fingerprint)
+
+    if jax.process_index() == 0:
+        begin(run.path, run.cfg, branch, allow, fits)
+
+
+def _fit(
+    cfg: TrainConfig,
+    path: epath.Path,
+    allow: Sequence[str],
+    signals: Signals,
+    branch: Branch | None,
+) -> None:
+    changes = _everywhere(lambda: run_dir.check_workdir(path, cfg, allow)) or []
+    with contextlib.ExitStack() as stack:
+        undo = _everywhere(lambda: stack.enter_context(run_dir.hold(path)))
+        signals.on_leaving(lambda _: undo())
+        cache = stack.enter_context(kept_in(path, cfg.compilation_cache))
+        hosts = stack.enter_context(Hosts(path, cfg.hosts.timeout))
+        signals.on_leaving(hosts.stopped)
+        try:
+            hosts.phase("assembling")
+            run = _assemble(cfg, path, signals.look)
+            if branch is not None:
+                _everywhere(partial(_begin, run, allow, branch))
+            _everywhere(partial(_check_initial, run))
+            _everywhere(partial(_check_newest, run))
+            signals.look()
+            if jax.process_index() == 0:
+                run_dir.claim_workdir(path, cfg, allow)
+            events = stack.enter_context(Events(path, signals.since))
+            checkpoints = stack.enter_context(Checkpoints(path, cfg.checkpoint))
+            agreement = Agreement(run.mesh)
+            desk = Desk(
+                checkpoints=checkpoints,
+                events=events,
+                signals=signals,
+                agreement=agreement,
+                cache=cache,
+                hosts=hosts,
+            )
+            _work(run, desk, changes)
+        except Leave as left:
+            hosts.stopped(str(left))
+            raise
+        except Stopped:
+            raise
+        except Diverged:
+            # So do all the others, at the same step.
+            hosts.finished()
+            raise
+        except Exception as error:
+            # Said before anything here waits for other processes, which may wait for this one.
+            lost = None if isinstance(error, DiskFull) else hosts.verdict(error)
+            if lost is not None:
+                raise lost from error
+            hosts.failed(error)
+            raise
+
+
+def _everywhere(call: Callable[[], _T]) -> _T:
+    """`call()` in every process of the run; a `ValueError` of one is raised in all."""
+    found, problem = None, ""
+    try:
+        found = call()
+    except ValueError as error:
+        problem = str(error)
+    problems = [text for text in gather(problem) if text]
+    if problems:
+        raise ValueError(problems[0])
+    return cast(_T, found)
+
+
+def _work(run: Run, desk: Desk, changes: Sequence[run_dir.Change]) -> None:
+    """Starts, trains, and tells at the end, however it ends, where the time went."""
+    _open_log(run, desk.events, changes)
+    try:
+        start = _start(run, desk, changes)
+        desk.signals.look()
+        _train(run, desk, start)
+    finally:
+        desk.events.flush()
+        if jax.process_index() == 0:
+            print(goodput(read(run.path / FILE)).line(), flush=True)
+
+
+def _open_log(run: Run, events: Events, changes: Sequence[run_dir.Change]) -> None:
+    """Notes who starts here, and with which allowed changes."""
+    ready = time.monotonic() - events.began
+    where = {"host": socket.gethostname(), "process": os.getpid(), "devices": jax.device_count()}
+    events.write("start", **where)
+    events.write("assemble", seconds=ready)
+    for setting, old, new in changes:
+        events.write("changed", setting=setting, old=old, new=new)
+        if jax.process_index() == 0:
+            print(f"changed since the last start, as allowed: {setting}: {old} -> {new}")
+
+
+def _train(run: Run, desk: Desk, start: Start) -> None:
+    """Loops, a second time from further back after too many skipped steps; then finishes."""
+    began = int(start.state.step), time.perf_counter()
+    while True:
+        with Feed(partial(run.batches, start), start.place.row) as feed:
+            with desk.events.timed("open", position=start.place.row):
+                feed.open()
+            try:
+                trained = Loop(run, desk, start, feed)()
+                break
+            except TooManySkipped as skipped:
+                problem = skipped
+        start = _roll_back(run, desk, start, problem)
+    with desk.events.timed("finish"):
+        finish(run, trained, began)
+    desk.events.write("end", step=int(trained.state.step))
+    if desk.cache is not None:
+        desk.cache.seal(idle=True)
+
+
+def _assemble(cfg: TrainConfig, path: epath.Path, look: Callable[[], None]) -> Run:
+    mesh = sharding.make_mesh(cfg.mesh)
+    sharding.check_rows(mesh, "batch_size", cfg.batch_size, cfg.accumulate)
+    sharding.check_rows(mesh, "eval.batch_size", cfg.eval.batch_size)
+    sharding.check_length(mesh, cfg.length)
+    check_remat(cfg.model.remat)
+    placement = sharding.param_shardings(mesh, logical_axes(cfg.model), abstract_params(cfg.model))
+    abstract = abstract_state(cfg, mesh, placement)
+    check_room(cfg, mesh, abstract)
+    steps = CompiledSteps(cfg, mesh, abstract)
+    if cfg.model.router.capacity_warmup_steps == 0:
+        steps.prepare(1)
+    tokenizer = data.load_tokenizer(cfg.data.tokenizer)
+    data.check_vocabulary(tokenizer, cfg.model.vocab_size)
+    _check_completion(cfg, tokenizer)
+    look()
+    layout = _layout(mesh, cfg, cfg.eval.batch_size)
+    given, multiple = (cfg.data, tokenizer, layout, cfg.eval.batches), sharding.row_devices(mesh)
+    heldout = data.heldout_batches(*given, multiple=multiple)
+    evaluator = Evaluator.of(cfg, [place(mesh, batch) for batch in heldout])
+    look()
+    fingerprint = data.fingerprint(cfg.data, tokenizer)
+    beginning = data.place_of(cfg.data, tokenizer, length=cfg.length, seed=cfg.seed)
+    return Run(cfg, path, mesh, tokenizer, evaluator, fingerprint, beginning, abstract, steps)
+
+
+def _layout(mesh: Mesh, cfg: TrainConfig, rows: int) -> data.Layout:
+    """Global batches of `rows` rows, and the part of them that this process reads."""
+    host, hosts = reader(mesh)
+    return data.Layout(length=cfg.length, batch_size=rows, host=host, hosts=hosts)
+
+
+def _check_completion(cfg: TrainConfig, tokenizer: data.Tokenizer) -> None:
+    """Raises `ValueError` if the sample at the end of the run would be longer than a row may be."""
+    room = cfg.model.max_length - len(tokenizer.encode(cfg.eval.prompt))
+    rule = f"with eval.prompt it exceeds model.max_length={cfg.model.max_length}"
+    wanted, fix = cfg.eval.completion_tokens, f"Use at most {max(room, 0)}"
+    check(wanted <= max(room, 0), "eval.completion_tokens", wanted, rule, fix)
+
+
+def place(mesh: Mesh, batch: Batch) -> Batch:
+    """This host's rows -> the global batch on the devices."""
+    rows = sharding.batch_sharding(mesh)
+    return jax.tree.map(partial(jax.make_array_from_process_local_data, rows), batch)
+
+
+def _start(run: Run, desk: Desk, changes: Sequence[run_dir.Change]) -> Start:
+    """The newest good checkpoint, else a new state."""
+    start = _from(run, desk, desk.checkpoints.latest_valid())
+    # Whoever changed a setting to get past a divergence has the one rollback again.
+    return dataclasses.replace(start, rolled_back=False) if changes else start
+
+
+def _from(run: Run, desk: Desk, step: int | None) -> Start:
+    """The checkpoint of `step`, or a new state for None."""
+    if step is None:
+        return Start(state=_new_state(run, desk), place=run.beginning)
+    with desk.events.timed("restore", step=step):
+        restored = desk.checkpoints.restore(fields(run.abstract), step)
+    there = carried_place(restored._asdict(), run.cfg, run.beginning, run.fingerprint)
+    return Start.of(TrainState(**restored.state), there, restored.extra)
+
+
+def _check_newest(run: Run) -> None:
+    """Whether the newest checkpoint can be gone on from, before anything is changed."""
+    facts = newest(run.path)
+    if facts is not None:
+        check_state(facts, run.cfg, fields(run.abstract))
+        carried_place(facts, run.cfg, run.beginning, run.fingerprint)
+
+
+def _check_initial(run: Run) -> None:
+    """Raises `ValueError` if the weights that the run is to start from are damaged or another's."""
+    rule = "some processes of the run find weights to start from in the directory, others do not"
+    fix = "Put it where all of them see it"
+    check(len(set(gather(pretrained.present(run.path)))) == 1, "workdir", str(run.path), rule, fix)
+    check_begun(run.path)
+    if jax.process_index() == 0 and pretrained.present(run.path) and not any_complete(run.path):
+        pretrained.verify(run.path, run.cfg.model)
+
+
+def _new_state(run: Run, desk: Desk) -> TrainState:
+    """The state before the first step: with the weights that came with the directory, or random."""
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, run.abstract)
+    given = pretrained.origin(run.path)
+    with desk.events.timed("fresh", step=0, weights=given or "random"), jax.set_mesh(run.mesh):
+        if not given:
+            return jax.jit(partial(fresh_state, run.cfg), out_shardings=shardings)()
+        if jax.process_index() == 0:
+            print(f"starts from {given}", flush=True)
+        params = pretrained.load(run.path, run.abstract.params)
+        make = partial(first_state, run.cfg)
+        return jax.jit(make, out_shardings=shardings, donate_argnums=0)(params)
+
+
+def _roll_back(run: Run, desk: Desk, start: Start, problem: TooManySkipped) -> Start:
+    """A start before the skipped steps, without their rows; `Diverged` the second time."""
+    most, first_bad = len(problem.bad), problem.step - len(problem.bad) + 1
+    jump = (min(problem.bad), data.ahead(max(problem.bad), run.cfg.batch_size, start.jumps))
+    told = (
+        f"optim.max_skipped_steps={run.cfg.optim.max_skipped_steps}: the loss or gradient was not "
+        f"finite in {most} steps in a row, {first_bad} to {problem.step}, rows "
+        f"{jump[0]} to {jump[1] - 1}"
+    )
+    if start.rolled_back:
+        desk.events.write("stop", step=problem.step, reason="diverged")
+        raise Diverged(
+            f"{told}, again after going back once. The checkpoints in {run.path} are from before. "
+            "Look at the data around those rows, or lower optim.lr: "
+            "--config.optim.lr=... --allow_changes=optim.lr goes on from there"
+        )
+    checkpoints = desk.checkpoints
+    step = checkpoints.latest_valid(before=first_bad)
+    if step is None:
+        # Only a stop amid skipped steps leaves nothing older, with the same parameters.
+        step = checkpoints.latest_valid()
+    back = _from(run, desk, step)
+    desk.events.write("rollback", from_step=problem.step, step=step or 0, jumped=list(jump))
+    if jax.process_index() == 0:
+        print(f"{told}: going back to step {step or 0}, then on without these rows", flush=True)
+    state = dataclasses.replace(back.state, skipped_in_a_row=back.state.skipped_in_a_row * 0)
+    return Start(state=state, place=back.place, jumps=(*back.jumps, jump), rolled_back=True)
+
+
+__all__ = ["Diverged", "Run", "Stopped", "fit", "place"]

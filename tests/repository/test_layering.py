@@ -1,0 +1,282 @@
+"""The house rules that a machine can check: who imports whom, and how large things may grow.
+
+Arguments of a function are counted without `self`, `cls`, `*args` and `**kwargs`; keyword-only
+arguments count like the others. Dataclasses have no limit on their fields.
+"""
+
+import ast
+import functools
+import sys
+import tomllib
+from collections.abc import Callable
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+CODE = sorted(
+    path for folder in ("mor_jax", "configs", "launch") for path in (ROOT / folder).rglob("*.py")
+)
+IDS = [str(path.relative_to(ROOT)) for path in CODE]
+
+# Copied into every export and run there: it has to hold everything, its imports are those of that
+# place, and the library that calls it decides on its arguments.
+EXPORTED = ROOT / "mor_jax" / "convert" / "hf" / "modeling_mor.py"
+
+# These need packages that nothing else does, so nothing else may import them at its top.
+SERVER = ROOT / "mor_jax" / "serve" / "http"
+HARNESS = ROOT / "mor_jax" / "harness"
+
+OWN = {"mor_jax", "configs", "launch"}
+MAX_FILE, MAX_FUNCTION, MAX_ARGUMENTS = 400, 60, 6
+
+# Lowest first. A module may import from its own layer and those below it.
+LAYERS = (
+    {
+        "types",
+        "config",
+        "model_config",
+        "parsing",
+        "parameters",
+        "chips",
+        "gpu_targets",
+        "host_memory",
+        "free_memory",
+        "option_names",
+        "platforms",
+        "exit_codes",
+        "command_line",
+        "stopping",
+        "aborts",
+        "distributed",
+    },
+    {"sharding", "exchange", "readers"},
+    {"models"},
+    {"losses", "optim", "state"},
+    {"train_step"},
+    {
+        "data",
+        "checkpoint",
+        "checkpoint_parts",
+        "initial",
+        "load",
+        "evaluation",
+        "branch",
+        "manifest",
+        "made_files",
+        "summary",
+        "metrics",
+        "workdir",
+        "settled",
+        "progress",
+        "agreement",
+        "together",
+        "hosts",
+        "compilation_cache",
+        "events",
+        "goodput",
+        "lease",
+        "at_work",
+        "profiling",
+        "flops",
+        "evaluate",
+        "harness",
+        "hlo",
+        "serve",
+        "convert",
+        "analysis",
+    },
+    {"train", "resume", "room", "loop", "feed", "steps", "finish", "scaling", "aot", "plan"},
+)
+LAYER_OF = {name: depth for depth, names in enumerate(LAYERS) for name in names}
+
+
+def each_module(check: Callable[[Path], None]) -> Callable[[], None]:
+    """The test that `check` holds for every file, naming all where it does not."""
+
+    def test() -> None:
+        broken = []
+        for path in CODE:
+            try:
+                check(path)
+            except AssertionError as error:
+                broken.append(f"{path.relative_to(ROOT)}: {error}")
+        assert not broken, "\n".join(broken)
+
+    test.__name__ = test.__qualname__ = check.__name__
+    return test
+
+
+@functools.cache
+def tree_of(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(), str(path))
+
+
+def module_of(path: Path) -> str:
+    """mor_jax/models/block.py -> mor_jax.models.block"""
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+@functools.cache
+def imports(path: Path) -> frozenset[str]:
+    """Absolute dotted names that a file imports anywhere, `from a import b` as a and a.b."""
+    package = module_of(path).split(".")
+    if path.name != "__init__.py":
+        package = package[:-1]
+    found = set()
+    for node in ast.walk(tree_of(path)):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            source = ".".join([*base, *([node.module] if node.module else [])])
+            found |= {source} | {f"{source}.{alias.name}" for alias in node.names}
+    return frozenset(found)
+
+
+def part(module: str) -> str | None:
+    """The second name of `mor_jax.X...`, None for anything else."""
+    names = module.split(".")
+    return names[1] if names[0] == "mor_jax" and len(names) > 1 else None
+
+
+def test_there_is_code_to_check():
+    assert {"mor_jax/config/train.py", "configs/common.py"} <= set(IDS)
+
+
+def test_every_part_has_a_layer():
+    parts = {part(module_of(path)) for path in CODE} - {None}
+    unknown = parts - set(LAYER_OF)
+    assert not unknown, f"give {sorted(unknown)} a place in LAYERS of {__file__}"
+
+
+@each_module
+def test_imports_point_downwards(path):
+    own = part(module_of(path))
+    if path.is_relative_to(ROOT / "mor_jax"):
+        wrong = {m for m in imports(path) if m.split(".")[0] in ("launch", "configs", "tests")}
+        assert not wrong, f"mor_jax must not import {sorted(wrong)}"
+    for module in sorted(imports(path)):
+        other = part(module)
+        if own is None or other is None or other not in LAYER_OF:
+            continue
+        assert LAYER_OF[other] <= LAYER_OF[own], (
+            f"{module_of(path)} (layer {LAYER_OF[own]}) imports {module} (layer {LAYER_OF[other]})"
+        )
+
+
+@each_module
+def test_only_its_command_imports_the_http_server(path):
+    if not path.is_relative_to(SERVER) and path != ROOT / "launch" / "serve.py":
+        assert not {m for m in imports(path) if m.startswith("mor_jax.inference.server")}
+
+
+def test_lm_eval_is_imported_only_where_tasks_are_asked_for():
+    for path in CODE:
+        if not path.is_relative_to(HARNESS):
+            top = [node.module or "" for node in tree_of(path).body if type(node) is ast.ImportFrom]
+            assert not [name for name in top if name.startswith("mor_jax.evaluation.lm_eval")], path
+
+
+@each_module
+def test_models_know_only_the_models_config(path):
+    """`models` never sees the root config, the optimiser or the data."""
+    if part(module_of(path)) == "models":
+        forbidden = {f"mor_jax.config.train.{n}Config" for n in ("Train", "Optim", "Data", "Eval")}
+        assert not imports(path) & forbidden
+
+
+@each_module
+def test_nnx_stays_in_models_and_state(path):
+    users = {m for m in imports(path) if m.startswith("flax")}
+    if part(module_of(path)) not in ("models", "state"):
+        assert not users, f"{path} imports {sorted(users)}; only models/ and state.py may"
+
+
+@each_module
+def test_no_private_jax(path):
+    assert not {m for m in imports(path) if "jax._src" in m or "jaxlib" in m}
+
+
+@each_module
+def test_files_and_names(path):
+    lines = len(path.read_text().splitlines())
+    assert lines <= MAX_FILE or path == EXPORTED, f"{lines} lines: split it (hard limit {MAX_FILE})"
+    assert path.stem not in ("utils", "util", "helpers", "misc"), "name it after what it owns"
+    assert not (set(path.relative_to(ROOT).parts[:-1]) & {"common", "utils"})
+
+
+@each_module
+def test_modules_and_public_functions_have_docstrings(path):
+    tree = tree_of(path)
+    assert ast.get_docstring(tree), "the module docstring says what the module owns"
+    public = [
+        node
+        for node in tree.body
+        if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_")
+    ]
+    missing = [node.name for node in public if not ast.get_docstring(node) and node.name != "main"]
+    assert not missing, f"no docstring: {missing}"
+
+
+@each_module
+def test_functions_fit_on_a_screen(path):
+    for node in ast.walk(tree_of(path)):
+        if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            continue
+        length = node.end_lineno - node.lineno + 1
+        assert length <= MAX_FUNCTION, f"{node.name} has {length} lines (limit {MAX_FUNCTION})"
+        arguments = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
+        names = [a.arg for a in arguments if a.arg not in ("self", "cls")]
+        assert len(names) <= MAX_ARGUMENTS or path == EXPORTED, (
+            f"{node.name} takes {len(names)}: {names}"
+        )
+
+
+def package(name: str) -> str:
+    """Package of an import name or of a requirement line: `grain>=0.2` -> grain."""
+    for stop in "[<>=!~; ":
+        name = name.split(stop)[0]
+    special = {"absl": "absl-py", "orbax": "orbax-checkpoint", "yaml": "pyyaml", "PIL": "pillow"}
+    return special.get(name, name).lower().replace("_", "-")
+
+
+def required(path: Path) -> set[str]:
+    """What a module may import at its top. Those of the HTTP server and of lm-eval's harness,
+    which nothing else imports at its top, have requirements of their own."""
+    names = ["requirements.txt"]
+    if path.is_relative_to(SERVER):
+        names.append("requirements-serve.txt")
+    if path.is_relative_to(HARNESS):
+        names.append("requirements-eval.txt")
+    lines = [line for name in names for line in (ROOT / name).read_text().splitlines()]
+    lines = [line.split("#")[0].strip() for line in lines]
+    return {package(line) for line in lines if line}
+
+
+def optional() -> set[str]:
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    return {package(line) for lines in extras["optional-dependencies"].values() for line in lines}
+
+
+def third_party(nodes) -> set[str]:
+    """Packages that import statements among `nodes` need."""
+    tops = set()
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            tops |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            tops.add(node.module.split(".")[0])
+    return {package(t) for t in tops if t not in sys.stdlib_module_names | OWN}
+
+
+@each_module
+def test_third_party_imports_are_declared(path):
+    """Imports at the top of a module in requirements.txt, those inside functions there or as an
+    extra in pyproject.toml."""
+    tree = tree_of(path)
+    top = third_party(tree.body)
+    assert path == EXPORTED or not top - required(path), (
+        f"add to requirements.txt: {sorted(top - required(path))}"
+    )
+    missing = third_party(ast.walk(tree)) - required(path) - optional()
+    assert not missing, f"add to an extra in pyproject.toml: {sorted(missing)}"

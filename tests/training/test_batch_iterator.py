@@ -1,0 +1,36 @@
+"""Batches in order, with the number of their first row."""
+
+import numpy as np
+
+from mor_jax.training.batch_iterator import Feed
+from mor_jax.types import Batch
+
+
+class Numbers:
+    """Stands for the batches of a corpus, two rows each: a batch holds the number of its first."""
+
+    def __init__(self, start, log):
+        self.position, self._log = start, log
+        log.append(f"open {start}")
+
+    def __next__(self):
+        self.position += 2
+        row = np.full((1, 2), self.position - 2, np.int32)
+        return Batch(row, row)
+
+    def close(self):
+        self._log.append("close")
+
+
+def test_batches_come_in_order_and_are_opened_once():
+    log = []
+    with Feed(lambda: Numbers(3, log), 3) as feed:
+        assert (feed.position, log) == (3, [])
+        feed.open()
+        for number in (3, 5, 7):
+            assert feed.position == number
+            got, batch = feed.next()
+            assert got == batch.tokens[0, 0] == number
+        assert feed.position == 9
+        assert feed.waited >= 0
+    assert log == ["open 3", "close"]
