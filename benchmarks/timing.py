@@ -50,7 +50,7 @@ def random_batch(cfg: TrainConfig, seed: int = 0) -> Batch:
 
 
 class Trainer:
-    """A run's train step, compiled as `mor_jax.training.trainer` compiles it, on one batch and one device.
+    """A run's train step, compiled as `training.trainer` does, on one batch and one device.
 
     temp_bytes: memory of the compiled step beside the state and the batch. losses: cross-entropy
     of every step taken, in nats per token.

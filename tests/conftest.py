@@ -27,6 +27,7 @@ if importlib.metadata.version("jaxlib").startswith("0.10."):
 
 import jax
 import pytest
+import support.typecheck  # noqa: F401 (the hook below looks it up by its name)
 from jaxtyping import install_import_hook
 
 # Set through jax.config rather than XLA_FLAGS, so that processes started by a test see one device

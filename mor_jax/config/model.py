@@ -1,4 +1,4 @@
-"""The typed side of a model's configuration; `mor_jax.config.train` has the rest and re-exports this."""
+"""The settings of a model. `mor_jax.config` exports them with the others."""
 
 import dataclasses
 import itertools

@@ -3,7 +3,7 @@
 import dataclasses
 
 import pytest
-from serve.engines import served
+from support.engines import served
 from support.tiny import TINY
 
 from mor_jax.inference.config import EngineConfig, plan

@@ -11,7 +11,26 @@ import tomllib
 from collections.abc import Callable
 from pathlib import Path
 
+from support.import_graph import (
+    LEVEL,
+    between_folders,
+    circles,
+    folder_of,
+    graph_of,
+    wrong_imports,
+)
+
 ROOT = Path(__file__).parents[2]
+LEVELS_IN = "tests/support/import_graph.py"
+GRAPH = graph_of(ROOT)
+OPEN = {
+    "checkpoint.pretrained",
+    "convert.tokenizers.export",
+    "distributed.heartbeat",
+    "observability.metrics",
+    "runtime.compilation_cache",
+    "inference.load_model",
+}
 CODE = sorted(
     path for folder in ("mor_jax", "configs", "launch") for path in (ROOT / folder).rglob("*.py")
 )
@@ -22,71 +41,11 @@ IDS = [str(path.relative_to(ROOT)) for path in CODE]
 EXPORTED = ROOT / "mor_jax" / "convert" / "hf" / "modeling_mor.py"
 
 # These need packages that nothing else does, so nothing else may import them at its top.
-SERVER = ROOT / "mor_jax" / "serve" / "http"
-HARNESS = ROOT / "mor_jax" / "harness"
+SERVER = ROOT / "mor_jax" / "inference" / "server"
+HARNESS = ROOT / "mor_jax" / "evaluation" / "lm_eval"
 
 OWN = {"mor_jax", "configs", "launch"}
 MAX_FILE, MAX_FUNCTION, MAX_ARGUMENTS = 400, 60, 6
-
-# Lowest first. A module may import from its own layer and those below it.
-LAYERS = (
-    {
-        "types",
-        "config",
-        "model_config",
-        "parsing",
-        "parameters",
-        "chips",
-        "gpu_targets",
-        "host_memory",
-        "free_memory",
-        "option_names",
-        "platforms",
-        "exit_codes",
-        "command_line",
-        "stopping",
-        "aborts",
-        "distributed",
-    },
-    {"sharding", "exchange", "readers"},
-    {"models"},
-    {"losses", "optim", "state"},
-    {"train_step"},
-    {
-        "data",
-        "checkpoint",
-        "checkpoint_parts",
-        "initial",
-        "load",
-        "evaluation",
-        "branch",
-        "manifest",
-        "made_files",
-        "summary",
-        "metrics",
-        "workdir",
-        "settled",
-        "progress",
-        "agreement",
-        "together",
-        "hosts",
-        "compilation_cache",
-        "events",
-        "goodput",
-        "lease",
-        "at_work",
-        "profiling",
-        "flops",
-        "evaluate",
-        "harness",
-        "hlo",
-        "serve",
-        "convert",
-        "analysis",
-    },
-    {"train", "resume", "room", "loop", "feed", "steps", "finish", "scaling", "aot", "plan"},
-)
-LAYER_OF = {name: depth for depth, names in enumerate(LAYERS) for name in names}
 
 
 def each_module(check: Callable[[Path], None]) -> Callable[[], None]:
@@ -143,25 +102,31 @@ def test_there_is_code_to_check():
     assert {"mor_jax/config/train.py", "configs/common.py"} <= set(IDS)
 
 
-def test_every_part_has_a_layer():
-    parts = {part(module_of(path)) for path in CODE} - {None}
-    unknown = parts - set(LAYER_OF)
-    assert not unknown, f"give {sorted(unknown)} a place in LAYERS of {__file__}"
+def test_every_folder_has_a_level():
+    folders = {folder_of(name, frozenset(LEVEL)) for name in GRAPH}
+    assert folders <= set(LEVEL), f"give {sorted(folders - set(LEVEL))} a level in {LEVELS_IN}"
+
+
+def test_only_three_files_lie_at_the_root():
+    files = {path.name for path in (ROOT / "mor_jax").glob("*.py")}
+    assert files == {"__init__.py", "types.py", "files.py"}, "give a new file a folder"
+
+
+def test_no_import_points_upwards_or_across():
+    up, across = wrong_imports(GRAPH)
+    assert not [f"{module} -> {other}" for module, other in up + across if module not in OPEN]
+
+
+def test_there_are_no_circles():
+    assert len(circles(GRAPH)) == 3
+    assert len(circles(between_folders(GRAPH))) == 2
 
 
 @each_module
-def test_imports_point_downwards(path):
-    own = part(module_of(path))
+def test_the_package_imports_nothing_above_it(path):
     if path.is_relative_to(ROOT / "mor_jax"):
-        wrong = {m for m in imports(path) if m.split(".")[0] in ("launch", "configs", "tests")}
+        wrong = {m for m in imports(path) if m.split(".")[0] in ("launch", "tests")}
         assert not wrong, f"mor_jax must not import {sorted(wrong)}"
-    for module in sorted(imports(path)):
-        other = part(module)
-        if own is None or other is None or other not in LAYER_OF:
-            continue
-        assert LAYER_OF[other] <= LAYER_OF[own], (
-            f"{module_of(path)} (layer {LAYER_OF[own]}) imports {module} (layer {LAYER_OF[other]})"
-        )
 
 
 @each_module
@@ -186,10 +151,10 @@ def test_models_know_only_the_models_config(path):
 
 
 @each_module
-def test_nnx_stays_in_models_and_state(path):
+def test_nnx_stays_in_models(path):
     users = {m for m in imports(path) if m.startswith("flax")}
-    if part(module_of(path)) not in ("models", "state"):
-        assert not users, f"{path} imports {sorted(users)}; only models/ and state.py may"
+    if part(module_of(path)) != "models":
+        assert not users, f"{path} imports {sorted(users)}; only models/ may"
 
 
 @each_module

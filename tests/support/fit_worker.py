@@ -1,4 +1,4 @@
-"""One process of tests/distributed/test_multiprocess.py: joins the others, then trains run after run.
+"""One process of test_multiprocess.py: joins the others, then trains run after run.
 
     python tests/support/fit_worker.py RUNS.json PORT PROCESSES PROCESS
 

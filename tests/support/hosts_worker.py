@@ -1,4 +1,4 @@
-"""One process of tests/distributed/test_heartbeat.py: joins the others, then does what its case says.
+"""One process of test_heartbeat.py: joins the others, then does what its case says.
 
     python tests/support/hosts_worker.py CASE PORT PROCESSES PROCESS DIRECTORY
 

@@ -18,7 +18,8 @@ PACKAGE = "mor_jax"
 # Lowest first. A module imports from its own folder and from folders of lower levels; two folders
 # of one level do not import each other. `types` and `files` are the modules at the root.
 LEVELS = (
-    ("types", "config"),
+    ("types",),
+    ("config",),
     ("files",),
     ("data.tokenizers", "data.sources"),
     ("data.streams",),
@@ -57,7 +58,8 @@ def modules(root: Path) -> dict[str, Path]:
     for path in sorted((root / PACKAGE).rglob("*.py")):
         parts = path.relative_to(root / PACKAGE).with_suffix("").parts
         name = ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
-        if name and "modeling_mor" not in name:
+        code = ast.parse(path.read_text()).body[1:]
+        if name and code and "modeling_mor" not in name:
             found[name] = path
     return found
 

@@ -6,7 +6,7 @@ import json
 import jax
 import numpy as np
 import pytest
-from test_train import config, corpus, records, saved_state
+from test_trainer import config, corpus, records, saved_state
 
 from mor_jax.checkpoint.checkpointer import INCOMPLETE
 from mor_jax.config import CheckpointConfig, OptimConfig

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from models import oracle
+from support import oracle
 from support.hf_model import MODELING, hf_config, params_of, torch_model, torch_state
 from support.hf_prompts import PROMPT, forced, prompts
 from support.tiny import EXPERT, TINY, TOKEN, train_config

@@ -10,7 +10,7 @@ import threading
 import numpy as np
 import pytest
 from rich.console import Console
-from serve.engines import paused
+from support.engines import paused
 from support.seeded import random_params
 from support.tiny import TINY, train_config
 

@@ -6,7 +6,7 @@ import time
 
 import jax
 import pytest
-from serve.engines import check_answer, paused, requests, served
+from support.engines import check_answer, paused, requests, served
 from support.tiny import TINY
 
 from mor_jax.inference.config import plan

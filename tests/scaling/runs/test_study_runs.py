@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from support.patience import PATIENCE, until
-from test_study_plan import CONFIGS, SMALL
+from support.small_study import CONFIGS, SMALL
 
 from mor_jax.scaling.runs.cluster import Cluster, submit
 from mor_jax.scaling.runs.collect import add, directory, progress

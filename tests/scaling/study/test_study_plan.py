@@ -2,27 +2,15 @@
 
 import dataclasses
 import json
-from pathlib import Path
 
 import pytest
+from support.small_study import CONFIGS, SMALL
 
 from configs import from_study
 from mor_jax.config import TrainConfig
 from mor_jax.models.flops import flops
 from mor_jax.scaling.study.manifest import FILE, read, write
-from mor_jax.scaling.study.plan import Asked, Rules, Shapes, make_plan
-
-CONFIGS = Path(__file__).parents[3] / "configs"
-SMALL = Asked(
-    study="small",
-    architectures=("plain", "mor-2", "token-3"),
-    sizes=("w16", "w32", "w64"),
-    budgets=(4e12, 1e12),
-    shapes=Shapes(head_dim=8, layers=8),
-    rules=Rules(lr=4e-3, lr_width=32, lr_power=1.0),
-    overrides={"batch_size": 4},
-    speed=1e10,
-)
+from mor_jax.scaling.study.plan import Rules, make_plan
 
 
 def plan(**changes):
