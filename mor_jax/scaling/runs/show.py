@@ -99,7 +99,7 @@ def remaining(seconds: float, done: float, rest: float) -> str:
     return f", {duration(seconds * rest / done)} to go" if done > 0 else ""
 
 
-def count(value: float) -> str:
+def count(value: float | int) -> str:
     """`612`, `45.2k`, `118M`, `1.71B`."""
     for limit, unit in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
         if value >= limit:
