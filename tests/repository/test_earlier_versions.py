@@ -1,4 +1,4 @@
-"""What version 0.1.0 wrote still loads; goldens/earlier/README.md says how it was made.
+"""What version 0.1.0 wrote still loads; tests/goldens/earlier/README.md says how it was made.
 
 Names of settings, of metrics and of fields were others then. What is expected here are values:
 where a name changes, the file in goldens stays and the code below takes the new name.
@@ -15,17 +15,18 @@ from etils import epath
 
 from configs import from_study, from_workdir
 from launch import convert, evaluate, generate, isoflop, prepare_data
-from mor_jax import data, metrics
-from mor_jax.config import TrainConfig
-from mor_jax.data.shards import open_shards
-from mor_jax.scaling.fit import FitOptions, fit
-from mor_jax.scaling.manifest import read as read_study
-from mor_jax.scaling.points import read_points
-from mor_jax.scaling.report import write_report
-from mor_jax.train import fit as train
-from mor_jax.workdir import differences, read_config
+from mor_jax.checkpoint.run_dir import differences, read_config
+from mor_jax.config.train import TrainConfig
+from mor_jax.data.shards.reader import open_shards
+from mor_jax.data.tokenizers.base import load_tokenizer
+from mor_jax.observability import metrics
+from mor_jax.scaling.fit.fit import FitOptions, fit
+from mor_jax.scaling.report.report import write_report
+from mor_jax.scaling.runs.points import read_points
+from mor_jax.scaling.study.manifest import read as read_study
+from mor_jax.training.trainer import fit as train
 
-EARLIER = Path(__file__).parent / "goldens" / "earlier"
+EARLIER = Path(__file__).parent.parent / "goldens" / "earlier"
 
 # Today's name of a metric -> its name then.
 TRAINING = {
@@ -173,7 +174,7 @@ def test_a_study_is_read_fitted_and_reported(earlier, capsys):
 
 
 def test_shards_are_read_and_continued(earlier):
-    streams = open_shards("shards:shards", data.load_tokenizer("bytes"))
+    streams = open_shards("shards:shards", load_tokenizer("bytes"))
     # A run that was trained on them notes these hashes.
     assert [(len(stream), stream.fingerprint) for stream in streams.values()] == [
         (1587, "435e21873c7e8c1f3cbd3741e47b97a6"),
