@@ -11,11 +11,31 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from etils import epath
+
 Stamps = dict[str, list[int]]
 """Size in bytes and CRC-32 of files, by their path inside of a directory."""
 
 _BLOCK = 2**22
 _SMALL = 2**20
+
+
+def write_atomic(path: epath.Path, text: str) -> None:
+    """Writes a small text file that is either absent, the old one or complete.
+
+    On local disks it is also durable when this returns: it outlives the machine's power.
+    """
+    draft = path.with_name(f"{path.name}.draft")
+    try:
+        with draft.open("w") as file:
+            file.write(text)
+            file.flush()
+            if "://" not in str(path):
+                os.fsync(file.fileno())
+        draft.replace(path)
+    except OSError:
+        draft.unlink(missing_ok=True)
+        raise
 
 
 def stamps(directory: Path, but: str) -> Stamps:
@@ -77,4 +97,4 @@ def _entries(directory: Path) -> Iterator[tuple[str, Path]]:
             yield here.relative_to(directory).as_posix(), here
 
 
-__all__ = ["Stamps", "stamp", "stamps", "strangers", "unused"]
+__all__ = ["Stamps", "stamp", "stamps", "strangers", "unused", "write_atomic"]

@@ -12,7 +12,7 @@ from jax.sharding import Mesh, SingleDeviceSharding
 
 from gpu_compiling.matrix import ENGINE, Case, config
 from mor_jax.config import TrainConfig
-from mor_jax.data.tokenizers.base import load_tokenizer
+from mor_jax.data.tokenizers.load import load_tokenizer
 from mor_jax.distributed import mesh as sharding
 from mor_jax.inference.config import EngineConfig, plan
 from mor_jax.inference.engine.batch_state import Held, Slots

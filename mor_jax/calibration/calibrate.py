@@ -11,10 +11,10 @@ from etils import epath
 
 from mor_jax.calibration.calibrator import Calibrator, Point, Text
 from mor_jax.checkpoint.load_weights import Found
-from mor_jax.checkpoint.manifest import write_atomic
 from mor_jax.config import ModelConfig
 from mor_jax.config.parsing import check
 from mor_jax.evaluation import Asked, config_for
+from mor_jax.files import write_atomic
 from mor_jax.inference.calibration_file import (
     Calibration,
     check_replaceable,

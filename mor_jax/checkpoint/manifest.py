@@ -2,13 +2,14 @@
 
 import json
 import math
-import os
 import zlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
 from etils import epath
+
+from mor_jax.files import write_atomic
 
 FILE = "manifest.json"
 FORMAT = 2
@@ -125,24 +126,6 @@ def check_data(facts: Mapping[str, Any], fingerprint: str | None) -> None:
             f"{fingerprint} now), so position {facts['position']} would mean other text. "
             "Bring the old data back, or start over in another workdir"
         )
-
-
-def write_atomic(path: epath.Path, text: str) -> None:
-    """Writes a small text file that is either absent, the old one or complete.
-
-    On local disks it is also durable when this returns: it outlives the machine's power.
-    """
-    draft = path.with_name(f"{path.name}.draft")
-    try:
-        with draft.open("w") as file:
-            file.write(text)
-            file.flush()
-            if "://" not in str(path):
-                os.fsync(file.fileno())
-        draft.replace(path)
-    except OSError:
-        draft.unlink(missing_ok=True)
-        raise
 
 
 def _seal(manifest: dict[str, Any]) -> int:

@@ -21,8 +21,7 @@ from mor_jax.checkpoint import manifest
 from mor_jax.checkpoint.lazy_arrays import Lazy
 from mor_jax.config import ModelConfig
 from mor_jax.config.parsing import check, fail
-from mor_jax.models.params import abstract_params
-from mor_jax.training.optimizer import paths
+from mor_jax.models.params import abstract_params, paths
 from mor_jax.types import Params
 
 DIRECTORY = "initial"

@@ -22,10 +22,10 @@ import jax
 from etils import epath
 
 from mor_jax.checkpoint import checkpointer, pretrained
-from mor_jax.checkpoint.manifest import write_atomic
 from mor_jax.checkpoint.run_lock import Held, Lease
 from mor_jax.config import TrainConfig
 from mor_jax.config.parsing import check, fail, flat
+from mor_jax.files import write_atomic
 
 CONFIG_FILE = "config.json"
 LOCK_FILE = "lock"

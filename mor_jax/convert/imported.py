@@ -12,21 +12,8 @@ from mor_jax.config import ModelConfig
 from mor_jax.config.optional_import import need
 from mor_jax.config.parsing import check, fail
 from mor_jax.convert.sources import Weights
-from mor_jax.data.tokenizers.base import files_beside
-
-# Files that make up a tokenizer, or say how a model wants to be prompted.
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-    "chat_template.json",
-    "generation_config.json",
-)
+from mor_jax.convert.tokenizers.export import TOKENIZER_FILES
+from mor_jax.data.tokenizers.load import files_beside
 
 
 @dataclasses.dataclass(frozen=True)

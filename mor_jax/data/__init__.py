@@ -13,7 +13,8 @@ from mor_jax.data.loader import (
 )
 from mor_jax.data.ngram_baseline import ngram_loss
 from mor_jax.data.position import Jump, Place, ahead, carried_over
-from mor_jax.data.tokenizers.base import Tokenizer, check_vocabulary, load_tokenizer
+from mor_jax.data.tokenizers.base import Tokenizer
+from mor_jax.data.tokenizers.load import check_vocabulary, load_tokenizer
 
 __all__ = [
     "Jump",

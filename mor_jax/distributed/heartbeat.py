@@ -20,9 +20,9 @@ from typing import Any
 import jax
 from etils import epath
 
-from mor_jax.checkpoint.manifest import write_atomic
 from mor_jax.distributed.abort_handler import Aborts
 from mor_jax.distributed.startup_check import gather
+from mor_jax.files import write_atomic
 from mor_jax.runtime import exit_codes
 
 DIRECTORY = "hosts"

@@ -120,7 +120,7 @@ def save(path: epath.Path, calibration: Calibration) -> None:
     text = json.dumps(dataclasses.asdict(calibration), indent=2) + "\n"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        manifest.write_atomic(path, text)
+        write_atomic(path, text)
     except OSError as error:
         fail("name", str(path), f"cannot be written ({error})", "Give --name=FILE.json elsewhere")
 

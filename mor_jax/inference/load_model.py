@@ -21,7 +21,7 @@ from mor_jax.inference.calibration_file import Calibration, created, load
 from mor_jax.inference.calibration_targets import takes_all, trained_shares
 from mor_jax.inference.recursion_depth import with_recursions
 from mor_jax.models.flops import routed_shares
-from mor_jax.training.optimizer import paths
+from mor_jax.models.params import paths
 from mor_jax.types import Params
 
 _SPECIAL = ("bos_token", "eos_token", "unk_token", "pad_token")

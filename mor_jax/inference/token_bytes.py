@@ -5,8 +5,10 @@ import json
 import re
 from collections.abc import Callable
 
+from mor_jax.data.tokenizers.base import Tokenizer
+
 # The two libraries are imported where they are needed: a model of bytes needs neither.
-from mor_jax.data.tokenizers.base import ByteTokenizer, Tokenizer, byte_letters
+from mor_jax.data.tokenizers.bytes import ByteTokenizer, byte_letters
 
 _BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 

@@ -170,6 +170,12 @@ def logits_table(cfg: ModelConfig, params: Params) -> Float[Array, "v d"]:
     return params["embed" if cfg.tie_embeddings else "head"]["weight"]
 
 
+def paths(tree: Any) -> list[str]:
+    """Dotted paths of a nested dictionary's leaves, in the order of `jax.tree.leaves`."""
+    flat = jax.tree_util.tree_leaves_with_path(tree)
+    return [jax.tree_util.keystr(path, simple=True, separator=".") for path, _ in flat]
+
+
 def new_state(params: Params, opt_state: Any) -> TrainState:
     """The state before the first step."""
     # Three arrays, not one thrice: a state is donated, and a buffer can be donated only once.

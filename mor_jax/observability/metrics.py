@@ -15,9 +15,9 @@ import jax
 import numpy as np
 from etils import epath
 
-from mor_jax.checkpoint.manifest import write_atomic
 from mor_jax.config import LogConfig
 from mor_jax.config.parsing import fail
+from mor_jax.files import write_atomic
 
 FILE = "metrics.jsonl"
 

@@ -14,7 +14,7 @@ import jax
 from etils import epath
 from jax.experimental.compilation_cache import compilation_cache
 
-from mor_jax.checkpoint.manifest import write_atomic
+from mor_jax.files import write_atomic
 
 DIRECTORY = "compilation_cache"
 

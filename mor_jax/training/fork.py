@@ -16,9 +16,9 @@ from etils import epath
 
 from mor_jax.checkpoint import run_dir
 from mor_jax.checkpoint.checkpointer import INCOMPLETE, Checkpoints, any_complete, step_directory
-from mor_jax.checkpoint.manifest import write_atomic
 from mor_jax.config import CheckpointConfig, TrainConfig
 from mor_jax.config.parsing import check, fail
+from mor_jax.files import write_atomic
 from mor_jax.observability import metrics
 from mor_jax.training import optimizer
 

@@ -113,12 +113,6 @@ def make_optimizer(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def paths(tree: Any) -> list[str]:
-    """Dotted paths of a nested dictionary's leaves, in the order of `jax.tree.leaves`."""
-    flat = jax.tree_util.tree_leaves_with_path(tree)
-    return [jax.tree_util.keystr(path, simple=True, separator=".") for path, _ in flat]
-
-
 class _Scalars(NamedTuple):
     # What an update of one group of arrays needs, bias corrections included. A step that is to
     # change nothing is expressed here (rates 0, moments kept), because selecting between old and

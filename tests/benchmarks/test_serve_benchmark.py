@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 
 from serving import allowed, load, report, shapes, weights
 
-from mor_jax.data.tokenizers.base import ByteTokenizer
+from mor_jax.data.tokenizers.bytes import ByteTokenizer
 from mor_jax.inference.engine.engine import Engine, EngineConfig
 from mor_jax.models.flops import flops, kv_bytes
 from mor_jax.models.param_count import unique_parameters

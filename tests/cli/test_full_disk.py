@@ -7,10 +7,10 @@ import pytest
 from etils import epath
 from matplotlib.figure import Figure
 
-from mor_jax.checkpoint.manifest import write_atomic
 from mor_jax.config.parsing import fail
 from mor_jax.evaluation import plot
 from mor_jax.evaluation.results import Records
+from mor_jax.files import write_atomic
 from mor_jax.runtime import exit_codes
 
 

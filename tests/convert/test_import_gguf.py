@@ -23,7 +23,7 @@ from mor_jax.config import RopeScaling
 from mor_jax.convert.import_gguf import import_gguf
 from mor_jax.convert.names import llama_entries
 from mor_jax.convert.views import as_tensors
-from mor_jax.data.tokenizers.base import load_tokenizer
+from mor_jax.data.tokenizers.load import load_tokenizer
 from mor_jax.models.params import forward, unembed
 from mor_jax.types import Batch
 

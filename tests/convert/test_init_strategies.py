@@ -9,7 +9,7 @@ from support.tiny import TINY
 
 from mor_jax.checkpoint.lazy_arrays import flatten, held, nested
 from mor_jax.convert.init_strategies import STRATEGIES, select_layers, share_layers
-from mor_jax.training.optimizer import paths
+from mor_jax.models.params import paths
 
 PLAIN = dataclasses.replace(TINY["plain"], layers=6)
 

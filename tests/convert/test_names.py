@@ -14,7 +14,7 @@ from mor_jax.convert.names import EMBEDDING, HEAD, entries, llama_entries, mor_e
 from mor_jax.convert.state_dict import from_params, to_params
 from mor_jax.convert.views import as_params, as_tensors, turn
 from mor_jax.models.param_count import unique_parameters
-from mor_jax.training.optimizer import paths
+from mor_jax.models.params import paths
 
 RECURSIVE = TINY["middle_cycle"]
 EXPERT = TINY["expert"]

@@ -8,8 +8,7 @@ from support.seeded import random_params
 from support.tiny import PLAIN, TINY
 
 from mor_jax.models.param_count import unique_parameters
-from mor_jax.models.params import abstract_params, init_params, logical_axes, logits_table
-from mor_jax.training.optimizer import paths
+from mor_jax.models.params import abstract_params, init_params, logical_axes, logits_table, paths
 
 
 @pytest.mark.parametrize("name", TINY)

@@ -10,7 +10,7 @@ from support.patience import PATIENCE
 from support.seeded import random_params
 from support.tiny import TINY
 
-from mor_jax.data.tokenizers.base import ByteTokenizer
+from mor_jax.data.tokenizers.bytes import ByteTokenizer
 from mor_jax.inference.engine.request import Request, Sampling, Token
 from mor_jax.inference.load_model import Served
 from mor_jax.models.flops import routed_shares

@@ -7,8 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mor_jax.config import ModelConfig
-from mor_jax.models.params import abstract_params
-from mor_jax.training.optimizer import paths
+from mor_jax.models.params import abstract_params, paths
 from mor_jax.types import Params
 
 

@@ -14,9 +14,24 @@ from tokenizers import decoders, models, pre_tokenizers
 
 from mor_jax.config.optional_import import need
 from mor_jax.config.parsing import check, fail
-from mor_jax.convert.imported import TOKENIZER_FILES
 from mor_jax.convert.tokenizers.sentencepiece import Kind, Pieces, files_of, tokenizer_of
-from mor_jax.data.tokenizers.base import ByteTokenizer, Tokenizer, byte_letters, files_beside
+from mor_jax.data.tokenizers.base import Tokenizer
+from mor_jax.data.tokenizers.bytes import ByteTokenizer, byte_letters
+from mor_jax.data.tokenizers.load import files_beside
+
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+    "generation_config.json",
+)
+"""Files that may lie beside a tokenizer and belong to it."""
 
 CONFIG = "tokenizer_config.json"
 BYTES_EOS = "<|endoftext|>"

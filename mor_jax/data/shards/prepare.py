@@ -19,7 +19,8 @@ from mor_jax.data.shards.reader import FORMAT, MANIFEST, RECORD_TOKENS, SPLITS
 from mor_jax.data.shards.writer import PARTIAL, write_beside
 from mor_jax.data.sources.documents import Documents, open_documents
 from mor_jax.data.streams.validation_split import is_heldout, text_hash
-from mor_jax.data.tokenizers.base import Tokenizer, load_tokenizer
+from mor_jax.data.tokenizers.base import Tokenizer
+from mor_jax.data.tokenizers.load import load_tokenizer
 from mor_jax.data.tokenizers.train_bpe import train_bpe
 
 __all__ = ["PrepareConfig", "Progress", "prepare"]

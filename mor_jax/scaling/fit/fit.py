@@ -9,8 +9,8 @@ from typing import Any, Literal
 import numpy as np
 from etils import epath
 
-from mor_jax.checkpoint.manifest import write_atomic
 from mor_jax.config.parsing import check
+from mor_jax.files import write_atomic
 from mor_jax.scaling.fit.minima import Best, Gap, Minimum, best_of, gaps, minimum
 from mor_jax.scaling.fit.parabola import Group, Parabola, Refusal, groups, parabola
 from mor_jax.scaling.fit.parametric import LossLaw, loss_law
@@ -98,12 +98,6 @@ class Fit:
     def to_dict(self) -> dict[str, Any]:
         """Plain values for `fit.json`."""
         return _plain(dataclasses.asdict(self))
-
-    def lines(self, routing: str = "causal", kind: str = "unique") -> list[str]:
-        """The tables of one view as aligned lines."""
-        from mor_jax.scaling.fit.tables import lines
-
-        return lines(self, routing, kind)
 
 
 def save(fit: Fit, folder: epath.Path) -> epath.Path:

@@ -5,8 +5,8 @@ from typing import Any
 
 from etils import epath
 
-from mor_jax.checkpoint.manifest import write_atomic
 from mor_jax.config.parsing import check
+from mor_jax.files import write_atomic
 from mor_jax.scaling.fit.fit import Fit, View
 from mor_jax.scaling.report.figures import Figures
 from mor_jax.scaling.report.page import OPENING, Picture, page

@@ -13,8 +13,8 @@ from etils import epath
 
 from mor_jax.checkpoint import run_dir
 from mor_jax.checkpoint.checkpointer import complete_steps
-from mor_jax.checkpoint.manifest import write_atomic
 from mor_jax.config.parsing import check
+from mor_jax.files import write_atomic
 from mor_jax.observability import metrics
 from mor_jax.observability.event_log import FILE as EVENTS
 from mor_jax.observability.event_log import read as read_events

@@ -10,9 +10,9 @@ from typing import Any
 
 from etils import epath
 
-from mor_jax.checkpoint.manifest import write_atomic
 from mor_jax.config import TrainConfig
 from mor_jax.config.parsing import changed, check, fail, flat
+from mor_jax.files import write_atomic
 from mor_jax.scaling.study.seal import digest
 from mor_jax.training.resolved_settings import settled
 

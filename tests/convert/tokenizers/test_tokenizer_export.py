@@ -11,7 +11,7 @@ from tokenizers import decoders, models, pre_tokenizers
 from transformers import AutoTokenizer
 
 from mor_jax.convert.tokenizers.export import special_ids, tokenizer_files
-from mor_jax.data.tokenizers.base import load_tokenizer
+from mor_jax.data.tokenizers.load import load_tokenizer
 
 CORPUS = [
     "The quick brown fox jumps over the lazy dog.",

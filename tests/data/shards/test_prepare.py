@@ -110,7 +110,7 @@ def test_killed_without_warning(wanted, tmp_path):
     """SIGKILL inside a shard leaves partial files and no manifest; running again heals."""
     program = f"""
 import os, pathlib, signal
-from mor_jax.data import prepare, prepare_parts
+from mor_jax.data.shards import prepare, prepare_parts
 prepare_parts.REPORT_SECONDS = -1.0
 def report(done):
     if done.documents == 33:

@@ -8,6 +8,7 @@ import pytest
 from etils import epath
 from support.synthetic_study import Law, inside, study
 
+from mor_jax.scaling.fit import tables
 from mor_jax.scaling.fit.fit import Fit, FitOptions, fit, save
 
 PLAIN, MOR = Law(), Law(E=1.82, A=380.0, alpha=0.29, beta=0.42, flops=7.5, sharing=3)
@@ -153,7 +154,7 @@ def test_results_are_plain_values_and_lines(fitted, tmp_path):
     values = json.loads(path.read_text(), parse_constant=lambda name: pytest.fail(name))
     assert values["views"][0]["laws"][1]["architecture"] == "mor-3"
     assert [p.name for p in path.parent.iterdir()] == ["fit.json"]
-    text = "\n".join(fitted.lines("topk", "effective"))
+    text = "\n".join(tables.lines(fitted, "topk", "effective"))
     assert "effective" in text and "top-k routing" in text and "mor-3 less plain" in text
     for law in fitted.view("topk", "effective").laws:
         assert f"{law.a:.3f} [{law.a_interval[0]:.3f}, {law.a_interval[1]:.3f}]" in text
