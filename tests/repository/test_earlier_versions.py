@@ -18,7 +18,7 @@ from launch import convert, evaluate, generate, isoflop, prepare_data
 from mor_jax.checkpoint.run_dir import differences, read_config
 from mor_jax.config.train import TrainConfig
 from mor_jax.data.shards.reader import open_shards
-from mor_jax.data.tokenizers.base import load_tokenizer
+from mor_jax.data.tokenizers.load import load_tokenizer
 from mor_jax.observability import metrics
 from mor_jax.scaling.fit.fit import FitOptions, fit
 from mor_jax.scaling.report.report import write_report
