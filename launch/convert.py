@@ -43,9 +43,8 @@ def main(argv: list[str] | None = None) -> int:
 
 def _stop(*_: object) -> None:
     """Ends at once, without what was begun. An exception would come up inside of any library."""
-    directory = sys.modules.get("mor_jax.convert.directory")
-    abandon = getattr(directory, "abandon", lambda: True)
-    if abandon():
+    files = sys.modules.get("mor_jax.files")
+    if files is None or files.remove_drafts():
         os.write(2, b"error: stopped; nothing was written\n")
         os._exit(exit_codes.STOPPED)
 

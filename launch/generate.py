@@ -126,9 +126,9 @@ def _add_settings(add: Callable[..., Any]) -> None:
 
 def _tidy(_: str) -> None:
     """What is left of an output that was not finished, and of a line that showed the state."""
-    show = sys.modules.get("mor_jax.inference.cli.show")
-    if show is not None:
-        show.abandon()
+    files = sys.modules.get("mor_jax.files")
+    if files is not None:
+        files.remove_drafts()
     if sys.stderr.isatty():
         # The cursor is shown again.
         sys.stderr.write("\x1b[?25h\n")

@@ -2,14 +2,12 @@
 
 import dataclasses
 import json
-import os
-import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from mor_jax import files as made_files
 from mor_jax.config.parsing import check, fail
+from mor_jax.files import fresh_directory, stamps, strangers
 
 FILE = "analysis.json"
 """What was asked and what came of it; its presence marks the directory of an analysis."""
@@ -45,13 +43,13 @@ class Place:
         place.check_free()
         return place
 
-    def check_free(self) -> None:
+    def check_free(self, there: Path | None = None) -> None:
         """Raises `ValueError` if what is there is not all of an analysis of the same run.
 
         A file, another directory, another run's analysis, and files that were added to an analysis
         or changed since.
         """
-        path, fix = self.path, "Give another --output"
+        path, fix = there or self.path, "Give another --output"
         if not path.exists() or (path.is_dir() and not any(path.iterdir())):
             return
         check(path.is_dir(), "output", str(path), "is a file", fix)
@@ -70,7 +68,7 @@ class Place:
         rule = f"holds another analysis ({', '.join(other)} differ); it is not replaced"
         fix = "Give another --output, or --overwrite"
         check(not other or self.overwrite, "output", str(path), rule, fix)
-        added = made_files.strangers(path, made, FILE)
+        added = strangers(path, made, FILE)
         rule = f"holds what no analysis made: {', '.join(added[:10])}; it is not replaced"
         check(not added, "output", str(path), rule, "Move that away, or give another --output")
 
@@ -79,30 +77,18 @@ class Place:
 
         facts: JSON values for analysis.json. Raises `ValueError` where nothing can be written.
         """
-        mine = f".{self.path.name}.{os.getpid()}"
-        draft, old = (self.path.with_name(f"{mine}.{end}") for end in ("draft", "old"))
-        told = {"asked": dict(self.asked), **facts, "files": sorted(files)}
+        record = {"asked": dict(self.asked), **facts, "files": sorted(files)}
         try:
-            draft.mkdir(parents=True)
-            for name, contents in files.items():
-                if isinstance(contents, str):
-                    (draft / name).write_text(contents, encoding="utf-8")
-                else:
-                    contents(draft / name)
-            told["stamps"] = made_files.stamps(draft, FILE)
-            (draft / FILE).write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
-            # Someone else may have come meanwhile.
-            self.check_free()
-            if self.path.exists():
-                os.replace(self.path, old)
-            os.replace(draft, self.path)
+            with fresh_directory(self.path, self.check_free) as draft:
+                for name, contents in files.items():
+                    if isinstance(contents, str):
+                        (draft / name).write_text(contents, encoding="utf-8")
+                    else:
+                        contents(draft / name)
+                record["stamps"] = stamps(draft, FILE)
+                (draft / FILE).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
         except OSError as error:
-            if old.exists() and not self.path.exists():
-                os.replace(old, self.path)
             fail("output", str(self.path), f"cannot be written ({error})", "Give another --output")
-        finally:
-            for left in (draft, old):
-                shutil.rmtree(left, ignore_errors=True)
         return [self.path / name for name in files]
 
 

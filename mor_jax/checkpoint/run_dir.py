@@ -13,7 +13,6 @@ import functools
 import json
 import logging
 import os
-import socket
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,7 +24,7 @@ from mor_jax.checkpoint import checkpointer, pretrained
 from mor_jax.checkpoint.run_lock import Held, Lease
 from mor_jax.config import TrainConfig
 from mor_jax.config.parsing import check, fail, flat
-from mor_jax.files import write_atomic
+from mor_jax.files import LockHeld, lock, this_process, write_atomic
 
 CONFIG_FILE = "config.json"
 LOCK_FILE = "lock"
@@ -213,7 +212,7 @@ def hold(workdir: epath.PathLike) -> Iterator[Callable[[], None]]:
     elif "://" in str(path):
         with contextlib.ExitStack() as stack:
             try:
-                stack.enter_context(Lease(path / LOCK_FILE, _me()))
+                stack.enter_context(Lease(path / LOCK_FILE, this_process()))
             except Held as held:
                 raise _in_use(path, str(held)) from held
             yield _nothing
@@ -234,8 +233,14 @@ def _hold_local(path: epath.Path) -> Iterator[Callable[[], None]]:
         file = (local / LOCK_FILE).open("a+")
     except OSError as error:
         raise _not_writable(path, error) from error
-    with file:
-        _lock(file, path)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(file)
+        try:
+            stack.enter_context(lock(file, this_process()))
+        except LockHeld as held:
+            raise _in_use(path, str(held)) from held
+        except OSError as error:
+            _log.warning("%s: no locks there (%s): nothing keeps a second job away", path, error)
         undo = functools.partial(_take_back, local, made)
         try:
             yield undo
@@ -243,28 +248,9 @@ def _hold_local(path: epath.Path) -> Iterator[Callable[[], None]]:
             undo()
 
 
-def _lock(file: Any, path: epath.Path) -> None:
-    import fcntl
-
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        file.seek(0)
-        raise _in_use(path, file.read().strip()) from error
-    except OSError as error:
-        _log.warning("%s: no locks there (%s): nothing keeps a second job away", path, error)
-    file.truncate(0)
-    file.write(f"{_me()}\n")
-    file.flush()
-
-
-def _me() -> str:
-    return f"process {os.getpid()} on {socket.gethostname()}"
-
-
 def _in_use(path: epath.Path, owner: str) -> ValueError:
     return ValueError(
-        f"workdir={path}: {owner or 'another process'} is training in it. Wait for that run or "
+        f"workdir={path}: {owner} is training in it. Wait for that run or "
         "stop it, or choose another --workdir"
     )
 

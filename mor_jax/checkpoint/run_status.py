@@ -8,6 +8,7 @@ from etils import epath
 
 from mor_jax.checkpoint.run_dir import LOCK_FILE
 from mor_jax.checkpoint.run_lock import EVERY
+from mor_jax.files import lock_owner
 
 _GONE = 6 * EVERY
 """Seconds without a sign of life after which a holder counts as gone."""
@@ -40,17 +41,8 @@ class Trainer:
 
 def holder(lock: Path) -> str:
     """Process and host that hold the lock at a local path, or "" for nobody."""
-    import fcntl
-
-    if not lock.is_file():
-        return ""
-    with lock.open() as file:
-        try:
-            # Let go of at once, with the file.
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return file.read().strip() or "another process"
-        except OSError:
-            # No locks on this file system: nobody can tell.
-            return "perhaps another process"
-    return ""
+    try:
+        return lock_owner(lock)
+    except OSError:
+        # No locks on this file system: nobody can tell.
+        return "perhaps another process"

@@ -15,7 +15,7 @@ import numpy as np
 
 from mor_jax.checkpoint.lazy_arrays import Lazy, ahead
 from mor_jax.config.parsing import check
-from mor_jax.convert.directory import flush
+from mor_jax.files import fsync
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 DTYPES: tuple[Dtype, ...] = get_args(Dtype)
@@ -47,7 +47,7 @@ def write_shards(
         for file, names in zip(files, plan, strict=True):
             _write(directory / file, tensors, names, dtype)
             # The disk takes it while the next one is written.
-            settled.append(thread.submit(flush, directory / file))
+            settled.append(thread.submit(fsync, directory / file))
         for done in settled:
             done.result()
     if len(plan) > 1:

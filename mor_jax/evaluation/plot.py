@@ -7,7 +7,7 @@ from typing import Any
 
 from mor_jax.config.parsing import check, fail
 from mor_jax.evaluation.report import NAMES
-from mor_jax.files import unused
+from mor_jax.files import new_file
 from mor_jax.plotting import titles
 
 # What a picture says of where it comes from, and the field for it in each format.
@@ -50,14 +50,10 @@ def draw(values: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
     told = f"{Path(values['workdir']).name}, step {values['step']}: {values['text']}"
     lines = titles.wrapped(told, 0.96 * figure.get_size_inches()[0], titles.SIZE)
     figure.suptitle("\n".join(lines), fontsize=titles.SIZE, parse_math=False)
-    draft = unused(Path(path))
     try:
         # Beside it first: a full disk would leave a picture that no evaluation seems to have drawn.
-        try:
+        with new_file(Path(path)) as draft:
             figure.savefig(draft, dpi=150, metadata={_TELLS[draft.suffix]: _MAKER})
-            draft.replace(path)
-        finally:
-            draft.unlink(missing_ok=True)
     except OSError as error:
         fail("figure", str(path), f"cannot be written ({error})", "Give another --figure")
 

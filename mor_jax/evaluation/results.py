@@ -10,6 +10,7 @@ from typing import Any
 from etils import epath
 
 from mor_jax.config.parsing import check, fail
+from mor_jax.files import end_torn_line, read_json_lines
 
 FILE = "evaluations.jsonl"
 """In the run's directory."""
@@ -59,9 +60,8 @@ class Records:
             return
         path, new = Path(self.path), not self.path.exists()
         try:
-            with path.open("a+b") as file:
-                if file.tell() and not _ends_whole(file):
-                    line = "\n" + line
+            end_torn_line(self.path)
+            with path.open("ab") as file:
                 file.write(line.encode("utf-8"))
                 file.flush()
                 os.fsync(file.fileno())
@@ -74,23 +74,19 @@ class Records:
         if not self.path.exists():
             return []
         found = []
-        lines = self.path.read_bytes().split(b"\n")
-        for number, line in enumerate(lines, 1):
-            try:
-                record = json.loads(line)
-            except ValueError:
-                # Empty, or cut off by the end of a process. Any other file has nothing but such.
-                continue
+        # A file of something else has nothing but lines that look cut short.
+        for number, record in read_json_lines(self.path, torn="any"):
             ok = isinstance(record, dict) and type(record.get("step")) is int
             if not (ok and isinstance(record.get("asked"), dict)):
                 rule = f"line {number} is no record of an evaluation"
                 fail("output", str(self.path), rule, "Name another file")
             found.append(record)
         rule = "holds no record of an evaluation, but something else"
-        check(bool(found) or not b"".join(lines), "output", str(self.path), rule, "Name another")
+        check(
+            bool(found) or not self.path.read_bytes().strip(),
+            "output",
+            str(self.path),
+            rule,
+            "Name another",
+        )
         return found
-
-
-def _ends_whole(file: Any) -> bool:
-    file.seek(-1, os.SEEK_END)
-    return file.read(1) == b"\n"

@@ -17,6 +17,7 @@ from mor_jax.checkpoint.checkpointer import complete_steps, step_directory
 from mor_jax.checkpoint.load_weights import Found
 from mor_jax.config import ModelConfig
 from mor_jax.config.parsing import check, fail, parse
+from mor_jax.files import write_atomic
 from mor_jax.types import Params
 
 DIRECTORY = "calibrations"

@@ -25,6 +25,8 @@ from typing import Any
 import jax
 from etils import epath
 
+from mor_jax.files import end_torn_line, read_json_lines
+
 FILE = "events.jsonl"
 
 FLUSH = 10.0
@@ -46,7 +48,7 @@ class Events:
         path = epath.Path(workdir) / FILE
         if path.exists():
             self._start += sum(event["event"] == "start" for event in read(path))
-            _end_line(path)
+            end_torn_line(path)
         self._file = path.open("a")
 
     def __enter__(self) -> "Events":
@@ -135,15 +137,5 @@ class Events:
 def read(path: epath.PathLike) -> list[dict[str, Any]]:
     """The events of a run, in order; lines cut short by a killed process are left out."""
     path = epath.Path(path)
-    events = []
-    for line in path.read_text().splitlines() if path.exists() else ():
-        with contextlib.suppress(json.JSONDecodeError):
-            events.append(json.loads(line))
-    return [event for event in events if isinstance(event, dict) and "event" in event]
-
-
-def _end_line(path: epath.Path) -> None:
-    text = path.read_text()
-    if text and not text.endswith("\n"):
-        with path.open("a") as file:
-            file.write("\n")
+    lines = read_json_lines(path, torn="any") if path.exists() else ()
+    return [event for _, event in lines if isinstance(event, dict) and "event" in event]

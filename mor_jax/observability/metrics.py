@@ -17,7 +17,7 @@ from etils import epath
 
 from mor_jax.config import LogConfig
 from mor_jax.config.parsing import fail
-from mor_jax.files import write_atomic
+from mor_jax.files import read_json_lines, write_atomic
 
 FILE = "metrics.jsonl"
 
@@ -132,18 +132,8 @@ def read(path: epath.PathLike) -> list[dict[str, Any]]:
     A last line cut short by a killed process is left out. Raises `ValueError` with the line
     number on any other that is not a record.
     """
-    try:
-        lines = epath.Path(path).read_text().splitlines()
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: holds bytes that are no text ({error}). Remove it") from error
     records = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError as error:
-            if number == len(lines):
-                break
-            raise ValueError(f"{path}:{number}: not a record ({error}). Remove it") from error
+    for number, record in read_json_lines(epath.Path(path)):
         if not isinstance(record, dict) or not isinstance(record.get("step"), int):
             raise ValueError(f"{path}:{number}: not a record (it has no step). Remove it")
         records.append({name: _parse(value) for name, value in record.items()})

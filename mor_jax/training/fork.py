@@ -18,7 +18,7 @@ from mor_jax.checkpoint import run_dir
 from mor_jax.checkpoint.checkpointer import INCOMPLETE, Checkpoints, any_complete, step_directory
 from mor_jax.config import CheckpointConfig, TrainConfig
 from mor_jax.config.parsing import check, fail
-from mor_jax.files import write_atomic
+from mor_jax.files import read_json_lines, write_atomic
 from mor_jax.observability import metrics
 from mor_jax.training import optimizer
 
@@ -82,11 +82,9 @@ def begin(
     log = branch.source / metrics.FILE
     if log.exists():
         # The other run may be at work: its last line may be half there.
-        records = metrics.read(log)
-        lines = log.read_text().splitlines()
-        steps = [record["step"] for record in records]
-        kept = [line for line, step in zip(lines, steps, strict=False) if step <= branch.step]
-        write_atomic(path / metrics.FILE, "".join(f"{line}\n" for line in kept))
+        records = [record for _, record in read_json_lines(log)]
+        kept = [record for record in records if record["step"] <= branch.step]
+        write_atomic(path / metrics.FILE, "".join(f"{json.dumps(r)}\n" for r in kept))
     to = step_directory(path, branch.step)
     if to.exists():
         to.rmtree()

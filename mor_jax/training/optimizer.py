@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import optax
 
 from mor_jax.config import OptimConfig
+from mor_jax.models.params import paths
 from mor_jax.types import Array, Float, Params
 
 Group = Literal["main", "aux", "frozen"]

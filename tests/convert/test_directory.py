@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 
 from mor_jax import files
-from mor_jax.convert import directory
 from mor_jax.convert.directory import check_target, fresh_directory
 from mor_jax.convert.marker import MARKER
 
@@ -211,18 +210,18 @@ def test_a_killed_writer_leaves_nothing_that_looks_complete(tmp_path):
 def test_a_stop_takes_away_what_was_begun_unless_it_is_complete(tmp_path, monkeypatch):
     with pytest.raises(ValueError), fresh_directory(tmp_path / "out") as draft:
         (draft / "half").write_text("x")
-        assert directory.abandon() and names(tmp_path) == []
+        assert files.remove_drafts() and names(tmp_path) == []
         (draft / "more").write_text("x")
     asked = []
     rename = Path.rename
 
     def renamed(path, target):
-        asked.append(directory.abandon())
+        asked.append(files.remove_drafts())
         return rename(path, target)
 
     monkeypatch.setattr(Path, "rename", renamed)
     made(tmp_path / "out")
-    assert asked == [False] and directory.abandon() and names(tmp_path) == ["out"]
+    assert asked == [False] and files.remove_drafts() and names(tmp_path) == ["out"]
 
 
 def test_draft_of_a_living_writer_stays(tmp_path):

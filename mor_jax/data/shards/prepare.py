@@ -4,11 +4,10 @@ A preparation that was stopped goes on after its last complete shard and writes 
 one that was not. The manifest comes last: where there is one, everything is there.
 """
 
-import fcntl
+import contextlib
 import json
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ from mor_jax.data.streams.validation_split import is_heldout, text_hash
 from mor_jax.data.tokenizers.base import Tokenizer
 from mor_jax.data.tokenizers.load import load_tokenizer
 from mor_jax.data.tokenizers.train_bpe import train_bpe
+from mor_jax.files import LockHeld, lock, this_process
 
 __all__ = ["PrepareConfig", "Progress", "prepare"]
 
@@ -60,7 +60,7 @@ def prepare(cfg: PrepareConfig, report: Report) -> dict[str, Any]:
     return manifest
 
 
-@contextmanager
+@contextlib.contextmanager
 def _alone(output: Path) -> Iterator[None]:
     """Keeps a second preparation out of the directory, which it creates."""
     try:
@@ -68,16 +68,15 @@ def _alone(output: Path) -> Iterator[None]:
     except OSError as error:
         rule = f"cannot be created ({error.strerror})"
         fail("--output", str(output), rule, "Name a directory that you may write to")
-    lock = os.open(output, os.O_RDONLY)
-    try:
+    directory = os.open(output, os.O_RDONLY)
+    with contextlib.ExitStack() as stack:
+        stack.callback(os.close, directory)
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+            stack.enter_context(lock(directory, this_process()))
+        except LockHeld:
             rule = "another preparation is writing there"
             fail("--output", str(output), rule, "Wait for it, or name another directory")
         yield
-    finally:
-        os.close(lock)
 
 
 def _settings(

@@ -3,7 +3,6 @@
 import dataclasses
 import errno
 import hashlib
-import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from mor_jax.data.shards.reader import RECORD_TOKENS
+from mor_jax.files import fsync, new_file
 
 PARTIAL = ".partial"
 # One record a group, so that any record is one read. Tokens hardly compress.
@@ -56,13 +56,8 @@ def pair_hash(*paths: Path) -> str:
 
 def write_beside(path: Path, contents: bytes) -> None:
     """Writes a whole file so that it is either absent or complete, even after a crash."""
-    partial = path.with_name(path.name + PARTIAL)
-    with explained(path):
-        with partial.open("wb") as stream:
-            stream.write(contents)
-            stream.flush()
-            os.fsync(stream.fileno())
-        partial.replace(path)
+    with explained(path), new_file(path, path.with_name(path.name + PARTIAL)) as draft:
+        draft.write_bytes(contents)
 
 
 class ShardWriter:
@@ -107,16 +102,13 @@ class ShardWriter:
         self._flush(self._waiting_tokens)
         with explained(self._path):
             self._writer.close()
-            descriptor = os.open(self._partial, os.O_RDONLY)
-            os.fsync(descriptor)
-            os.close(descriptor)
+            fsync(self._partial)
         # np.save writes the same bytes for the same array.
         ends = np.array(self._ends, np.int64)
         with explained(self._ends_path):
             partial = self._ends_path.with_name(self._ends_path.name + PARTIAL)
-            with partial.open("wb") as stream:
+            with new_file(self._ends_path, partial) as draft, draft.open("wb") as stream:
                 np.save(stream, ends)
-            partial.replace(self._ends_path)
             self._partial.replace(self._path)
         return Shard(
             file=self._path.name,

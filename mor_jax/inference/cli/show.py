@@ -6,7 +6,6 @@ Where the output is no terminal it is the bare text, as it was generated.
 import contextlib
 import io
 import json
-import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Protocol, runtime_checkable
@@ -18,7 +17,7 @@ from rich.text import Text
 
 from mor_jax.config.parsing import check, fail
 from mor_jax.data.tokenizers.base import Tokenizer
-from mor_jax.files import unused
+from mor_jax.files import new_file
 from mor_jax.inference.cli.answers import Answer
 from mor_jax.inference.cli.prompts import Prompt
 from mor_jax.inference.detokenizer import token_text
@@ -62,9 +61,6 @@ class JsonLines:
         self._write(json.dumps(answer.to_dict(self._tokenizer), ensure_ascii=False))
 
 
-_DRAFTS: set[Path] = set()
-
-
 @contextlib.contextmanager
 def whole_file(path: Path, replace: bool) -> Iterator[io.TextIOBase]:
     """A text file that appears when the block is left without an error, or not at all.
@@ -77,27 +73,13 @@ def whole_file(path: Path, replace: bool) -> Iterator[io.TextIOBase]:
     check(file, "output", str(path), "is there and no file", "Give the path of a file")
     exists = path.exists() and not replace
     check(not exists, "output", str(path), "exists already", "Add --overwrite to replace it")
-    draft = unused(path)
-    try:
-        file = draft.open("x", encoding="utf-8")
-    except OSError as error:
-        fail("output", str(path), f"cannot be written ({error.strerror})", "Choose another")
-    _DRAFTS.add(draft)
-    try:
-        with file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        draft.replace(path)
-    finally:
-        draft.unlink(missing_ok=True)
-        _DRAFTS.discard(draft)
-
-
-def abandon() -> None:
-    """Removes what `whole_file` has begun, for a process that ends inside of the block."""
-    for draft in list(_DRAFTS):
-        draft.unlink(missing_ok=True)
+    with contextlib.ExitStack() as stack:
+        draft = stack.enter_context(new_file(path))
+        try:
+            file = stack.enter_context(draft.open("x", encoding="utf-8"))
+        except OSError as error:
+            fail("output", str(path), f"cannot be written ({error.strerror})", "Choose another")
+        yield file
 
 
 def depth_style(depth: int, console: Console) -> Style:

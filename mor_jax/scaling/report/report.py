@@ -48,7 +48,7 @@ def write_report(
         drawn = _draw(fit, view, unit, _DRAWN[view.routing, view.kind])
         pictures[view.routing, view.kind] = drawn
         for picture in drawn:
-            _write_bytes(folder / picture.file, picture.png)
+            write_atomic(folder / picture.file, picture.png)
             paths.append(folder / picture.file)
     write_atomic(folder / PAGE, page(fit, points, manifest, pictures))
     return [folder / PAGE, *paths]
@@ -71,12 +71,6 @@ def _file(name: str, view: View) -> str:
 def _draw(fit: Fit, view: View, unit: str, names: Sequence[str]) -> list[Picture]:
     figures = Figures(fit, view, unit)
     return [Picture(name, _file(name, view), getattr(figures, name)()) for name in names]
-
-
-def _write_bytes(path: epath.Path, content: bytes) -> None:
-    draft = path.with_name(f"{path.name}.draft")
-    draft.write_bytes(content)
-    draft.replace(path)
 
 
 __all__ = ["PAGE", "write_report"]

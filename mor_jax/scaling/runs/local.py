@@ -14,6 +14,7 @@ from etils import epath
 from mor_jax.checkpoint.run_dir import LOCK_FILE
 from mor_jax.checkpoint.run_status import holder
 from mor_jax.config.parsing import check, fail
+from mor_jax.files import LockHeld, lock, this_process
 from mor_jax.runtime import exit_codes
 from mor_jax.runtime.preemption import Signals
 from mor_jax.scaling.runs.collect import RUNS, progress
@@ -229,22 +230,16 @@ class _Runner:
 
 @contextlib.contextmanager
 def _held(study: epath.PathLike) -> Iterator[None]:
-    import fcntl
-
     path = Path(study) / _LOCK
     rule = "is in an object store; runs on this machine need a local directory"
     check("://" not in str(study), "study", str(study), rule, "Copy the manifest to a local one")
     (Path(study) / RUNS).mkdir(exist_ok=True)
-    with path.open("a+") as file:
+    with contextlib.ExitStack() as stack:
+        file = stack.enter_context(path.open("a+"))
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
-            owner = file.read().strip()
-            fail("study", str(study), f"{owner} is running it", "Wait for it, or stop it")
-        file.truncate(0)
-        file.write(f"process {os.getpid()}")
-        file.flush()
+            stack.enter_context(lock(file, this_process()))
+        except LockHeld as held:
+            fail("study", str(study), f"{held} is running it", "Wait for it, or stop it")
         yield
 
 

@@ -1,13 +1,13 @@
 """What a finished run of a study says: the points that fits and reports are made of."""
 
 import dataclasses
-import json
 import math
 from typing import Any
 
 from etils import epath
 
-from mor_jax.config.parsing import check, fail
+from mor_jax.config.parsing import check
+from mor_jax.files import read_json_lines
 
 RESULTS = "results.jsonl"
 """File of a study with one JSON object a finished run."""
@@ -98,19 +98,8 @@ def read_points(study: epath.PathLike) -> list[Point]:
     fix = "Run the study first: python launch/isoflop.py run"
     check(file.exists(), "study", str(study), f"has no {RESULTS}, so no finished run", fix)
     found: dict[str, Point] = {}
-    try:
-        lines = file.read_text().splitlines()
-    except UnicodeDecodeError as error:
-        fix = "Move it away; launch/isoflop.py status collects from the runs' directories again"
-        fail("results", str(file), f"is no text ({error})", fix)
-    for number, line in enumerate(lines, 1):
+    for number, values in read_json_lines(file, torn="none"):
         where = f"{file}:{number}"
-        if not line.strip():
-            continue
-        try:
-            values = json.loads(line)
-        except json.JSONDecodeError as error:
-            fail("results", where, f"is not one JSON object ({error.msg})", "Delete the line")
         point = Point.from_dict(values, where)
         rule = f"run {point.run} is there twice with different values"
         fix = "Keep the line that belongs to the run as it is now"

@@ -17,9 +17,10 @@ from support.tiny import TINY, train_config
 from mor_jax.checkpoint import pretrained
 from mor_jax.checkpoint.lazy_arrays import flatten, held
 from mor_jax.checkpoint.run_dir import claim_workdir
+from mor_jax.files import remove_drafts
 from mor_jax.inference.cli.answers import stream
 from mor_jax.inference.cli.prompts import Wishes, from_lines, from_texts, prepare
-from mor_jax.inference.cli.show import abandon, whole_file
+from mor_jax.inference.cli.show import whole_file
 from mor_jax.inference.config import plan
 from mor_jax.inference.engine.engine import Engine, EngineConfig
 from mor_jax.inference.engine.request import Finished, Request
@@ -313,7 +314,7 @@ def test_a_file_is_whole_or_as_before_and_nothing_beside_it_is_touched(tmp_path)
     # As for a process that a signal ends inside of the block.
     with pytest.raises(FileNotFoundError), whole_file(tmp_path / "b.jsonl", True):
         assert len(os.listdir(tmp_path)) == 3
-        abandon()
+        remove_drafts()
         assert len(os.listdir(tmp_path)) == 2
 
 
