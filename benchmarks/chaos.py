@@ -47,22 +47,22 @@ ROOT = Path(__file__).resolve().parent.parent
 # Structure stays that of the configuration; the sizes let 20 starts take minutes.
 TINY = {
     "batch_size": 4,
-    "length": 32,
-    "loss_chunk": None,
+    "seq_len": 32,
+    "loss_chunk_size": None,
     "optim.warmup_steps": 2,
     "optim.decay_steps": 2,
-    "log.every": 1,
-    "checkpoint.every": 10,
-    "eval.every": 60,
+    "log.interval": 1,
+    "checkpoint.interval": 10,
+    "eval.interval": 60,
     "eval.batches": 1,
     "eval.batch_size": 4,
     "eval.completion_tokens": 0,
-    "model.width": 32,
-    "model.heads": 4,
-    "model.kv_heads": 2,
+    "model.hidden_size": 32,
+    "model.num_heads": 4,
+    "model.num_kv_heads": 2,
     "model.head_dim": 8,
-    "model.mlp_width": 64,
-    "model.max_length": 64,
+    "model.intermediate_size": 64,
+    "model.max_seq_len": 64,
 }
 AIMS = ("start", "steps", "save")
 POLL = 0.002

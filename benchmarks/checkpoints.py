@@ -52,7 +52,9 @@ def measure(parameters: int, layout: str, rounds: int) -> dict:
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), state)
     waits, saves, restores = [], [], []
     with tempfile.TemporaryDirectory() as directory:
-        with Checkpoints(directory, CheckpointConfig(keep=1), merged=LAYOUTS[layout]) as store:
+        with Checkpoints(
+            directory, CheckpointConfig(max_to_keep=1), merged=LAYOUTS[layout]
+        ) as store:
             for step in range(1, rounds + 2):
                 start = time.perf_counter()
                 store.save(step, state, step, {})
@@ -86,7 +88,7 @@ def memory_over(saves: int, parameters: int) -> list[int]:
     state, found = state_of(parameters), []
     with (
         tempfile.TemporaryDirectory() as directory,
-        Checkpoints(directory, CheckpointConfig(keep=2)) as store,
+        Checkpoints(directory, CheckpointConfig(max_to_keep=2)) as store,
     ):
         for step in range(1, saves + 1):
             store.save(step, state, step, {})

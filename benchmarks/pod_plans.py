@@ -28,16 +28,22 @@ from mor_jax.planning.show import size
 ROOT = Path(__file__).resolve().parent.parent
 PLAIN, RECURSIVE, MOR = "vanilla:", "recursive:recursions=3,", "mor:recursions=3,"
 MOR_2 = "mor:recursions=2,"
-ONCE = {"sharding.gather_shared": "once"}
-EACH = {"sharding.gather_shared": "per_recursion"}
+ONCE = {"sharding.all_gather_shared": "once"}
+EACH = {"sharding.all_gather_shared": "per_recursion"}
 
-SMALL = {"batch_size": 64, "accumulate": 1, "mesh.fsdp": 16, "mesh.data": 1, "model.remat": "full"}
+SMALL = {
+    "batch_size": 64,
+    "grad_accum_steps": 1,
+    "mesh.fsdp": 16,
+    "mesh.data": 1,
+    "model.remat": "full",
+}
 FREE = SMALL | {"model.remat": "none"}
 COPIES = FREE | {"batch_size": 16, "mesh.fsdp": 1, "mesh.data": 4}
-POD = {"mesh.fsdp": 256, "mesh.data": 1, "accumulate": 1}
+POD = {"mesh.fsdp": 256, "mesh.data": 1, "grad_accum_steps": 1}
 TWO = POD | {"mesh.slice": 2, "batch_size": 2048}
-LONG = {"length": 32768, "model.max_length": 32768, "mesh.data": 1, "accumulate": 1}
-CUBE = {"mesh.fsdp": 512, "mesh.data": 1, "accumulate": 1}
+LONG = {"seq_len": 32768, "model.max_seq_len": 32768, "mesh.data": 1, "grad_accum_steps": 1}
+CUBE = {"mesh.fsdp": 512, "mesh.data": 1, "grad_accum_steps": 1}
 
 # Question -> (model, size, topology, settings) of its plans. The first of each is the yardstick.
 QUESTIONS: dict[str, list[tuple[str, str, str, dict]]] = {

@@ -95,18 +95,20 @@ class Bench:
     def budget(self, served: Served, sequences: int) -> dict[str, Any]:
         """As many sequences as a number of bytes holds."""
         plain = shapes.plain(shapes.SHAPES[self.args.shape], self.args.dtype)
-        held = sequences * 2 * load.MEAN * plain.layers * self._entry(plain)
+        held = sequences * 2 * load.MEAN * plain.num_layers * self._entry(plain)
         return self.measured(served, EngineConfig(cache_bytes=held)) | {"budget": sequences}
 
     def ample(self, served: Served) -> int:
         """Bytes in which all slots find room for every recursion of the longest sequences."""
-        layers = served.cfg.layers if served.cfg.kv == "recursion" else served.cfg.unique_layers
+        layers = (
+            served.cfg.num_layers if served.cfg.kv_mode == "recursion" else served.cfg.unique_layers
+        )
         longest = 2 * load.LONGEST
         return int(1.2 * self.args.slots * longest * layers * self._entry(served.cfg))
 
     def _entry(self, cfg: ModelConfig) -> int:
         # Bytes of a token's keys and values in one layer.
-        return 2 * cfg.kv_heads * cfg.head_dim * {"float32": 4, "bfloat16": 2}[self.args.dtype]
+        return 2 * cfg.num_kv_heads * cfg.head_dim * {"float32": 4, "bfloat16": 2}[self.args.dtype]
 
     def measured(self, served: Served, cfg: EngineConfig) -> dict[str, Any]:
         """One model under load: what clients saw, and what the machine allows."""
@@ -169,7 +171,7 @@ class Bench:
 def realised(cfg: ModelConfig, counts: tuple[int, ...]) -> tuple[float, ...]:
     """Share of all tokens that went through each recursion."""
     if cfg.router.kind == "none":
-        return (1.0,) * cfg.recursions
+        return (1.0,) * cfg.num_recursions
     total = max(sum(counts), 1)
     return tuple(sum(counts[r:]) / total for r in range(1, len(counts)))
 

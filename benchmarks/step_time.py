@@ -29,11 +29,17 @@ from mor_jax.runtime.hardware import mfu, peak_flops
 
 # 2 + 12 layers, so that 2, 3 and 4 recursions all keep the depth.
 SMALL = ModelConfig(
-    vocab_size=4096, width=256, layers=14, heads=8, kv_heads=4, head_dim=32, mlp_width=704
+    vocab_size=4096,
+    hidden_size=256,
+    num_layers=14,
+    num_heads=8,
+    num_kv_heads=4,
+    head_dim=32,
+    intermediate_size=704,
 )
 EXPERT = RouterConfig(kind="expert")
 # Room for exactly the balanced depths: static shapes as small as expert-choice's.
-TOKEN = RouterConfig(kind="token", score="softmax", alpha=1.0, capacity_factor=1.0)
+TOKEN = RouterConfig(kind="token", activation="softmax", alpha=1.0, capacity_factor=1.0)
 ROUTED: dict[str, tuple[int, str, RouterConfig]] = {
     "expert-2": (2, "recursion", EXPERT),
     "expert-3": (3, "recursion", EXPERT),
@@ -69,21 +75,24 @@ def train_config(args: argparse.Namespace, variant: str) -> TrainConfig:
     if args.size != "small":
         shape = common.plain_model(args.size)
         if recursions > 1:
-            shape.layers = common.LAYERS[args.size]["middle"][recursions]
+            shape.num_layers = common.LAYERS[args.size]["middle"][recursions]
         model = parse(ModelConfig, shape.to_dict(), "model.")
     model = dataclasses.replace(
         model,
         sharing=sharing,
-        recursions=recursions,
-        kv=kv,
+        num_recursions=recursions,
+        kv_mode=kv,
         router=router,
         dtype=args.dtype,
         attention=args.attention,
         remat=args.remat,
-        max_length=max(args.length, model.max_length),
+        max_seq_len=max(args.length, model.max_seq_len),
     )
     cfg = TrainConfig(
-        batch_size=args.batch, length=args.length, loss_chunk=args.loss_chunk or None, model=model
+        batch_size=args.batch,
+        seq_len=args.length,
+        loss_chunk_size=args.loss_chunk or None,
+        model=model,
     )
     cfg.validate()
     return cfg
@@ -100,7 +109,7 @@ def realised_shares(trainer: timing.Trainer) -> list[float]:
     cfg = trainer.cfg.model
     forward = jax.jit(lambda params, batch: state.forward(cfg, params, batch).routing.depth)
     depth = forward(trainer.state.params, trainer.batch)
-    return [float(jnp.mean(depth > r)) for r in range(cfg.recursions)]
+    return [float(jnp.mean(depth > r)) for r in range(cfg.num_recursions)]
 
 
 def measure(args: argparse.Namespace) -> list[dict]:
@@ -119,13 +128,13 @@ def measure(args: argparse.Namespace) -> list[dict]:
 def record(name: str, trainer: timing.Trainer, seconds: list[float]) -> dict:
     """What is known of one variant, without ratios."""
     cfg = trainer.cfg
-    report = flops(cfg.model, cfg.length)
+    report = flops(cfg.model, cfg.seq_len)
     routed = cfg.model.router.kind != "none"
     time = timing.median(seconds)
-    per_second, kind = cfg.batch_size * cfg.length / time, jax.devices()[0].device_kind
+    per_second, kind = cfg.batch_size * cfg.seq_len / time, jax.devices()[0].device_kind
     return {
         "variant": name,
-        "layers": cfg.model.layers,
+        "layers": cfg.model.num_layers,
         "seconds": time,
         "fastest": min(seconds),
         "temp_bytes": trainer.temp_bytes,

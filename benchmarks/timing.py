@@ -43,7 +43,7 @@ def use_cores(count: int | None) -> None:
 def random_batch(cfg: TrainConfig, seed: int = 0) -> Batch:
     """Rows of uniformly random tokens; the last position of a row has no target."""
     rng = np.random.default_rng(seed)
-    shape = (cfg.batch_size, cfg.length)
+    shape = (cfg.batch_size, cfg.seq_len)
     ids = rng.integers(0, cfg.model.vocab_size, shape, dtype=np.int32)
     targets = np.concatenate([ids[:, 1:], np.full((shape[0], 1), IGNORE, np.int32)], axis=1)
     return Batch(tokens=jnp.asarray(ids), targets=jnp.asarray(targets))
@@ -64,7 +64,7 @@ class Trainer:
         params = params if change is None else change(params)
         optimizer = make_optimizer(cfg.optim, cfg.steps, params)
         self.state = new_state(params, optimizer.init(params))
-        step = jitted_steps(cfg)(capacity_counts(cfg.model, cfg.length))
+        step = jitted_steps(cfg)(capacity_counts(cfg.model, cfg.seq_len))
         self._compiled = step.lower(self.state, self.batch).compile()
         self.temp_bytes = self._compiled.memory_analysis().temp_size_in_bytes
 
@@ -128,10 +128,11 @@ def report(question: str, record: dict, save: bool) -> None:
 def settings(cfg: TrainConfig) -> dict:
     """The settings that a result depends on, for the record."""
     model = dataclasses.asdict(cfg.model)
-    keep = ("vocab_size", "width", "heads", "kv_heads", "mlp_width", "dtype", "attention", "remat")
+    keep = ("vocab_size", "hidden_size", "num_heads", "num_kv_heads", "intermediate_size")
+    keep += ("dtype", "attention", "remat")
     return {
-        "length": cfg.length,
+        "length": cfg.seq_len,
         "batch": cfg.batch_size,
-        "loss_chunk": cfg.loss_chunk,
+        "loss_chunk": cfg.loss_chunk_size,
         **{name: model[name] for name in keep},
     }

@@ -68,14 +68,14 @@ def weights(imported: Imported, family: str, start: str, cfg: ModelConfig) -> Pa
     params = imported.params
     if family != "plain":
         routing = next(kind for kind, name in FAMILIES.items() if name == family)
-        wish = Upcycling(recursions=cfg.recursions, routing=routing, init=start)
+        wish = Upcycling(recursions=cfg.num_recursions, routing=routing, init=start)
         params = upcycle(imported.cfg, cfg, params, wish)
     return jax.tree.map(jnp.asarray, nested(params))
 
 
 def measure(cfg: TrainConfig, params: Params, tokenizer: data.Tokenizer) -> dict[str, Any]:
     """Held-out losses before and after `cfg.steps` steps, and how long a step took."""
-    heldout = data.Layout(length=cfg.length, batch_size=cfg.eval.batch_size)
+    heldout = data.Layout(length=cfg.seq_len, batch_size=cfg.eval.batch_size)
     evaluator = Evaluator.of(
         cfg, data.heldout_batches(cfg.data, tokenizer, heldout, cfg.eval.batches)
     )
@@ -83,8 +83,8 @@ def measure(cfg: TrainConfig, params: Params, tokenizer: data.Tokenizer) -> dict
     # Donated by the first step: nothing may hold on to them.
     state = first_state(cfg, params)
     del params
-    step = jitted_steps(cfg)(capacity_counts(cfg.model, cfg.length))
-    layout = data.Layout(length=cfg.length, batch_size=cfg.batch_size)
+    step = jitted_steps(cfg)(capacity_counts(cfg.model, cfg.seq_len))
+    layout = data.Layout(length=cfg.seq_len, batch_size=cfg.batch_size)
     batches = data.train_batches(cfg.data, tokenizer, layout, seed=0)
     seconds, losses = [], []
     for _ in range(cfg.steps):
@@ -96,7 +96,7 @@ def measure(cfg: TrainConfig, params: Params, tokenizer: data.Tokenizer) -> dict
     after = evaluator(state.params)
     return {
         "parameters": unique_parameters(cfg.model),
-        "layers": cfg.model.layers,
+        "layers": cfg.model.num_layers,
         "before": before,
         "after": after,
         "train_losses": losses,
@@ -109,13 +109,13 @@ def config(model: ModelConfig, folder: Path, args: argparse.Namespace) -> TrainC
     cfg = TrainConfig(
         steps=args.steps,
         batch_size=args.batch,
-        length=args.length,
+        seq_len=args.length,
         model=dataclasses.replace(model, dtype="float32"),
         optim=OptimConfig(lr=args.lr, warmup_steps=args.steps // 5, decay_steps=args.steps // 5),
         data=DataConfig(
             sources=(f"text:{folder}/text/*.txt",),
             tokenizer=str(folder / "tokenizer"),
-            heldout_share=0.2,
+            validation_fraction=0.2,
         ),
         eval=EvalConfig(batches=args.heldout // args.batch, batch_size=args.batch),
     )

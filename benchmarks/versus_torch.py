@@ -78,16 +78,16 @@ def train_config(args: argparse.Namespace) -> TrainConfig:
     """A plain float32 model without rematerialisation."""
     model = ModelConfig(
         vocab_size=args.vocab,
-        width=args.width,
-        layers=args.layers,
-        heads=args.width // 32,
-        kv_heads=args.width // 64,
+        hidden_size=args.width,
+        num_layers=args.layers,
+        num_heads=args.width // 32,
+        num_kv_heads=args.width // 64,
         head_dim=32,
-        mlp_width=args.width * 11 // 4,
-        max_length=args.length,
+        intermediate_size=args.width * 11 // 4,
+        max_seq_len=args.length,
         dtype="float32",
     )
-    cfg = TrainConfig(batch_size=args.batch, length=args.length, model=model, optim=OPTIM)
+    cfg = TrainConfig(batch_size=args.batch, seq_len=args.length, model=model, optim=OPTIM)
     cfg.validate()
     return cfg
 
@@ -112,7 +112,7 @@ def main() -> None:
         print(f"{step:>4}{pair[0]:>16.6f}{pair[1]:>14.6f}")
     record = {
         **timing.settings(cfg),
-        "layers": cfg.model.layers,
+        "layers": cfg.model.num_layers,
         "torch": torch.__version__,
         "seconds": middle,
         "ratio": ratio,

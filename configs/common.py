@@ -15,13 +15,55 @@ from ml_collections.config_dict import placeholder
 # tensor parallelism over 8 devices divides; 2 + 24 and 2 + 36 layers, so that 2, 3 and 4 recursions
 # keep the full depth. debug: for CPUs, byte vocabulary.
 SIZES = {
-    "debug": {"width": 128, "heads": 4, "kv_heads": 2, "head_dim": 32, "mlp_width": 352},
-    "135m": {"width": 576, "heads": 9, "kv_heads": 3, "head_dim": 64, "mlp_width": 1536},
-    "360m": {"width": 960, "heads": 15, "kv_heads": 5, "head_dim": 64, "mlp_width": 2560},
-    "730m": {"width": 1536, "heads": 24, "kv_heads": 8, "head_dim": 64, "mlp_width": 4096},
-    "1.7b": {"width": 2048, "heads": 32, "kv_heads": 32, "head_dim": 64, "mlp_width": 8192},
-    "3b": {"width": 3072, "heads": 24, "kv_heads": 8, "head_dim": 128, "mlp_width": 8192},
-    "7b": {"width": 4096, "heads": 32, "kv_heads": 8, "head_dim": 128, "mlp_width": 11008},
+    "debug": {
+        "hidden_size": 128,
+        "num_heads": 4,
+        "num_kv_heads": 2,
+        "head_dim": 32,
+        "intermediate_size": 352,
+    },
+    "135m": {
+        "hidden_size": 576,
+        "num_heads": 9,
+        "num_kv_heads": 3,
+        "head_dim": 64,
+        "intermediate_size": 1536,
+    },
+    "360m": {
+        "hidden_size": 960,
+        "num_heads": 15,
+        "num_kv_heads": 5,
+        "head_dim": 64,
+        "intermediate_size": 2560,
+    },
+    "730m": {
+        "hidden_size": 1536,
+        "num_heads": 24,
+        "num_kv_heads": 8,
+        "head_dim": 64,
+        "intermediate_size": 4096,
+    },
+    "1.7b": {
+        "hidden_size": 2048,
+        "num_heads": 32,
+        "num_kv_heads": 32,
+        "head_dim": 64,
+        "intermediate_size": 8192,
+    },
+    "3b": {
+        "hidden_size": 3072,
+        "num_heads": 24,
+        "num_kv_heads": 8,
+        "head_dim": 128,
+        "intermediate_size": 8192,
+    },
+    "7b": {
+        "hidden_size": 4096,
+        "num_heads": 32,
+        "num_kv_heads": 8,
+        "head_dim": 128,
+        "intermediate_size": 11008,
+    },
 }
 
 # Effective layers: of a plain model, then by recursions. "middle" schemes hold 2 + a multiple of
@@ -40,8 +82,8 @@ LAYERS = {
 # Settings in which the routers' recipes differ; all others keep the defaults of `_router`.
 ROUTERS = {
     "none": {},
-    "expert": {"kind": "expert", "score": "sigmoid", "alpha": 0.1},
-    "token": {"kind": "token", "score": "softmax", "alpha": 1.0, "z_coeff": 1e-5},
+    "expert": {"kind": "expert", "activation": "sigmoid", "alpha": 0.1},
+    "token": {"kind": "token", "activation": "softmax", "alpha": 1.0, "z_loss_coeff": 1e-5},
 }
 
 CHOICES = {
@@ -90,20 +132,20 @@ def _router(routing: str) -> ConfigDict:
         {
             "kind": "none",
             "arch": "linear",
-            "score": "sigmoid",
+            "activation": "sigmoid",
             "alpha": 0.1,
             "temperature": 1.0,
             "gating": "weighted",
-            "z_coeff": 0.0,
-            "capacities": _optional(None),
+            "z_loss_coeff": 0.0,
+            "capacity": _optional(None),
             "capacity_warmup_steps": 0,
-            "capacity_warmup_levels": 8,
-            "aux": "aux_loss",
-            "aux_coeff": 0.001,
-            "balancing": "loss",
-            "balance_coeff": 0.1,
+            "capacity_warmup_stages": 8,
+            "causal_routing": "aux_loss",
+            "aux_loss_coeff": 0.001,
+            "load_balancing": "loss",
+            "balance_loss_coeff": 0.1,
             "balance_warmup_steps": 0,
-            "bias_rate": 0.001,
+            "bias_update_rate": 0.001,
             "capacity_factor": _optional(None),
             "capacity_multiple": _optional(None),
             **ROUTERS[routing],
@@ -114,11 +156,11 @@ def _router(routing: str) -> ConfigDict:
 def _rope_scaling() -> ConfigDict:
     return ConfigDict(
         {
-            "kind": "none",
+            "rope_type": "none",
             "factor": 1.0,
             "low_freq_factor": 1.0,
             "high_freq_factor": 4.0,
-            "original_max_length": 8192,
+            "original_max_position_embeddings": 8192,
         }
     )
 
@@ -128,17 +170,17 @@ def plain_model(size: str, routing: str = "none") -> ConfigDict:
     model = ConfigDict(
         {
             "vocab_size": 49152,
-            "layers": LAYERS[size]["plain"],
-            "max_length": 2048,
+            "num_layers": LAYERS[size]["plain"],
+            "max_seq_len": 2048,
             "rope_theta": 10000.0,
             "rope_scaling": _rope_scaling(),
             "norm_eps": 1e-5,
             "init_std": 0.02,
             "tie_embeddings": True,
             "sharing": "none",
-            "recursions": 1,
+            "num_recursions": 1,
             "share_norms": True,
-            "kv": "recursion",
+            "kv_mode": "recursion",
             "router": _router(routing),
             "dtype": "bfloat16",
             "attention": "auto",
@@ -155,8 +197,8 @@ def shared_model(size: str, recursions: int, sharing: str, kv: str, routing: str
     """A recursive decoder, routed unless `routing` is "none"."""
     model = plain_model(size, routing)
     scheme = "middle" if sharing.startswith("middle") else "all"
-    model.layers = LAYERS[size][scheme][recursions]
-    model.update({"sharing": sharing, "recursions": recursions, "kv": kv})
+    model.num_layers = LAYERS[size][scheme][recursions]
+    model.update({"sharing": sharing, "num_recursions": recursions, "kv_mode": kv})
     return model
 
 
@@ -166,7 +208,7 @@ def train(model: ConfigDict, size: str) -> ConfigDict:
     cfg.model = model
     if size in ("1.7b", "3b", "7b"):
         # Parameters and optimiser state are cut over all devices, rows with them.
-        cfg.accumulate = 1
+        cfg.grad_accum_steps = 1
         cfg.mesh = ConfigDict(_mesh(data=1, fsdp=None))
     return cfg.lock()
 
@@ -177,10 +219,10 @@ def _paper_run() -> ConfigDict:
         {
             "steps": 9438,
             "batch_size": 1024,
-            "length": 2048,
-            "accumulate": 8,
-            "loss_chunk": _optional(128),
-            "loss_z_coeff": 0.0,
+            "seq_len": 2048,
+            "grad_accum_steps": 8,
+            "loss_chunk_size": _optional(128),
+            "z_loss_coeff": 0.0,
             "seed": 0,
             "compilation_cache": True,
             "optim": _optim(lr=3e-3, warmup_steps=472, decay_steps=1888),
@@ -189,8 +231,8 @@ def _paper_run() -> ConfigDict:
             "checkpoint": _checkpoint(every=500),
             "log": _log(),
             "mesh": _mesh(data=None, fsdp=1),
-            "sharding": {"gather_shared": _optional(None)},
-            "hosts": {"timeout": 30},
+            "sharding": {"all_gather_shared": _optional(None)},
+            "hosts": {"heartbeat_timeout": 30},
             "profile": {"steps": _optional(None)},
         }
     )
@@ -202,10 +244,10 @@ def _debug_run() -> ConfigDict:
         {
             "steps": 200,
             "batch_size": 8,
-            "length": 256,
-            "accumulate": 1,
-            "loss_chunk": _optional(None),
-            "loss_z_coeff": 0.0,
+            "seq_len": 256,
+            "grad_accum_steps": 1,
+            "loss_chunk_size": _optional(None),
+            "z_loss_coeff": 0.0,
             "seed": 0,
             "compilation_cache": True,
             "optim": _optim(lr=6e-3, warmup_steps=20, decay_steps=60),
@@ -214,8 +256,8 @@ def _debug_run() -> ConfigDict:
             "checkpoint": _checkpoint(every=100),
             "log": _log(),
             "mesh": _mesh(data=None, fsdp=1),
-            "sharding": {"gather_shared": _optional(None)},
-            "hosts": {"timeout": 30},
+            "sharding": {"all_gather_shared": _optional(None)},
+            "hosts": {"heartbeat_timeout": 30},
             "profile": {"steps": _optional(None)},
         }
     )
@@ -233,7 +275,7 @@ def _optim(lr: float, warmup_steps: int, decay_steps: int) -> dict[str, Any]:
         "eps": 1e-8,
         "weight_decay": 0.1,
         "clip_norm": 1.0,
-        "router_lr_ratio": 10.0,
+        "aux_router_lr_ratio": 10.0,
         "max_skipped_steps": 10,
     }
 
@@ -244,17 +286,17 @@ def _data(sources: tuple[str, ...], tokenizer: str) -> dict[str, Any]:
         "weights": _optional(None),
         "text_key": "text",
         "tokenizer": tokenizer,
-        "within_documents": False,
-        "heldout_share": 0.01,
+        "document_mask": False,
+        "validation_fraction": 0.01,
         "shuffle": True,
         "seed": 0,
-        "workers": 0,
+        "num_workers": 0,
         "prefetch": 2,
     }
 
 
 def _optional(value: Any) -> Any:
-    """A setting that can be None; `--config.eval.every=None` and `=50` both work on it."""
+    """A setting that can be None; `--config.eval.interval=None` and `=50` both work on it."""
     reference = placeholder(object)
     reference.set(value)
     return reference
@@ -262,7 +304,7 @@ def _optional(value: Any) -> Any:
 
 def _evaluation(every: int, batches: int, batch_size: int) -> dict[str, Any]:
     return {
-        "every": _optional(every),
+        "interval": _optional(every),
         "batches": batches,
         "batch_size": batch_size,
         "prompt": "def ",
@@ -271,7 +313,12 @@ def _evaluation(every: int, batches: int, batch_size: int) -> dict[str, Any]:
 
 
 def _checkpoint(every: int) -> dict[str, Any]:
-    return {"every": _optional(every), "keep": 2, "keep_every": _optional(None), "also": ()}
+    return {
+        "interval": _optional(every),
+        "max_to_keep": 2,
+        "keep_period": _optional(None),
+        "keep_steps": (),
+    }
 
 
 def _mesh(data: int | None, fsdp: int | None) -> dict[str, Any]:
@@ -280,4 +327,4 @@ def _mesh(data: int | None, fsdp: int | None) -> dict[str, Any]:
 
 
 def _log() -> dict[str, Any]:
-    return {"every": 10, "tensorboard": False, "wandb_project": _optional(None)}
+    return {"interval": 10, "tensorboard": False, "wandb_project": _optional(None)}

@@ -15,6 +15,7 @@ from ml_collections import ConfigDict
 
 from configs.common import plain_model, train
 from configs.from_workdir import fill
+from mor_jax.config.old_names import translated, translated_paths
 from mor_jax.config.parsing import changed
 from mor_jax.scaling.study.seal import digest
 
@@ -53,4 +54,4 @@ def _read(arg: str, file: epath.Path, name: str) -> dict[str, Any]:
         raise ValueError(f"config argument {arg!r}: {file} was changed by hand. {fix}")
     if name not in runs:
         raise ValueError(f"config argument {arg!r}: {file} has no run {name!r}. {_FIX}")
-    return changed(base, runs[name])
+    return changed(translated(base), translated_paths(runs[name]))

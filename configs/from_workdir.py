@@ -13,6 +13,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from configs.common import plain_model, train
+from mor_jax.config.old_names import translated
 
 _FIX = "Write --config=configs/from_workdir.py:DIR with the directory of a run"
 
@@ -40,7 +41,7 @@ def _read(arg: str) -> dict[str, Any]:
         raise ValueError(f"config argument {arg!r}: {file} is damaged ({error}). {_FIX}") from error
     if not isinstance(settings, dict) or not {"model", "optim", "data"} <= settings.keys():
         raise ValueError(f"config argument {arg!r}: {file} is another program's. {_FIX}")
-    return settings
+    return translated(settings)
 
 
 def fill(cfg: ConfigDict, values: dict[str, Any]) -> None:

@@ -20,16 +20,16 @@ def get_config(arg: str = "") -> ConfigDict:
         common.shared_model("debug", 3, "middle_cycle", "recursion", "expert"), "debug"
     )
     with cfg.unlocked():
-        cfg.model.layers = 5
-        cfg.model.width, cfg.model.mlp_width = 96, 256
-        cfg.model.heads, cfg.model.kv_heads, cfg.model.head_dim = 2, 1, 48
-        cfg.length = 128
+        cfg.model.num_layers = 5
+        cfg.model.hidden_size, cfg.model.intermediate_size = 96, 256
+        cfg.model.num_heads, cfg.model.num_kv_heads, cfg.model.head_dim = 2, 1, 48
+        cfg.seq_len = 128
         cfg.batch_size = cfg.eval.batch_size = 16
         cfg.steps = 600
         cfg.optim.lr = 4.5e-3
         cfg.optim.warmup_steps = 30
         cfg.optim.decay_steps = 260
-        cfg.eval.every = 200
+        cfg.eval.interval = 200
         cfg.eval.completion_tokens = 120
-        cfg.checkpoint.every = 200
+        cfg.checkpoint.interval = 200
     return cfg

@@ -34,6 +34,7 @@ CONFIG = config_flags.DEFINE_config_file("config", "configs/mor.py", "what to ac
 LENGTH = flags.DEFINE_integer(
     "length", None, "tokens of a row; the configuration's if unset", lower_bound=1
 )
+_LENGTH = {"seq_len": "--length"}
 PLATFORM = flags.DEFINE_enum(
     "platform", "cpu", ["cpu", "gpu", "tpu"], "where a run would train; rounds capacities"
 )
@@ -44,13 +45,14 @@ def main(_: list[str]) -> None:
     try:
         cfg = TrainConfig.from_dict(CONFIG.value.to_dict())
         if LENGTH.value is not None:
-            cfg = dataclasses.replace(cfg, length=LENGTH.value)
+            cfg = dataclasses.replace(cfg, seq_len=LENGTH.value)
             cfg.validate()
     except ValueError as error:
-        told = option_names.as_typed(error, option_names.flags_given())
+        names = option_names.flags_given()
+        told = option_names.as_typed(error, names | ({} if LENGTH.value is None else _LENGTH))
         print(f"error: {told}", file=sys.stderr)
         sys.exit(exit_codes.REFUSED)
-    cfg, length = settled(cfg, PLATFORM.value), cfg.length
+    cfg, length = settled(cfg, PLATFORM.value), cfg.seq_len
     report, room = flops(cfg.model, length), memory(cfg.model, length)
     counts = {
         name: count(cfg.model, embedding=embedding)

@@ -24,6 +24,7 @@ _PATHS = {
     "eval.batches": "batches",
     "eval.batch_size": "batch_size",
     "data.sources": "source",
+    "seq_len": "length",
 }
 """Options under other names than their settings."""
 

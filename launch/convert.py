@@ -126,7 +126,7 @@ def _import(options: argparse.Namespace) -> int:
     model = written.cfg.model
     print(f"{options.source} -> {written.workdir}")
     print(
-        f"{written.stored:,} parameters, {model.layers} layers of width {model.width}, "
+        f"{written.stored:,} parameters, {model.num_layers} layers of width {model.hidden_size}, "
         f"sharing={model.sharing}, router={model.router.kind}, in {written.seconds:.1f} s"
     )
     for note in written.notes:

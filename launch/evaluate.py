@@ -32,6 +32,7 @@ _PATHS = {
     "eval.batches": "batches",
     "eval.batch_size": "batch_size",
     "data.sources": "source",
+    "seq_len": "length",
     "evaluation.fsdp": "fsdp",
 }
 """Options under other names than their settings."""

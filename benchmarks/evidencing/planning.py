@@ -15,10 +15,10 @@ RULES = Rules(lr=6e-3, lr_width=32, lr_power=1.0)
 SHAPES = Shapes(head_dim=8, layers=8)
 SETTINGS = {
     "batch_size": 4,
-    "eval.every": None,
+    "eval.interval": None,
     "eval.batches": 32,
     "eval.completion_tokens": 0,
-    "checkpoint.every": None,
+    "checkpoint.interval": None,
 }
 
 
@@ -62,4 +62,4 @@ def _runs(one: Model, steps: int, equal: float | None, seeds: range) -> list[Pla
 
 def _cost(one: Model) -> float:
     cfg = one.cfg
-    return cfg.batch_size * cfg.length * flops_per_token(cfg.model, cfg.length, one.unit)
+    return cfg.batch_size * cfg.seq_len * flops_per_token(cfg.model, cfg.seq_len, one.unit)

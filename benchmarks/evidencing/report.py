@@ -14,13 +14,13 @@ Timed = dict[str, dict[str, Any]]
 def report(manifest: Manifest, points: Sequence[Point], timed: Timed, machine: dict) -> str:
     """Both main tables and the ablations."""
     steps = manifest.rules["steps"]
-    batch = manifest.base["batch_size"] * manifest.base["length"]
+    batch = manifest.base["batch_size"] * manifest.base["seq_len"]
     equal, flops = steps * batch, manifest.rules["equal_flops"]
     parts = [
         "# Evidence",
         f"{machine['date']}, {machine['cores']} cores of {machine['device']}, JAX "
         f"{machine['jax']}; commit {manifest.code['commit']}. The standard library's text as "
-        f"bytes, rows of {manifest.base['length']}, {batch} tokens a step, width 48, eight "
+        f"bytes, rows of {manifest.base['seq_len']}, {batch} tokens a step, width 48, eight "
         "effective layers. Losses are nats per held-out byte: mean of the seeds, and their "
         "standard deviation. Printed by `python benchmarks/evidence.py --save`.",
         f"## Equal tokens: {equal / 1e6:.2f}M",

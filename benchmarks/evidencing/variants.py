@@ -43,14 +43,14 @@ ABLATIONS: dict[str, tuple[Variant, ...]] = {
     ),
     "router's activation, mor-2": (
         Variant("mor-2", "mor", "recursions=2"),
-        _router("tanh", score="tanh"),
-        _router("no-activation", score="none"),
+        _router("tanh", activation="tanh"),
+        _router("no-activation", activation="none"),
         _router("mlp-router", arch="mlp"),
     ),
     "how the router learns to be causal, mor-2": (
         Variant("mor-2", "mor", "recursions=2"),
-        _router("aux-router", aux="aux_router"),
-        _router("no-aux", aux="none"),
+        _router("aux-router", causal_routing="aux_router"),
+        _router("no-aux", causal_routing="none"),
     ),
     "capacity, mor-2": (
         Variant("mor-2", "mor", "recursions=2"),

@@ -16,10 +16,10 @@ MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "expert, 4": ("mor", "recursions=4", {}),
     "expert, 3, kv=shared": ("mor", "recursions=3,kv=shared", {}),
     "token, 3": ("mor", "recursions=3,routing=token", {}),
-    "expert, 3, documents": ("mor", "recursions=3", {"data.within_documents": True}),
-    "expert, 3, length 1000": ("mor", "recursions=3", {"length": 1000}),
-    "expert, 3, length 2047": ("mor", "recursions=3", {"length": 2047}),
-    "plain, length 2047": ("vanilla", "", {"length": 2047}),
+    "expert, 3, documents": ("mor", "recursions=3", {"data.document_mask": True}),
+    "expert, 3, length 1000": ("mor", "recursions=3", {"seq_len": 1000}),
+    "expert, 3, length 2047": ("mor", "recursions=3", {"seq_len": 2047}),
+    "plain, length 2047": ("vanilla", "", {"seq_len": 2047}),
 }
 EVALUATIONS, ENGINE = ("topk", "causal"), ("prefill", "decode")
 
@@ -99,7 +99,7 @@ def config(case: Case) -> TrainConfig:
     settings = settings | {
         "batch_size": rows,
         "eval.batch_size": rows,
-        "accumulate": case.parts,
+        "grad_accum_steps": case.parts,
         "model.remat": "full",
         "mesh.data": 1,
         "mesh.fsdp": case.devices,

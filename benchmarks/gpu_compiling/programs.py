@@ -50,7 +50,7 @@ def compiled(case: Case) -> dict[str, Any]:
     text, stats = program.as_text() or "", program.memory_analysis()
     fresh = stats.output_size_in_bytes - stats.alias_size_in_bytes
     return {
-        "capacities": capacity_counts(cfg.model, cfg.length),
+        "capacities": capacity_counts(cfg.model, cfg.seq_len),
         "arguments": stats.argument_size_in_bytes,
         "temporaries": stats.temp_size_in_bytes,
         "peak": stats.argument_size_in_bytes + fresh + stats.temp_size_in_bytes,
@@ -71,17 +71,17 @@ def _devices(case: Case) -> list[jax.Device]:
 
 def _flops(cfg: TrainConfig, case: Case) -> float:
     """Of a device's matrix products, by accounting; recomputed ones too."""
-    report = flops(cfg.model, cfg.length)
+    report = flops(cfg.model, cfg.seq_len)
     forward = report.head + sum(stage.forward(causal=False) for stage in report.computed)
     a_token = report.hardware() if case.program == "train" else forward
-    return a_token * case.rows * cfg.length
+    return a_token * case.rows * cfg.seq_len
 
 
 def _model(case: Case, cfg: TrainConfig, mesh: Mesh) -> jax.stages.Lowered:
     """The train step, or an evaluation of one batch."""
     state, batch = aot.abstract(cfg, mesh)
     if case.program == "train":
-        return compiled_step.jitted_steps(cfg)(capacity_counts(cfg.model, cfg.length)).lower(
+        return compiled_step.jitted_steps(cfg)(capacity_counts(cfg.model, cfg.seq_len)).lower(
             state, batch
         )
     step = jax.jit(partial(eval_step, cfg), static_argnums=2)
@@ -95,7 +95,7 @@ def _engine(case: Case, cfg: TrainConfig, mesh: Mesh) -> jax.stages.Lowered:
     model = made.geometry.cfg
     chunk = CHUNK_TOKENS.get("gpu", 16384) // PAGE
     group = GROUP_TOKENS.get("gpu", PIECE)
-    programs = Programs(made.geometry, (0,), (0.0,) * model.recursions, chunk, group).compiled()
+    programs = Programs(made.geometry, (0,), (0.0,) * model.num_recursions, chunk, group).compiled()
 
     def arguments() -> tuple[Any, ...]:
         slots = Slots.empty(made.geometry, made.slots)

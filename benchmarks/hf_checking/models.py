@@ -24,26 +24,31 @@ PROMPTS, NEW, TRAIN, RATE = (20, 13, 7), 32, (4, 24), 0.02
 LENGTH = max(PROMPTS) + NEW
 BASE = ModelConfig(
     vocab_size=64,
-    width=32,
-    layers=5,
-    recursions=3,
+    hidden_size=32,
+    num_layers=5,
+    num_recursions=3,
     sharing="middle_cycle",
-    heads=4,
-    kv_heads=2,
+    num_heads=4,
+    num_kv_heads=2,
     head_dim=8,
-    mlp_width=48,
-    max_length=128,
+    intermediate_size=48,
+    max_seq_len=128,
     dtype="float32",
     attention="xla",
     # Wider than usual, so that such a small model writes varied text.
     init_std=0.3,
 )
 # Losses of the router large enough to show in a step.
-EXPERT = RouterConfig(kind="expert", aux_coeff=0.5, z_coeff=0.01, capacity_multiple=1)
+EXPERT = RouterConfig(kind="expert", aux_loss_coeff=0.5, z_loss_coeff=0.01, capacity_multiple=1)
 TOKEN = RouterConfig(
-    kind="token", score="softmax", alpha=1.0, balance_coeff=0.5, z_coeff=0.01, capacity_factor=0.8
+    kind="token",
+    activation="softmax",
+    alpha=1.0,
+    balance_loss_coeff=0.5,
+    z_loss_coeff=0.01,
+    capacity_factor=0.8,
 )
-SCALED = RopeScaling(kind="llama3", factor=8.0, original_max_length=32)
+SCALED = RopeScaling(rope_type="llama3", factor=8.0, original_max_position_embeddings=32)
 
 
 def _model(**changes) -> ModelConfig:
@@ -55,14 +60,14 @@ def _model(**changes) -> ModelConfig:
 _router = partial(dataclasses.replace, EXPERT)
 MODELS = {
     "plain": _model(
-        sharing="none", layers=4, recursions=1, tie_embeddings=False, rope_scaling=SCALED
+        sharing="none", num_layers=4, num_recursions=1, tie_embeddings=False, rope_scaling=SCALED
     ),
     "recursive": _model(share_norms=False),
     "expert": _model(router=EXPERT),
-    "expert-kv-shared": _model(router=_router(capacity_multiple=8), kv="shared"),
-    "expert-kv-update": _model(router=EXPERT, kv="shared_update", share_norms=False),
-    "expert-aux-router": _model(router=_router(aux="aux_router", arch="mlp")),
-    "token": _model(router=TOKEN, layers=6, sharing="cycle"),
+    "expert-kv-shared": _model(router=_router(capacity_multiple=8), kv_mode="shared"),
+    "expert-kv-update": _model(router=EXPERT, kv_mode="shared_update", share_norms=False),
+    "expert-aux-router": _model(router=_router(causal_routing="aux_router", arch="mlp")),
+    "token": _model(router=TOKEN, num_layers=6, sharing="cycle"),
 }
 
 
@@ -72,7 +77,7 @@ def write(name: str, folder: Path) -> Path:
     params = init_params(cfg, 0)
     run = RunSource(
         path=epath.Path(folder) / f"{name}-run",
-        cfg=TrainConfig(model=cfg, length=LENGTH),
+        cfg=TrainConfig(model=cfg, seq_len=LENGTH),
         step=0,
         params=held(dict(flatten(params))),
         tokenizer=None,
@@ -127,7 +132,7 @@ def _losses(cfg: ModelConfig, params: Params, rows: np.ndarray) -> np.ndarray:
     """The training loss before and after a step of plain gradient descent."""
     targets = np.concatenate([rows[:, 1:], np.full((len(rows), 1), IGNORE)], axis=1)
     batch = Batch(jnp.asarray(rows, jnp.int32), jnp.asarray(targets, jnp.int32))
-    run = TrainConfig(model=cfg, batch_size=TRAIN[0], length=TRAIN[1])
+    run = TrainConfig(model=cfg, batch_size=TRAIN[0], seq_len=TRAIN[1])
     counts = batch_counts(cfg, batch, capacity_counts(cfg, TRAIN[1]))
 
     @jax.jit

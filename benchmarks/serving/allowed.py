@@ -107,7 +107,7 @@ def per_token(cfg: ModelConfig, shares: tuple[float, ...], traffic: Traffic) -> 
     context = traffic.prompt + traffic.answer / 2
     decoding = _layers(cfg, shares, traffic.batch, (context, 1))
     turning = traffic.batch / (max(1.0, sum(shares)) if cfg.sharing != "none" else 1.0)
-    head = Part(products=2.0 * cfg.width * cfg.vocab_size, rows=turning)
+    head = Part(products=2.0 * cfg.hidden_size * cfg.vocab_size, rows=turning)
     piece = min(traffic.piece, traffic.prompt)
     prefill = _layers(cfg, shares, piece, (traffic.prompt / 2, piece))
     scale = traffic.prompt / traffic.answer
@@ -131,7 +131,7 @@ def _layers(
 
     def part(layers: int, share: float, rows: float, keys: float, fresh: bool = True) -> Part:
         weights = layer_weights(cfg) - (0 if fresh else key_value_weights(cfg))
-        heads, entry = cfg.heads * cfg.head_dim, 2 * cfg.kv_heads * cfg.head_dim
+        heads, entry = cfg.num_heads * cfg.head_dim, 2 * cfg.num_kv_heads * cfg.head_dim
         return Part(
             products=2.0 * share * layers * weights,
             rows=rows,
@@ -142,8 +142,8 @@ def _layers(
 
     context, together = seen
     if cfg.sharing == "none":
-        return [part(cfg.layers, 1.0, rows, context)]
-    own = cfg.kv == "recursion"
+        return [part(cfg.num_layers, 1.0, rows, context)]
+    own = cfg.kv_mode == "recursion"
     parts = [
         part(cfg.shared_layers, share, rows, (share if own else 1.0) * context, own or r == 0)
         for r, share in enumerate(shares)
@@ -156,7 +156,7 @@ def _layers(
 def measure(cfg: ModelConfig) -> Machine:
     """What this machine does with the weights of 32 layers of the model's width, unshared."""
     dtype, layers = jnp.dtype(cfg.dtype), 32
-    stack = jnp.ones((layers, cfg.width, 3 * cfg.mlp_width), dtype)
+    stack = jnp.ones((layers, cfg.hidden_size, 3 * cfg.intermediate_size), dtype)
 
     def through(x: Array, stack: Array) -> Array:
         def layer(total: Array, weights: Array) -> tuple[Array, None]:
@@ -167,7 +167,7 @@ def measure(cfg: ModelConfig) -> Machine:
     products, best = jax.jit(through), 0.0
     rates = []
     for rows in _ROWS:
-        x = jnp.ones((rows, cfg.width), dtype)
+        x = jnp.ones((rows, cfg.hidden_size), dtype)
         rate = 2.0 * rows * stack.size / _fastest(lambda x=x: products(x, stack))
         # More rows are never slower, but for noise.
         best = max(best, rate)
@@ -189,7 +189,7 @@ _PAGE, _LAYERS, _QUERIES = 32, 8, 128
 
 def _pages(cfg: ModelConfig, tokens: int) -> tuple[Pages, ...]:
     """Pages of some layers, together larger than the processor's caches."""
-    pool = Geometry(dataclasses.replace(cfg, layers=_LAYERS), _PAGE)
+    pool = Geometry(dataclasses.replace(cfg, num_layers=_LAYERS), _PAGE)
     return pool.cache(0, tokens // _PAGE).block
 
 
@@ -197,7 +197,9 @@ def _decoding(cfg: ModelConfig) -> float:
     """Bytes a second that the attention of decoding goes through."""
     rows, length = 32, 384
     layers = _pages(cfg, rows * length)
-    q = jnp.ones((rows, cfg.kv_heads, cfg.heads // cfg.kv_heads, cfg.head_dim), cfg.dtype)
+    q = jnp.ones(
+        (rows, cfg.num_kv_heads, cfg.num_heads // cfg.num_kv_heads, cfg.head_dim), cfg.dtype
+    )
     lists = jnp.arange(rows * length // _PAGE, dtype=jnp.int32).reshape(rows, -1)
 
     @jax.jit
@@ -215,7 +217,9 @@ def _decoding(cfg: ModelConfig) -> float:
 def _prefill(cfg: ModelConfig) -> float:
     """FLOP/s of attention while the second piece of a prompt is stored."""
     layers = _pages(cfg, 2 * _QUERIES)
-    q = jnp.ones((_QUERIES, cfg.kv_heads, cfg.heads // cfg.kv_heads, cfg.head_dim), cfg.dtype)
+    q = jnp.ones(
+        (_QUERIES, cfg.num_kv_heads, cfg.num_heads // cfg.num_kv_heads, cfg.head_dim), cfg.dtype
+    )
     lengths = _QUERIES + 1 + jnp.arange(_QUERIES, dtype=jnp.int32)
     extent = Extent(jnp.arange(2 * _QUERIES // _PAGE, dtype=jnp.int32), lengths, _chunk())
 
@@ -225,7 +229,7 @@ def _prefill(cfg: ModelConfig) -> float:
             q = by_list(Softmax.empty(q), q, pages, extent).result(q.dtype)
         return q
 
-    flops = 4.0 * float(jnp.sum(lengths)) * cfg.heads * cfg.head_dim * _LAYERS
+    flops = 4.0 * float(jnp.sum(lengths)) * cfg.num_heads * cfg.head_dim * _LAYERS
     return flops / _fastest(lambda: through(layers, q))
 
 

@@ -40,13 +40,13 @@ def plain(shape: Shape, dtype: Dtype, *, deep: bool = False) -> ModelConfig:
     heads = shape.width // 64
     cfg = ModelConfig(
         vocab_size=shape.vocab_size,
-        width=shape.width,
-        layers=shape.layers[4 if deep else 1],
-        heads=heads,
-        kv_heads=heads // 3,
+        hidden_size=shape.width,
+        num_layers=shape.layers[4 if deep else 1],
+        num_heads=heads,
+        num_kv_heads=heads // 3,
         head_dim=64,
-        mlp_width=shape.mlp_width,
-        max_length=1024,
+        intermediate_size=shape.mlp_width,
+        max_seq_len=1024,
         dtype=dtype,
     )
     cfg.validate()
@@ -57,10 +57,10 @@ def mor(shape: Shape, recursions: int, kv: KVMode, dtype: Dtype) -> ModelConfig:
     """Mixture-of-Recursions with expert-choice routing, middle-cycle, as in the paper's tables."""
     cfg = dataclasses.replace(
         plain(shape, dtype),
-        layers=shape.layers[recursions],
+        num_layers=shape.layers[recursions],
         sharing="middle_cycle",
-        recursions=recursions,
-        kv=kv,
+        num_recursions=recursions,
+        kv_mode=kv,
         router=RouterConfig(kind="expert"),
     )
     cfg.validate()
@@ -71,7 +71,7 @@ def family(shape: Shape, dtype: Dtype) -> dict[str, ModelConfig]:
     """All models by name, the plain one first."""
     models = {"plain": plain(shape, dtype)}
     deep = plain(shape, dtype, deep=True)
-    models[f"plain, {deep.layers} layers"] = deep
+    models[f"plain, {deep.num_layers} layers"] = deep
     for recursions in (2, 3, 4):
         models[f"MoR-{recursions}"] = mor(shape, recursions, "recursion", dtype)
         models[f"MoR-{recursions}, shared KV"] = mor(shape, recursions, "shared", dtype)

@@ -24,7 +24,7 @@ def random_served(name: str, cfg: ModelConfig, tokenizer: Tokenizer, seed: int =
     """
     params, thresholds = init_params(cfg, seed), None
     if cfg.router.kind != "none":
-        run = TrainConfig(model=cfg, length=_LENGTH, batch_size=_ROWS)
+        run = TrainConfig(model=cfg, seq_len=_LENGTH, batch_size=_ROWS)
         text = Text("random tokens", tuple(_random(cfg)), ())
         thresholds = Calibrator(run, params, text).thresholds(trained_shares(cfg))
     return Served(

@@ -109,7 +109,7 @@ def _depth(found: Found, given: Given, stdin: Stdin) -> Result:
     )
     made = recursions.measure(model, rows, sample)
     files = place.write(made.facts(), made.files())
-    named = found.changes(found.cfg.model.recursions, given["calibration"])
+    named = found.changes(found.cfg.model.num_recursions, given["calibration"])
     return Result(_head(f"{found}{named}", rows, model.notes), made.lines(), made.facts(), files)
 
 

@@ -41,7 +41,7 @@ class Map:
             plots.depth_map,
             self._lines(),
             observed.first.depth,
-            recursions=model.model.recursions,
+            recursions=model.model.num_recursions,
             title=title,
         )
         return {
@@ -54,7 +54,7 @@ class Map:
         """Of the whole text, by routing: mean depth, share of tokens by depth, loss."""
         found = {}
         for mode, one in self.observed.passes.items():
-            counts = np.bincount(one.depth, minlength=self.observed.model.model.recursions + 1)
+            counts = np.bincount(one.depth, minlength=self.observed.model.model.num_recursions + 1)
             found[mode] = {
                 "depth": number(one.depth.mean()),
                 "shares": [number(share) for share in counts / counts.sum()],
@@ -93,7 +93,7 @@ class Map:
             about=f"{about}. Loss: nats, of the token itself. Hover over a token for its numbers.",
             routings={mode: ROUTINGS[mode] for mode in observed.passes},
             rows=[tokens[start:end] for start, end in stretches(observed)],
-            recursions=observed.model.model.recursions,
+            recursions=observed.model.model.num_recursions,
         )
 
     def _lines(self) -> list[str]:

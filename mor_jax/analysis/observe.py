@@ -55,7 +55,7 @@ class Model:
 
     @property
     def _changes(self) -> str:
-        return self.found.changes(self.model.recursions, self.calibration)
+        return self.found.changes(self.model.num_recursions, self.calibration)
 
 
 def routed_model(
@@ -103,7 +103,9 @@ def check_routed(found: Found) -> None:
     if model.sharing == "none":
         rule = "nothing is routed in this model: every token goes through every layer"
         fail("model.sharing", model.sharing, rule, "launch/evaluate.py tells its loss")
-    rule = f"nothing is routed in this model: every token takes all {model.recursions} recursions"
+    rule = (
+        f"nothing is routed in this model: every token takes all {model.num_recursions} recursions"
+    )
     fix = "Loss against the number of recursions: launch/analyze.py depth"
     fail("model.router.kind", model.router.kind, rule, fix)
 
@@ -189,7 +191,7 @@ def scores(model: ModelConfig, logits: np.ndarray) -> np.ndarray:
     Expert-choice: sigmoid, by which its cross-entropy trains the logits, whatever scales the
     output. Token-choice: softmax over depths, or sigmoid, without alpha and balancing bias.
     """
-    if model.router.kind == "token" and model.router.score == "softmax":
+    if model.router.kind == "token" and model.router.activation == "softmax":
         shifted = np.exp(logits - logits.max(axis=0, keepdims=True))
         return shifted / shifted.sum(axis=0, keepdims=True)
     with np.errstate(over="ignore"):

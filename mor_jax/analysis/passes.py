@@ -62,7 +62,7 @@ def _pass(cfg: ModelConfig, route: Route, params: Params, batch: Batch) -> Seen:
     ahead, _ = token_losses(out.hidden, table, batch.targets, chunk)
     ahead = jnp.where(batch.targets == IGNORE, jnp.nan, ahead)
     decisive, main = _on_the_row(out.routing, batch)
-    two = cfg.router.kind == "expert" and cfg.router.aux == "aux_router"
+    two = cfg.router.kind == "expert" and cfg.router.causal_routing == "aux_router"
     return Seen(out.routing.depth, ahead, decisive, main if two else None)
 
 

@@ -99,8 +99,8 @@ def read(
     """
     wanted.validate()
     data.check_vocabulary(tokenizer, cfg.model.vocab_size)
-    length, longest = wanted.length or cfg.length, cfg.model.max_length
-    rule = f"the model's context is model.max_length={longest} tokens"
+    length, longest = wanted.length or cfg.seq_len, cfg.model.max_seq_len
+    rule = f"the model's context is model.max_seq_len={longest} tokens"
     check(length <= longest, "length", length, rule, f"Use at most {longest}")
     if wanted.text is None and wanted.prompt is None:
         return _of_sources(cfg, tokenizer, wanted, length)
@@ -115,7 +115,7 @@ def read(
     check(len(tokens) > 0, setting, shown, rule, "Give some text")
     notes: list[str] = []
     if len(tokens) > longest and not wanted.window:
-        rule = f"has {len(tokens):,} tokens, the model's context is model.max_length={longest}"
+        rule = f"has {len(tokens):,} tokens, the model's context is model.max_seq_len={longest}"
         fix = f"Shorten it, or cut it into windows of {length} tokens with --window"
         fail(setting, shown, rule, fix)
     if len(tokens) > wanted.tokens:

@@ -70,7 +70,7 @@ class Shallow:
         """Recursions without another wish: those calibrated, or trained."""
         if self.calibration is not None:
             return self.calibration.recursions
-        return self.cfg.model.recursions
+        return self.cfg.model.num_recursions
 
     def at(self, recursions: int) -> Served:
         """The model that runs so many recursions. Raises `ValueError` if it cannot."""
@@ -119,11 +119,11 @@ def shallow(found: Found, calibration: str | None, wanted: Sequence[int] | None)
         notes = (told,)
     elif model.router.kind == "token" and model.router.capacity_factor is None:
         routings = ("causal",)
-    most = 2 * model.recursions
+    most = 2 * model.num_recursions
     if calibrated is not None:
         most = calibrated.recursions
     elif model.router.kind == "token" or not model.share_norms:
-        most = model.recursions
+        most = model.num_recursions
     made = Shallow(
         found=found,
         cfg=dataclasses.replace(found.cfg, model=model),
@@ -157,7 +157,7 @@ class Scaling:
         curves = {ROUTINGS[m]: self.of("loss", routing=m) for m in self.model.routings}
         if self.model.cfg.model.router.kind == "none":
             curves = {"": self.of("loss")}
-        about, trained = self.model.found.name, self.model.cfg.model.recursions
+        about, trained = self.model.found.name, self.model.cfg.model.num_recursions
         return {
             "recursions.jsonl": json_lines(self.records),
             "recursions.png": lambda path: recursion_figure(curves, trained, about, path),
@@ -165,7 +165,7 @@ class Scaling:
 
     def facts(self) -> Record:
         """JSON values."""
-        return {"trained": self.model.cfg.model.recursions, "records": self.records}
+        return {"trained": self.model.cfg.model.num_recursions, "records": self.records}
 
     def lines(self) -> list[str]:
         """A table, then the samples, for a terminal."""
@@ -206,7 +206,7 @@ def measure(model: Shallow, rows: Rows, sample: Sample) -> Scaling:
             max_tokens=sample.max_tokens,
             sampling=sample.sampling,
         )
-        request.validate(model.cfg.model.vocab_size, model.cfg.model.max_length, "sample")
+        request.validate(model.cfg.model.vocab_size, model.cfg.model.max_seq_len, "sample")
     records, samples = [], []
     for recursions in model.numbers:
         served = model.at(recursions)
@@ -218,22 +218,22 @@ def measure(model: Shallow, rows: Rows, sample: Sample) -> Scaling:
 
 def _losses(model: Shallow, served: Served, rows: Rows) -> list[Record]:
     """A record a routing."""
-    cfg = dataclasses.replace(model.cfg, model=served.cfg, length=rows.length)
+    cfg = dataclasses.replace(model.cfg, model=served.cfg, seq_len=rows.length)
     found = _evaluator(cfg, rows, served.thresholds)(served.params)
     trained, records = model.cfg.model, []
-    full = flops(trained, rows.length, (1.0,) * trained.recursions).forward()
+    full = flops(trained, rows.length, (1.0,) * trained.num_recursions).forward()
     for routing in model.routings:
         depths = found.get(f"depth_share_{routing}")
-        shares = (1.0,) * served.cfg.recursions
+        shares = (1.0,) * served.cfg.num_recursions
         if depths is not None:
             # Rounding may carry a sum of shares past 1.
-            shares = tuple(min(1.0, sum(depths[r + 1 :])) for r in range(served.cfg.recursions))
+            shares = tuple(min(1.0, sum(depths[r + 1 :])) for r in range(served.cfg.num_recursions))
         loss = found[f"loss_{routing}"]
         records.append(
             {
                 "statistic": "loss",
-                "recursions": served.cfg.recursions,
-                "trained": served.cfg.recursions == trained.recursions,
+                "recursions": served.cfg.num_recursions,
+                "trained": served.cfg.num_recursions == trained.num_recursions,
                 "routing": routing,
                 "loss": number(loss),
                 "perplexity": number(math.exp(loss)),
@@ -265,7 +265,7 @@ def _counted(rows: Rows) -> list[Batch]:
 
 def _sample(served: Served, request: Request, text: str) -> Record:
     longest = 1 << (len(request.prompt) + request.max_tokens - 1).bit_length()
-    settings = EngineConfig(slots=1, max_length=min(longest, served.cfg.max_length))
+    settings = EngineConfig(slots=1, max_length=min(longest, served.cfg.max_seq_len))
     with Engine(served, settings) as engine:
         tokens, finished = engine.submit(request).result()
     check(finished.reason != "error", "sample", text, finished.message, "Try another text")
@@ -273,7 +273,7 @@ def _sample(served: Served, request: Request, text: str) -> Record:
     routed = served.cfg.router.kind != "none" and bool(depths)
     return {
         "statistic": "sample",
-        "recursions": served.cfg.recursions,
+        "recursions": served.cfg.num_recursions,
         "prompt": text,
         "text": "".join(token.text for token in tokens) + finished.text,
         "tokens": [token.id for token in tokens],

@@ -18,12 +18,12 @@ def saving_records(observed: Observed) -> list[dict[str, Any]]:
     """
     model = observed.model
     cfg = dataclasses.replace(model.model, dtype=model.found.cfg.model.dtype)
-    length, ones = observed.rows.length, (1.0,) * cfg.recursions
+    length, ones = observed.rows.length, (1.0,) * cfg.num_recursions
     # With keys of its own for every recursion, a token has one entry for each effective layer.
-    dense = kv_bytes(dataclasses.replace(cfg, kv="recursion"), length, ones)
+    dense = kv_bytes(dataclasses.replace(cfg, kv_mode="recursion"), length, ones)
     records = []
     for mode, one in observed.passes.items():
-        shares = tuple(float((one.depth > r).mean()) for r in range(cfg.recursions))
+        shares = tuple(float((one.depth > r).mean()) for r in range(cfg.num_recursions))
         kept = kv_bytes(cfg, length, shares)
         work = flops(cfg, length, shares).forward() / flops(cfg, length, ones).forward()
         records.append(
@@ -31,8 +31,8 @@ def saving_records(observed: Observed) -> list[dict[str, Any]]:
                 "statistic": "savings",
                 "routing": mode,
                 "shares": [number(share) for share in shares],
-                "dense_entries": cfg.layers,
-                "entries": number(kept * cfg.layers / dense),
+                "dense_entries": cfg.num_layers,
+                "entries": number(kept * cfg.num_layers / dense),
                 "dense_bytes": number(dense),
                 "bytes": number(kept),
                 "saved": number(1 - kept / dense),
@@ -50,7 +50,7 @@ def dead_records(observed: Observed, min_count: int) -> list[dict[str, Any]]:
     row that reach the last recursion in no row. kinds: share of the kinds of tokens with at least
     `min_count` occurrences that never reach it; dead_kinds: their numbers.
     """
-    deepest, records = observed.model.model.recursions, []
+    deepest, records = observed.model.model.num_recursions, []
     kinds, label = np.unique(observed.token, return_inverse=True)
     often = np.bincount(label) >= min_count
     rows = int(observed.row[-1]) + 1

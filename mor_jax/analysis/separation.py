@@ -27,7 +27,7 @@ def score_records(observed: Observed) -> list[dict[str, Any]]:
         kinds["main"] = one.main
     for router, logits in kinds.items():
         score = scores(cfg, logits)
-        for r in range(cfg.recursions):
+        for r in range(cfg.num_recursions):
             here = np.isfinite(score[r])
             chosen = one.depth == r + 1 if cfg.router.kind == "token" else one.depth > r
             if cfg.router.kind == "token" and mode == "topk":
@@ -129,7 +129,7 @@ def choice_records(observed: Observed) -> list[dict[str, Any]]:
     model = observed.model
     if model.model.router.kind != "token":
         return []
-    nr = model.model.recursions
+    nr = model.model.num_recursions
     choice = observed.passes["causal"].depth.astype(int) - 1
     share = np.bincount(choice, minlength=nr) / len(choice)
     some = share[share > 0]

@@ -43,7 +43,7 @@ class Statistics:
             for statistic, title in tables.GROUPED.items()
             if statistic != "token"
         }
-        recursions, about = model.model.recursions, f"{model.name}, {ROUTINGS[mode]} routing"
+        recursions, about = model.model.num_recursions, f"{model.name}, {ROUTINGS[mode]} routing"
         return {
             "statistics.jsonl": json_lines(self.records),
             "depth.png": lambda path: depth_figure(grouped, recursions, about, path),
@@ -101,7 +101,7 @@ def measure(observed: Observed, min_count: int, pos: bool) -> Statistics:
     for mode, one in observed.passes.items():
         losses = [by_loss(observed, one, which) for which in ("loss", "ahead")]
         for group in [*groups, *losses]:
-            records += group.records(mode, one, model.model.recursions)
+            records += group.records(mode, one, model.model.num_recursions)
     return Statistics(observed, records, min_count, tuple(notes))
 
 
@@ -109,7 +109,7 @@ def _routing_records(observed: Observed) -> list[Record]:
     """Everything as one group."""
     label = np.zeros(len(observed.token), int)
     everything = Buckets("routing", label, ["all tokens"], [{}])
-    nr = observed.model.model.recursions
+    nr = observed.model.model.num_recursions
     return [r for mode, one in observed.passes.items() for r in everything.records(mode, one, nr)]
 
 

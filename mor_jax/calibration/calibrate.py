@@ -104,7 +104,7 @@ def calibrate(found: Found, asked: Asked, aim: Aim) -> Measured:
     """
     aim.validate()
     cfg = config_for(found.cfg, asked)
-    number = cfg.model.recursions if asked.recursions is None else asked.recursions
+    number = cfg.model.num_recursions if asked.recursions is None else asked.recursions
     params = found.params()
     check_finite(params, str(found))
     # Rounding moves logits a little: they are taken in the dtype that generation computes in.
@@ -119,7 +119,7 @@ def calibrate(found: Found, asked: Asked, aim: Aim) -> Measured:
     calibration = Calibration(
         weights=fingerprint(found),
         step=found.step,
-        recursions=model.recursions,
+        recursions=model.num_recursions,
         thresholds=point.thresholds,
         depth_bias=point.depth_bias,
         wanted=wanted,
@@ -130,12 +130,12 @@ def calibrate(found: Found, asked: Asked, aim: Aim) -> Measured:
     )
     points = (point, *_curve(calibrator, model, aim.points)) if aim.points else (point,)
     ordered = tuple(sorted(points, key=lambda point: point.depth, reverse=True))
-    return Measured(found=found, calibration=calibration, points=ordered, length=cfg.length)
+    return Measured(found=found, calibration=calibration, points=ordered, length=cfg.seq_len)
 
 
 def _curve(calibrator: Calibrator, model: ModelConfig, points: int) -> Iterator[Point]:
     """`points` depths from the least to all recursions, and other ways to run the model."""
-    lowest, highest = sum(takes_all(model)), model.recursions
+    lowest, highest = sum(takes_all(model)), model.num_recursions
     for depth in np.linspace(lowest, highest, points):
         name = "all recursions" if math.isclose(depth, highest) else f"depth {depth:.2f}"
         yield calibrator.calibrated(name, wanted_shares(model, depth=float(depth)))

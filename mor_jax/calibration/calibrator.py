@@ -66,12 +66,12 @@ class Text:
         """
         tokenizer = data.load_tokenizer(cfg.data.tokenizer)
         data.check_vocabulary(tokenizer, cfg.model.vocab_size)
-        layout = data.Layout(length=cfg.length, batch_size=cfg.eval.batch_size)
+        layout = data.Layout(length=cfg.seq_len, batch_size=cfg.eval.batch_size)
         read = data.heldout_batches(cfg.data, tokenizer, layout, 2 * cfg.eval.batches, split, 1)
         rows = jax.tree.map(lambda *parts: np.concatenate(parts), *read)
         # A last batch is filled up with rows without targets.
         whole = np.flatnonzero(np.any(rows.targets != IGNORE, axis=1))
-        rule = f"gives {len(whole)} rows of {cfg.length} tokens; two are needed"
+        rule = f"gives {len(whole)} rows of {cfg.seq_len} tokens; two are needed"
         fix = "Lower --length or give more text with --source"
         check(len(whole) >= 2, "data.sources", cfg.data.sources, rule, fix)
         names = ", ".join(cfg.data.sources)
@@ -108,7 +108,7 @@ class Calibrator:
 
     def __init__(self, cfg: TrainConfig, params: Params, text: Text):
         if cfg.model.router.kind == "token":
-            model, params = with_depth_bias(cfg.model, params, (0.0,) * cfg.model.recursions)
+            model, params = with_depth_bias(cfg.model, params, (0.0,) * cfg.model.num_recursions)
             cfg = dataclasses.replace(cfg, model=model)
         self._cfg, self._params, self._text = cfg, params, text
         rows = ("eval.batch_size", cfg.eval.batch_size)
@@ -158,7 +158,7 @@ class Calibrator:
         """Logits of the tokens that reach recursion len(before), and how many tokens there are."""
         if before not in self._known:
             recursion, kept, tokens = len(before), [], 0
-            rest = (0.0,) * (self._cfg.model.recursions - recursion)
+            rest = (0.0,) * (self._cfg.model.num_recursions - recursion)
             given = jnp.asarray(before + rest, jnp.float32)
             for batch in self._text.fit:
                 each = self._logits(self._params, batch, given)
@@ -183,7 +183,7 @@ class Calibrator:
         self, name: str, mode: str, params: Params, thresholds: tuple[float, ...] | None = None
     ) -> Point:
         # Always an array, so that with and without thresholds are one program; 0 is the default.
-        given = jnp.asarray(thresholds or (0.0,) * self._cfg.model.recursions, jnp.float32)
+        given = jnp.asarray(thresholds or (0.0,) * self._cfg.model.num_recursions, jnp.float32)
         sums = [self._evaluate(params, batch, given, mode=mode) for batch in self._text.unseen]
         total = jax.tree.map(lambda *leaves: np.sum(leaves, axis=0), *jax.device_get(sums))
         counts = total["depth_count"]
@@ -193,8 +193,8 @@ class Calibrator:
         return Point(name=name, loss=loss, shares=shares, work=self._work(shares))
 
     def _work(self, shares: tuple[float, ...]) -> float:
-        model, length = self._cfg.model, self._cfg.length
-        full = flops(model, length, (1.0,) * model.recursions).forward()
+        model, length = self._cfg.model, self._cfg.seq_len
+        full = flops(model, length, (1.0,) * model.num_recursions).forward()
         return flops(model, length, shares).forward() / full
 
 

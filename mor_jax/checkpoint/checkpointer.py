@@ -286,13 +286,13 @@ class Checkpoints:
             free = shutil.disk_usage(self._root).free
             sizes = f"{facts['bytes'] / 2**20:.1f} MiB to write, {free / 2**20:.1f} MiB free"
             cause = f"no space left on the disk ({sizes})"
-            fix = "Free space or lower checkpoint.keep, then start the same command again"
+            fix = "Free space or lower checkpoint.max_to_keep, then start the same command again"
         return kind(f"{self._path(step)}: writing failed: {cause}. {last}. {fix}")
 
     def _prune(self, newest: int) -> None:
         complete = self._steps()
-        kept = [step for step in complete if step <= newest][-self._cfg.keep :]
-        every, also = self._cfg.keep_every, self._cfg.also
+        kept = [step for step in complete if step <= newest][-self._cfg.max_to_keep :]
+        every, also = self._cfg.keep_period, self._cfg.keep_steps
         for step in self._found():
             if step > newest:
                 # The run was taken up again before this step: it belongs to a past that is gone.

@@ -42,7 +42,7 @@ class Found:
 
     def changes(self, recursions: int, calibration: str | None) -> str:
         """`, 2 recursions in place of 3, calibration fast`: what makes it another than trained."""
-        there = self.cfg.model.recursions
+        there = self.cfg.model.num_recursions
         told = f", {recursions} recursions in place of {there}" if recursions != there else ""
         return f"{told}, calibration {calibration}" if calibration else told
 

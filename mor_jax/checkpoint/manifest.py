@@ -9,6 +9,7 @@ from typing import Any
 import jax
 from etils import epath
 
+from mor_jax.config.old_names import translated
 from mor_jax.files import write_atomic
 
 FILE = "manifest.json"
@@ -43,6 +44,9 @@ def read(directory: epath.Path) -> dict[str, Any]:
     if manifest["format"] not in (1, FORMAT):
         fix = "Use the version that wrote it"
         raise ValueError(f"{file}: has format {manifest['format']}, expected {FORMAT}. {fix}")
+    if "config" in manifest:
+        # Earlier versions had other names for some settings; the seal is over what they wrote.
+        manifest["config"] = translated(manifest["config"])
     return _in_rows(manifest) if manifest["format"] == 1 and "position" in manifest else manifest
 
 

@@ -22,7 +22,7 @@ from etils import epath
 
 from mor_jax.checkpoint import checkpointer, pretrained
 from mor_jax.checkpoint.run_lock import Held, Lease
-from mor_jax.config import TrainConfig
+from mor_jax.config import TrainConfig, old_names
 from mor_jax.config.parsing import check, fail, flat
 from mor_jax.files import LockHeld, lock, this_process, write_atomic
 
@@ -49,10 +49,10 @@ _FREE = (
     "hosts.",
     "profile.",
     "compilation_cache",
-    "data.workers",
+    "data.num_workers",
     "data.prefetch",
-    "accumulate",
-    "loss_chunk",
+    "grad_accum_steps",
+    "loss_chunk_size",
     "model.attention",
     "model.remat",
     "optim.max_skipped_steps",
@@ -63,22 +63,25 @@ _MEANING = ("model", "data.tokenizer")
 _RECIPE = (
     "model.dtype",
     "model.init_std",
-    "model.router.z_coeff",
+    "model.router.z_loss_coeff",
     "model.router.capacity_multiple",
     "model.router.capacity_warmup_steps",
-    "model.router.capacity_warmup_levels",
-    "model.router.aux_coeff",
-    "model.router.balance_coeff",
+    "model.router.capacity_warmup_stages",
+    "model.router.aux_loss_coeff",
+    "model.router.balance_loss_coeff",
     "model.router.balance_warmup_steps",
-    "model.router.bias_rate",
+    "model.router.bias_update_rate",
 )
 
 # What the shapes of the weights follow from.
 _SHAPES = (
-    *(f"model.{name}" for name in ("vocab_size", "width", "layers", "heads", "kv_heads")),
-    *(f"model.{name}" for name in ("head_dim", "mlp_width", "sharing", "recursions")),
+    *(
+        f"model.{name}"
+        for name in ("vocab_size", "hidden_size", "num_layers", "num_heads", "num_kv_heads")
+    ),
+    *(f"model.{name}" for name in ("head_dim", "intermediate_size", "sharing", "num_recursions")),
     *(f"model.{name}" for name in ("share_norms", "tie_embeddings")),
-    *(f"model.router.{name}" for name in ("kind", "arch", "aux")),
+    *(f"model.router.{name}" for name in ("kind", "arch", "causal_routing")),
 )
 
 _MULTIPLE = "model.router.capacity_multiple"
@@ -299,7 +302,7 @@ def _read(path: epath.Path) -> dict[str, Any]:
         raise ValueError(f"workdir={path}: {CONFIG_FILE} is damaged ({error}). {fix}") from error
     if not isinstance(config, dict) or not {"model", "optim", "data"} <= config.keys():
         raise ValueError(f"workdir={path}: {rule} ({CONFIG_FILE} is another program's). {fix}")
-    return config
+    return old_names.translated(config)
 
 
 def differences(old: TrainConfig, new: TrainConfig) -> list[Change]:
@@ -336,5 +339,7 @@ def _check_names(allow: Sequence[str], cfg: TrainConfig) -> None:
     settings = flat(plain(cfg))
     for name in allow:
         if not any(within(setting, [name]) for setting in settings):
+            if told := old_names.answer(name):
+                raise ValueError(f"allow_changes={name}: is no setting. {told}")
             near = difflib.get_close_matches(name, settings, n=1, cutoff=0.0)[0]
             raise ValueError(f"allow_changes={name}: is no setting. Did you mean {near}?")

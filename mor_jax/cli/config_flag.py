@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from absl import flags
 from ml_collections import ConfigDict
 
+from mor_jax.config import old_names
 from mor_jax.runtime import exit_codes
 
 _CONFIG = "--config"
@@ -56,12 +57,23 @@ def _told(error: Exception, argv: Sequence[str]) -> str:
         inner = error.__cause__ or error.__context__
         inner = inner and (inner.__cause__ or inner.__context__)
         if inner is not None and "Error whilst parsing config file" in str(error):
-            return f"{_CONFIG}={config}: {_lines(inner)}"
+            return f"{_CONFIG}={config}: {_old_name(inner) or _lines(inner)}"
         text = _lines(error).removeprefix("flag ").rstrip(".")
         if missing := re.match(r"(--\w+)=None: Flag .* must have a value", text):
             text = f"{missing[1]}: is missing"
         return f"{text}. Every flag is listed by --help"
-    return _unknown(argv) or f"{_CONFIG}={config}: {_place(error)}{_lines(error)}"
+    told = _old_name(error) or f"{_place(error)}{_lines(error)}"
+    return _unknown(argv) or f"{_CONFIG}={config}: {told}"
+
+
+def _old_name(error: BaseException) -> str | None:
+    """What to say if a configuration's file sets or reads a setting under an old name."""
+    found = re.search(r'Key "(\w+)" does not|^\W*(?:Did.* instead of \W)?(\w+)\W*$', str(error))
+    name = (
+        (found[1] or found[2]) if found and isinstance(error, LookupError | AttributeError) else ""
+    )
+    told = old_names.leaf_answer(name)
+    return f"{name}: is no setting. {told}" if told else None
 
 
 def _given(argv: Sequence[str]) -> str:
@@ -85,6 +97,10 @@ def _unknown(argv: Sequence[str]) -> str | None:
     for word in argv:
         name, _, _ = word.removeprefix(f"{_CONFIG}.").partition("=")
         if word.startswith(f"{_CONFIG}.") and name not in names:
+            if name in old_names.SETTINGS:
+                return (
+                    f"{word}: is no setting. It is called {_CONFIG}.{old_names.SETTINGS[name]} now"
+                )
             near = difflib.get_close_matches(name, names, n=1, cutoff=0.0)[0]
             return f"{word}: is no setting. Did you mean {_CONFIG}.{near}?"
     return None

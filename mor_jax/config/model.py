@@ -16,28 +16,28 @@ Remat = Literal["none", "block", "full", "offload"]
 class RouterConfig:
     """Routing of tokens through recursions (paper section 2.2).
 
-    `expert`: at each recursion the best `capacities[r]` of the tokens still active go on.
+    `expert`: at each recursion the best `capacity[r]` of the tokens still active go on.
     `token`: each token chooses its depth once.
     """
 
     kind: Literal["none", "expert", "token"] = "none"
     arch: Literal["linear", "mlp"] = "linear"
-    score: Literal["sigmoid", "tanh", "none", "softmax"] = "sigmoid"
+    activation: Literal["sigmoid", "tanh", "none", "softmax"] = "sigmoid"
     alpha: float = 0.1
     temperature: float = 1.0
     gating: Literal["weighted", "additive"] = "weighted"
-    z_coeff: float = 0.0
-    # Expert-choice. None capacities: (Nr - r) / Nr.
-    capacities: tuple[float, ...] | None = None
+    z_loss_coeff: float = 0.0
+    # Expert-choice. None capacity: (Nr - r) / Nr.
+    capacity: tuple[float, ...] | None = None
     capacity_warmup_steps: int = 0
-    capacity_warmup_levels: int = 8
-    aux: Literal["aux_loss", "aux_router", "none"] = "aux_loss"
-    aux_coeff: float = 0.001
+    capacity_warmup_stages: int = 8
+    causal_routing: Literal["aux_loss", "aux_router", "none"] = "aux_loss"
+    aux_loss_coeff: float = 0.001
     # Token-choice. None capacity factor: room for every token at every recursion, exact.
-    balancing: Literal["loss", "loss_free", "none"] = "loss"
-    balance_coeff: float = 0.1
+    load_balancing: Literal["loss", "loss_free", "none"] = "loss"
+    balance_loss_coeff: float = 0.1
     balance_warmup_steps: int = 0
-    bias_rate: float = 0.001
+    bias_update_rate: float = 0.001
     capacity_factor: float | None = None
     # Both: tokens kept are a multiple of it. None: as the run's device likes it, else 1.
     capacity_multiple: int | None = None
@@ -46,8 +46,10 @@ class RouterConfig:
         """Raises `ValueError` on a setting out of range for `recursions` recursions."""
         if self.kind == "none":
             return
-        positive(path, self, "alpha", "temperature", "capacity_warmup_levels")
-        not_negative(path, self, "z_coeff", "aux_coeff", "balance_coeff", "bias_rate")
+        positive(path, self, "alpha", "temperature", "capacity_warmup_stages")
+        not_negative(
+            path, self, "z_loss_coeff", "aux_loss_coeff", "balance_loss_coeff", "bias_update_rate"
+        )
         not_negative(path, self, "capacity_warmup_steps", "balance_warmup_steps")
         if self.capacity_multiple is not None:
             positive(path, self, "capacity_multiple")
@@ -55,14 +57,20 @@ class RouterConfig:
             self.kind
         ]
         rule = f"{self.kind}-choice routing takes one of {allowed}"
-        check(self.score in allowed, f"{path}.score", self.score, rule, f"Try {allowed[0]!r}")
+        check(
+            self.activation in allowed,
+            f"{path}.activation",
+            self.activation,
+            rule,
+            f"Try {allowed[0]!r}",
+        )
         if self.kind == "expert":
-            self._validate_capacities(f"{path}.capacities", recursions)
+            self._validate_capacities(f"{path}.capacity", recursions)
         elif self.capacity_factor is not None:
             positive(path, self, "capacity_factor")
 
     def _validate_capacities(self, path: str, recursions: int) -> None:
-        shares = self.capacities
+        shares = self.capacity
         if shares is None:
             return
         fix = f"Leave it None for {tuple(round(1 - r / recursions, 3) for r in range(recursions))}"
@@ -79,7 +87,7 @@ class RouterConfig:
         """Share of the row's tokens that each recursion keeps, in [0, 1]."""
         if self.kind != "expert":
             return (1.0,) * recursions
-        return self.capacities or tuple((recursions - r) / recursions for r in range(recursions))
+        return self.capacity or tuple((recursions - r) / recursions for r in range(recursions))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -87,24 +95,25 @@ class RopeScaling:
     """How the rotary embedding is stretched to rows longer than a model was first trained on.
 
     `linear`: every position is divided by `factor`. `llama3` (Llama 3.1): frequencies that turn
-    fewer than `low_freq_factor` times in `original_max_length` tokens are divided by `factor`,
-    those that turn more than `high_freq_factor` times stay, those between are mixed linearly.
+    fewer than `low_freq_factor` times in `original_max_position_embeddings` tokens are divided by
+    `factor`, those that turn more than `high_freq_factor` times stay, those between are mixed
+    linearly.
     """
 
-    kind: Literal["none", "linear", "llama3"] = "none"
+    rope_type: Literal["none", "linear", "llama3"] = "none"
     factor: float = 1.0
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
-    original_max_length: int = 8192
+    original_max_position_embeddings: int = 8192
 
     def validate(self, path: str) -> None:
         """Raises `ValueError` on a setting out of range."""
-        if self.kind == "none":
+        if self.rope_type == "none":
             return
         rule = "must be at least 1: scaling stretches positions, it does not squeeze them"
         check(self.factor >= 1, f"{path}.factor", self.factor, rule, "Try 8.0")
-        if self.kind == "llama3":
-            positive(path, self, "low_freq_factor", "original_max_length")
+        if self.rope_type == "llama3":
+            positive(path, self, "low_freq_factor", "original_max_position_embeddings")
             rule = f"must be greater than low_freq_factor={self.low_freq_factor}"
             ok = self.high_freq_factor > self.low_freq_factor
             check(ok, f"{path}.high_freq_factor", self.high_freq_factor, rule, "Try 4.0")
@@ -112,28 +121,28 @@ class RopeScaling:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """A Llama-style decoder whose middle may be one block applied `recursions` times.
+    """A Llama-style decoder whose middle may be one block applied `num_recursions` times.
 
-    `layers` counts effective layers (what a plain model of the same depth would hold).
+    `num_layers` counts effective layers (what a plain model of the same depth would hold).
     """
 
     vocab_size: int = 256
-    width: int = 256
-    layers: int = 8
-    heads: int = 8
-    kv_heads: int = 4
+    hidden_size: int = 256
+    num_layers: int = 8
+    num_heads: int = 8
+    num_kv_heads: int = 4
     head_dim: int = 32
-    mlp_width: int = 704
-    max_length: int = 2048
+    intermediate_size: int = 704
+    max_seq_len: int = 2048
     rope_theta: float = 10000.0
     rope_scaling: RopeScaling = RopeScaling()
     norm_eps: float = 1e-5
     init_std: float = 0.02
     tie_embeddings: bool = True
     sharing: Sharing = "none"
-    recursions: int = 1
+    num_recursions: int = 1
     share_norms: bool = True
-    kv: KVMode = "recursion"
+    kv_mode: KVMode = "recursion"
     router: RouterConfig = RouterConfig()
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     attention: Attention = "auto"
@@ -152,7 +161,7 @@ class ModelConfig:
     @property
     def shared_layers(self) -> int:
         """Layers held by the shared block; for a plain model all of them."""
-        return (self.layers - 2 * self.is_middle) // self.recursions
+        return (self.num_layers - 2 * self.is_middle) // self.num_recursions
 
     @property
     def unique_layers(self) -> int:
@@ -161,43 +170,68 @@ class ModelConfig:
 
     def validate(self, path: str = "model") -> None:
         """Raises `ValueError` on a setting out of range or two that do not fit together."""
-        positive(path, self, "vocab_size", "width", "layers", "heads", "kv_heads", "head_dim")
-        positive(path, self, "mlp_width", "max_length", "rope_theta", "norm_eps", "recursions")
+        positive(
+            path,
+            self,
+            "vocab_size",
+            "hidden_size",
+            "num_layers",
+            "num_heads",
+            "num_kv_heads",
+            "head_dim",
+        )
+        positive(
+            path,
+            self,
+            "intermediate_size",
+            "max_seq_len",
+            "rope_theta",
+            "norm_eps",
+            "num_recursions",
+        )
         not_negative(path, self, "init_std")
-        rule = f"must divide heads={self.heads}; each key/value head serves the same number"
-        if self.heads % self.kv_heads:
+        rule = f"must divide num_heads={self.num_heads}; each key/value head serves the same number"
+        if self.num_heads % self.num_kv_heads:
             # Of a number that no model has they could not be counted.
-            counted = range(1, min(self.heads, 4096) + 1)
-            divisors = [g for g in counted if self.heads % g == 0]
-            nearest = min(divisors, key=lambda g: abs(g - self.kv_heads))
-            check(False, f"{path}.kv_heads", self.kv_heads, rule, f"Try {nearest}")
+            counted = range(1, min(self.num_heads, 4096) + 1)
+            divisors = [g for g in counted if self.num_heads % g == 0]
+            nearest = min(divisors, key=lambda g: abs(g - self.num_kv_heads))
+            check(False, f"{path}.num_kv_heads", self.num_kv_heads, rule, f"Try {nearest}")
         rule = "must be even: the rotary embedding turns pairs of channels"
         check(self.head_dim % 2 == 0, f"{path}.head_dim", self.head_dim, rule, "Try 64")
         self.rope_scaling.validate(f"{path}.rope_scaling")
         self._validate_sharing(path)
-        self.router.validate(f"{path}.router", self.recursions)
+        self.router.validate(f"{path}.router", self.num_recursions)
 
     def _validate_sharing(self, path: str) -> None:
         routed = self.router.kind != "none"
         if self.sharing == "none":
             rule = "a plain model (sharing='none') runs its layers once"
-            fix = "Set model.sharing='middle_cycle' or recursions=1"
-            check(self.recursions == 1, f"{path}.recursions", self.recursions, rule, fix)
+            fix = "Set model.sharing='middle_cycle' or model.num_recursions=1"
+            check(
+                self.num_recursions == 1, f"{path}.num_recursions", self.num_recursions, rule, fix
+            )
             rule = "routing needs a shared block"
             check(not routed, f"{path}.router.kind", self.router.kind, rule, fix)
             rule = "sharing keys and values needs a shared block"
-            check(self.kv == "recursion", f"{path}.kv", self.kv, rule, "Use 'recursion'")
+            check(
+                self.kv_mode == "recursion",
+                f"{path}.kv_mode",
+                self.kv_mode,
+                rule,
+                "Use 'recursion'",
+            )
             return
-        ends, nr = 2 * self.is_middle, self.recursions
-        middle = self.layers - ends
+        ends, nr = 2 * self.is_middle, self.num_recursions
+        middle = self.num_layers - ends
         below = max(middle // nr, 1) * nr + ends
-        rule = f"{self.sharing} with recursions={nr} needs {ends} + a multiple of {nr} layers"
+        rule = f"{self.sharing} with num_recursions={nr} needs {ends} + a multiple of {nr} layers"
         fix = f"The nearest counts are {below} and {below + nr}"
         ok = middle > 0 and middle % nr == 0
-        check(ok, f"{path}.layers", self.layers, rule, fix)
+        check(ok, f"{path}.num_layers", self.num_layers, rule, fix)
         if routed:
             rule = "routed models repeat the whole block: cycle or middle_cycle"
             check(not self.is_sequence, f"{path}.sharing", self.sharing, rule, "Try 'middle_cycle'")
-        if self.kv == "shared_update":
+        if self.kv_mode == "shared_update":
             rule = "without routing every key and value would be updated, so nothing is shared"
-            check(routed, f"{path}.kv", self.kv, rule, "Use 'shared' or 'recursion'")
+            check(routed, f"{path}.kv_mode", self.kv_mode, rule, "Use 'shared' or 'recursion'")

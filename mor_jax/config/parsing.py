@@ -10,6 +10,8 @@ import typing
 from collections.abc import Sequence
 from typing import Any, Literal
 
+from mor_jax.config.old_names import answer
+
 
 def fail(path: str, value: Any, rule: str, fix: str) -> typing.NoReturn:
     """Raises the project's one form of a configuration error."""
@@ -30,6 +32,8 @@ def parse(cls: type, values: dict[str, Any], path: str) -> Any:
     hints = typing.get_type_hints(cls)
     for key in values:
         if key not in hints:
+            if told := answer(f"{path}{key}"):
+                fail(f"{path}{key}", values[key], "is no setting", told)
             near = difflib.get_close_matches(key, hints, n=1, cutoff=0.0)[0]
             rule = f"unknown setting; there are {', '.join(sorted(hints))}"
             fail(f"{path}{key}", values[key], rule, f"Did you mean {path}{near}?")

@@ -40,12 +40,12 @@ class OptimConfig:
     eps: float = 1e-8
     weight_decay: float = 0.1
     clip_norm: float = 1.0
-    router_lr_ratio: float = 10.0
+    aux_router_lr_ratio: float = 10.0
     max_skipped_steps: int = 10
 
     def validate(self, path: str, steps: int) -> None:
         """Raises `ValueError` on a setting out of range for a run of `steps` steps."""
-        positive(path, self, "lr", "eps", "clip_norm", "router_lr_ratio", "max_skipped_steps")
+        positive(path, self, "lr", "eps", "clip_norm", "aux_router_lr_ratio", "max_skipped_steps")
         not_negative(path, self, "warmup_steps", "decay_steps", "final_lr_ratio", "weight_decay")
         for name in ("b1", "b2"):
             value = getattr(self, name)
@@ -68,11 +68,11 @@ class DataConfig:
     weights: tuple[float, ...] | None = None
     text_key: str = "text"
     tokenizer: str = "bytes"
-    within_documents: bool = False
-    heldout_share: float = 0.01
+    document_mask: bool = False
+    validation_fraction: float = 0.01
     shuffle: bool = True
     seed: int = 0
-    workers: int = 0
+    num_workers: int = 0
     prefetch: int = 2
 
     def validate(self, path: str) -> None:
@@ -83,11 +83,11 @@ class DataConfig:
             ok = len(self.weights) == len(self.sources) and all(w > 0 for w in self.weights)
             check(ok, f"{path}.weights", self.weights, rule, "Leave it None for equal weights")
         rule = "must be in (0, 0.5]; it is the share of documents kept for evaluation"
-        ok = 0 < self.heldout_share <= 0.5
-        check(ok, f"{path}.heldout_share", self.heldout_share, rule, "Try 0.01")
-        not_negative(path, self, "seed", "workers", "prefetch")
-        for name, most in (("workers", MOST_WORKERS), ("prefetch", MOST_AHEAD)):
-            rule = f"must be at most {most}: each is a process" if name == "workers" else ""
+        ok = 0 < self.validation_fraction <= 0.5
+        check(ok, f"{path}.validation_fraction", self.validation_fraction, rule, "Try 0.01")
+        not_negative(path, self, "seed", "num_workers", "prefetch")
+        for name, most in (("num_workers", MOST_WORKERS), ("prefetch", MOST_AHEAD)):
+            rule = f"must be at most {most}: each is a process" if name == "num_workers" else ""
             rule = rule or f"must be at most {most}: so many batches are kept in memory"
             ok = getattr(self, name) <= most
             check(ok, f"{path}.{name}", getattr(self, name), rule, "Try 2")
@@ -95,9 +95,9 @@ class DataConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EvalConfig:
-    """Evaluation on held-out text. `every`: steps between two; None: only at the end."""
+    """Evaluation on held-out text. `interval`: steps between two; None: only at the end."""
 
-    every: int | None = 100
+    interval: int | None = 100
     batches: int = 8
     batch_size: int = 8
     prompt: str = "def "
@@ -107,43 +107,43 @@ class EvalConfig:
         """Raises `ValueError` on a setting out of range."""
         positive(path, self, "batches", "batch_size")
         not_negative(path, self, "completion_tokens")
-        if self.every is not None:
-            positive(path, self, "every")
+        if self.interval is not None:
+            positive(path, self, "interval")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
-    """When a checkpoint is written and which stay. `every`: steps; None: only at the end.
+    """When a checkpoint is written and which stay. `interval`: steps; None: only at the end.
 
-    also: further steps after which one is written; these stay for good.
+    keep_steps: further steps after which one is written; these stay for good.
     """
 
-    every: int | None = 200
-    keep: int = 2
-    keep_every: int | None = None
-    also: tuple[int, ...] = ()
+    interval: int | None = 200
+    max_to_keep: int = 2
+    keep_period: int | None = None
+    keep_steps: tuple[int, ...] = ()
 
     def validate(self, path: str) -> None:
         """Raises `ValueError` on a setting out of range."""
-        positive(path, self, "keep")
-        for name in ("every", "keep_every"):
+        positive(path, self, "max_to_keep")
+        for name in ("interval", "keep_period"):
             if getattr(self, name) is not None:
                 positive(path, self, name)
-        for i, step in enumerate(self.also):
-            check(step > 0, f"{path}.also[{i}]", step, "must be a step, from 1", "Try (100,)")
+        for i, step in enumerate(self.keep_steps):
+            check(step > 0, f"{path}.keep_steps[{i}]", step, "must be a step, from 1", "Try (100,)")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LogConfig:
     """Metrics go to `metrics.jsonl` always; TensorBoard and Weights & Biases when asked."""
 
-    every: int = 10
+    interval: int = 10
     tensorboard: bool = False
     wandb_project: str | None = None
 
     def validate(self, path: str) -> None:
         """Raises `ValueError` on a setting out of range."""
-        positive(path, self, "every")
+        positive(path, self, "interval")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -174,27 +174,33 @@ class MeshConfig:
 class ShardingConfig:
     """How a step uses the mesh.
 
-    gather_shared: `once`: the block that recursions share is gathered from its fsdp parts once and
-    serves all recursions and micro-batches (paper section 2.1); `per_recursion`: layer by layer,
-    each time it runs, which needs less memory. None: once where it fits the device.
+    all_gather_shared: `once`: the block that recursions share is gathered from its fsdp parts once
+    and serves all recursions and micro-batches (paper section 2.1); `per_recursion`: layer by
+    layer, each time it runs, which needs less memory. None: once where it fits the device.
     """
 
-    gather_shared: Literal["once", "per_recursion"] | None = None
+    all_gather_shared: Literal["once", "per_recursion"] | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class HostsConfig:
     """How the processes of a run watch each other.
 
-    timeout: seconds without a sign of life after which a process counts as lost.
+    heartbeat_timeout: seconds without a sign of life after which a process counts as lost.
     """
 
-    timeout: int = 30
+    heartbeat_timeout: int = 30
 
     def validate(self, path: str) -> None:
         """Raises `ValueError` on a setting out of range."""
         rule = "must be at least 5 seconds, so that a busy file system is no death"
-        check(self.timeout >= 5, f"{path}.timeout", self.timeout, rule, "Try 30")
+        check(
+            self.heartbeat_timeout >= 5,
+            f"{path}.heartbeat_timeout",
+            self.heartbeat_timeout,
+            rule,
+            "Try 30",
+        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -216,17 +222,17 @@ class ProfileConfig:
 class TrainConfig:
     """Everything that a training run depends on.
 
-    batch_size: rows of a step over all devices, split into `accumulate` micro-batches.
-    loss_chunk: positions of each row whose logits exist at one time; None: all of them.
+    batch_size: rows of a step over all devices, split into `grad_accum_steps` micro-batches.
+    loss_chunk_size: positions of each row whose logits exist at one time; None: all of them.
     compilation_cache: keep compiled programs in the workdir, for the next start.
     """
 
     steps: int = 1000
     batch_size: int = 8
-    length: int = 256
-    accumulate: int = 1
-    loss_chunk: int | None = 128
-    loss_z_coeff: float = 0.0
+    seq_len: int = 256
+    grad_accum_steps: int = 1
+    loss_chunk_size: int | None = 128
+    z_loss_coeff: float = 0.0
     seed: int = 0
     compilation_cache: bool = True
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
@@ -254,16 +260,16 @@ class TrainConfig:
     def validate(self) -> None:
         """Raises `ValueError` on a setting out of range or two that do not fit together."""
         numbers(self.to_dict(), endless=_ENDLESS)
-        positive("config", self, "steps", "batch_size", "accumulate")
-        rule = f"must be between 2 and model.max_length={self.model.max_length}"
-        ok = 2 <= self.length <= self.model.max_length
-        check(ok, "length", self.length, rule, "Shorten the rows or raise model.max_length")
+        positive("config", self, "steps", "batch_size", "grad_accum_steps")
+        rule = f"must be between 2 and model.max_seq_len={self.model.max_seq_len}"
+        ok = 2 <= self.seq_len <= self.model.max_seq_len
+        check(ok, "seq_len", self.seq_len, rule, "Shorten the rows or raise model.max_seq_len")
         rule = f"must divide batch_size={self.batch_size}; it is the number of micro-batches"
-        ok = self.batch_size % self.accumulate == 0
-        check(ok, "accumulate", self.accumulate, rule, "Try a divisor, such as 1 or 2")
-        not_negative("config", self, "loss_z_coeff", "seed")
-        if self.loss_chunk is not None:
-            positive("config", self, "loss_chunk")
+        ok = self.batch_size % self.grad_accum_steps == 0
+        check(ok, "grad_accum_steps", self.grad_accum_steps, rule, "Try a divisor, such as 1 or 2")
+        not_negative("config", self, "z_loss_coeff", "seed")
+        if self.loss_chunk_size is not None:
+            positive("config", self, "loss_chunk_size")
         self.model.validate("model")
         self.optim.validate("optim", self.steps)
         self.profile.validate("profile", self.steps)
@@ -274,9 +280,9 @@ class TrainConfig:
         """`validate`, and what a run that starts has to fulfil; one that ended may hold others."""
         self.validate()
         rule = f"must be a step of the run, in 1 .. {self.steps}; after others nothing is written"
-        for i, step in enumerate(self.checkpoint.also):
+        for i, step in enumerate(self.checkpoint.keep_steps):
             fix = "Leave it out, or raise steps"
-            check(step <= self.steps, f"checkpoint.also[{i}]", step, rule, fix)
+            check(step <= self.steps, f"checkpoint.keep_steps[{i}]", step, rule, fix)
 
 
 __all__ = [

@@ -24,7 +24,7 @@ def model_card(run: RunSource, title: str, use: str) -> str:
         f"# {title}\n",
         f"{_what(cfg.model)} {_made(run)}\n",
         f"## Use\n\n{use}\n",
-        f"## Model\n\n{_table(_model_rows(cfg.model, cfg.length))}\n",
+        f"## Model\n\n{_table(_model_rows(cfg.model, cfg.seq_len))}\n",
         f"## Training\n\n{_table(_training_rows(run))}\n",
         f"## Evaluation\n\n{_evaluation(run)}\n",
     ]
@@ -45,7 +45,7 @@ def _what(cfg: ModelConfig) -> str:
     if cfg.sharing == "none":
         return "A Llama-style decoder."
     kind = _KIND[cfg.router.kind]
-    return f"A {kind} ({cfg.sharing}, {cfg.recursions} recursions), after {_PAPER}."
+    return f"A {kind} ({cfg.sharing}, {cfg.num_recursions} recursions), after {_PAPER}."
 
 
 def _made(run: RunSource) -> str:
@@ -61,24 +61,27 @@ def _model_rows(cfg: ModelConfig, length: int) -> list[tuple[str, str]]:
     rows = [
         ("parameters stored", f"{stored:,}"),
         ("... without embeddings", f"{unique_parameters(cfg, embedding=False):,}"),
-        ("width, heads, key/value heads", f"{cfg.width}, {cfg.heads}, {cfg.kv_heads}"),
-        ("MLP width, vocabulary", f"{cfg.mlp_width}, {cfg.vocab_size}"),
-        ("longest row", f"{cfg.max_length} tokens"),
+        (
+            "width, heads, key/value heads",
+            f"{cfg.hidden_size}, {cfg.num_heads}, {cfg.num_kv_heads}",
+        ),
+        ("MLP width, vocabulary", f"{cfg.intermediate_size}, {cfg.vocab_size}"),
+        ("longest row", f"{cfg.max_seq_len} tokens"),
         ("forward FLOPs per token", quantity(ours.forward())),
     ]
     if cfg.sharing == "none":
-        return [("layers", str(cfg.layers)), *rows]
+        return [("layers", str(cfg.num_layers)), *rows]
     shared = [
-        ("layers passed, stored", f"{cfg.layers}, {cfg.unique_layers}"),
-        ("sharing, recursions", f"{cfg.sharing}, {cfg.recursions}"),
-        ("keys and values", cfg.kv),
+        ("layers passed, stored", f"{cfg.num_layers}, {cfg.unique_layers}"),
+        ("sharing, recursions", f"{cfg.sharing}, {cfg.num_recursions}"),
+        ("keys and values", cfg.kv_mode),
         ("plain model of this depth", f"{deep:,} parameters ({stored / deep:.2f} stored)"),
         ("... forward FLOPs per token", f"{quantity(plain.forward())} ({_share(ours, plain)})"),
     ]
     if cfg.router.kind != "none":
-        shared += [("router", f"{cfg.router.arch}, {cfg.router.score}, {cfg.router.gating}")]
+        shared += [("router", f"{cfg.router.arch}, {cfg.router.activation}, {cfg.router.gating}")]
     if cfg.router.kind == "expert":
-        shares = ", ".join(f"{share:.3g}" for share in cfg.router.shares(cfg.recursions))
+        shares = ", ".join(f"{share:.3g}" for share in cfg.router.shares(cfg.num_recursions))
         multiple = cfg.router.capacity_multiple or 1
         shares += f", rounded up to multiples of {multiple} tokens" if multiple > 1 else ""
         shared += [("share of tokens kept", shares)]
@@ -94,11 +97,11 @@ def _training_rows(run: RunSource) -> list[tuple[str, str]]:
     rows = [] if run.source is None else [("started from", str(run.source.get("from")))]
     if run.step == 0:
         return [*rows, ("steps", "0: as imported")]
-    per_step = cfg.batch_size * cfg.length
+    per_step = cfg.batch_size * cfg.seq_len
     return [
         *rows,
         ("steps", f"{run.step:,} of {cfg.steps:,}"),
-        ("tokens", f"{quantity(run.step * per_step)} ({cfg.batch_size} rows of {cfg.length})"),
+        ("tokens", f"{quantity(run.step * per_step)} ({cfg.batch_size} rows of {cfg.seq_len})"),
         ("data", ", ".join(cfg.data.sources)),
         ("tokenizer", Path(cfg.data.tokenizer).name),
         ("learning rate", f"{cfg.optim.lr:g}, {cfg.optim.schedule}"),
@@ -120,7 +123,9 @@ def _evaluation(run: RunSource) -> str:
     text = "\n".join(lines)
     if "depth_causal" in found:
         depth = found["depth_causal"]
-        text += f"\n\nMean depth under causal routing: {depth:.2f} of {run.cfg.model.recursions}."
+        text += (
+            f"\n\nMean depth under causal routing: {depth:.2f} of {run.cfg.model.num_recursions}."
+        )
     return f"At step {found['step']}.\n\n{text}"
 
 

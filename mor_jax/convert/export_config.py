@@ -5,7 +5,7 @@ from typing import Any
 
 from mor_jax.config import ModelConfig, RouterConfig
 from mor_jax.config.parsing import check
-from mor_jax.convert.hf_config import AUTO_MAP, SHAPE, STRUCTURE
+from mor_jax.convert.hf_config import AUTO_MAP, ROUTER, SHAPE, STRUCTURE
 from mor_jax.convert.reference_config import merge_options
 
 Plain = dict[str, Any]
@@ -26,6 +26,7 @@ def llama_config(cfg: ModelConfig) -> Plain:
 def mor_config(cfg: ModelConfig) -> Plain:
     """config.json of our own export, which `modeling_mor.py` reads."""
     values = dataclasses.asdict(cfg)
+    values["router"] = {ROUTER.get(name, name): v for name, v in values["router"].items()}
     return {
         "architectures": ["MoRForCausalLM"],
         "model_type": "mor",
@@ -50,14 +51,14 @@ def _shape(cfg: ModelConfig) -> Plain:
 
 def _rope_scaling(cfg: ModelConfig) -> Plain | None:
     scaling = cfg.rope_scaling
-    if scaling.kind == "none":
+    if scaling.rope_type == "none":
         return None
-    found: Plain = {"rope_type": scaling.kind, "factor": scaling.factor}
-    if scaling.kind == "llama3":
+    found: Plain = {"rope_type": scaling.rope_type, "factor": scaling.factor}
+    if scaling.rope_type == "llama3":
         found |= {
             "low_freq_factor": scaling.low_freq_factor,
             "high_freq_factor": scaling.high_freq_factor,
-            "original_max_position_embeddings": scaling.original_max_length,
+            "original_max_position_embeddings": scaling.original_max_position_embeddings,
         }
     return found
 
@@ -71,15 +72,17 @@ def reference_options(cfg: ModelConfig) -> Plain:
     shared = cfg.sharing != "none"
     rule = "the reference replaces keys and values under expert-choice with middle_cycle alone"
     expert = cfg.router.kind == "expert" and cfg.sharing == "middle_cycle"
-    check(cfg.kv != "shared_update" or expert, "model.kv", cfg.kv, rule, "Use --to=hf")
+    check(
+        cfg.kv_mode != "shared_update" or expert, "model.kv_mode", cfg.kv_mode, rule, "Use --to=hf"
+    )
     rule = "the reference shares keys and values in cycle, sequence and middle_cycle only"
-    known = cfg.kv == "recursion" or cfg.sharing != "middle_sequence"
+    known = cfg.kv_mode == "recursion" or cfg.sharing != "middle_sequence"
     check(known, "model.sharing", cfg.sharing, rule, "Use --to=hf")
-    scaling = cfg.rope_scaling.kind
+    scaling = cfg.rope_scaling.rope_type
     rule = "the reference turns positions as they are, and our import of its files refuses another"
-    check(scaling == "none", "model.rope_scaling.kind", scaling, rule, "Use --to=hf")
+    check(scaling == "none", "model.rope_scaling.rope_type", scaling, rule, "Use --to=hf")
     _check_capacities(cfg.router)
-    sharing = {"num_recursion": cfg.recursions, "sharing": cfg.sharing} if shared else {}
+    sharing = {"num_recursion": cfg.num_recursions, "sharing": cfg.sharing} if shared else {}
     blocks = {
         "recursive": {
             "enable": shared,
@@ -89,14 +92,14 @@ def reference_options(cfg: ModelConfig) -> Plain:
             "initialization": "random",
         },
         "kv_sharing": {
-            "enable": cfg.kv != "recursion",
+            "enable": cfg.kv_mode != "recursion",
             "base_depth": None,
             "num_recursion": None,
             "sharing": None,
-            **(sharing if cfg.kv != "recursion" else {}),
-            "update_cache": cfg.kv == "shared_update",
+            **(sharing if cfg.kv_mode != "recursion" else {}),
+            "update_cache": cfg.kv_mode == "shared_update",
         },
-        "mor": _mor(cfg.router, cfg.recursions),
+        "mor": _mor(cfg.router, cfg.num_recursions),
     }
     # Their code looks up every option, also those of what is switched off.
     return {**merge_options(blocks), "relaxation": {"enable": False}}
@@ -121,12 +124,12 @@ def _mor(router: RouterConfig, recursions: int) -> Plain:
         "type": router.kind,
         "rand_router": False,
         "router_type": router.arch,
-        "z_loss": router.z_coeff > 0,
-        "z_coeff": router.z_coeff or 1e-5,
+        "z_loss": router.z_loss_coeff > 0,
+        "z_coeff": router.z_loss_coeff or 1e-5,
         "temp": router.temperature,
         "capacity": None,
     }
-    score = None if router.score == "none" else router.score
+    score = None if router.activation == "none" else router.activation
     if router.kind == "expert":
         shares = router.shares(recursions)
         return common | {
@@ -135,9 +138,9 @@ def _mor(router: RouterConfig, recursions: int) -> Plain:
                 "cap_warmup_step": router.capacity_warmup_steps,
                 "router_func": score,
                 "alpha": router.alpha,
-                "sampling": None if router.aux == "none" else router.aux,
+                "sampling": None if router.causal_routing == "none" else router.causal_routing,
                 "include_first": True,
-                "coeff": router.aux_coeff,
+                "coeff": router.aux_loss_coeff,
                 "gating": router.gating,
             },
         }
@@ -146,9 +149,9 @@ def _mor(router: RouterConfig, recursions: int) -> Plain:
             "bal_warmup_step": router.balance_warmup_steps,
             "router_func": score,
             "alpha": router.alpha,
-            "balancing": None if router.balancing == "none" else router.balancing,
-            "coeff": router.balance_coeff,
-            "u": router.bias_rate,
+            "balancing": None if router.load_balancing == "none" else router.load_balancing,
+            "coeff": router.balance_loss_coeff,
+            "u": router.bias_update_rate,
             "gating": router.gating,
         },
     }

@@ -106,7 +106,7 @@ def _hf(run: RunSource, options: ExportOptions, draft: Path) -> int:
 
 def _llama(run: RunSource, options: ExportOptions, draft: Path) -> int:
     cfg = run.cfg.model
-    rule = f"recursions are written out {cfg.recursions} times in a plain Llama"
+    rule = f"recursions are written out {cfg.num_recursions} times in a plain Llama"
     fix = "Use --to=hf, which stores shared weights once"
     if cfg.router.kind == "none":
         fix = f"Give --unroll if that is meant, or u{fix[1:]}"
@@ -149,13 +149,13 @@ def _reference_run(run: RunSource, options: ExportOptions, blocks: dict[str, Any
         "model_config": None,
         "tokenizer": "smollm",
         "add_bos_token": False,
-        "max_length": run.cfg.length,
+        "max_length": run.cfg.seq_len,
         "precision": precision,
         "attn_implementation": "flash_attention_2",
         "use_pretrained_weights": False,
         "num_train_steps": run.cfg.steps,
         "num_warmup_steps": run.cfg.optim.warmup_steps,
-        "gradient_accumulation_steps": run.cfg.accumulate,
+        "gradient_accumulation_steps": run.cfg.grad_accum_steps,
         **blocks,
     }
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from mor_jax.config import ModelConfig
+from mor_jax.config.old_names import SETTINGS, translated
 from mor_jax.config.parsing import check, fail, parse
 from mor_jax.convert.hf_rope import rope
 
@@ -19,22 +20,30 @@ CONFIG = "config.json"
 # Our setting -> its name in config.json: of any Llama, and of our own export besides.
 SHAPE = {
     "vocab_size": "vocab_size",
-    "width": "hidden_size",
-    "mlp_width": "intermediate_size",
-    "layers": "num_hidden_layers",
-    "heads": "num_attention_heads",
-    "kv_heads": "num_key_value_heads",
+    "hidden_size": "hidden_size",
+    "intermediate_size": "intermediate_size",
+    "num_layers": "num_hidden_layers",
+    "num_heads": "num_attention_heads",
+    "num_kv_heads": "num_key_value_heads",
     "head_dim": "head_dim",
-    "max_length": "max_position_embeddings",
+    "max_seq_len": "max_position_embeddings",
     "norm_eps": "rms_norm_eps",
     "init_std": "initializer_range",
 }
 STRUCTURE = {
     "sharing": "sharing",
-    "recursions": "num_recursions",
+    "num_recursions": "num_recursions",
     "share_norms": "share_norms",
-    "kv": "kv_mode",
+    "kv_mode": "kv_mode",
     "router": "router",
+}
+_ROUTER = "model.router."
+# The settings of the router keep the names that exports had from the first: the modeling file
+# beside an older export can be refreshed, and reads them.
+ROUTER = {
+    new.removeprefix(_ROUTER): old.removeprefix(_ROUTER)
+    for old, new in SETTINGS.items()
+    if old.startswith(_ROUTER)
 }
 # Options of which our models have one value only: the first, or another word for it.
 FIXED: dict[str, tuple[Any, ...]] = {
@@ -96,13 +105,13 @@ def llama_config(hf: Mapping[str, Any], where: str = CONFIG, *, tied: bool) -> M
     theta, scaling = rope(hf, where)
     values = {
         "vocab_size": hf["vocab_size"],
-        "width": width,
-        "layers": hf["num_hidden_layers"],
-        "heads": heads,
-        "kv_heads": heads if (told := hf.get("num_key_value_heads")) is None else told,
+        "hidden_size": width,
+        "num_layers": hf["num_hidden_layers"],
+        "num_heads": heads,
+        "num_kv_heads": heads if (told := hf.get("num_key_value_heads")) is None else told,
         "head_dim": width // heads if (told := hf.get("head_dim")) is None else told,
-        "mlp_width": hf["intermediate_size"],
-        "max_length": hf.get("max_position_embeddings", 2048),
+        "intermediate_size": hf["intermediate_size"],
+        "max_seq_len": hf.get("max_position_embeddings", 2048),
         "rope_theta": theta,
         "norm_eps": hf.get("rms_norm_eps", 1e-6),
         "init_std": hf.get("initializer_range", 0.02),
@@ -127,6 +136,8 @@ def mor_config(hf: Mapping[str, Any], where: str = CONFIG, *, tied: bool) -> Mod
     for name in MOST:
         check_size(hf, name, where)
     values = {ours: hf[name] for ours, name in names.items()}
+    if isinstance(values["router"], Mapping):
+        values["router"] = translated(values["router"], _ROUTER)
     fixed = {"rope_theta": theta, "tie_embeddings": tied, "dtype": "float32"}
     cfg = parse(ModelConfig, values | fixed, f"{where}: ")
     if cfg.router.kind != "none" and cfg.router.capacity_multiple is None:

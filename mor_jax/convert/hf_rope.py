@@ -47,8 +47,11 @@ def rope(hf: Mapping[str, Any], where: str) -> tuple[float, RopeScaling]:
     if told.kind == "default":
         return told.theta, RopeScaling()
     name = next(iter(found))
-    numbers = {"original_max_length" if k == _ORIGINAL else k: v for k, v in told.numbers.items()}
-    return told.theta, parse(RopeScaling, {"kind": told.kind} | numbers, f"{where}: {name}.")
+    numbers = {
+        "original_max_position_embeddings" if k == _ORIGINAL else k: v
+        for k, v in told.numbers.items()
+    }
+    return told.theta, parse(RopeScaling, {"rope_type": told.kind} | numbers, f"{where}: {name}.")
 
 
 def _told(hf: Mapping[str, Any], group: Any, where: str, name: str) -> _Told:

@@ -68,7 +68,7 @@ def import_gguf(path: str, tokenizer: bool = True) -> Imported:
     raw, fields = open_gguf(file, "llama")
     cfg = _config(raw, fields)
     renamed = [_hf_name(name) for name in raw.specs]
-    check_layers(f"{file}: llama.block_count", cfg.layers, cfg.layers, renamed)
+    check_layers(f"{file}: llama.block_count", cfg.num_layers, cfg.num_layers, renamed)
     params = as_params(cfg, llama_entries(cfg), _renamed(raw, cfg))
     files = tokenizer_files(fields) if tokenizer else None
     if files is not None:
@@ -103,13 +103,13 @@ def _config(raw: Lazy, fields: Metadata) -> ModelConfig:
     fields.check_there(_EPS)
     cfg = ModelConfig(
         vocab_size=embedding.shape[0],
-        width=width,
-        layers=_number(fields, "block_count"),
-        heads=heads,
-        kv_heads=kv_heads,
+        hidden_size=width,
+        num_layers=_number(fields, "block_count"),
+        num_heads=heads,
+        num_kv_heads=kv_heads,
         head_dim=head_dim,
-        mlp_width=_number(fields, "feed_forward_length"),
-        max_length=_number(fields, "context_length"),
+        intermediate_size=_number(fields, "feed_forward_length"),
+        max_seq_len=_number(fields, "context_length"),
         rope_theta=theta,
         rope_scaling=_scaling(raw, fields, head_dim, theta),
         norm_eps=_shortest(fields.get(_EPS, float)),
@@ -155,7 +155,7 @@ def _scaling(raw: Lazy, fields: Metadata, head_dim: int, theta: float) -> RopeSc
         return _llama3(raw, fields, head_dim, theta)
     if factor == 1.0 or (kind == "none" and key in fields.fields):
         return RopeScaling()
-    return RopeScaling(kind="linear", factor=_shortest(factor))
+    return RopeScaling(rope_type="linear", factor=_shortest(factor))
 
 
 def _llama3(raw: Lazy, fields: Metadata, head_dim: int, theta: float) -> RopeScaling:
@@ -171,7 +171,9 @@ def _llama3(raw: Lazy, fields: Metadata, head_dim: int, theta: float) -> RopeSca
     for length in [int(told)] if told else [8192, *(2**n for n in range(10, 21))]:
         kept = np.clip((turns * length - low) / (high - low), 0.0, 1.0)
         if np.allclose(divisors, 1.0 / ((1.0 - kept) / factor + kept), rtol=1e-4):
-            return RopeScaling(kind="llama3", factor=factor, original_max_length=length)
+            return RopeScaling(
+                rope_type="llama3", factor=factor, original_max_position_embeddings=length
+            )
     rule = "holds divisors of the rotary frequencies that are not those of Llama 3.1"
     fail(
         f"{fields.where}: {ROPE_FACTORS}", divisors.tolist(), rule, "It cannot be converted exactly"
@@ -181,7 +183,7 @@ def _llama3(raw: Lazy, fields: Metadata, head_dim: int, theta: float) -> RopeSca
 def _renamed(raw: Lazy, cfg: ModelConfig) -> Lazy:
     """Names and row order of Hugging Face. Unknown names stay as they are, to be told as such."""
     names = {_hf_name(name): name for name in raw.specs if name != ROPE_FACTORS}
-    turned = {"self_attn.q_proj.weight": cfg.heads, "self_attn.k_proj.weight": cfg.kv_heads}
+    turned = {"self_attn.q_proj.weight": cfg.num_heads, "self_attn.k_proj.weight": cfg.num_kv_heads}
 
     def read(name: str) -> np.ndarray:
         values = raw.read(names[name])

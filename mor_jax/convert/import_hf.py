@@ -72,7 +72,7 @@ def _model(
     check_sizes(hf, tensors, where)
     key, layers = f"{where}: num_hidden_layers", hf["num_hidden_layers"]
     if ours:
-        key += f" (sharing={cfg.sharing}, num_recursions={cfg.recursions})"
+        key += f" (sharing={cfg.sharing}, num_recursions={cfg.num_recursions})"
     check_layers(key, layers, cfg.unique_layers, tensors.specs)
     return cfg, (mor_entries if ours else llama_entries)(cfg)
 

@@ -45,8 +45,8 @@ def import_reference(path: str, reference_config: str, tokenizer: bool = True) -
     tied, notes = are_tied(found.tensors, hf, where)
     options = merge_options(settings)
     cfg = model_config(hf, options, tied=tied)
-    if cfg.layers != hf["num_hidden_layers"]:
-        told = f"{hf['num_hidden_layers']} layers became {cfg.layers} to fit the sharing scheme"
+    if cfg.num_layers != hf["num_hidden_layers"]:
+        told = f"{hf['num_hidden_layers']} layers became {cfg.num_layers} to fit the sharing scheme"
         notes = (*notes, told)
     layers = hf["num_hidden_layers"]
     check_stored(f"{where}: num_hidden_layers", layers, cfg.unique_layers, found.tensors.specs)

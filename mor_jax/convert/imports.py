@@ -104,11 +104,11 @@ def run_config(model: ModelConfig, tokenizer: str) -> TrainConfig:
     cfg = TrainConfig(
         steps=1000,
         batch_size=8,
-        length=min(1024, model.max_length),
+        seq_len=min(1024, model.max_seq_len),
         model=model,
         optim=OptimConfig(lr=3e-4, warmup_steps=50, decay_steps=200),
         data=DataConfig(tokenizer=tokenizer),
-        eval=EvalConfig(completion_tokens=min(40, model.max_length // 2)),
+        eval=EvalConfig(completion_tokens=min(40, model.max_seq_len // 2)),
     )
     cfg.validate()
     return cfg

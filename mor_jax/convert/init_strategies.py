@@ -109,7 +109,7 @@ def share_layers(plain: Lazy, cfg: ModelConfig, selection: Selection) -> Lazy:
     made = len(selection.effective)
     rule = f"the selection makes {made} layers"
     fix = f"Set layers={made}, sharing and recursions as in the selection"
-    check(made == cfg.layers, "layers", cfg.layers, rule, fix)
+    check(made == cfg.num_layers, "layers", cfg.num_layers, rule, fix)
     part = parts(plain)
     specs: dict[str, Spec] = {}
     places: dict[str, tuple[str, list[tuple[int, ...]]]] = {}
@@ -141,9 +141,9 @@ def _stacks(
         yield "first", [(first,)], (1,)
     if leaf.startswith("norm") and not cfg.share_norms:
         inner = selection.kept if selection.ends is None else selection.kept[1:-1]
-        places = np.asarray(inner).reshape(cfg.recursions, cfg.shared_layers).T
+        places = np.asarray(inner).reshape(cfg.num_recursions, cfg.shared_layers).T
         if cfg.is_sequence:
-            places = np.asarray(inner).reshape(cfg.shared_layers, cfg.recursions)
+            places = np.asarray(inner).reshape(cfg.shared_layers, cfg.num_recursions)
         yield "shared", [(int(layer),) for layer in places.ravel()], places.shape
     else:
         yield "shared", list(selection.slots), (len(selection.slots),)

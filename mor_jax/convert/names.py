@@ -94,7 +94,7 @@ def mor_entries(cfg: ModelConfig) -> tuple[Entry, ...]:
         prefix = f"model.{stack}.{inside}"
         apart = stack == "shared" and not cfg.share_norms
         for suffix, (path, pattern) in (ATTENTION | MLP | NORMS).items():
-            for r in range(cfg.recursions) if apart and suffix in NORMS else [None]:
+            for r in range(cfg.num_recursions) if apart and suffix in NORMS else [None]:
                 name = suffix if r is None else suffix.replace(".weight", f".{r}.weight")
                 index = (slot,) if r is None else (slot, r)
                 rows.append(Entry.own(prefix + name, f"{stack}.{path}", index, pattern))
@@ -114,7 +114,7 @@ def llama_entries(cfg: ModelConfig) -> tuple[Entry, ...]:
     fix = "Use --to=hf, whose modeling_mor.py routes"
     check(cfg.router.kind == "none", "model.router.kind", cfg.router.kind, rule, fix)
     rule = "later recursions attend to keys and values of the first, and a Llama's layers do not"
-    check(cfg.kv == "recursion", "model.kv", cfg.kv, rule, "Use --to=hf")
+    check(cfg.kv_mode == "recursion", "model.kv_mode", cfg.kv_mode, rule, "Use --to=hf")
     rows = []
     for layer in _layers(cfg):
         for row in _layer_entries(cfg, layer):
@@ -153,16 +153,16 @@ class _Layer:
 
 def _layers(cfg: ModelConfig) -> Iterator[_Layer]:
     if cfg.sharing == "none":
-        for i in range(cfg.layers):
+        for i in range(cfg.num_layers):
             yield _Layer(f"model.layers.{i}.", f"model.layers.{i}.", "layers", i, None)
         return
     if cfg.is_middle:
         yield _Layer("model.layers.0.", "model.layers.0.", "first", 0, None)
-    for r in range(cfg.recursions):
+    for r in range(cfg.num_recursions):
         for s in range(cfg.shared_layers):
             yield _Layer(_shared_name(cfg, s, r), _shared_name(cfg, s, 0), "shared", s, r)
     if cfg.is_middle:
-        inner = {"none": cfg.layers - 2, "expert": cfg.recursions, "token": 1}
+        inner = {"none": cfg.num_layers - 2, "expert": cfg.num_recursions, "token": 1}
         prefix = f"model.layers.{1 + inner[cfg.router.kind]}."
         yield _Layer(prefix, prefix, "last", 0, None)
 
@@ -174,7 +174,7 @@ def _shared_name(cfg: ModelConfig, slot: int, recursion: int) -> str:
     if cfg.router.kind == "token":
         return f"{_token_stage(cfg)}block_list.{recursion}.{slot}."
     if cfg.is_sequence:
-        return f"model.layers.{before + slot * cfg.recursions + recursion}."
+        return f"model.layers.{before + slot * cfg.num_recursions + recursion}."
     return f"model.layers.{before + recursion * cfg.shared_layers + slot}."
 
 
@@ -197,15 +197,15 @@ def _router_entries(cfg: ModelConfig) -> Iterator[Entry]:
     networks = {"mor_router": "main"}
     places = [(_token_stage(cfg), ())]
     if router.kind == "expert":
-        places = [(f"model.layers.{before + r}.", (r,)) for r in range(cfg.recursions)]
-        if router.aux == "aux_router":
+        places = [(f"model.layers.{before + r}.", (r,)) for r in range(cfg.num_recursions)]
+        if router.causal_routing == "aux_router":
             networks["mlp_router"] = "aux"
     for prefix, index in places:
         for network, ours in networks.items():
             for suffix, (leaf, pattern) in ROUTERS[router.kind, router.arch].items():
                 name = f"{prefix}{network}.{suffix}"
                 yield Entry(name, f"router.{ours}.{leaf}", index, pattern, name)
-    if router.kind == "token" and router.balancing == "loss_free":
+    if router.kind == "token" and router.load_balancing == "loss_free":
         name = f"{_token_stage(cfg)}router_bias"
         yield Entry(name, "router.bias", (), "r -> r", name)
 
@@ -218,12 +218,14 @@ def _mor_routers(cfg: ModelConfig) -> Iterator[Entry]:
     if router.kind == "token":
         for suffix, (leaf, pattern) in rows:
             yield Entry.own(f"model.router.{suffix}", f"router.main.{leaf}", (), pattern)
-        if router.balancing == "loss_free":
+        if router.load_balancing == "loss_free":
             yield Entry.own("model.router_bias", "router.bias", (), "r -> r")
         return
-    networks = {"routers": "main"} | ({"aux_routers": "aux"} if router.aux == "aux_router" else {})
+    networks = {"routers": "main"} | (
+        {"aux_routers": "aux"} if router.causal_routing == "aux_router" else {}
+    )
     for network, ours in networks.items():
-        for r in range(cfg.recursions):
+        for r in range(cfg.num_recursions):
             for suffix, (leaf, pattern) in rows:
                 name = f"model.{network}.{r}.{suffix}"
                 yield Entry.own(name, f"router.{ours}.{leaf}", (r,), pattern)
@@ -233,13 +235,13 @@ def sizes(cfg: ModelConfig) -> dict[str, int]:
     """What the letters of the patterns stand for."""
     return {
         "v": cfg.vocab_size,
-        "d": cfg.width,
-        "h": cfg.heads,
-        "g": cfg.kv_heads,
+        "d": cfg.hidden_size,
+        "h": cfg.num_heads,
+        "g": cfg.num_kv_heads,
         "k": cfg.head_dim,
-        "f": cfg.mlp_width,
-        "e": 2 * cfg.width,
-        "r": cfg.recursions,
+        "f": cfg.intermediate_size,
+        "e": 2 * cfg.hidden_size,
+        "r": cfg.num_recursions,
     }
 
 

@@ -127,15 +127,15 @@ def model_config(
         tied = bool(hf.get("tie_word_embeddings", False)) and not never
     plain = llama_config(hf, "hf_config", tied=tied)
     rule = "the reference's models turn positions as they are"
-    scaling = plain.rope_scaling.kind
+    scaling = plain.rope_scaling.rope_type
     check(scaling == "none", "hf_config: rope_scaling", scaling, rule, "Use rope_theta alone")
     cfg = dataclasses.replace(
         plain,
-        layers=layers or fitted_layers(plain.layers, recursive),
+        num_layers=layers or fitted_layers(plain.num_layers, recursive),
         sharing=_sharing(recursive),
-        recursions=recursive["num_recursion"] if shared else 1,
+        num_recursions=recursive["num_recursion"] if shared else 1,
         share_norms=bool(recursive["ln_share"]) if shared else True,
-        kv=_kv_mode(options),
+        kv_mode=_kv_mode(options),
         router=_router(options),
         attention=attention,
     )
@@ -198,7 +198,7 @@ def _router(options: Options) -> RouterConfig:
         kind=kind,
         arch=archs[mor["router_type"]],
         temperature=float(mor["temp"]),
-        z_coeff=float(mor["z_coeff"]) if mor["z_loss"] else 0.0,
+        z_loss_coeff=float(mor["z_coeff"]) if mor["z_loss"] else 0.0,
         gating=_choice(mor[kind]["gating"], ("weighted", "additive"), f"mor.{kind}.gating"),
         alpha=float(mor[kind]["alpha"]),
         # The reference rounds no capacity, whatever it runs on.
@@ -220,13 +220,13 @@ def _expert(base: RouterConfig, mor: Options) -> RouterConfig:
     sampling = "none" if part["sampling"] is None else part["sampling"]
     return dataclasses.replace(
         base,
-        score=_choice(score, ("sigmoid", "tanh", "none"), "mor.expert.router_func"),
-        capacities=told,
+        activation=_choice(score, ("sigmoid", "tanh", "none"), "mor.expert.router_func"),
+        capacity=told,
         capacity_warmup_steps=int(warmup),
         # One level per forward pass: the reference changes its capacity at every one.
-        capacity_warmup_levels=max(int(warmup), 1),
-        aux=_choice(sampling, ("aux_loss", "aux_router", "none"), "mor.expert.sampling"),
-        aux_coeff=float(part["coeff"]),
+        capacity_warmup_stages=max(int(warmup), 1),
+        causal_routing=_choice(sampling, ("aux_loss", "aux_router", "none"), "mor.expert.sampling"),
+        aux_loss_coeff=float(part["coeff"]),
     )
 
 
@@ -235,11 +235,11 @@ def _token(base: RouterConfig, part: Options) -> RouterConfig:
     return dataclasses.replace(
         base,
         # The reference takes whatever is not "sigmoid" for softmax.
-        score="sigmoid" if part["router_func"] == "sigmoid" else "softmax",
-        balancing=_choice(balancing, ("loss", "loss_free", "none"), "mor.token.balancing"),
-        balance_coeff=float(part["coeff"]),
+        activation="sigmoid" if part["router_func"] == "sigmoid" else "softmax",
+        load_balancing=_choice(balancing, ("loss", "loss_free", "none"), "mor.token.balancing"),
+        balance_loss_coeff=float(part["coeff"]),
         balance_warmup_steps=int(part["bal_warmup_step"] or 0),
-        bias_rate=float(part["u"]),
+        bias_update_rate=float(part["u"]),
         capacity_factor=None,
     )
 

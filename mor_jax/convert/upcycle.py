@@ -29,8 +29,8 @@ Routing = Literal["none", "expert", "token"]
 # The routers that the paper found best of each kind.
 ROUTERS: dict[Routing, RouterConfig] = {
     "none": RouterConfig(),
-    "expert": RouterConfig(kind="expert", score="sigmoid", alpha=0.1),
-    "token": RouterConfig(kind="token", score="softmax", alpha=1.0, z_coeff=1e-5),
+    "expert": RouterConfig(kind="expert", activation="sigmoid", alpha=0.1),
+    "token": RouterConfig(kind="token", activation="softmax", alpha=1.0, z_loss_coeff=1e-5),
 }
 
 
@@ -81,11 +81,11 @@ def upcycled_config(plain: ModelConfig, wish: Upcycling) -> ModelConfig:
     check(plain.sharing == "none", "model.sharing", plain.sharing, rule, "Import it as it is")
     cfg = dataclasses.replace(
         plain,
-        layers=len(_selection(plain, wish).effective),
+        num_layers=len(_selection(plain, wish).effective),
         sharing=wish.sharing,
-        recursions=wish.recursions,
+        num_recursions=wish.recursions,
         share_norms=wish.share_norms,
-        kv=wish.kv,
+        kv_mode=wish.kv,
         router=ROUTERS[wish.routing],
     )
     cfg.validate("upcycle")
@@ -119,17 +119,18 @@ def upcycle_notes(plain: ModelConfig, wish: Upcycling) -> list[str]:
         f"upcycled to {wish.sharing}: {len(chosen.slots)} shared layers run {wish.recursions} "
         f"times{ends}; {wish.init}: they come from layers {slots} (from 0){routers}"
     ]
-    if len(chosen.kept) != plain.layers:
-        rest = sorted(set(range(plain.layers)) - set(chosen.kept))
+    if len(chosen.kept) != plain.num_layers:
+        rest = sorted(set(range(plain.num_layers)) - set(chosen.kept))
         notes.append(
-            f"{plain.layers} layers do not fit {wish.sharing} with {wish.recursions} recursions: "
+            f"{plain.num_layers} layers do not fit {wish.sharing} with {wish.recursions} "
+            "recursions: "
             f"{len(chosen.kept)} evenly spaced ones stand for them, without {_listed(rest)}"
         )
     return notes
 
 
 def _selection(plain: ModelConfig, wish: Upcycling) -> Selection:
-    return select_layers(wish.sharing, plain.layers, wish.recursions, wish.init, wish.seed)
+    return select_layers(wish.sharing, plain.num_layers, wish.recursions, wish.init, wish.seed)
 
 
 def _listed(layers: list[int]) -> str:

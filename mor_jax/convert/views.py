@@ -167,7 +167,9 @@ def _check_fit(cfg: ModelConfig, table: Sequence[Entry], tensors: Lazy) -> None:
         elif spec.shape != (shape := torch_shape(cfg, known[name])):
             ours = _ours(known[name])
             lines.append(f"  misshapen   {name} {spec.shape}, expected {shape} ({ours})")
-    told = f"these tensors do not make a model with sharing={cfg.sharing!r}, layers={cfg.layers}"
+    told = (
+        f"these tensors do not make a model with sharing={cfg.sharing!r}, layers={cfg.num_layers}"
+    )
     _raise_list(tensors.where, told, lines)
 
 

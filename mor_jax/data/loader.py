@@ -53,7 +53,7 @@ class _Key:
 def open_streams(cfg: DataConfig, tokenizer: Tokenizer, split: str) -> list[TokenStream]:
     """Token stream of split `train`, `heldout` or `all` of each source. Raises `ValueError`."""
     streams = []
-    share = None if split == "all" else cfg.heldout_share
+    share = None if split == "all" else cfg.validation_fraction
     for i, spec in enumerate(cfg.sources):
         setting = f"data.sources[{i}]"
         if spec.startswith("shards:"):
@@ -69,7 +69,7 @@ def open_streams(cfg: DataConfig, tokenizer: Tokenizer, split: str) -> list[Toke
 
 def _open_rows(cfg: DataConfig, tokenizer: Tokenizer, split: str, length: int) -> list[Rows]:
     streams = open_streams(cfg, tokenizer, split)
-    return [Rows(stream, length, cfg.within_documents) for stream in streams]
+    return [Rows(stream, length, cfg.document_mask) for stream in streams]
 
 
 def open_corpus(
@@ -89,7 +89,7 @@ def fingerprint(cfg: DataConfig, tokenizer: Tokenizer) -> str:
     """
     splits = ("train", "heldout")
     texts = [[s.fingerprint for s in open_streams(cfg, tokenizer, split)] for split in splits]
-    order = (_weights(cfg), cfg.within_documents, cfg.shuffle, cfg.seed)
+    order = (_weights(cfg), cfg.document_mask, cfg.shuffle, cfg.seed)
     return hashlib.sha256(repr((texts, tokenizer.fingerprint, order)).encode()).hexdigest()[:32]
 
 
@@ -203,7 +203,7 @@ def train_batches(
     batches = mixed.batch(layout.host_rows)[layout.host :: layout.hosts]
     ahead = grain.ReadOptions(num_threads=min(cfg.prefetch, 1), prefetch_buffer_size=cfg.prefetch)
     iterable = batches.to_iter_dataset(ahead)
-    iterable = _in_workers(iterable, cfg) if cfg.workers else iterable
+    iterable = _in_workers(iterable, cfg) if cfg.num_workers else iterable
     return TrainBatches(iterable, place.row, layout.batch_size, jumps)
 
 
@@ -216,7 +216,9 @@ def _in_workers(batches: "grain.IterDataset", cfg: DataConfig) -> "grain.IterDat
     if not flags.FLAGS.is_parsed():
         flags.FLAGS.mark_as_parsed()
     buffered = max(cfg.prefetch, 1)
-    options = grain.MultiprocessingOptions(num_workers=cfg.workers, per_worker_buffer_size=buffered)
+    options = grain.MultiprocessingOptions(
+        num_workers=cfg.num_workers, per_worker_buffer_size=buffered
+    )
     return batches.mp_prefetch(options)
 
 

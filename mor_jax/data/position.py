@@ -10,14 +10,15 @@ from collections.abc import Sequence
 from typing import Any
 
 from mor_jax.config import DataConfig
+from mor_jax.config.old_names import translated_paths
 from mor_jax.config.parsing import check, fail
 from mor_jax.data.streams.mixture import Mixture
 
 Jump = tuple[int, int]
 """The first row that is left out, and the one to go on with."""
 
-_ORDER = ("length", "seed", "data.seed", "data.shuffle")
-_TEXT = ("data.tokenizer", "data.heldout_share", "data.text_key")
+_ORDER = ("seq_len", "seed", "data.seed", "data.shuffle")
+_TEXT = ("data.tokenizer", "data.validation_fraction", "data.text_key")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,12 +65,12 @@ class Place:
             return cls(
                 row=row,
                 since=notes["since"],
-                readings=tuple(Reading(**reading) for reading in notes["readings"]),
+                readings=tuple(map(_reading, notes["readings"])),
                 weights=tuple(notes["weights"]),
-                left=tuple(Reading(**reading) for reading in notes["left"]),
+                left=tuple(map(_reading, notes["left"])),
             )
         sources = config["data"]["sources"]
-        known = {"length": config["length"], "seed": config["seed"]}
+        known = {"seq_len": config["seq_len"], "seed": config["seed"]}
         known |= {f"data.{name}": value for name, value in config["data"].items()}
         return cls(
             row=row,
@@ -91,18 +92,22 @@ class Place:
         ]
 
 
+def _reading(values: dict[str, Any]) -> Reading:
+    return Reading(**values | {"settings": translated_paths(values["settings"])})
+
+
 def first_place(
     cfg: DataConfig, texts: Sequence[str], tokenizer: str, *, length: int, seed: int
 ) -> Place:
     """The beginning of a new run. texts: hashes of the sources' tokens. tokenizer: its hash."""
     weights = cfg.weights or (1.0,) * len(cfg.sources)
     known = {
-        "length": length,
+        "seq_len": length,
         "seed": seed,
         "data.seed": cfg.seed,
         "data.shuffle": cfg.shuffle,
         "data.tokenizer": tokenizer,
-        "data.heldout_share": cfg.heldout_share,
+        "data.validation_fraction": cfg.validation_fraction,
         "data.text_key": cfg.text_key,
     }
     pairs = zip(cfg.sources, texts, strict=True)
@@ -165,10 +170,10 @@ def _check_rows(now: Reading, was: Reading) -> None:
     another = "start another run from its weights (launch/convert.py export, import)"
     names = [name for name in _ORDER if before[name] != after[name]]
     if not before["data.shuffle"] and not after["data.shuffle"]:
-        names = [name for name in names if name == "length"]
+        names = [name for name in names if name == "seq_len"]
     if names:
         name = names[0]
-        told = "cut at" if name == "length" else "read in the order of"
+        told = "cut at" if name == "seq_len" else "read in the order of"
         rule = f"{was.first} rows of {was.source!r} were {told} {name}={before[name]!r}, so which "
         rule += "of the new rows were read cannot be told"
         fix = f"Keep {name}={before[name]!r}, give text that was not read yet, or {another}"

@@ -28,7 +28,7 @@ from mor_jax.runtime import exit_codes
 DIRECTORY = "hosts"
 
 _BEATS = 6
-"""Signs of life within `hosts.timeout`."""
+"""Signs of life within `hosts.heartbeat_timeout`."""
 
 _NEIGHBOURS = 8
 """Processes that each one watches; what one finds, all read in `_END`."""
@@ -229,7 +229,8 @@ class Hosts:
             return self._told_by(i, record)
         if silent < self._timeout:
             return None
-        why = f"has given no sign of life for {silent:.0f} s (hosts.timeout={self._timeout})"
+        why = f"has given no sign of life for {silent:.0f} s "
+        why += f"(hosts.heartbeat_timeout={self._timeout})"
         where = f"last in phase {record.get('phase', 'start')!r}"
         mine = f"Process {self._index} was in phase {self._phase!r}"
         return HostLost(f"host lost: {self._who(i)} {why}; {where}. {mine}. {_AGAIN}")

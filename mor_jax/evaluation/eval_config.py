@@ -41,7 +41,7 @@ def config_for(cfg: TrainConfig, asked: Asked) -> TrainConfig:
     text = cfg.data
     if asked.sources is not None:
         text = dataclasses.replace(text, sources=asked.sources, weights=None)
-    length = cfg.length if asked.length is None else asked.length
-    made = dataclasses.replace(cfg, eval=given, data=text, length=length)
+    length = cfg.seq_len if asked.length is None else asked.length
+    made = dataclasses.replace(cfg, eval=given, data=text, seq_len=length)
     made.validate()
     return made

@@ -45,16 +45,16 @@ def row_sums(
         full = gather(cfg.model, params, shares_once(cfg))
         out = forward(cfg.model, full, batch, route)
         table = logits_table(cfg.model, full)
-        ce, hit = token_losses(out.hidden, table, batch.targets, cfg.loss_chunk)
+        ce, hit = token_losses(out.hidden, table, batch.targets, cfg.loss_chunk_size)
         here = batch.targets != IGNORE
-        inside = jnp.asarray(_groups(cfg.length))[None]
+        inside = jnp.asarray(_groups(cfg.seq_len))[None]
         sums = {
             "correct": jnp.sum(hit, axis=1, dtype=jnp.float32),
             "ce_position": _within(inside, ce),
             "targets_position": _within(inside, here),
         }
         if out.routing is not None:
-            inside = jax.nn.one_hot(out.routing.depth, cfg.model.recursions + 1, dtype=bool)
+            inside = jax.nn.one_hot(out.routing.depth, cfg.model.num_recursions + 1, dtype=bool)
             present = jnp.ones_like(here) if batch.segments is None else batch.segments > 0
             sums["ce_depth"] = _within(inside, ce)
             sums["targets_depth"] = _within(inside, here)

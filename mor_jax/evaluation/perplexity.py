@@ -51,13 +51,13 @@ class Evaluation:
         the same for each alone.
         """
         facts = {"workdir": str(self.found.path), "step": self.found.step, "text": self.text}
-        facts |= {"calibration": self.calibration, "recursions": self.cfg.model.recursions}
-        return {**facts, "rows": self.rows, "length": self.cfg.length, **self.values}
+        facts |= {"calibration": self.calibration, "recursions": self.cfg.model.num_recursions}
+        return {**facts, "rows": self.rows, "length": self.cfg.seq_len, **self.values}
 
     def lines(self) -> list[str]:
         """The same for a terminal: aligned tables."""
-        told = self.found.changes(self.cfg.model.recursions, self.calibration)
-        size = f"{self.rows} rows of {self.cfg.length} tokens"
+        told = self.found.changes(self.cfg.model.num_recursions, self.calibration)
+        size = f"{self.rows} rows of {self.cfg.seq_len} tokens"
         return [f"{self.found}{told}", *report.lines(f"{self.text}: {size}", self.values)]
 
 
@@ -73,10 +73,10 @@ class TextEvaluation:
         check(number % asked.fsdp == 0, "fsdp", asked.fsdp, rule, "Leave it out")
         self._mesh = sharding.make_mesh(MeshConfig(fsdp=asked.fsdp))
         sharding.check_rows(self._mesh, "eval.batch_size", cfg.eval.batch_size)
-        sharding.check_length(self._mesh, cfg.length)
+        sharding.check_length(self._mesh, cfg.seq_len)
         tokenizer = data.load_tokenizer(cfg.data.tokenizer)
         data.check_vocabulary(tokenizer, cfg.model.vocab_size)
-        layout = data.Layout(length=cfg.length, batch_size=cfg.eval.batch_size)
+        layout = data.Layout(length=cfg.seq_len, batch_size=cfg.eval.batch_size)
         given = (cfg.data, tokenizer, layout, cfg.eval.batches, asked.split)
         self._batches = data.heldout_batches(*given, sharding.row_devices(self._mesh))
         self._sources = data.heldout_sources(*given)
@@ -167,8 +167,8 @@ def _means(
 
 
 def _by_position(cfg: TrainConfig, sums: dict[str, dict[str, np.ndarray]]) -> list[dict[str, Any]]:
-    starts = position_starts(cfg.length)
-    lasts = [*(start - 1 for start in starts[1:]), cfg.length - 1]
+    starts = position_starts(cfg.seq_len)
+    lasts = [*(start - 1 for start in starts[1:]), cfg.seq_len - 1]
     each = _losses(sums, "position")
     return [
         {"first": first, "last": last, **group}

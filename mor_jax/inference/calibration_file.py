@@ -68,7 +68,7 @@ def with_depth_bias(
     """
     router = dict(params["router"])
     router["bias"] = jnp.asarray(bias, jnp.float32) + jnp.asarray(router.get("bias", 0.0))
-    changed = dataclasses.replace(cfg.router, balancing="loss_free")
+    changed = dataclasses.replace(cfg.router, load_balancing="loss_free")
     return dataclasses.replace(cfg, router=changed), {**params, "router": router}
 
 

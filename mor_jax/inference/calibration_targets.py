@@ -15,20 +15,20 @@ _ROUNDS = 200
 
 def trained_shares(cfg: ModelConfig) -> tuple[float, ...]:
     """Share of a row's tokens at each recursion that training aimed at, in [0, 1]."""
-    nr = cfg.recursions
+    nr = cfg.num_recursions
     if cfg.router.kind == "token":
         return tuple((nr - r) / nr for r in range(nr))
     if (cfg.router.capacity_multiple or 1) == 1:
         return cfg.router.shares(nr)
     # Rounded up, here by the longest row: how long those of training were is not known.
-    return tuple(count / cfg.max_length for count in capacity_counts(cfg, cfg.max_length))
+    return tuple(count / cfg.max_seq_len for count in capacity_counts(cfg, cfg.max_seq_len))
 
 
 def takes_all(cfg: ModelConfig) -> tuple[bool, ...]:
     """Recursions that every token goes through, whatever its scores."""
     if cfg.router.kind == "token":
-        return tuple(r == 0 for r in range(cfg.recursions))
-    return tuple(share == 1.0 for share in cfg.router.shares(cfg.recursions))
+        return tuple(r == 0 for r in range(cfg.num_recursions))
+    return tuple(share == 1.0 for share in cfg.router.shares(cfg.num_recursions))
 
 
 def wanted_shares(
@@ -49,7 +49,7 @@ def wanted_shares(
     trained = trained_shares(cfg)
     if depth is None:
         return trained
-    lowest, highest = float(sum(takes_all(cfg))), float(cfg.recursions)
+    lowest, highest = float(sum(takes_all(cfg))), float(cfg.num_recursions)
     rule = f"must be in {lowest:g} .. {highest:g}: {highest:g} recursions, of which every token "
     rule += f"takes {lowest:g}"
     check(lowest <= depth <= highest, "mean_depth", depth, rule, f"Try {sum(trained):.2f}")
@@ -68,8 +68,8 @@ def _scaled(cfg: ModelConfig, factor: float) -> tuple[float, ...]:
 
 def _checked(cfg: ModelConfig, shares: tuple[float, ...]) -> tuple[float, ...]:
     fix = "Try " + ",".join(f"{share:.3g}" for share in trained_shares(cfg))
-    rule = f"needs one share for each of the {cfg.recursions} recursions"
-    check(len(shares) == cfg.recursions, "shares", shares, rule, fix)
+    rule = f"needs one share for each of the {cfg.num_recursions} recursions"
+    check(len(shares) == cfg.num_recursions, "shares", shares, rule, fix)
     for r, (share, always) in enumerate(zip(shares, takes_all(cfg), strict=True)):
         check(0 <= share <= 1, f"shares[{r}]", share, "must be in [0, 1]", fix)
         rule = "must be 1: this recursion was trained on every token"

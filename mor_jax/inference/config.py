@@ -124,9 +124,9 @@ def plan(served: Served, cfg: EngineConfig) -> Plan:
     """
     cfg.validate()
     model = compute_config(served.cfg, cfg.dtype)
-    longest = model.max_length
+    longest = model.max_seq_len
     if cfg.max_length is not None:
-        rule = f"the model's context is model.max_length={longest} tokens"
+        rule = f"the model's context is model.max_seq_len={longest} tokens"
         fix = "Use that or less"
         check(cfg.max_length <= longest, "engine.max_length", cfg.max_length, rule, fix)
         longest = cfg.max_length

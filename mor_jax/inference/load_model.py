@@ -101,13 +101,13 @@ def check_causal(cfg: ModelConfig) -> None:
         return
     rule = "no causal routing: these routers were never trained to predict who is chosen"
     fix = "Make thresholds from data with launch/calibrate.py, then name them with --calibration"
-    fail("model.router.aux", cfg.router.aux, rule, fix)
+    fail("model.router.causal_routing", cfg.router.causal_routing, rule, fix)
 
 
 def is_causal(cfg: ModelConfig) -> bool:
     """Whether tokens can be routed by their own scores without a calibration."""
     router = cfg.router
-    return router.kind != "expert" or router.aux != "none" or all(takes_all(cfg))
+    return router.kind != "expert" or router.causal_routing != "none" or all(takes_all(cfg))
 
 
 def check_finite(params: Params, where: str) -> None:
@@ -125,7 +125,7 @@ def expected_shares(cfg: ModelConfig) -> tuple[float, ...]:
     """Share of all tokens that goes through each recursion, as trained, in [0, 1]."""
     if cfg.router.kind == "expert":
         return trained_shares(cfg)
-    return routed_shares(cfg, cfg.max_length)
+    return routed_shares(cfg, cfg.max_seq_len)
 
 
 def ready(

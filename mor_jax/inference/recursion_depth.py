@@ -43,23 +43,23 @@ def with_recursions(
             own (norms that are not shared, the depths of token-choice); too many layers.
     """
     rule, setting = "must be at least 1", "recursions"
-    check(recursions >= 1, setting, recursions, rule, f"Try {cfg.recursions}")
-    if recursions == cfg.recursions:
+    check(recursions >= 1, setting, recursions, rule, f"Try {cfg.num_recursions}")
+    if recursions == cfg.num_recursions:
         return cfg, params, thresholds
     rule = "a plain model (sharing='none') runs its layers once"
     check(cfg.sharing != "none", setting, recursions, rule, "Leave it out")
-    if recursions > cfg.recursions:
+    if recursions > cfg.num_recursions:
         _check_more(cfg, recursions)
     layers = cfg.shared_layers * recursions + 2 * cfg.is_middle
     rule = f"makes {layers:,} layers; programs are compiled layer by layer, for {_MOST} at most"
     most = (_MOST - 2 * cfg.is_middle) // cfg.shared_layers
     check(layers <= _MOST, setting, recursions, rule, f"Use at most {most}")
-    if recursions > 2 * cfg.recursions:
-        _warn(cfg.recursions, recursions)
-    changed = dataclasses.replace(cfg, recursions=recursions, layers=layers)
+    if recursions > 2 * cfg.num_recursions:
+        _warn(cfg.num_recursions, recursions)
+    changed = dataclasses.replace(cfg, num_recursions=recursions, num_layers=layers)
     if cfg.router.kind == "expert":
-        shares = _first(cfg.router.shares(cfg.recursions), recursions)
-        router = dataclasses.replace(cfg.router, capacities=shares)
+        shares = _first(cfg.router.shares(cfg.num_recursions), recursions)
+        router = dataclasses.replace(cfg.router, capacity=shares)
         changed = dataclasses.replace(changed, router=router)
     changed.validate()
     kept = None if thresholds is None else _first(thresholds, recursions)
@@ -67,12 +67,14 @@ def with_recursions(
 
 
 def _check_more(cfg: ModelConfig, recursions: int) -> None:
-    fix = f"Use at most {cfg.recursions}"
+    fix = f"Use at most {cfg.num_recursions}"
     if not cfg.share_norms:
         rule = "each recursion has norms of its own (share_norms=False), and more are not trained"
         fail("recursions", recursions, rule, fix)
     if cfg.router.kind == "token":
-        rule = f"token-choice scores the {cfg.recursions} depths it was trained with and no others"
+        rule = (
+            f"token-choice scores the {cfg.num_recursions} depths it was trained with and no others"
+        )
         fail("recursions", recursions, rule, fix)
 
 

@@ -66,8 +66,8 @@ class Attention(nnx.Module):
     """Multi-head attention with fewer key/value heads than query heads; no biases."""
 
     def __init__(self, cfg: ModelConfig, *, rngs: nnx.Rngs, stacked: Axes = ()):
-        init, d, k = normal(cfg), ("embed", cfg.width), ("head_dim", cfg.head_dim)
-        heads, kv_heads = ("heads", cfg.heads), ("kv_heads", cfg.kv_heads)
+        init, d, k = normal(cfg), ("embed", cfg.hidden_size), ("head_dim", cfg.head_dim)
+        heads, kv_heads = ("heads", cfg.num_heads), ("kv_heads", cfg.num_kv_heads)
         self.q = param(rngs, init, (d, heads, k), stacked)
         self.k = param(rngs, init, (d, kv_heads, k), stacked)
         self.v = param(rngs, init, (d, kv_heads, k), stacked)

@@ -43,16 +43,16 @@ class Stack(nnx.Module):
     def __init__(self, cfg: ModelConfig, size: int, *, rngs: nnx.Rngs, recurs: bool = False):
         stacked: Axes = (("layers", size),)
         self.separate_norms = recurs and not cfg.share_norms
-        norms = (*stacked, ("recursions", cfg.recursions)) if self.separate_norms else stacked
+        norms = (*stacked, ("recursions", cfg.num_recursions)) if self.separate_norms else stacked
         self.attention = Attention(cfg, rngs=rngs, stacked=stacked)
         self.mlp = SwiGLU(cfg, rngs=rngs, stacked=stacked)
         self.norm1 = RMSNorm(cfg, rngs=rngs, stacked=norms)
         self.norm2 = RMSNorm(cfg, rngs=rngs, stacked=norms)
-        self.recurs, self.recursions = recurs, cfg.recursions
+        self.recurs, self.recursions = recurs, cfg.num_recursions
         self.remat = cfg.remat
         # Routed tokens are gathered from anywhere in their row.
         self.cuts_length = not (recurs and cfg.router.kind != "none")
-        self.update = cfg.kv == "shared_update"
+        self.update = cfg.kv_mode == "shared_update"
 
     def __call__(
         self,

@@ -115,7 +115,9 @@ def routed_shares(cfg: ModelConfig, length: int) -> tuple[float, ...]:
     balanced depths give. Unrouted models: 1.
     """
     if cfg.router.kind == "token":
-        return tuple((cfg.recursions - r) / cfg.recursions for r in range(cfg.recursions))
+        return tuple(
+            (cfg.num_recursions - r) / cfg.num_recursions for r in range(cfg.num_recursions)
+        )
     return computed_shares(cfg, length)
 
 
@@ -137,15 +139,15 @@ def flops(cfg: ModelConfig, length: int, shares: tuple[float, ...] | None = None
     """
     if shares is None:
         shares = routed_shares(cfg, length)
-    rule = f"needs one share in [0, 1] per recursion ({cfg.recursions})"
-    ok = len(shares) == cfg.recursions and all(0 <= share <= 1 for share in shares)
+    rule = f"needs one share in [0, 1] per recursion ({cfg.num_recursions})"
+    ok = len(shares) == cfg.num_recursions and all(0 <= share <= 1 for share in shares)
     check(ok, "shares", shares, rule, "Pass the tokens that went on over the tokens of the row")
     computed = _stages(cfg, length, computed_shares(cfg, length), blocks=cfg.attention != "xla")
     return FlopReport(
         length=length,
         routed=_stages(cfg, length, tuple(shares), blocks=False),
         computed=computed,
-        head=2.0 * cfg.width * cfg.vocab_size,
+        head=2.0 * cfg.hidden_size * cfg.vocab_size,
         recomputed=sum(_recomputed(cfg, stage) for stage in computed),
     )
 
@@ -157,7 +159,7 @@ def _recomputed(cfg: ModelConfig, stage: StageFlops) -> float:
     made again. `block` runs the MLP's first two products again. `full` and `offload` run every
     checkpointed body again, but for the last product: no gradient needs its result.
     """
-    last = f"recursion {cfg.recursions - 1}"
+    last = f"recursion {cfg.num_recursions - 1}"
     # The sequence schemes checkpoint all recursions of a layer as one body.
     ends_body = not cfg.is_sequence or stage.name in (last, "first", "last")
     down = stage.mlp / 3
@@ -186,9 +188,9 @@ def _loads(cfg: ModelConfig, shares: tuple[float, ...]) -> list[_Load]:
     With KV sharing the first one yields keys for the whole row, so it processes every token even
     where its router keeps fewer.
     """
-    if cfg.kv == "recursion":
+    if cfg.kv_mode == "recursion":
         return [_Load(share=share, keys=share, fresh=share) for share in shares]
-    fresh = 1.0 if cfg.kv == "shared_update" else 0.0
+    fresh = 1.0 if cfg.kv_mode == "shared_update" else 0.0
     return [_Load()] + [_Load(share=share, keys=1.0, fresh=fresh * share) for share in shares[1:]]
 
 
@@ -207,13 +209,13 @@ def _stages(
             layers=layers,
             share=load.share,
             projections=2.0 * layers * linear,
-            attention=4.0 * layers * load.share * keys * length * cfg.heads * cfg.head_dim,
-            mlp=6.0 * layers * load.share * cfg.width * cfg.mlp_width,
+            attention=4.0 * layers * load.share * keys * length * cfg.num_heads * cfg.head_dim,
+            mlp=6.0 * layers * load.share * cfg.hidden_size * cfg.intermediate_size,
             router=router,
         )
 
     if cfg.sharing == "none":
-        return (stage("layers", cfg.layers, _Load()),)
+        return (stage("layers", cfg.num_layers, _Load()),)
     rows = [
         stage(f"recursion {r}", cfg.shared_layers, load, _router_flops(cfg, r, shares))
         for r, load in enumerate(_loads(cfg, shares))
@@ -229,7 +231,7 @@ def _router_flops(cfg: ModelConfig, r: int, shares: tuple[float, ...]) -> float:
         candidates = 1.0 if r == 0 else shares[r - 1]
         return 2.0 * candidates * scorers(cfg) * scorer_weights(cfg, 1)
     if cfg.router.kind == "token" and r == 0:
-        return 2.0 * scorer_weights(cfg, cfg.recursions)
+        return 2.0 * scorer_weights(cfg, cfg.num_recursions)
     return 0.0
 
 
@@ -240,9 +242,9 @@ def kv_bytes(cfg: ModelConfig, length: int, shares: tuple[float, ...] | None = N
     sharing one per shared layer; updated sharing recursion 0's and, at every later recursion, the
     fresh ones of its tokens. shares: as in `flops`; all ones give the room of a dense cache.
     """
-    pair = 2 * cfg.kv_heads * cfg.head_dim * _ITEMSIZE[cfg.dtype]
+    pair = 2 * cfg.num_kv_heads * cfg.head_dim * _ITEMSIZE[cfg.dtype]
     if cfg.sharing == "none":
-        return float(cfg.layers * pair)
+        return float(cfg.num_layers * pair)
     shares = routed_shares(cfg, length) if shares is None else shares
     kept = sum(load.fresh for load in _loads(cfg, shares))
     return pair * (2 * cfg.is_middle + cfg.shared_layers * kept)
@@ -261,13 +263,13 @@ def activation_bytes(cfg: ModelConfig, length: int) -> float:
     """
     e, kept, peak = _ITEMSIZE[cfg.dtype], 0.0, 0.0
     for load, layers in _layers_of(cfg, length):
-        inner = e * load.share * 2 * (cfg.width + cfg.mlp_width)
-        inner += load.share * cfg.heads * e * cfg.head_dim
-        inner += load.fresh * e * 2 * cfg.kv_heads * cfg.head_dim
+        inner = e * load.share * 2 * (cfg.hidden_size + cfg.intermediate_size)
+        inner += load.share * cfg.num_heads * e * cfg.head_dim
+        inner += load.fresh * e * 2 * cfg.num_kv_heads * cfg.head_dim
         if cfg.attention != "xla":
-            inner += load.share * cfg.heads * (e * cfg.head_dim + 4)
-        inputs = e * load.share * cfg.width
-        wide = e * load.share * 2 * cfg.mlp_width
+            inner += load.share * cfg.num_heads * (e * cfg.head_dim + 4)
+        inputs = e * load.share * cfg.hidden_size
+        wide = e * load.share * 2 * cfg.intermediate_size
         each = {"none": inner, "block": inner - wide, "full": inputs, "offload": 0.0}[cfg.remat]
         kept += each * layers
         again = {"none": 0.0, "block": wide, "full": inner, "offload": inner + inputs}[cfg.remat]
@@ -278,7 +280,7 @@ def activation_bytes(cfg: ModelConfig, length: int) -> float:
 def _layers_of(cfg: ModelConfig, length: int) -> list[tuple[_Load, int]]:
     """Load and number of layers of every stage, by static shapes."""
     if cfg.sharing == "none":
-        return [(_Load(), cfg.layers)]
+        return [(_Load(), cfg.num_layers)]
     shared = [(load, cfg.shared_layers) for load in _loads(cfg, computed_shares(cfg, length))]
     return shared + [(_Load(), 1)] * (2 * cfg.is_middle)
 

@@ -14,8 +14,8 @@ def effective(cfg: ModelConfig) -> ModelConfig:
     return dataclasses.replace(
         cfg,
         sharing="none",
-        recursions=1,
-        kv="recursion",
+        num_recursions=1,
+        kv_mode="recursion",
         share_norms=True,
         router=RouterConfig(),
     )
@@ -27,10 +27,10 @@ def unique_parameters(cfg: ModelConfig, *, embedding: bool = True) -> int:
     embedding: with the embedding and the untied head; without them the count is the
     "non-embedding" one of the paper's tables (314.6M for the plain 360M model).
     """
-    d = cfg.width
+    d = cfg.hidden_size
     pairs = cfg.unique_layers
     if not cfg.share_norms:
-        pairs += cfg.shared_layers * (cfg.recursions - 1)
+        pairs += cfg.shared_layers * (cfg.num_recursions - 1)
     stacks = cfg.unique_layers * layer_weights(cfg) + pairs * 2 * d
     tables = (1 if cfg.tie_embeddings else 2) * cfg.vocab_size * d
     return stacks + d + _router_weights(cfg) + (tables if embedding else 0)
@@ -43,35 +43,39 @@ def effective_parameters(cfg: ModelConfig, *, embedding: bool = True) -> int:
 
 def layer_weights(cfg: ModelConfig) -> int:
     """Matrix entries of one layer; also its multiply-adds per token outside of attention."""
-    return query_output_weights(cfg) + key_value_weights(cfg) + 3 * cfg.width * cfg.mlp_width
+    return (
+        query_output_weights(cfg)
+        + key_value_weights(cfg)
+        + 3 * cfg.hidden_size * cfg.intermediate_size
+    )
 
 
 def query_output_weights(cfg: ModelConfig) -> int:
     """Matrix entries of one layer's query and output projections."""
-    return 2 * cfg.width * cfg.heads * cfg.head_dim
+    return 2 * cfg.hidden_size * cfg.num_heads * cfg.head_dim
 
 
 def key_value_weights(cfg: ModelConfig) -> int:
     """Matrix entries of one layer's key and value projections."""
-    return 2 * cfg.width * cfg.kv_heads * cfg.head_dim
+    return 2 * cfg.hidden_size * cfg.num_kv_heads * cfg.head_dim
 
 
 def scorer_weights(cfg: ModelConfig, outputs: int) -> int:
     """Matrix entries of one router network with `outputs` scores a token."""
     if cfg.router.arch == "linear":
-        return cfg.width * outputs
-    return 2 * cfg.width * (cfg.width + outputs)
+        return cfg.hidden_size * outputs
+    return 2 * cfg.hidden_size * (cfg.hidden_size + outputs)
 
 
 def scorers(cfg: ModelConfig) -> int:
     """Router networks that an expert-choice recursion runs."""
-    return 2 if cfg.router.aux == "aux_router" else 1
+    return 2 if cfg.router.causal_routing == "aux_router" else 1
 
 
 def _router_weights(cfg: ModelConfig) -> int:
-    router, nr = cfg.router, cfg.recursions
+    router, nr = cfg.router, cfg.num_recursions
     if router.kind == "expert":
         return nr * scorers(cfg) * scorer_weights(cfg, 1)
     if router.kind == "token":
-        return scorer_weights(cfg, nr) + (nr if router.balancing == "loss_free" else 0)
+        return scorer_weights(cfg, nr) + (nr if router.load_balancing == "loss_free" else 0)
     return 0

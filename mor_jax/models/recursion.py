@@ -70,12 +70,12 @@ class Stage:
     @property
     def shares_kv(self) -> bool:
         """Whether later recursions attend to the first one's keys and values."""
-        return self.cfg.kv != "recursion"
+        return self.cfg.kv_mode != "recursion"
 
     def counts(self, length: int) -> tuple[int, ...]:
         """Room at each recursion; causal routing has room for all, whoever passes."""
         if self.route.mode == "causal":
-            return (length,) * self.cfg.recursions
+            return (length,) * self.cfg.num_recursions
         return self.route.counts or capacity_counts(self.cfg, length)
 
     def block(
@@ -101,7 +101,7 @@ def run_plain(
         x, kept = stage.shared.interleaved(x, row, stage.shares_kv, keep)
         return x, tuple(kept.outputs.reshape(-1, *x.shape)) if stage.trace else ()
     kv, layers = None, []
-    for r in range(stage.cfg.recursions):
+    for r in range(stage.cfg.num_recursions):
         first = stage.shares_kv and r == 0
         asked: Keep = ("kv", *keep) if first else keep
         x, kept = stage.shared(x, row, recursion=r, shared=kv, row=row, keep=asked)
@@ -197,7 +197,7 @@ def _expert_logits(
 def _cut(stage: Stage) -> float:
     """Logit from which on a router's answer counts as "chosen" in the accuracy metrics."""
     router = stage.cfg.router
-    return 0.5 if router.score == "none" and router.aux != "aux_router" else 0.0
+    return 0.5 if router.activation == "none" and router.causal_routing != "aux_router" else 0.0
 
 
 def _choose(
@@ -211,7 +211,7 @@ def _choose(
     recursion, count = step
     n, eligible = score.shape[1], level.valid
     causal = stage.route.mode == "causal"
-    takes_all = stage.cfg.router.shares(stage.cfg.recursions)[recursion] == 1.0
+    takes_all = stage.cfg.router.shares(stage.cfg.num_recursions)[recursion] == 1.0
     if takes_all if causal else count == n:
         here = jnp.ones(score.shape, bool) if eligible is None else eligible
         return level.same(), here
@@ -232,7 +232,7 @@ def depth_choice(stage: Stage, weights: Float[Array, "b l r"]) -> Int[Array, "b 
     if stage.route.step is None or router.balance_warmup_steps == 0:
         return choice
     return jnp.where(
-        stage.route.step < router.balance_warmup_steps, stage.cfg.recursions - 1, choice
+        stage.route.step < router.balance_warmup_steps, stage.cfg.num_recursions - 1, choice
     )
 
 

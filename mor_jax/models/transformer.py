@@ -55,7 +55,7 @@ class Transformer(nnx.Module):
         if not cfg.tie_embeddings:
             self.head = Embed(cfg, rngs=rngs)
         if cfg.sharing == "none":
-            self.layers = Stack(cfg, cfg.layers, rngs=rngs)
+            self.layers = Stack(cfg, cfg.num_layers, rngs=rngs)
             return
         self.shared = Stack(cfg, cfg.shared_layers, rngs=rngs, recurs=True)
         if cfg.is_middle:
@@ -84,8 +84,8 @@ class Transformer(nnx.Module):
         return ModelOutput(constrain(self.norm(x), length=False), routing, kept)
 
     def _row(self, batch: Batch) -> Scope:
-        length, longest = batch.tokens.shape[1], self.cfg.max_length
-        rule = f"rows may hold at most model.max_length={longest} tokens"
+        length, longest = batch.tokens.shape[1], self.cfg.max_seq_len
+        rule = f"rows may hold at most model.max_seq_len={longest} tokens"
         check(length <= longest, "length", length, rule, "Shorten them or raise the maximum")
         positions = batch.positions
         if positions is None:
@@ -104,7 +104,7 @@ class Transformer(nnx.Module):
         if self.cfg.router.kind == "none":
             x, layers = run_plain(stage, x, row)
             return x, None, layers
-        check_route(route, self.cfg.recursions)
+        check_route(route, self.cfg.num_recursions)
         if self.cfg.router.kind == "expert":
             x, routing = run_expert(stage, x, row)
             return x, routing, tuple(v.output for v in routing.visits if v.output is not None)

@@ -64,7 +64,7 @@ class Metrics:
         written again. config: the resolved configuration, shown by Weights & Biases. Raises
         `ValueError` when a tracker asked for is not installed.
         """
-        self._every = cfg.every
+        self._every = cfg.interval
         self._pending: tuple[int, Any, dict[str, Any]] | None = None
         self._trackers: list[Tracker] = []
         if jax.process_index() != 0:
@@ -88,7 +88,7 @@ class Metrics:
         """Hands over the metrics of `step`; returns the record of the step handed over before.
 
         arrays: scalars or vectors, on a device, possibly not computed yet. host: numbers known
-        already. A record is kept when `step` is the first or a multiple of `cfg.every`.
+        already. A record is kept when `step` is the first or a multiple of `cfg.interval`.
         """
         pending, self._pending = self._pending, (step, arrays, host or {})
         return self._fetch(pending)

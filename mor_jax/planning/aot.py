@@ -179,7 +179,7 @@ def _fake(topology: Topology) -> list[jax.Device]:
 def mesh_of(cfg: TrainConfig, topology: Topology) -> Mesh:
     """The mesh that the configuration asks for. Raises ValueError where it does not match."""
     mesh = sharding.make_mesh(cfg.mesh, devices(topology))
-    sharding.check_rows(mesh, "batch_size", cfg.batch_size, cfg.accumulate)
+    sharding.check_rows(mesh, "batch_size", cfg.batch_size, cfg.grad_accum_steps)
     return mesh
 
 
@@ -209,7 +209,7 @@ def compile_step(cfg: TrainConfig, mesh: Mesh) -> Program:
         OutOfMemory: it does not fit the devices.
     """
     state, batch = abstract(cfg, mesh)
-    step = compiled_step.jitted_steps(cfg)(capacity_counts(cfg.model, cfg.length))
+    step = compiled_step.jitted_steps(cfg)(capacity_counts(cfg.model, cfg.seq_len))
     tpu = mesh.devices.flat[0].platform == "tpu"
     try:
         with jax.set_mesh(mesh), tempfile.TemporaryDirectory() as folder:

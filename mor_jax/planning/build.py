@@ -58,8 +58,8 @@ def make_plan(
     tallied = _stand_in(cfg, topology, tally(module, network))
     moved = traffic(module) if topology.platform == "tpu" else None
     memory = _memory(cfg, topology, mesh, program)
-    tokens = cfg.batch_size * cfg.length
-    report = flops(cfg.model, cfg.length)
+    tokens = cfg.batch_size * cfg.seq_len
+    report = flops(cfg.model, cfg.seq_len)
     model = report.training() * tokens / topology.devices
     hardware = report.hardware() * tokens / topology.devices
     times = _times(topology, hardware, moved, tallied)
@@ -100,12 +100,12 @@ def settings(cfg: TrainConfig, mesh: Mesh) -> dict[str, Any]:
         once = "once" if shares_once(cfg) else "per_recursion"
     return {
         "batch_size": cfg.batch_size,
-        "length": cfg.length,
-        "accumulate": cfg.accumulate,
+        "length": cfg.seq_len,
+        "accumulate": cfg.grad_accum_steps,
         "remat": cfg.model.remat,
         "gather_shared": once if cfg.model.sharing != "none" else None,
-        "recursions": cfg.model.recursions,
-        "layers": cfg.model.layers,
+        "recursions": cfg.model.num_recursions,
+        "layers": cfg.model.num_layers,
         "dtype": cfg.model.dtype,
     }
 
@@ -116,7 +116,7 @@ def too_large(
     """The answer for a program that does not fit."""
     parameters, optimizer, batch = _by_shapes(cfg, mesh)
     dtype = _SIZES[cfg.model.dtype]
-    rows = cfg.batch_size // cfg.accumulate // _row_parts(mesh)
+    rows = cfg.batch_size // cfg.grad_accum_steps // _row_parts(mesh)
     vocabulary = cfg.model.vocab_size // mesh.shape["tensor"]
     parts = {
         "optimiser state": optimizer,
@@ -126,9 +126,9 @@ def too_large(
         "activations kept for the backward pass (accounting)": _activations(cfg, mesh),
         "logits of one chunk, float32 (accounting)": 4
         * rows
-        * (cfg.loss_chunk or cfg.length)
+        * (cfg.loss_chunk_size or cfg.seq_len)
         * vocabulary,
-        "one table gathered (accounting)": dtype * vocabulary * cfg.model.width,
+        "one table gathered (accounting)": dtype * vocabulary * cfg.model.hidden_size,
     }
     if cfg.model.sharing != "none" and settings(cfg, mesh)["gather_shared"] == "once":
         shared = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(_split(cfg)[0]))
@@ -168,8 +168,8 @@ def _row_parts(mesh: Mesh) -> int:
 
 def _activations(cfg: TrainConfig, mesh: Mesh) -> int:
     """Bytes that one micro-batch keeps on one device for its backward pass, by accounting."""
-    rows = cfg.batch_size / cfg.accumulate / _row_parts(mesh)
-    return int(activation_bytes(cfg.model, cfg.length) * rows * cfg.length)
+    rows = cfg.batch_size / cfg.grad_accum_steps / _row_parts(mesh)
+    return int(activation_bytes(cfg.model, cfg.seq_len) * rows * cfg.seq_len)
 
 
 def _memory(cfg: TrainConfig, topology: Topology, mesh: Mesh, program: Program) -> Memory:
@@ -178,8 +178,8 @@ def _memory(cfg: TrainConfig, topology: Topology, mesh: Mesh, program: Program) 
     here = topology.platform == "tpu"
     # Outputs that take no argument's place stand beside the arguments.
     fresh = stats.output_size_in_bytes - stats.alias_size_in_bytes
-    logits = 4 * cfg.model.vocab_size // mesh.shape["tensor"] * (cfg.loss_chunk or cfg.length)
-    rows = cfg.batch_size // cfg.accumulate // _row_parts(mesh)
+    logits = 4 * cfg.model.vocab_size // mesh.shape["tensor"] * (cfg.loss_chunk_size or cfg.seq_len)
+    rows = cfg.batch_size // cfg.grad_accum_steps // _row_parts(mesh)
     return Memory(
         parameters=parameters,
         optimizer=optimizer,

@@ -43,8 +43,8 @@ def candidates(cfg: TrainConfig, mesh: Mesh, state_fits: bool) -> Iterator[Chang
     more, most = _more_parts(cfg, mesh)
     levels = _REMAT[_REMAT.index(cfg.model.remat) + 1 : 3]
     less = {}
-    if cfg.model.sharing != "none" and cfg.sharding.gather_shared != "per_recursion":
-        less = {"sharding.gather_shared": "per_recursion"}
+    if cfg.model.sharing != "none" and cfg.sharding.all_gather_shared != "per_recursion":
+        less = {"sharding.all_gather_shared": "per_recursion"}
     seen: list[Change] = []
     for change in (
         *({"model.remat": level} for level in levels[:1]),
@@ -68,11 +68,11 @@ def _more_parts(cfg: TrainConfig, mesh: Mesh) -> tuple[Change, Change]:
     """Twice as many micro-batches, and as many as there are rows for; {} where there is no room."""
     cut = mesh.shape["slice"] * mesh.shape["data"] * mesh.shape["fsdp"]
     rows = cfg.batch_size // cut
-    fit = [n for n in range(cfg.accumulate + 1, rows + 1) if rows % n == 0]
-    doubled = [n for n in fit if n >= 2 * cfg.accumulate]
+    fit = [n for n in range(cfg.grad_accum_steps + 1, rows + 1) if rows % n == 0]
+    doubled = [n for n in fit if n >= 2 * cfg.grad_accum_steps]
     return (
-        {"accumulate": doubled[0]} if doubled else {},
-        {"accumulate": fit[-1]} if fit else {},
+        {"grad_accum_steps": doubled[0]} if doubled else {},
+        {"grad_accum_steps": fit[-1]} if fit else {},
     )
 
 
@@ -82,7 +82,7 @@ def _meshes(cfg: TrainConfig, mesh: Mesh) -> list[Change]:
     names = ("mesh.data", "mesh.fsdp", "mesh.tensor")
     found = [(1, data * fsdp, tensor)] if data > 1 else []
     for times in (2, 4, 8):
-        if (data * fsdp) % times == 0 and cfg.model.kv_heads % (tensor * times) == 0:
+        if (data * fsdp) % times == 0 and cfg.model.num_kv_heads % (tensor * times) == 0:
             found.append((1, data * fsdp // times, tensor * times))
     return [dict(zip(names, sizes, strict=True)) for sizes in found]
 

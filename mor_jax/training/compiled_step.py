@@ -65,9 +65,9 @@ def abstract_state(cfg: TrainConfig, mesh: Mesh, placement: Params) -> TrainStat
 def abstract_batch(cfg: TrainConfig, mesh: Mesh) -> Batch:
     """Shapes of a global training batch with their shardings."""
     shape = jax.ShapeDtypeStruct(
-        (cfg.batch_size, cfg.length), jnp.int32, sharding=sharding.batch_sharding(mesh)
+        (cfg.batch_size, cfg.seq_len), jnp.int32, sharding=sharding.batch_sharding(mesh)
     )
-    packed = shape if cfg.data.within_documents else None
+    packed = shape if cfg.data.document_mask else None
     return Batch(shape, shape, packed, packed)
 
 
@@ -82,7 +82,7 @@ class CompiledSteps:
 
     def prepare(self, step: int) -> "concurrent.futures.Future[Step]":
         """Starts compiling what `step` needs, unless that was done before."""
-        kept = capacity_counts(self._cfg.model, self._cfg.length, step)
+        kept = capacity_counts(self._cfg.model, self._cfg.seq_len, step)
         if kept not in self._made:
             made = self._made[kept] = concurrent.futures.Future()
             # No daemon: an interpreter that ends while one compiles takes the process down with it.

@@ -16,7 +16,7 @@ from mor_jax.checkpoint.checkpointer import complete_steps, step_directory
 from mor_jax.config import TrainConfig
 from mor_jax.config.parsing import check, fail
 
-_SAME = ("workers", "prefetch")
+_SAME = ("num_workers", "prefetch")
 """Settings of `data` that change no row."""
 
 

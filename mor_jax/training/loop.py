@@ -220,7 +220,7 @@ class Loop:
 
     def _to_evaluate(self, step: int) -> bool:
         cfg = self._run.cfg
-        return step == cfg.steps or _due(step, cfg.eval.every, cfg.steps)
+        return step == cfg.steps or _due(step, cfg.eval.interval, cfg.steps)
 
     def _evaluate(self, step: int) -> int:
         """Evaluates after `step`; returns the signal for which it was left, else 0."""
@@ -272,7 +272,9 @@ class Loop:
     def _save(self, step: int, caught: int) -> None:
         cfg = self._run.cfg
         last = step == cfg.steps
-        self._owed |= _due(step, cfg.checkpoint.every, cfg.steps) or step in cfg.checkpoint.also
+        self._owed |= (
+            _due(step, cfg.checkpoint.interval, cfg.steps) or step in cfg.checkpoint.keep_steps
+        )
         if not (caught or last or self._owed):
             return
         self._report(self._metrics.flush())
@@ -318,8 +320,8 @@ def _console() -> Console:
 def _meter(run: "Run") -> Meter:
     peak = peak_flops(jax.devices()[0].device_kind)
     return Meter(
-        run.cfg.batch_size * run.cfg.length,
-        flops_per_token=flops(run.cfg.model, run.cfg.length).training(),
+        run.cfg.batch_size * run.cfg.seq_len,
+        flops_per_token=flops(run.cfg.model, run.cfg.seq_len).training(),
         peak_flops=None if peak is None else peak * jax.device_count(),
     )
 

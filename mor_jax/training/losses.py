@@ -190,16 +190,20 @@ def router_losses(
     if routing.expert is not None and counts.candidates is not None:
         bce = jnp.sum(routing.expert.bce / counts.candidates)
         z = jnp.sum(routing.expert.z / counts.candidates)
-        weight = {"aux_loss": router.aux_coeff, "aux_router": 1.0, "none": 0.0}[router.aux]
-        return weight * bce + router.z_coeff * z, {"router_bce": bce, "router_z": z}
+        weight = {"aux_loss": router.aux_loss_coeff, "aux_router": 1.0, "none": 0.0}[
+            router.causal_routing
+        ]
+        return weight * bce + router.z_loss_coeff * z, {"router_bce": bce, "router_z": z}
     sums = routing.token
     assert sums is not None
     z = sums.z / counts.tokens
-    if router.balancing != "loss":
-        return router.z_coeff * z, {"router_z": z}
+    if router.load_balancing != "loss":
+        return router.z_loss_coeff * z, {"router_z": z}
     share = counts.share
     if share is None:
         share = sum_rows(jax.lax.stop_gradient(sums.choice)) / counts.tokens
-    balance = cfg.recursions * jnp.sum(sums.weight / counts.tokens * jax.lax.stop_gradient(share))
-    total = router.balance_coeff * balance + router.z_coeff * z
+    balance = cfg.num_recursions * jnp.sum(
+        sums.weight / counts.tokens * jax.lax.stop_gradient(share)
+    )
+    total = router.balance_loss_coeff * balance + router.z_loss_coeff * z
     return total, {"router_balance": balance, "router_z": z}

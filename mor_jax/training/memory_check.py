@@ -33,11 +33,11 @@ def check_room(cfg: TrainConfig, mesh: Mesh, state: TrainState, free: int | None
     parameters = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(state.params))
     fix = "Take a smaller model, or raise mesh.fsdp where there are more devices"
     _fits("model", f"{parameters:,} parameters", needed, free, fix)
-    width = cfg.model.width * (2 if cfg.model.dtype == "bfloat16" else 4)
+    width = cfg.model.hidden_size * (2 if cfg.model.dtype == "bfloat16" else 4)
     parts = mesh.size / sharing
-    micro = cfg.batch_size / cfg.accumulate * width
-    rows = (cfg.batch_size * _TOKEN + micro) * cfg.length / parts
-    fix = "Lower it, or raise accumulate" if cfg.accumulate < cfg.batch_size else "Lower it"
+    micro = cfg.batch_size / cfg.grad_accum_steps * width
+    rows = (cfg.batch_size * _TOKEN + micro) * cfg.seq_len / parts
+    fix = "Lower it, or raise accumulate" if cfg.grad_accum_steps < cfg.batch_size else "Lower it"
     _fits("batch_size", cfg.batch_size, rows, free, fix)
 
 

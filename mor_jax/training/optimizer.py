@@ -2,7 +2,7 @@
 
 One gradient transformation does clipping, moments, decay and the schedule, so that XLA makes one
 pass over each array. Its state is a plain nested dictionary (`count`, `mu`, `nu`), which a
-checkpoint holds as it is. The auxiliary router (`router.aux`) trains apart: `router_lr_ratio`
+checkpoint holds as it is. The auxiliary router (`router.aux`) trains apart: `aux_router_lr_ratio`
 times the learning rate, clipped by its own norm, and left out of the norm of the rest.
 """
 
@@ -132,7 +132,7 @@ def _scalars(cfg: OptimConfig, norms: Norms, count: Any, lr: Any, ok: Any) -> di
     b1, b2 = jnp.where(ok, cfg.b1, 1.0), jnp.where(ok, cfg.b2, 1.0)
     root = jax.lax.rsqrt(_correction(cfg.b2, count))
     groups: dict[Group, _Scalars] = {}
-    ratios: dict[Group, float] = {"main": 1.0, "aux": cfg.router_lr_ratio, "frozen": 0.0}
+    ratios: dict[Group, float] = {"main": 1.0, "aux": cfg.aux_router_lr_ratio, "frozen": 0.0}
     for kind, ratio in ratios.items():
         # A norm of 0 divides into infinity, which the minimum turns into 1.
         norm = norms.aux if kind == "aux" else norms.main

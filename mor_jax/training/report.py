@@ -54,12 +54,12 @@ def finish(run: "Run", trained: Trained, began: tuple[int, float]) -> None:
             started_from=pretrained.origin(run.path),
             unique_parameters=unique_parameters(cfg.model),
             effective_parameters=effective_parameters(cfg.model),
-            flops_per_token=flops(cfg.model, cfg.length).training(),
-            plain_flops_per_token=flops(effective(cfg.model), cfg.length).training(),
+            flops_per_token=flops(cfg.model, cfg.seq_len).training(),
+            plain_flops_per_token=flops(effective(cfg.model), cfg.seq_len).training(),
             loss_causal=evaluated["loss_causal"],
             loss_topk=evaluated.get("loss_topk"),
             loss_bigram=bigram,
-            recursions=cfg.model.recursions,
+            recursions=cfg.model.num_recursions,
             mean_depth=evaluated.get("depth_causal"),
             skipped_steps=int(state.skipped),
             tokens_per_second=meter.tokens_per_second,
@@ -97,16 +97,16 @@ def _depths(run: "Run", state: TrainState) -> Any:
     path = run.path / "depth.png"
     if jax.process_index() == 0:
         pieces = plots.text_pieces(row, run.tokenizer.decode)
-        plots.depth_map(pieces, depths, path, recursions=run.cfg.model.recursions)
+        plots.depth_map(pieces, depths, path, recursions=run.cfg.model.num_recursions)
     return path
 
 
 def _name(cfg: TrainConfig) -> str:
     model = cfg.model
     if model.sharing == "none":
-        return f"plain model, {model.layers} layers of width {model.width}"
+        return f"plain model, {model.num_layers} layers of width {model.hidden_size}"
     kind = {"none": "recursive", "expert": "expert-choice MoR", "token": "token-choice MoR"}
     return (
-        f"{kind[model.router.kind]}, {model.sharing}, {model.recursions} recursions, "
-        f"{model.layers} effective layers of width {model.width}"
+        f"{kind[model.router.kind]}, {model.sharing}, {model.num_recursions} recursions, "
+        f"{model.num_layers} effective layers of width {model.hidden_size}"
     )

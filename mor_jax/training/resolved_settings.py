@@ -22,7 +22,7 @@ def settled(cfg: TrainConfig, platform: str) -> TrainConfig:
     router = cfg.model.router
     if router.kind == "none" or router.capacity_multiple is not None:
         return cfg
-    return _with_multiple(cfg, kernel_multiple(platform, cfg.length))
+    return _with_multiple(cfg, kernel_multiple(platform, cfg.seq_len))
 
 
 def settled_in(

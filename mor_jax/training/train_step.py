@@ -45,7 +45,7 @@ def train_step(spec: StepSpec, state: TrainState, batch: Batch) -> tuple[TrainSt
     A loss or gradient that is not finite changes nothing but the counters of skipped steps.
     """
     cfg = spec.cfg
-    kept = spec.kept or capacity_counts(cfg.model, cfg.length)
+    kept = spec.kept or capacity_counts(cfg.model, cfg.seq_len)
     metrics, grads = gradients(cfg, state.params, batch, state.step + 1, kept)
     norms = global_norms(grads)
     ok = jnp.isfinite(metrics["loss"]) & jnp.isfinite(norms.main) & jnp.isfinite(norms.aux)
@@ -94,10 +94,10 @@ def gradients(
 
 def shares_once(cfg: TrainConfig) -> bool:
     """Whether the shared block is gathered once a step, see `config.ShardingConfig`."""
-    if cfg.sharding.gather_shared is not None:
-        return cfg.sharding.gather_shared == "once"
+    if cfg.sharding.all_gather_shared is not None:
+        return cfg.sharding.all_gather_shared == "once"
     values = cfg.model.shared_layers * layer_weights(cfg.model)
-    return fits_gathered(values, cfg.accumulate > 1)
+    return fits_gathered(values, cfg.grad_accum_steps > 1)
 
 
 def loss_fn(
@@ -106,7 +106,7 @@ def loss_fn(
     """This batch's part of the training loss and its terms by name, in nats per token."""
     out = forward(cfg.model, params, batch, route)
     table = logits_table(cfg.model, params)
-    total, sums = text_loss(out.hidden, table, batch.targets, cfg.loss_chunk, cfg.loss_z_coeff)
+    total, sums = text_loss(out.hidden, table, batch.targets, cfg.loss_chunk_size, cfg.z_loss_coeff)
     metrics = _text_metrics(sums, counts)
     loss = total / counts.targets
     if out.routing is not None:
@@ -121,7 +121,7 @@ def accumulate(
 ) -> tuple[Metrics, Params]:
     """Metrics and gradients summed over micro-batches, one at a time."""
     grad_fn = jax.grad(loss_fn, has_aux=True)
-    if cfg.accumulate == 1:
+    if cfg.grad_accum_steps == 1:
         grads, metrics = grad_fn(params, cfg, batch, route, counts)
         return metrics, grads
 
@@ -134,7 +134,7 @@ def accumulate(
         grads, metrics = part_grads(params, part, route.step, counts)
         return jax.tree.map(jnp.add, total, (metrics, grads)), None
 
-    parts = micro_batches(batch, cfg.accumulate)
+    parts = micro_batches(batch, cfg.grad_accum_steps)
     first = jax.tree.map(lambda x: x[0], parts)
     shapes = jax.eval_shape(part_grads, params, first, route.step, counts)
     # Gradients of gathered parameters may come in 16 bits, too few to add many of them.
@@ -166,7 +166,7 @@ def eval_step(
         full = gather(cfg.model, params, shares_once(cfg))
         out = forward(cfg.model, full, batch, route)
         table = logits_table(cfg.model, full)
-        _, sums = text_loss(out.hidden, table, batch.targets, cfg.loss_chunk)
+        _, sums = text_loss(out.hidden, table, batch.targets, cfg.loss_chunk_size)
         counts = batch_counts(cfg.model, batch, capacity_counts(cfg.model, batch.tokens.shape[1]))
         metrics = {"ce": sums.ce, "correct": sums.correct, "targets": counts.targets}
         if out.routing is not None:
@@ -188,7 +188,7 @@ def _text_metrics(sums: TextSums, counts: Counts) -> Metrics:
 
 def _depth_counts(cfg: TrainConfig, routing: Routing, batch: Batch) -> Float[Array, "depths"]:
     """Tokens, padding aside, that went through 0 .. Nr recursions."""
-    depths = jnp.arange(cfg.model.recursions + 1)[:, None, None]
+    depths = jnp.arange(cfg.model.num_recursions + 1)[:, None, None]
     there = routing.depth[None] == depths
     if batch.segments is not None:
         there = there & (batch.segments > 0)[None]
@@ -214,7 +214,7 @@ def _with_shares(
     one. Only the part of the model before the router is computed here; the rest is dead code.
     """
     router = cfg.model.router
-    if router.kind != "token" or router.balancing != "loss" or cfg.accumulate == 1:
+    if router.kind != "token" or router.load_balancing != "loss" or cfg.grad_accum_steps == 1:
         return counts
 
     def choices(part: Batch) -> Any:
@@ -222,7 +222,7 @@ def _with_shares(
         assert routing is not None and routing.token is not None
         return routing.token.choice
 
-    each = jax.lax.map(choices, micro_batches(batch, cfg.accumulate))
+    each = jax.lax.map(choices, micro_batches(batch, cfg.grad_accum_steps))
     share = sum_rows(jnp.sum(each, axis=0)) / counts.tokens
     return dataclasses.replace(counts, share=share)
 
@@ -236,7 +236,7 @@ def _balanced(
     shares would decide the sign where the depths are used evenly.
     """
     router, count, bias = cfg.model.router, choice.astype(jnp.int32), params["router"]["bias"]
-    moved = bias + router.bias_rate * jnp.sign(jnp.sum(count) - count.size * count)
+    moved = bias + router.bias_update_rate * jnp.sign(jnp.sum(count) - count.size * count)
     moved = jnp.where(step < router.balance_warmup_steps, jnp.zeros_like(bias), moved)
     new = jnp.where(ok, moved, bias)
     return {**params, "router": {**params["router"], "bias": new}}

@@ -143,7 +143,7 @@ def _fit(
         undo = _everywhere(lambda: stack.enter_context(run_dir.hold(path)))
         signals.on_leaving(lambda _: undo())
         cache = stack.enter_context(kept_in(path, cfg.compilation_cache))
-        hosts = stack.enter_context(Hosts(path, cfg.hosts.timeout))
+        hosts = stack.enter_context(Hosts(path, cfg.hosts.heartbeat_timeout))
         signals.on_leaving(hosts.stopped)
         try:
             hosts.phase("assembling")
@@ -245,9 +245,9 @@ def _train(run: Run, desk: Desk, start: Start) -> None:
 
 def _assemble(cfg: TrainConfig, path: epath.Path, look: Callable[[], None]) -> Run:
     mesh = sharding.make_mesh(cfg.mesh)
-    sharding.check_rows(mesh, "batch_size", cfg.batch_size, cfg.accumulate)
+    sharding.check_rows(mesh, "batch_size", cfg.batch_size, cfg.grad_accum_steps)
     sharding.check_rows(mesh, "eval.batch_size", cfg.eval.batch_size)
-    sharding.check_length(mesh, cfg.length)
+    sharding.check_length(mesh, cfg.seq_len)
     check_remat(cfg.model.remat)
     placement = sharding.param_shardings(mesh, logical_axes(cfg.model), abstract_params(cfg.model))
     abstract = abstract_state(cfg, mesh, placement)
@@ -265,20 +265,20 @@ def _assemble(cfg: TrainConfig, path: epath.Path, look: Callable[[], None]) -> R
     evaluator = Evaluator.of(cfg, [place(mesh, batch) for batch in heldout])
     look()
     fingerprint = data.fingerprint(cfg.data, tokenizer)
-    beginning = data.place_of(cfg.data, tokenizer, length=cfg.length, seed=cfg.seed)
+    beginning = data.place_of(cfg.data, tokenizer, length=cfg.seq_len, seed=cfg.seed)
     return Run(cfg, path, mesh, tokenizer, evaluator, fingerprint, beginning, abstract, steps)
 
 
 def _layout(mesh: Mesh, cfg: TrainConfig, rows: int) -> data.Layout:
     """Global batches of `rows` rows, and the part of them that this process reads."""
     host, hosts = reader(mesh)
-    return data.Layout(length=cfg.length, batch_size=rows, host=host, hosts=hosts)
+    return data.Layout(length=cfg.seq_len, batch_size=rows, host=host, hosts=hosts)
 
 
 def _check_completion(cfg: TrainConfig, tokenizer: data.Tokenizer) -> None:
     """Raises `ValueError` if the sample at the end of the run would be longer than a row may be."""
-    room = cfg.model.max_length - len(tokenizer.encode(cfg.eval.prompt))
-    rule = f"with eval.prompt it exceeds model.max_length={cfg.model.max_length}"
+    room = cfg.model.max_seq_len - len(tokenizer.encode(cfg.eval.prompt))
+    rule = f"with eval.prompt it exceeds model.max_seq_len={cfg.model.max_seq_len}"
     wanted, fix = cfg.eval.completion_tokens, f"Use at most {max(room, 0)}"
     check(wanted <= max(room, 0), "eval.completion_tokens", wanted, rule, fix)
 

@@ -23,7 +23,7 @@ from mor_jax.config import DataConfig, EvalConfig
 from mor_jax.models.routing.router import capacity_counts
 from mor_jax.training.evaluator import token_depths
 
-ONE_BLOCK = {"vocab_size": 256, "layers": 3}
+ONE_BLOCK = {"vocab_size": 256, "num_layers": 3}
 MODELS = {
     "expert": dataclasses.replace(TINY["expert_cycle"], **ONE_BLOCK),
     "token": dataclasses.replace(TINY["token_cycle"], **ONE_BLOCK),
@@ -42,8 +42,10 @@ def runs(tmp_path_factory):
     for name, model in MODELS.items():
         cfg = train_config(
             model=model,
-            data=DataConfig(sources=(f"text:{root}/*.txt",), heldout_share=0.2),
-            eval=EvalConfig(every=None, batches=2, batch_size=4, prompt="ab", completion_tokens=0),
+            data=DataConfig(sources=(f"text:{root}/*.txt",), validation_fraction=0.2),
+            eval=EvalConfig(
+                interval=None, batches=2, batch_size=4, prompt="ab", completion_tokens=0
+            ),
         )
         (root / name).mkdir()
         claim_workdir(root / name, cfg)
@@ -133,7 +135,7 @@ def test_savings_count_what_is_not_kept(observed):
     assert saved["topk"]["dense_entries"] == 3
     assert saved["topk"]["entries"] == pytest.approx(depth, rel=1e-5)
     assert saved["topk"]["saved"] == pytest.approx(1 - depth / 3, rel=1e-4)
-    shared = dataclasses.replace(observed.model.model, kv="shared")
+    shared = dataclasses.replace(observed.model.model, kv_mode="shared")
     cfg = dataclasses.replace(observed.model.cfg, model=shared)
     other = dataclasses.replace(observed, model=dataclasses.replace(observed.model, cfg=cfg))
     saved = statistics.saving_records(other)
@@ -262,7 +264,7 @@ def test_what_a_model_cannot_do_is_refused(runs, capsys):
 
 def test_without_a_causal_router_top_k_remains(runs, tmp_path):
     found = find(runs / "expert")
-    router = dataclasses.replace(found.cfg.model.router, aux="none")
+    router = dataclasses.replace(found.cfg.model.router, causal_routing="none")
     model = dataclasses.replace(found.cfg.model, router=router)
     blind = dataclasses.replace(found, cfg=dataclasses.replace(found.cfg, model=model))
     made = routed_model(blind)

@@ -28,7 +28,7 @@ def cfg(tmp_path_factory):
     for i in range(8):
         (folder / f"{i}.txt").write_text("ab" * (40 + i))
     return train_config(
-        model=MODEL, data=DataConfig(sources=(f"text:{folder}/*.txt",), heldout_share=0.3)
+        model=MODEL, data=DataConfig(sources=(f"text:{folder}/*.txt",), validation_fraction=0.3)
     )
 
 
@@ -81,7 +81,10 @@ def test_texts_that_cannot_be_read_are_refused(cfg, tmp_path):
     (tmp_path / "binary").write_bytes(b"a\0b")
     (tmp_path / "wide").write_bytes("a text".encode("utf-16"))
     for wanted, told in (
-        ({"prompt": "x" * 65}, "has 65 tokens, the model's context is model.max_length=64.*window"),
+        (
+            {"prompt": "x" * 65},
+            "has 65 tokens, the model's context is model.max_seq_len=64.*window",
+        ),
         ({"prompt": ""}, "holds no tokens"),
         ({"prompt": "a\udc80"}, "is not UTF-8"),
         ({"text": str(tmp_path / "none")}, r"text='.*none': cannot be read \(No such file"),

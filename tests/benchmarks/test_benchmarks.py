@@ -63,7 +63,7 @@ def test_a_report_is_printed_and_appended(tmp_path, monkeypatch, capsys):
 
 
 def test_upcycling_starts_from_every_strategy_beside_the_plain_and_the_random():
-    plain = dataclasses.replace(train_config("plain").model, layers=8)
+    plain = dataclasses.replace(train_config("plain").model, num_layers=8)
     imported = Imported(plain, held(dict(flatten(random_params(plain)))), None, {})
     found = list(upcycle.starts(imported, 3))
     assert [name for _, name, _ in found[1:7]] == [*STRATEGIES, "random weights"]
@@ -99,13 +99,13 @@ def test_every_variant_has_a_valid_run_cheaper_than_the_plain_one(size):
         loss_chunk=0,
     )
     plain = step_time.train_config(args, "plain")
-    assert plain.loss_chunk is None
+    assert plain.loss_chunk_size is None
     dear = flops(plain.model, 512).hardware()
     for name in step_time.ROUTED:
         model = step_time.train_config(args, name).model
         assert flops(model, 512).hardware() < dear
         assert computed_shares(model, 512)[-1] < 0.51
-        assert abs(model.layers - plain.model.layers) <= 2
+        assert abs(model.num_layers - plain.model.num_layers) <= 2
 
 
 def test_ratios_are_over_the_plain_model():

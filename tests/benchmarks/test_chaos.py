@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 def test_a_run_killed_twice_and_stopped_once_ends_as_one_left_alone(tmp_path, monkeypatch):
     monkeypatch.setattr(chaos, "PATIENCE", PATIENCE)
-    smaller = {"model.layers": 1, "eval.every": 25, "optim.warmup_steps": 1}
+    smaller = {"model.num_layers": 1, "eval.interval": 25, "optim.warmup_steps": 1}
     trial = chaos.Trial(
         config=str(ROOT / "configs" / "vanilla.py") + ":size=debug",
         settings=chaos.TINY | smaller,

@@ -22,7 +22,7 @@ def manifest():
 
 
 def test_every_variant_runs_at_equal_tokens_and_at_equal_flops(manifest):
-    tokens = STEPS * manifest.base["batch_size"] * manifest.base["length"]
+    tokens = STEPS * manifest.base["batch_size"] * manifest.base["seq_len"]
     flops = manifest.rules["equal_flops"]
     for variant in MAIN:
         runs = [run for run in manifest.runs if run.architecture == variant.name]

@@ -24,14 +24,14 @@ MACHINE = allowed.Machine(rates=RATES, bandwidth=1e10, decoding=5e9, prefill=5e1
 
 
 def shares(cfg):
-    return cfg.router.shares(cfg.recursions)
+    return cfg.router.shares(cfg.num_recursions)
 
 
 def test_the_full_shape_is_the_papers():
     paper = shapes.family(shapes.SHAPES["360m"], "bfloat16")
     count = unique_parameters(paper["plain"], embedding=False)
     assert count == pytest.approx(314.6e6, rel=1e-3)
-    assert [cfg.layers for cfg in paper.values()] == [32, 34, 32, 32, 32, 32, 34, 34]
+    assert [cfg.num_layers for cfg in paper.values()] == [32, 34, 32, 32, 32, 32, 34, 34]
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -109,7 +109,7 @@ def test_a_closed_loop_counts_what_its_clients_see(monkeypatch):
     assert 0 < seen.tokens < sum(request.max_tokens for request in work)
     assert seen.rate == pytest.approx(seen.tokens / seen.seconds)
     assert 1 < seen.depth < 2 and 0 < seen.useful <= 1 and 1 < seen.running <= 3
-    most = 2 * cfg.kv_heads * cfg.head_dim * 4 * cfg.layers
+    most = 2 * cfg.num_kv_heads * cfg.head_dim * 4 * cfg.num_layers
     assert most / 3 < seen.stored < most and seen.given > seen.stored
     assert seen.first_median <= seen.first_p99 and seen.between_median <= seen.between_p99
     record = {"part": "fixed", "model": "MoR-2", "slots": 3, "shares": (1.0, 0.5)}

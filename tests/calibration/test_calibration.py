@@ -78,7 +78,7 @@ def test_the_shares_are_those_wanted_on_the_text_itself(name):
     # Two documents and padding at the end of each row.
     segments = jnp.broadcast_to(jnp.repeat(jnp.array([1, 2, 0]), jnp.array([30, 20, 14])), (8, 64))
     rows = dataclasses.replace(rows, segments=segments)
-    cfg = dataclasses.replace(cfg, length=64)
+    cfg = dataclasses.replace(cfg, seq_len=64)
     calibrator = Calibrator(cfg, random_params(cfg.model, 3), Text("it", (rows,), (rows,)))
     for wanted in ((1.0, 0.8, 0.3), (1.0, 1.0, 1.0), (1.0, 0.5, 0.0)):
         point = calibrator.calibrated("wanted", wanted)
@@ -173,7 +173,7 @@ def test_what_cannot_be_calibrated_leaves_nothing_behind(run, command, tmp_path)
     assert (tmp_path / "mine.curve.png").read_text() == "mine"
     for name, model in (
         ("plain", of_bytes("plain")),
-        ("whole", with_router(of_bytes("expert_cycle"), capacities=(1.0, 1.0, 1.0))),
+        ("whole", with_router(of_bytes("expert_cycle"), capacity=(1.0, 1.0, 1.0))),
     ):
         write_run(tmp_path / name, model)
         assert "has nothing to calibrate" in refused(tmp_path / name)

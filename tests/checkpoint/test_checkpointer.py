@@ -19,8 +19,8 @@ from mor_jax.checkpoint import checkpointer, manifest
 from mor_jax.checkpoint.checkpointer import Checkpoints, DiskFull, WriteFailed
 from mor_jax.config import CheckpointConfig
 
-CFG = CheckpointConfig(keep=2)
-CONFIG = {"model": {"width": 8, "router": {"capacities": [1.0, 0.5]}}}
+CFG = CheckpointConfig(max_to_keep=2)
+CONFIG = {"model": {"hidden_size": 8, "router": {"capacity": [1.0, 0.5]}}}
 
 
 @pytest.fixture
@@ -268,7 +268,7 @@ def test_what_is_newer_than_the_run_goes(store, state, tmp_path):
 
 
 def test_keeps_the_newest_and_every_hundredth(tmp_path, state):
-    cfg = CheckpointConfig(keep=2, keep_every=100)
+    cfg = CheckpointConfig(max_to_keep=2, keep_period=100)
     with Checkpoints(tmp_path, cfg) as store:
         save(store, state, 50, 100, 150, 200, 250, 300)
     left = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())

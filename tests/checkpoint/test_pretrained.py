@@ -15,7 +15,7 @@ from mor_jax.config import MeshConfig
 from mor_jax.distributed import mesh as sharding
 from mor_jax.models.params import abstract_params, logical_axes
 
-CFG = dataclasses.replace(TINY["expert"], heads=8, kv_heads=4)
+CFG = dataclasses.replace(TINY["expert"], num_heads=8, num_kv_heads=4)
 SOURCE = {"format": "safetensors", "from": "a/model"}
 
 
@@ -75,7 +75,7 @@ def test_one_array_is_read_alone(written):
 def test_says_what_it_is_and_whence(written):
     assert pretrained.present(written) and not pretrained.present(written / "elsewhere")
     found = pretrained.verify(written, CFG)
-    assert found["source"] == SOURCE and found["model"]["width"] == CFG.width
+    assert found["source"] == SOURCE and found["model"]["hidden_size"] == CFG.hidden_size
     assert found["parameters"] == sum(leaf.size for leaf in jax.tree.leaves(random_params(CFG)))
     assert found["arrays"]["norm.scale"] == "float32[32]"
 
@@ -127,7 +127,7 @@ def test_weights_are_not_written_over_others(workdir):
 
 
 def test_reading_with_another_model_is_refused(written):
-    other = dataclasses.replace(CFG, mlp_width=64)
+    other = dataclasses.replace(CFG, intermediate_size=64)
     wanted = r"(?s)mlp\.down: float32\[2, 48, 32\] there, float32\[2, 64, 32\] in the model"
     for read in (
         lambda: pretrained.verify(written, other),

@@ -15,11 +15,11 @@ from mor_jax.checkpoint.run_dir import Change, check_workdir, claim_workdir, hol
 from mor_jax.config import LogConfig, MeshConfig, ModelConfig, RouterConfig, TrainConfig
 
 MODEL = ModelConfig(
-    width=16,
-    layers=8,
+    hidden_size=16,
+    num_layers=8,
     sharing="middle_cycle",
-    recursions=3,
-    router=RouterConfig(kind="expert", capacities=(1.0, 0.5, 0.25)),
+    num_recursions=3,
+    router=RouterConfig(kind="expert", capacity=(1.0, 0.5, 0.25)),
 )
 CFG = TrainConfig(model=MODEL, steps=1000)
 
@@ -45,7 +45,7 @@ def test_what_a_continued_run_may_change_is_recorded(tmp_path):
     claim_workdir(tmp_path, CFG)
     model = dataclasses.replace(MODEL, remat="block", attention="xla")
     longer = dataclasses.replace(
-        CFG, steps=2000, model=model, log=LogConfig(every=1), mesh=MeshConfig(fsdp=2)
+        CFG, steps=2000, model=model, log=LogConfig(interval=1), mesh=MeshConfig(fsdp=2)
     )
     assert claim_workdir(tmp_path, longer) == []
     assert json.loads((tmp_path / "config.json").read_text())["steps"] == 2000
@@ -54,14 +54,14 @@ def test_what_a_continued_run_may_change_is_recorded(tmp_path):
 def test_another_configuration_is_refused_with_every_difference(tmp_path):
     claim_workdir(tmp_path, CFG)
     before = snapshot(tmp_path)
-    router = dataclasses.replace(MODEL.router, capacities=(1.0, 0.5, 0.5))
-    model = dataclasses.replace(MODEL, width=32, router=router)
+    router = dataclasses.replace(MODEL.router, capacity=(1.0, 0.5, 0.5))
+    model = dataclasses.replace(MODEL, hidden_size=32, router=router)
     other = dataclasses.replace(CFG, model=model, seed=3, steps=7000)
     with pytest.raises(ValueError) as caught:
         claim_workdir(tmp_path, other)
     message = str(caught.value)
-    assert "model.width: 16 there, 32 now" in message
-    assert "model.router.capacities: [1.0, 0.5, 0.25] there, [1.0, 0.5, 0.5] now" in message
+    assert "model.hidden_size: 16 there, 32 now" in message
+    assert "model.router.capacity: [1.0, 0.5, 0.25] there, [1.0, 0.5, 0.5] now" in message
     assert "seed: 0 there, 3 now" in message
     assert "steps" not in message and "--workdir" in message and "delete" in message
     assert snapshot(tmp_path) == before
@@ -122,8 +122,10 @@ def test_a_file_is_refused(tmp_path):
 
 def test_shapes_of_weights_are_not_offered_as_changes(tmp_path):
     claim_workdir(tmp_path, CFG)
-    wide = dataclasses.replace(CFG, seed=3, model=dataclasses.replace(CFG.model, width=64))
-    with pytest.raises(ValueError, match=r"(?s)model\.width: .*--allow_changes=seed, or delete"):
+    wide = dataclasses.replace(CFG, seed=3, model=dataclasses.replace(CFG.model, hidden_size=64))
+    with pytest.raises(
+        ValueError, match=r"(?s)model\.hidden_size: .*--allow_changes=seed, or delete"
+    ):
         check_workdir(tmp_path, wide)
     alone = dataclasses.replace(wide, seed=CFG.seed)
     with pytest.raises(ValueError, match="give the settings of that run, or delete"):

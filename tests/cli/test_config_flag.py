@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from mor_jax.config.old_names import SETTINGS
 from mor_jax.runtime import exit_codes
 
 ROOT = Path(__file__).parents[2]
@@ -35,6 +36,14 @@ assert "jax" not in sys.modules
 
 GOOD = "--config=configs/mor.py"
 
+OLDER = """\
+from configs import mor
+def get_config(arg=""):
+    cfg = mor.get_config(arg)
+    {}
+    return cfg
+"""
+
 WRONG = [
     ([], r"--config: is missing\. Every flag is listed by --help"),
     (["--config=configs/nope.py"], "--config=configs/nope.py: cannot be read: .*No such file"),
@@ -56,6 +65,15 @@ WRONG = [
     ([GOOD, "--config.steps"], "Missing value for flag --config.steps"),
     ([GOOD, "--processes=two"], "--processes=two: invalid literal"),
     ([GOOD, "--workers=3"], "Unknown command line flag 'workers'"),
+    *(
+        (
+            [GOOD, f"--config.{old}=1"],
+            f"--config.{old}=1: is no setting. It is called --config.{new} now",
+        )
+        for old, new in SETTINGS.items()
+    ),
+    (["--config={tmp}/sets.py"], r"sets\.py: length: is no setting\. It is called seq_len now$"),
+    (["--config={tmp}/reads.py"], r"reads\.py: width: is no .*called model\.hidden_size now$"),
     ([GOOD, "workdir=runs/a"], r"workdir=runs/a: is no flag.*--NAME=VALUE"),
 ]
 
@@ -67,6 +85,8 @@ def files(tmp_path):
         "syntax": 'def get_config(arg="")\n    return 1\n',
         "module": "import nosuch\n",
         "empty": "",
+        "sets": OLDER.format("cfg.length = 64"),
+        "reads": OLDER.format("cfg.seq_len = cfg.model.width"),
     }.items():
         (tmp_path / f"{name}.py").write_text(text)
     return tmp_path

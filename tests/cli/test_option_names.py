@@ -34,7 +34,7 @@ TYPED = options(GIVEN, PATHS) | words(WORDS, ("model_args", "gen_kwargs"))
         # Not given, or of the configuration alone.
         ("sample.temperature=-1: must", "sample.temperature=-1: must"),
         ("sample='x': must", "sample='x': must"),
-        ("model.kv='x': must be one of", "model.kv='x': must be one of"),
+        ("model.kv_mode='x': must be one of", "model.kv_mode='x': must be one of"),
         # Of another form.
         ("/a/b.json: shares=1: needs", "/a/b.json: shares=1: needs"),
         ("it broke", "it broke"),

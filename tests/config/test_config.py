@@ -11,8 +11,13 @@ from support.tiny import TINY, train_config
 from mor_jax.config import ModelConfig, RouterConfig, TrainConfig
 from mor_jax.config.parsing import check, fail, parse
 
-EXPERT = {"sharing": "middle_cycle", "recursions": 3, "layers": 8, "router": {"kind": "expert"}}
-TOKEN_ROUTER = {"kind": "token", "score": "softmax"}
+EXPERT = {
+    "sharing": "middle_cycle",
+    "num_recursions": 3,
+    "num_layers": 8,
+    "router": {"kind": "expert"},
+}
+TOKEN_ROUTER = {"kind": "token", "activation": "softmax"}
 
 
 def nested(path: str, value: object) -> dict:
@@ -48,28 +53,34 @@ WRONG = [
     (nested("data.weights", [1.0, "a"]), "data.weights[1]", "'a'", "float", "str"),
     # The run.
     (nested("steps", 0), "steps", "0", "greater than 0", "positive"),
-    (nested("length", 1), "length", "1", "between 2 and", "model.max_length"),
-    (nested("length", 4096), "length", "4096", "model.max_length=2048", "Shorten"),
-    (nested("accumulate", 3), "accumulate", "3", "divide batch_size=8", "1 or 2"),
-    (nested("loss_chunk", 0), "loss_chunk", "0", "greater than 0", "positive"),
+    (nested("seq_len", 1), "seq_len", "1", "between 2 and", "model.max_seq_len"),
+    (nested("seq_len", 4096), "seq_len", "4096", "model.max_seq_len=2048", "Shorten"),
+    (nested("grad_accum_steps", 3), "grad_accum_steps", "3", "divide batch_size=8", "1 or 2"),
+    (nested("loss_chunk_size", 0), "loss_chunk_size", "0", "greater than 0", "positive"),
     (nested("seed", -1), "seed", "-1", "negative", "0"),
     # The model.
-    (nested("model.width", 0), "model.width", "0", "greater than 0", "positive"),
-    (nested("model.kv_heads", 3), "model.kv_heads", "3", "divide heads=8", "Try 2"),
+    (nested("model.hidden_size", 0), "model.hidden_size", "0", "greater than 0", "positive"),
+    (nested("model.num_kv_heads", 3), "model.num_kv_heads", "3", "divide num_heads=8", "Try 2"),
     (nested("model.head_dim", 33), "model.head_dim", "33", "even", "64"),
-    (nested("model.recursions", 2), "model.recursions", "2", "sharing='none'", "middle_cycle"),
-    (nested("model.router.kind", "expert"), "model.router.kind", "'expert'", "shared", "sharing="),
-    (nested("model.kv", "shared"), "model.kv", "'shared'", "shared block", "'recursion'"),
     (
-        {"model": merge(EXPERT, {"layers": 9})},
-        "model.layers",
+        nested("model.num_recursions", 2),
+        "model.num_recursions",
+        "2",
+        "sharing='none'",
+        "middle_cycle",
+    ),
+    (nested("model.router.kind", "expert"), "model.router.kind", "'expert'", "shared", "sharing="),
+    (nested("model.kv_mode", "shared"), "model.kv_mode", "'shared'", "shared block", "'recursion'"),
+    (
+        {"model": merge(EXPERT, {"num_layers": 9})},
+        "model.num_layers",
         "9",
         "2 + a multiple of 3",
         "8 and 11",
     ),
     (
-        {"model": {"sharing": "cycle", "recursions": 3, "layers": 8}},
-        "model.layers",
+        {"model": {"sharing": "cycle", "num_recursions": 3, "num_layers": 8}},
+        "model.num_layers",
         "8",
         "0 + a multiple of 3",
         "6 and 9",
@@ -82,8 +93,8 @@ WRONG = [
         "'middle_cycle'",
     ),
     (
-        {"model": merge(EXPERT, {"kv": "shared_update", "router": {"kind": "none"}})},
-        "model.kv",
+        {"model": merge(EXPERT, {"kv_mode": "shared_update", "router": {"kind": "none"}})},
+        "model.kv_mode",
         "'shared_update'",
         "nothing is shared",
         "'shared'",
@@ -92,19 +103,19 @@ WRONG = [
     *(
         ({"model": merge(EXPERT, {"router": {key: value}})}, f"model.router.{key}{at}", *words)
         for key, value, at, *words in [
-            ("score", "softmax", "", "'softmax'", "expert-choice", "'sigmoid'"),
+            ("activation", "softmax", "", "'softmax'", "expert-choice", "'sigmoid'"),
             ("alpha", 0.0, "", "0.0", "greater than 0", "positive"),
             ("temperature", -1.0, "", "-1.0", "greater than 0", "positive"),
-            ("aux_coeff", -0.1, "", "-0.1", "negative", "0"),
-            ("capacities", (1.0, 0.5), "", "(1.0, 0.5)", "per recursion (3)", "0.667, 0.333"),
-            ("capacities", (1.5, 1.0, 0.5), "[0]", "1.5", "(0, 1]", "0.5"),
-            ("capacities", (1.0, 0.0, 0.0), "[1]", "0.0", "(0, 1]", "0.5"),
-            ("capacities", (0.5, 1.0, 0.2), "", "(0.5, 1.0", "increase", "(1.0, 0.5, 0.2)"),
+            ("aux_loss_coeff", -0.1, "", "-0.1", "negative", "0"),
+            ("capacity", (1.0, 0.5), "", "(1.0, 0.5)", "per recursion (3)", "0.667, 0.333"),
+            ("capacity", (1.5, 1.0, 0.5), "[0]", "1.5", "(0, 1]", "0.5"),
+            ("capacity", (1.0, 0.0, 0.0), "[1]", "0.0", "(0, 1]", "0.5"),
+            ("capacity", (0.5, 1.0, 0.2), "", "(0.5, 1.0", "increase", "(1.0, 0.5, 0.2)"),
         ]
     ),
     (
-        {"model": merge(EXPERT, {"router": {"kind": "token", "score": "tanh"}})},
-        "model.router.score",
+        {"model": merge(EXPERT, {"router": {"kind": "token", "activation": "tanh"}})},
+        "model.router.activation",
         "'tanh'",
         "token-choice",
         "'softmax'",
@@ -118,14 +129,14 @@ WRONG = [
     ),
     # Optimiser, data, evaluation, checkpoints, log, mesh.
     (
-        nested("model.rope_scaling", {"kind": "linear", "factor": 0.5}),
+        nested("model.rope_scaling", {"rope_type": "linear", "factor": 0.5}),
         "model.rope_scaling.factor",
         "0.5",
         "at least 1",
         "8.0",
     ),
     (
-        nested("model.rope_scaling", {"kind": "llama3", "low_freq_factor": 4.0}),
+        nested("model.rope_scaling", {"rope_type": "llama3", "low_freq_factor": 4.0}),
         "model.rope_scaling.high_freq_factor",
         "4.0",
         "greater than low_freq_factor=4.0",
@@ -136,12 +147,24 @@ WRONG = [
     (nested("steps", 200), "optim.warmup_steps", "100", "(300) must fit", "decay_steps=40"),
     (nested("data.sources", ()), "data.sources", "()", "empty", "stdlib"),
     (nested("data.weights", (1.0, 1.0)), "data.weights", "(1.0, 1.0)", "per source (1)", "None"),
-    (nested("data.heldout_share", 0.9), "data.heldout_share", "0.9", "(0, 0.5]", "0.01"),
-    (nested("data.workers", -1), "data.workers", "-1", "negative", "0"),
-    (nested("eval.every", 0), "eval.every", "0", "greater than 0", "positive"),
-    (nested("checkpoint.keep_every", 0), "checkpoint.keep_every", "0", "greater", "positive"),
-    (nested("checkpoint.keep", 0), "checkpoint.keep", "0", "greater than 0", "positive"),
-    (nested("log.every", 0), "log.every", "0", "greater than 0", "positive"),
+    (
+        nested("data.validation_fraction", 0.9),
+        "data.validation_fraction",
+        "0.9",
+        "(0, 0.5]",
+        "0.01",
+    ),
+    (nested("data.num_workers", -1), "data.num_workers", "-1", "negative", "0"),
+    (nested("eval.interval", 0), "eval.interval", "0", "greater than 0", "positive"),
+    (nested("checkpoint.keep_period", 0), "checkpoint.keep_period", "0", "greater", "positive"),
+    (
+        nested("checkpoint.max_to_keep", 0),
+        "checkpoint.max_to_keep",
+        "0",
+        "greater than 0",
+        "positive",
+    ),
+    (nested("log.interval", 0), "log.interval", "0", "greater than 0", "positive"),
     (nested("mesh.fsdp", None), "mesh.fsdp", "None", "at most one", "1"),
     (nested("mesh.tensor", 0), "mesh.tensor", "0", "positive", "1"),
 ]
@@ -164,7 +187,7 @@ def test_message_names_path_value_rule_and_fix(values, path, value, rule, fix):
 
 def test_every_router_name_that_is_wrong_lists_the_right_ones():
     with pytest.raises(ValueError) as error:
-        TrainConfig.from_dict(nested("model.router.capacity", 0.5))
+        TrainConfig.from_dict(nested("model.router.capacities_", 0.5))
     for field in dataclasses.fields(RouterConfig):
         assert field.name in str(error.value)
 
@@ -183,10 +206,10 @@ def test_tiny_configs_are_valid_and_survive_a_round_trip(name):
 
 def test_parsing_turns_lists_into_tuples_and_whole_numbers_into_floats():
     cfg = TrainConfig.from_dict(
-        {"model": merge(EXPERT, {"router": {"capacities": [1, 0.5, 0.25]}}), "optim": {"lr": 1}}
+        {"model": merge(EXPERT, {"router": {"capacity": [1, 0.5, 0.25]}}), "optim": {"lr": 1}}
     )
-    assert cfg.model.router.capacities == (1.0, 0.5, 0.25)
-    assert isinstance(cfg.model.router.capacities[0], float)
+    assert cfg.model.router.capacity == (1.0, 0.5, 0.25)
+    assert isinstance(cfg.model.router.capacity[0], float)
     assert isinstance(cfg.optim.lr, float)
 
 
@@ -212,7 +235,7 @@ def test_stored_layers(name, shared, unique):
 
 def test_shares_of_tokens_kept():
     assert RouterConfig(kind="expert").shares(4) == (1.0, 0.75, 0.5, 0.25)
-    assert RouterConfig(kind="expert", capacities=(1.0, 0.2)).shares(2) == (1.0, 0.2)
+    assert RouterConfig(kind="expert", capacity=(1.0, 0.2)).shares(2) == (1.0, 0.2)
     assert RouterConfig(kind="token").shares(3) == (1.0, 1.0, 1.0)
 
 

@@ -79,7 +79,7 @@ def test_every_size_is_valid_in_every_scheme(size):
     typed(vanilla.get_config(f"size={size}"))
     for nr, sharing in itertools.product(common.CHOICES["recursions"], common.CHOICES["sharing"]):
         cfg = typed(recursive.get_config(f"size={size},recursions={nr},sharing={sharing}"))
-        assert (cfg.model.recursions, cfg.model.sharing) == (nr, sharing)
+        assert (cfg.model.num_recursions, cfg.model.sharing) == (nr, sharing)
 
 
 @pytest.mark.parametrize("routing", common.CHOICES["routing"])
@@ -87,7 +87,7 @@ def test_every_size_is_valid_in_every_scheme(size):
 @pytest.mark.parametrize("sharing", ["cycle", "middle_cycle"])
 def test_every_routed_variant_is_valid(routing, kv, sharing):
     cfg = typed(mor.get_config(f"routing={routing},kv={kv},sharing={sharing}"))
-    assert (cfg.model.router.kind, cfg.model.kv, cfg.model.sharing) == (routing, kv, sharing)
+    assert (cfg.model.router.kind, cfg.model.kv_mode, cfg.model.sharing) == (routing, kv, sharing)
 
 
 def test_depth_is_the_nearest_below_the_plain_one():
@@ -103,10 +103,10 @@ def test_depth_is_the_nearest_below_the_plain_one():
 @pytest.mark.parametrize("size", REAL_SIZES)
 def test_real_sizes_follow_the_papers_recipe(size):
     cfg = typed(mor.get_config(f"size={size}"))
-    assert (cfg.batch_size, cfg.length, cfg.model.vocab_size) == (1024, 2048, 49152)
+    assert (cfg.batch_size, cfg.seq_len, cfg.model.vocab_size) == (1024, 2048, 49152)
     assert cfg.optim.warmup_steps == pytest.approx(0.05 * cfg.steps, abs=1)
     assert cfg.optim.decay_steps == pytest.approx(0.2 * cfg.steps, abs=1)
-    assert cfg.model.heads * cfg.model.head_dim == cfg.model.width
+    assert cfg.model.num_heads * cfg.model.head_dim == cfg.model.hidden_size
 
 
 @pytest.mark.parametrize(
@@ -137,19 +137,19 @@ def test_a_config_without_choices_says_so():
         ("optim.lr=1e-3", "optim.lr", 1e-3),
         ("optim.lr=1", "optim.lr", 1.0),
         ("model.router.alpha=0.2", "model.router.alpha", 0.2),
-        ("model.router.capacities=(1.0,0.5,0.25)", "model.router.capacities", (1.0, 0.5, 0.25)),
-        ("model.router.capacities=1.0,0.5,0.25", "model.router.capacities", (1.0, 0.5, 0.25)),
+        ("model.router.capacity=(1.0,0.5,0.25)", "model.router.capacity", (1.0, 0.5, 0.25)),
+        ("model.router.capacity=1.0,0.5,0.25", "model.router.capacity", (1.0, 0.5, 0.25)),
         ("model.router.capacity_factor=1.5", "model.router.capacity_factor", 1.5),
-        ("eval.every=50", "eval.every", 50),
-        ("eval.every=None", "eval.every", None),
-        ("checkpoint.keep_every=10", "checkpoint.keep_every", 10),
+        ("eval.interval=50", "eval.interval", 50),
+        ("eval.interval=None", "eval.interval", None),
+        ("checkpoint.keep_period=10", "checkpoint.keep_period", 10),
         ("data.weights=(2,)", "data.weights", (2.0,)),
         ("data.sources=text:corpus/*.txt", "data.sources", ("text:corpus/*.txt",)),
         ("log.wandb_project=mor", "log.wandb_project", "mor"),
         ("log.tensorboard=true", "log.tensorboard", True),
         ("mesh.data=None", "mesh.data", None),
         ("mesh.fsdp=2", "mesh.fsdp", 2),
-        ("loss_chunk=None", "loss_chunk", None),
+        ("loss_chunk_size=None", "loss_chunk_size", None),
     ],
 )
 def test_override_from_the_command_line(override, path, value):
@@ -181,15 +181,20 @@ def test_an_unknown_override_names_the_nearest():
 @pytest.mark.parametrize("name", NAMES)
 def test_a_run_is_its_own_configuration(name, tmp_path):
     cfg = typed(get(name))
-    router = dataclasses.replace(cfg.model.router, capacities=(1.0,) * cfg.model.recursions)
+    router = dataclasses.replace(cfg.model.router, capacity=(1.0,) * cfg.model.num_recursions)
     model = dataclasses.replace(cfg.model, router=router)
-    given = dataclasses.replace(cfg, model=model, loss_chunk=None, steps=77777)
+    given = dataclasses.replace(cfg, model=model, loss_chunk_size=None, steps=77777)
     claim_workdir(tmp_path, given)
     config = f"--config={ROOT / 'configs/from_workdir.py'}:{tmp_path}"
     assert typed(from_flags(config)) == given
-    changes = ("loss_chunk=64", "eval.every=None", "eval.batches=3", "mesh.data=2")
+    changes = ("loss_chunk_size=64", "eval.interval=None", "eval.batches=3", "mesh.data=2")
     got = typed(from_flags(config, *(f"--config.{change}" for change in changes)))
-    assert (got.loss_chunk, got.eval.every, got.eval.batches, got.mesh.data) == (64, None, 3, 2)
+    assert (got.loss_chunk_size, got.eval.interval, got.eval.batches, got.mesh.data) == (
+        64,
+        None,
+        3,
+        2,
+    )
     with pytest.raises(AttributeError, match='Did you mean "lr"'):
         from_flags(config, "--config.optim.lrr=1")
 
@@ -239,6 +244,9 @@ def test_configs_import_nothing_but_ml_collections():
             if path.stem == "from_study":
                 # A study may lie in an object store, and its seal has to be the planner's.
                 allowed |= {"etils", "mor_jax"}
+            if path.stem == "from_workdir" and names == ["mor_jax.config.old_names"]:
+                # An earlier version may have written the directory.
+                continue
             assert {n.split(".")[0] for n in names} <= allowed, (path, names)
 
 

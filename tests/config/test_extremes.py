@@ -22,10 +22,10 @@ REAL = (-1e308, -1.0, 0.0, 5e-324, 3.3e38, 1e39, float("inf"), float("nan"))
 # Settings that are None by default, and lists.
 OTHERS = {
     "data.weights": [(value,) for value in REAL],
-    "model.router.capacities": [(1.0, 0.5, value) for value in REAL],
+    "model.router.capacity": [(1.0, 0.5, value) for value in REAL],
     "model.router.capacity_factor": REAL,
     "profile.steps": [(value, value) for value in WHOLE],
-    "checkpoint.also": [(value,) for value in WHOLE],
+    "checkpoint.keep_steps": [(value,) for value in WHOLE],
 }
 
 
@@ -36,7 +36,7 @@ def cases(run, group=""):
         if isinstance(value, (bool, str)) or path == "data.sources":
             continue
         given = REAL if isinstance(value, float) else WHOLE
-        literal = path in ("sharding.gather_shared", "log.wandb_project")
+        literal = path in ("sharding.all_gather_shared", "log.wandb_project")
         for extreme in () if literal else OTHERS.get(path, given):
             yield path, extreme
 
@@ -83,12 +83,16 @@ def test_every_extreme_is_taken_or_refused_in_one_line(run, group, settings):
         # Taken for the seed 0 by the generator of random numbers.
         ("seed", 2**32, "seed=4294967296: must be at most 4294967295"),
         ("data.seed", 2**32, "data.seed=4294967296: must be at most 4294967295"),
-        ("data.workers", 10**6, "data.workers=1000000: must be at most 1024: each is a process"),
+        (
+            "data.num_workers",
+            10**6,
+            "data.num_workers=1000000: must be at most 1024: each is a process",
+        ),
         ("data.prefetch", 10**6, "data.prefetch=1000000: must be at most 65536: so many batches"),
         ("optim.lr", 1e-45, "optim.lr=1e-45: must be between 1.2e-38 and 3.4e.38 in size"),
         ("optim.eps", float("inf"), "optim.eps=inf: must be between"),
         ("optim.clip_norm", float("-inf"), "optim.clip_norm=-inf: must be between"),
-        ("checkpoint.also", (0,), r"checkpoint.also\[0\]=0: must be a step, from 1"),
+        ("checkpoint.keep_steps", (0,), r"checkpoint.keep_steps\[0\]=0: must be a step, from 1"),
     ],
 )
 def test_messages_name_value_rule_and_fix(path, value, message):
@@ -100,10 +104,14 @@ def test_messages_name_value_rule_and_fix(path, value, message):
 
 
 def test_a_checkpoint_beyond_the_last_step_is_refused_where_a_run_starts():
-    cfg = TrainConfig.from_dict(changed(EXPERT_RUN, {"checkpoint.also": (50, 1001)}))
-    with pytest.raises(ValueError, match=r"^checkpoint.also\[1\]=1001: must be a step of .*1000;"):
+    cfg = TrainConfig.from_dict(changed(EXPERT_RUN, {"checkpoint.keep_steps": (50, 1001)}))
+    with pytest.raises(
+        ValueError, match=r"^checkpoint.keep_steps\[1\]=1001: must be a step of .*1000;"
+    ):
         cfg.validate_start()
-    TrainConfig.from_dict(changed(EXPERT_RUN, {"checkpoint.also": (50, 1000)})).validate_start()
+    TrainConfig.from_dict(
+        changed(EXPERT_RUN, {"checkpoint.keep_steps": (50, 1000)})
+    ).validate_start()
 
 
 @pytest.mark.parametrize(
@@ -113,10 +121,10 @@ def test_a_checkpoint_beyond_the_last_step_is_refused_where_a_run_starts():
         # No more rows are read than there are.
         ("eval.batch_size", LARGEST - 7, None),
         ("eval.batches", 10**20, None),
-        ("model.width", 2**20, r"^model='[\d,]+ parameters': needs .* Take a smaller model"),
+        ("model.hidden_size", 2**20, r"^model='[\d,]+ parameters': needs .* Take a smaller model"),
         ("model.vocab_size", LARGEST - 7, r"^model='[\d,]+ parameters': needs"),
-        ("model.mlp_width", LARGEST - 7, r"^model='[\d,]+ parameters': needs"),
-        ("model.layers", 2**30, r"^model='[\d,]+ parameters': needs"),
+        ("model.intermediate_size", LARGEST - 7, r"^model='[\d,]+ parameters': needs"),
+        ("model.num_layers", 2**30, r"^model='[\d,]+ parameters': needs"),
         ("steps", LARGEST, None),
     ],
 )
@@ -137,7 +145,7 @@ def test_what_cannot_fit_is_refused_before_it_is_compiled(path, value, message):
 
 def test_a_state_that_is_cut_is_counted_in_its_parts():
     # On accelerators every device has memory of its own; here all share the host's.
-    cfg = TrainConfig(model=ModelConfig(width=512, layers=2, heads=8, kv_heads=8))
+    cfg = TrainConfig(model=ModelConfig(hidden_size=512, num_layers=2, num_heads=8, num_kv_heads=8))
     mesh = sharding.make_mesh(cfg.mesh, jax.devices()[:1])
     placement = sharding.param_shardings(mesh, logical_axes(cfg.model), abstract_params(cfg.model))
     state = abstract_state(cfg, mesh, placement)

@@ -111,8 +111,12 @@ def test_the_references_checkpoint_leads_back_to_the_same_model(tmp_path, name):
     assert sum(stored.values()) == done.stored == unique_parameters(model(name))
     made = import_run("reference", str(done.output), ImportOptions(workdir=tmp_path / "back"))
     ours, theirs = model(name), made.cfg.model
-    assert theirs.router.shares(ours.recursions) == ours.router.shares(ours.recursions)
-    assert (theirs.kv, theirs.sharing, theirs.layers) == (ours.kv, ours.sharing, ours.layers)
+    assert theirs.router.shares(ours.num_recursions) == ours.router.shares(ours.num_recursions)
+    assert (theirs.kv_mode, theirs.sharing, theirs.num_layers) == (
+        ours.kv_mode,
+        ours.sharing,
+        ours.num_layers,
+    )
     back = open_run(made.workdir).params
     for path, value in flatten(params):
         np.testing.assert_array_equal(back.read(path), value)

@@ -40,11 +40,11 @@ def test_what_is_taken_turns_as_in_transformers(name):
     theta, scaling = rope(TAKEN[name], "c")
     theirs = LlamaRotaryEmbedding(LlamaConfig(**SIZES, **copy.deepcopy(TAKEN[name])))
     turns = theta ** -(np.arange(0, 8, 2) / 8)
-    if scaling.kind == "linear":
+    if scaling.rope_type == "linear":
         turns = turns / scaling.factor
-    if scaling.kind == "llama3":
+    if scaling.rope_type == "llama3":
         low, high = scaling.low_freq_factor, scaling.high_freq_factor
-        cycles = scaling.original_max_length * turns / (2 * np.pi)
+        cycles = scaling.original_max_position_embeddings * turns / (2 * np.pi)
         kept = np.clip((cycles - low) / (high - low), 0, 1)
         turns = turns * (kept + (1 - kept) / scaling.factor)
     np.testing.assert_allclose(turns, theirs.inv_freq.numpy(), rtol=1e-5)

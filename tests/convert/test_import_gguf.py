@@ -71,7 +71,7 @@ def tensors_of(cfg):
     found = {}
     for name in view.specs:
         array = np.array(view.read(name))
-        for part, heads in (("q_proj", cfg.heads), ("k_proj", cfg.kv_heads)):
+        for part, heads in (("q_proj", cfg.num_heads), ("k_proj", cfg.num_kv_heads)):
             array = interleaved(array, heads) if part in name else array
         for theirs, short in NAMES.items():
             name = name.replace(theirs, short)
@@ -84,12 +84,12 @@ def write(path, cfg=PLAIN, kind="F32", words=None, tensors=None, **metadata):
     writer = gguf.GGUFWriter(path, metadata.pop("architecture", "llama"))
     writer.add_uint16("split.count", metadata.pop("parts", 1))
     told = {
-        "block_count": cfg.layers,
-        "context_length": cfg.max_length,
-        "embedding_length": cfg.width,
-        "feed_forward_length": cfg.mlp_width,
-        "attention.head_count": cfg.heads,
-        "attention.head_count_kv": cfg.kv_heads,
+        "block_count": cfg.num_layers,
+        "context_length": cfg.max_seq_len,
+        "embedding_length": cfg.hidden_size,
+        "feed_forward_length": cfg.intermediate_size,
+        "attention.head_count": cfg.num_heads,
+        "attention.head_count_kv": cfg.num_kv_heads,
         "rope.dimension_count": cfg.head_dim,
         "rope.freq_base": cfg.rope_theta,
         "attention.layer_norm_rms_epsilon": cfg.norm_eps,
@@ -164,7 +164,15 @@ def assert_close(params, expected, error):
 def test_weights_come_in_bit_for_bit(cfg, tmp_path):
     imported = import_gguf(write(tmp_path / "x.gguf", cfg))
     ours, theirs = imported.cfg, cfg
-    for field in ("width", "layers", "heads", "kv_heads", "head_dim", "mlp_width", "max_length"):
+    for field in (
+        "hidden_size",
+        "num_layers",
+        "num_heads",
+        "num_kv_heads",
+        "head_dim",
+        "intermediate_size",
+        "max_seq_len",
+    ):
         assert getattr(ours, field) == getattr(theirs, field)
     assert (ours.rope_theta, ours.norm_eps) == (theirs.rope_theta, theirs.norm_eps)
     assert ours.tie_embeddings == theirs.tie_embeddings
@@ -207,14 +215,14 @@ def test_scaling_of_the_rotary_embedding_is_understood(tmp_path):
         path = write(tmp_path / "x.gguf", tensors=tensors, **metadata)
         return import_gguf(path).cfg.rope_scaling
 
-    llama3 = RopeScaling(kind="llama3", factor=8.0, original_max_length=8192)
+    llama3 = RopeScaling(rope_type="llama3", factor=8.0, original_max_position_embeddings=8192)
     assert scaling(divisors(8.0, 8192)) == llama3
     told = {"rope.scaling.original_context_length": 4000}
-    assert scaling(divisors(32.0, 4000), **told).original_max_length == 4000
+    assert scaling(divisors(32.0, 4000), **told).original_max_position_embeddings == 4000
     assert scaling([1, 1, 1, 1]) == RopeScaling()
     linear = {"rope.scaling.type": "linear", "rope.scaling.factor": 4.0}
-    assert scaling(**linear) == RopeScaling(kind="linear", factor=4.0)
-    assert scaling(**{"rope.scale_linear": 2.0}) == RopeScaling(kind="linear", factor=2.0)
+    assert scaling(**linear) == RopeScaling(rope_type="linear", factor=4.0)
+    assert scaling(**{"rope.scale_linear": 2.0}) == RopeScaling(rope_type="linear", factor=2.0)
     assert scaling(**{"rope.scaling.type": "none", "rope.scaling.factor": 4.0}) == RopeScaling()
     with pytest.raises(ValueError, match=r"rope_freqs\.weight.*not those of Llama 3\.1"):
         scaling([1, 2, 3, 4])

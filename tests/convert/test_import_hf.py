@@ -80,7 +80,7 @@ def test_logits_are_those_of_transformers(options, tmp_path):
         torch.nn.init.normal_(parameter, std=0.3)
     model.save_pretrained(tmp_path)
     imported = import_hf(str(tmp_path))
-    assert imported.cfg.rope_scaling.kind == options.get("rope_scaling", {}).get(
+    assert imported.cfg.rope_scaling.rope_type == options.get("rope_scaling", {}).get(
         "rope_type", "none"
     )
     assert imported.cfg.tie_embeddings == options.get("tie_word_embeddings", False)
@@ -165,8 +165,8 @@ def test_both_generations_of_config_say_the_same():
         kinds.append(one.rope_scaling)
     assert kinds == [
         RopeScaling(),
-        RopeScaling(kind="llama3", factor=8.0, original_max_length=32),
-        RopeScaling(kind="linear", factor=2.0),
+        RopeScaling(rope_type="llama3", factor=8.0, original_max_position_embeddings=32),
+        RopeScaling(rope_type="linear", factor=2.0),
     ]
     silent = {key: value for key, value in base.items() if not key.startswith("rope")}
     assert llama_config(silent, tied=True).rope_theta == 10000.0
@@ -317,8 +317,9 @@ def test_what_is_taken_for_granted_is_said(tmp_path):
 def test_layers_of_an_export_are_counted_by_what_is_stored(tmp_path):
     cfg = TINY["middle_cycle"]
     path = write(tmp_path, cfg, exported_mor(cfg), mor_entries)
-    settings(tmp_path, num_hidden_layers=cfg.layers + cfg.recursions)
-    told = rf"num_hidden_layers \(sharing=middle_cycle, .*={cfg.layers + cfg.recursions}: makes"
+    layers = cfg.num_layers + cfg.num_recursions
+    settings(tmp_path, num_hidden_layers=layers)
+    told = rf"num_hidden_layers \(sharing=middle_cycle, .*={layers}: makes"
     with pytest.raises(ValueError, match=told):
         import_hf(path)
     settings(tmp_path, num_recursions=10**9)

@@ -53,11 +53,11 @@ def test_every_variant_comes_in_bit_for_bit(name, tmp_path):
     same = dataclasses.replace(imported.cfg, router=cfg.router, attention=cfg.attention)
     assert same == cfg
     ours, theirs = imported.cfg.router, cfg.router
-    assert ours.shares(cfg.recursions) == pytest.approx(theirs.shares(cfg.recursions))
+    assert ours.shares(cfg.num_recursions) == pytest.approx(theirs.shares(cfg.num_recursions))
     for field in ("kind", "arch", "gating"):
         assert getattr(ours, field) == getattr(theirs, field)
     if cfg.router.kind != "none":
-        assert (ours.score, ours.alpha) == (theirs.score, theirs.alpha)
+        assert (ours.activation, ours.alpha) == (theirs.activation, theirs.alpha)
     for path, value in flatten(random_params(cfg)):
         np.testing.assert_array_equal(imported.params.read(path), value, err_msg=path)
     assert imported.facts["name"] == "trial" and imported.facts["format"] == "torch"
@@ -84,13 +84,13 @@ def test_the_shape_may_come_from_the_base_model_with_changes(tmp_path):
     # 9 layers: the first and the last, and twice 3 of the 7 between.
     told = llama_config(EXPERT) | {"num_hidden_layers": 30, "intermediate_size": 7}
     (base / "config.json").write_text(json.dumps(told))
-    changes = {"num_hidden_layers": 9, "intermediate_size": EXPERT.mlp_width}
+    changes = {"num_hidden_layers": 9, "intermediate_size": EXPERT.intermediate_size}
     for name in (str(base), "base"):
         checkpoint, file = write(
             tmp_path, EXPERT, config=False, model_name_or_path=name, model_config=changes
         )
         imported = import_reference(checkpoint, file)
-        assert imported.cfg.layers == EXPERT.layers == 8
+        assert imported.cfg.num_layers == EXPERT.num_layers == 8
         assert imported.facts["notes"] == ["9 layers became 8 to fit the sharing scheme"]
 
 

@@ -30,7 +30,7 @@ def plain(tmp_path_factory):
 def test_an_import_is_a_run_with_the_weights_and_the_tokenizer(plain, tmp_path):
     done, params = plain
     made = import_run("hf", str(done.output), ImportOptions(workdir=tmp_path / "run"))
-    assert made.stored == done.stored and made.cfg.model.width == model("plain").width
+    assert made.stored == done.stored and made.cfg.model.hidden_size == model("plain").hidden_size
     run = open_run(tmp_path / "run")
     assert run.step == 0 and run.source["from"] == f"{done.output} (hf)"
     for path, value in flatten(params):
@@ -121,7 +121,7 @@ def test_upcycling_on_the_way_in(plain, tmp_path):
     wish = "recursions=2,sharing=middle_cycle,init=lower,routing=expert"
     options = ImportOptions(workdir=tmp_path / "run", upcycle=wish)
     made = import_run("hf", str(plain[0].output), options)
-    assert made.cfg.model.router.kind == "expert" and made.cfg.model.layers == 4
+    assert made.cfg.model.router.kind == "expert" and made.cfg.model.num_layers == 4
     assert any("routers are new" in note for note in made.notes)
     run = open_run(tmp_path / "run")
     gate = plain[1]["layers"]["mlp"]["gate"]

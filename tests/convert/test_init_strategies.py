@@ -11,7 +11,7 @@ from mor_jax.checkpoint.lazy_arrays import flatten, held, nested
 from mor_jax.convert.init_strategies import STRATEGIES, select_layers, share_layers
 from mor_jax.models.params import paths
 
-PLAIN = dataclasses.replace(TINY["plain"], layers=6)
+PLAIN = dataclasses.replace(TINY["plain"], num_layers=6)
 
 
 def shared(plain, cfg, selection):
@@ -57,8 +57,8 @@ def test_impossible_selections_are_refused(arguments, reason):
 )
 def test_shared_tree_is_that_of_the_model_without_routers(name):
     cfg = TINY[name]
-    plain = dataclasses.replace(TINY["plain"], layers=cfg.layers)
-    chosen = select_layers(cfg.sharing, cfg.layers, cfg.recursions, "average")
+    plain = dataclasses.replace(TINY["plain"], num_layers=cfg.num_layers)
+    chosen = select_layers(cfg.sharing, cfg.num_layers, cfg.num_recursions, "average")
     made, expected = shared(random_params(plain), cfg, chosen), random_params(cfg)
     expected = {key: value for key, value in expected.items() if key != "router"}
     assert paths(made) == paths(expected)

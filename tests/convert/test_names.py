@@ -48,15 +48,15 @@ def test_unique_tensors_hold_each_parameter_once(name):
 
 
 def test_layout_is_that_of_torch():
-    cfg = dataclasses.replace(EXPERT, kv_heads=1)
+    cfg = dataclasses.replace(EXPERT, num_kv_heads=1)
     params = random_params(cfg)
     state = from_params(cfg, params)
     query = params["shared"]["attention"]["q"][1]
-    expected = np.transpose(np.asarray(query), (1, 2, 0)).reshape(-1, cfg.width)
+    expected = np.transpose(np.asarray(query), (1, 2, 0)).reshape(-1, cfg.hidden_size)
     np.testing.assert_array_equal(state["model.layers.1.block.1.self_attn.q_proj.weight"], expected)
-    out = np.asarray(params["first"]["attention"]["o"][0]).reshape(-1, cfg.width)
+    out = np.asarray(params["first"]["attention"]["o"][0]).reshape(-1, cfg.hidden_size)
     np.testing.assert_array_equal(state["model.layers.0.self_attn.o_proj.weight"], out.T)
-    assert state["model.layers.0.self_attn.k_proj.weight"].shape == (cfg.head_dim, cfg.width)
+    assert state["model.layers.0.self_attn.k_proj.weight"].shape == (cfg.head_dim, cfg.hidden_size)
     router = params["router"]["main"]["weight"]
     np.testing.assert_array_equal(state["model.layers.3.mor_router.router.weight"], router[2:3])
 
@@ -167,7 +167,7 @@ def test_parameter_tree_of_another_model_is_refused(change):
 
 
 def test_parameter_tree_with_too_many_recursions_is_refused():
-    params = random_params(dataclasses.replace(RECURSIVE, layers=8))
+    params = random_params(dataclasses.replace(RECURSIVE, num_layers=8))
     with pytest.raises(ValueError, match=r"shared\.mlp\.up: \(3, 32, 48\), expected \(2"):
         from_params(RECURSIVE, params)
 

@@ -29,20 +29,20 @@ def routed(kind, mor=None, recursive=None, **part) -> ModelConfig:
 
 def test_silent_configuration_means_plain_llama():
     cfg = build()
-    assert (cfg.sharing, cfg.recursions, cfg.kv, cfg.router) == (
+    assert (cfg.sharing, cfg.num_recursions, cfg.kv_mode, cfg.router) == (
         "none",
         1,
         "recursion",
         RouterConfig(),
     )
-    assert (cfg.head_dim, cfg.kv_heads, cfg.rope_theta, cfg.norm_eps) == (4, 4, 10000.0, 1e-6)
+    assert (cfg.head_dim, cfg.num_kv_heads, cfg.rope_theta, cfg.norm_eps) == (4, 4, 10000.0, 1e-6)
     assert cfg.dtype == "float32" and not cfg.tie_embeddings
 
 
 def test_llama_options_are_read():
     hf = {"head_dim": 6, "num_key_value_heads": 2, "rope_theta": 500, "rms_norm_eps": 1e-5}
     cfg = build(hf=hf | {"tie_word_embeddings": True})
-    assert (cfg.head_dim, cfg.kv_heads, cfg.rope_theta, cfg.norm_eps) == (6, 2, 500.0, 1e-5)
+    assert (cfg.head_dim, cfg.num_kv_heads, cfg.rope_theta, cfg.norm_eps) == (6, 2, 500.0, 1e-5)
     assert cfg.tie_embeddings
     nested = build(hf={"rope_parameters": {"rope_type": "default", "rope_theta": 7.0}})
     assert nested.rope_theta == 7.0
@@ -85,16 +85,16 @@ def test_expert_options():
     assert cfg.router == RouterConfig(
         kind="expert",
         arch="mlp",
-        score="none",
+        activation="none",
         alpha=0.7,
         temperature=2.0,
         gating="additive",
-        z_coeff=1e-5,
-        capacities=(1.0, 0.5, 0.25),
+        z_loss_coeff=1e-5,
+        capacity=(1.0, 0.5, 0.25),
         capacity_warmup_steps=10,
-        capacity_warmup_levels=10,
-        aux="aux_router",
-        aux_coeff=0.02,
+        capacity_warmup_stages=10,
+        causal_routing="aux_router",
+        aux_loss_coeff=0.02,
         capacity_multiple=1,
     )
 
@@ -112,9 +112,9 @@ def test_rounded_capacities_are_not_for_the_reference():
 
 def test_what_the_reference_does_not_have_is_not_left_out():
     scaled = dataclasses.replace(
-        routed("expert", {}), rope_scaling=RopeScaling(kind="linear", factor=2.0)
+        routed("expert", {}), rope_scaling=RopeScaling(rope_type="linear", factor=2.0)
     )
-    with pytest.raises(ValueError, match=r"model\.rope_scaling\.kind='linear': .*Use --to=hf"):
+    with pytest.raises(ValueError, match=r"model\.rope_scaling\.rope_type='linear': .*Use --to=hf"):
         reference_options(scaled)
     cfg = routed("token", {})
     assert reference_options(cfg)["mor"]["type"] == "token"
@@ -143,13 +143,13 @@ def test_token_options():
     assert not cfg.share_norms
     assert cfg.router == RouterConfig(
         kind="token",
-        score="sigmoid",
+        activation="sigmoid",
         alpha=0.3,
-        z_coeff=0.0,
-        balancing="loss_free",
-        balance_coeff=0.2,
+        z_loss_coeff=0.0,
+        load_balancing="loss_free",
+        balance_loss_coeff=0.2,
         balance_warmup_steps=4,
-        bias_rate=0.01,
+        bias_update_rate=0.01,
         capacity_multiple=1,
     )
 
@@ -171,7 +171,7 @@ def test_updates_of_shared_keys_take_effect_where_the_reference_has_them(sharing
     }
     if kind:
         blocks["mor"] = {"enable": True, "type": kind}
-    assert build(blocks).kv == kv
+    assert build(blocks).kv_mode == kv
 
 
 @pytest.mark.parametrize(
@@ -258,4 +258,4 @@ def test_values_of_another_kind_are_refused_by_name(blocks, words):
 
 
 def test_numbers_that_yaml_takes_for_texts_are_numbers():
-    assert routed("expert", {"z_loss": True, "z_coeff": "1e-5"}).router.z_coeff == 1e-5
+    assert routed("expert", {"z_loss": True, "z_coeff": "1e-5"}).router.z_loss_coeff == 1e-5

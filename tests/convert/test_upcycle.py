@@ -22,7 +22,7 @@ from mor_jax.convert.upcycle import (
 )
 from mor_jax.models.params import abstract_params, forward
 
-PLAIN = dataclasses.replace(BASE, layers=8)
+PLAIN = dataclasses.replace(BASE, num_layers=8)
 PARAMS = random_params(PLAIN)
 
 
@@ -48,7 +48,7 @@ def test_every_wish_gives_the_parameters_of_its_model():
         cfg, params = made(wish)
         shapes = jax.tree.map(lambda x: x.shape, abstract_params(cfg))
         assert jax.tree.map(np.shape, params) == shapes, wish
-        assert cfg.layers == (6 if cfg.sharing in ("cycle", "sequence") else 8)
+        assert cfg.num_layers == (6 if cfg.sharing in ("cycle", "sequence") else 8)
         chosen = select_layers(cfg.sharing, 8, 3, wish.init)
         for slot, sources in enumerate(chosen.slots):
             wanted = np.mean([PARAMS["layers"]["mlp"]["up"][i] for i in sources], axis=0)
@@ -65,7 +65,7 @@ def test_one_recursion_computes_what_the_plain_model_does():
 @pytest.mark.parametrize("routing", ["expert", "token"])
 def test_routers_are_new_seeded_and_of_the_width_of_a_fresh_model(routing):
     wish = Upcycling(recursions=3, routing=routing)
-    wide = dataclasses.replace(PLAIN, width=512, init_std=0.02)
+    wide = dataclasses.replace(PLAIN, hidden_size=512, init_std=0.02)
     cfg, params = made(wish, wide, random_params(wide))
     again = made(wish, wide, random_params(wide))[1]["router"]
     other = made(dataclasses.replace(wish, seed=1), wide, random_params(wide))[1]["router"]
@@ -73,24 +73,24 @@ def test_routers_are_new_seeded_and_of_the_width_of_a_fresh_model(routing):
     assert np.std(weight) == pytest.approx(0.02, rel=0.1) and abs(np.mean(weight)) < 2e-3
     np.testing.assert_array_equal(weight, again["main"]["weight"])
     assert np.all(weight != other["main"]["weight"])
-    assert cfg.router.score == ("sigmoid" if routing == "expert" else "softmax")
+    assert cfg.router.activation == ("sigmoid" if routing == "expert" else "softmax")
 
 
 def test_a_bias_starts_at_zero(monkeypatch):
     from mor_jax.convert import upcycle as module
 
-    router = dataclasses.replace(module.ROUTERS["token"], balancing="loss_free")
+    router = dataclasses.replace(module.ROUTERS["token"], load_balancing="loss_free")
     monkeypatch.setitem(module.ROUTERS, "token", router)
     _, params = made(Upcycling(recursions=3, routing="token"))
     np.testing.assert_array_equal(params["router"]["bias"], np.zeros(3))
 
 
 def test_layers_that_do_not_fit_are_told():
-    plain = dataclasses.replace(PLAIN, layers=10)
+    plain = dataclasses.replace(PLAIN, num_layers=10)
     wish = Upcycling(recursions=3, sharing="middle_cycle", routing="expert")
     cfg = upcycled_config(plain, wish)
     chosen = select_layers("middle_cycle", 10, 3, "stepwise")
-    assert cfg.layers == len(chosen.kept) == 8
+    assert cfg.num_layers == len(chosen.kept) == 8
     told, fit = upcycle_notes(plain, wish)
     layers = ", ".join(str(slot[0]) for slot in chosen.slots)
     assert "2 shared layers run 3 times and the first and the last by themselves" in told
@@ -144,7 +144,7 @@ def test_a_wrong_option_names_itself_and_what_is_right(text, message):
     [
         (upcycled_config(PLAIN, Upcycling(recursions=2)), {}, "only a plain model"),
         (PLAIN, {"recursions": 7}, r"layers=8: middle_cycle with recursions=7 needs 2 \+ 7"),
-        (PLAIN, {"kv": "shared_update"}, r"upcycle\.kv='shared_update'"),
+        (PLAIN, {"kv": "shared_update"}, r"upcycle\.kv_mode='shared_update'"),
         (PLAIN, {"sharing": "sequence", "routing": "expert"}, "routed models repeat the whole"),
     ],
 )
@@ -154,7 +154,7 @@ def test_impossible_models_are_refused(plain, wish, message):
 
 
 def test_memory_is_that_of_one_array_and_every_stack_is_read_once():
-    plain = dataclasses.replace(PLAIN, layers=20, mlp_width=2048, width=64)
+    plain = dataclasses.replace(PLAIN, num_layers=20, intermediate_size=2048, hidden_size=64)
     wish = Upcycling(recursions=3, init="average")
     cfg = upcycled_config(plain, wish)
     read = []

@@ -26,7 +26,7 @@ def jsonl(tmp_path: Path, texts: list[str]) -> str:
 
 @pytest.fixture
 def cfg(jsonl: str) -> DataConfig:
-    return DataConfig(sources=(jsonl,), heldout_share=0.2)
+    return DataConfig(sources=(jsonl,), validation_fraction=0.2)
 
 
 @pytest.fixture(scope="session")

@@ -61,7 +61,7 @@ def test_an_epoch_has_every_row_once_and_the_next_is_in_another_order(cfg, byte_
 @pytest.mark.parametrize("prefetch", [0, 3])
 @pytest.mark.parametrize("within", [False, True])
 def test_any_start_continues_the_same_batches(cfg, byte_tokenizer, prefetch, within):
-    cfg = dataclasses.replace(cfg, prefetch=prefetch, within_documents=within)
+    cfg = dataclasses.replace(cfg, prefetch=prefetch, document_mask=within)
     whole = take(cfg, byte_tokenizer, 100)
     for start in (1, 99):
         assert_same(take(cfg, byte_tokenizer, 100 - start, start=4 * start), whole[start:])
@@ -88,8 +88,8 @@ def test_hosts_share_out_the_global_batch(cfg, byte_tokenizer, hosts):
 
 def test_workers_change_nothing(cfg, byte_tokenizer):
     layout = dataclasses.replace(LAYOUT, host=1, hosts=2)
-    parallel = dataclasses.replace(cfg, workers=2, within_documents=True)
-    alone = dataclasses.replace(parallel, workers=0)
+    parallel = dataclasses.replace(cfg, num_workers=2, document_mask=True)
+    alone = dataclasses.replace(parallel, num_workers=0)
     expected = take(alone, byte_tokenizer, 7, layout, start=8)
     assert_same(take(parallel, byte_tokenizer, 7, layout, start=8), expected)
 
@@ -101,7 +101,7 @@ def three(tmp_path):
         lines = [json.dumps({"text": letter * (20 + i)}) for i in range(30)]
         (tmp_path / f"{letter}.jsonl").write_text("\n".join(lines))
     sources = tuple(f"jsonl:{tmp_path}/{letter}.jsonl" for letter in "abc")
-    return DataConfig(sources=sources, weights=(1.0, 2.0, 5.0), heldout_share=0.3)
+    return DataConfig(sources=sources, weights=(1.0, 2.0, 5.0), validation_fraction=0.3)
 
 
 def letters(batches):
@@ -180,9 +180,9 @@ def test_a_batch_larger_than_the_text_has_no_more_rows_than_there_are(cfg, byte_
 
 def test_fingerprint_changes_when_batches_would(cfg, byte_tokenizer, tmp_path, texts):
     one = fingerprint(cfg, byte_tokenizer)
-    assert one == fingerprint(dataclasses.replace(cfg, workers=3, prefetch=9), byte_tokenizer)
+    assert one == fingerprint(dataclasses.replace(cfg, num_workers=3, prefetch=9), byte_tokenizer)
     assert one == fingerprint(dataclasses.replace(cfg, weights=(1.0,)), byte_tokenizer)
-    for change in ({"seed": 1}, {"within_documents": True}, {"heldout_share": 0.4}):
+    for change in ({"seed": 1}, {"document_mask": True}, {"validation_fraction": 0.4}):
         assert one != fingerprint(dataclasses.replace(cfg, **change), byte_tokenizer)
     (tmp_path / "moved").mkdir()
     for i, text in enumerate(texts):

@@ -24,7 +24,7 @@ def folder(tmp_path):
 
 def config(folder, letters="ab", **changes):
     sources = tuple(f"jsonl:{folder}/{letter}.jsonl" for letter in letters)
-    return DataConfig(sources=sources, heldout_share=0.2, **changes)
+    return DataConfig(sources=sources, validation_fraction=0.2, **changes)
 
 
 class Run:
@@ -165,11 +165,14 @@ def test_before_the_first_row_everything_may_change(folder, byte_tokenizer):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"length": 32}, r"length=32: 10 rows of '.*a\.jsonl' were cut at length=16, .*Keep"),
+        ({"length": 32}, r"seq_len=32: 10 rows of '.*a\.jsonl' were cut at seq_len=16, .*Keep"),
         ({"seed": 8}, r"seed=8: 10 rows of .* were read in the order of seed=7"),
         ({"data": {"seed": 1}}, r"data\.seed=1: .*order of data\.seed=0"),
         ({"data": {"shuffle": False}}, r"data\.shuffle=False: .*order of data\.shuffle=True"),
-        ({"data": {"heldout_share": 0.4}}, r"data\.heldout_share=0\.4: .*read with 0\.2"),
+        (
+            {"data": {"validation_fraction": 0.4}},
+            r"data\.validation_fraction=0\.4: .*read with 0\.2",
+        ),
         ({"data": {"text_key": "other"}}, r"data\.text_key='other': .*read with 'text'"),
     ],
     ids=str,
@@ -229,12 +232,12 @@ def test_rows_left_out_ahead_bind_the_mixture(folder, byte_tokenizer):
 
 def test_a_checkpoint_of_an_earlier_version_names_its_place_by_its_settings(folder, byte_tokenizer):
     cfg = config(folder, weights=(1.0, 3.0))
-    config_then = {"length": LENGTH, "seed": SEED, "data": dataclasses.asdict(cfg)}
+    config_then = {"seq_len": LENGTH, "seed": SEED, "data": dataclasses.asdict(cfg)}
     old = Place.of(20, None, json.loads(json.dumps(config_then)))
     new = place_of(cfg, byte_tokenizer, length=LENGTH, seed=SEED)
     assert carried_over(old, new) == dataclasses.replace(new, row=20)
     other = dataclasses.replace(cfg, weights=(1.0, 1.0))
     carried = carried_over(old, place_of(other, byte_tokenizer, length=LENGTH, seed=SEED))
     assert [reading.first for reading in carried.readings] == [5, 15]
-    with pytest.raises(ValueError, match=r"length=32: 5 rows"):
+    with pytest.raises(ValueError, match=r"seq_len=32: 5 rows"):
         carried_over(old, place_of(cfg, byte_tokenizer, length=32, seed=SEED))

@@ -88,7 +88,7 @@ def test_a_process_that_dies_or_hangs_is_named_by_the_other(victim, kind, tmp_pa
         assert f"process {victim} of 2 (host {HERE}, pid {started[victim].pid})" in message
         assert "last in phase 'step " in message
         assert f"Process {1 - victim} was in phase 'step " in message
-        assert "hosts.timeout=3" in message and "Start the same command again" in message
+        assert "hosts.heartbeat_timeout=3" in message and "Start the same command again" in message
 
 
 def test_an_error_of_one_process_is_told_by_the_other(tmp_path):

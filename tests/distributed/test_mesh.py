@@ -40,7 +40,7 @@ def config(name, shared_layers=1, recursions=2, **changes):
     model = TINY[name]
     if model.is_middle:
         layers = 2 + shared_layers * recursions
-        model = dataclasses.replace(model, layers=layers, recursions=recursions)
+        model = dataclasses.replace(model, num_layers=layers, num_recursions=recursions)
     return train_config(model=model, batch_size=8, steps=STEPS, **changes)
 
 
@@ -58,9 +58,9 @@ def placed_state(cfg, mesh):
 def compiled_step(cfg, mesh):
     """The train step for the mesh, compiled."""
     state, _ = placed_state(cfg, mesh)
-    step = jitted_steps(cfg)(capacity_counts(cfg.model, cfg.length))
+    step = jitted_steps(cfg)(capacity_counts(cfg.model, cfg.seq_len))
     with jax.set_mesh(mesh):
-        return step.lower(state, place(mesh, batch(cfg.model, 8, cfg.length))).compile()
+        return step.lower(state, place(mesh, batch(cfg.model, 8, cfg.seq_len))).compile()
 
 
 @cache
@@ -90,7 +90,7 @@ CASES += [("expert", "all", 3)]
 
 @pytest.mark.parametrize(("name", "mesh", "recursions"), CASES)
 def test_eight_devices_compute_what_one_does(name, mesh, recursions):
-    many, one = (losses(name, where, recursions=recursions) for where in (MESHES[mesh], ONE))
+    many, one = (losses(name, where, num_recursions=recursions) for where in (MESHES[mesh], ONE))
     np.testing.assert_allclose(many[:, 0], one[:, 0], rtol=1e-5)
     np.testing.assert_allclose(many[:, 1], one[:, 1], rtol=1e-4)
 
@@ -98,17 +98,17 @@ def test_eight_devices_compute_what_one_does(name, mesh, recursions):
 @pytest.mark.parametrize(
     ("name", "changes"),
     [
-        ("middle_cycle", {"sharding": ShardingConfig(gather_shared="per_recursion")}),
-        ("middle_sequence", {"sharding": ShardingConfig(gather_shared="per_recursion")}),
-        ("expert_aux_router", {"accumulate": 2}),
+        ("middle_cycle", {"sharding": ShardingConfig(all_gather_shared="per_recursion")}),
+        ("middle_sequence", {"sharding": ShardingConfig(all_gather_shared="per_recursion")}),
+        ("expert_aux_router", {"grad_accum_steps": 2}),
         ("token_loss_free", {}),
         # The balancing loss multiplies two means over the batch.
-        ("token", {"accumulate": 2}),
+        ("token", {"grad_accum_steps": 2}),
     ],
 )
 def test_ways_of_gathering_and_accumulating_change_nothing(name, changes):
     mesh = MeshConfig(data=2, fsdp=2, tensor=1, slice=2)
-    if "accumulate" in changes:
+    if "grad_accum_steps" in changes:
         mesh = MeshConfig(data=2, fsdp=2, tensor=2)
     many, one = losses(name, mesh, **changes), losses(name, ONE)
     np.testing.assert_allclose(many[:, 0], one[:, 0], rtol=1e-5)
@@ -125,7 +125,7 @@ def test_parameters_are_cut_as_the_table_says():
 
 
 def test_what_does_not_divide_is_refused_by_name():
-    cfg = dataclasses.replace(TINY["plain"], heads=3, kv_heads=1)
+    cfg = dataclasses.replace(TINY["plain"], num_heads=3, num_kv_heads=1)
     with pytest.raises(ValueError, match=r"kv_heads=1: .*layers\.attention\.k is cut over 2"):
         param_shardings(make_mesh(MESHES["all"]), logical_axes(cfg), abstract_params(cfg))
     with pytest.raises(ValueError, match=r"axis='colour': sharding\.RULES knows"):
@@ -168,11 +168,11 @@ def gathered_bytes(name, label, **changes):
 def test_the_shared_block_is_gathered_once_whatever_the_recursions(name):
     cfg = config(name, shared_layers=2).model
     shared = 4 * 7 / 8 * sum(x.size for x in jax.tree.leaves(abstract_params(cfg)["shared"]))
-    once = gathered_bytes(name, "gather_shared", gather_shared="once")
+    once = gathered_bytes(name, "gather_shared", all_gather_shared="once")
     assert once == pytest.approx(shared)
-    again = gathered_bytes(name, "gather_shared", gather_shared="per_recursion")
+    again = gathered_bytes(name, "gather_shared", all_gather_shared="per_recursion")
     # Forward, and again for the gradient.
-    assert again > (2 * cfg.recursions - 1) * shared
+    assert again > (2 * cfg.num_recursions - 1) * shared
 
 
 @pytest.mark.parametrize(
@@ -184,7 +184,7 @@ def test_the_shared_block_is_gathered_once_whatever_the_recursions(name):
 )
 def test_only_parameters_gradients_and_sums_leave_a_device(name, mesh):
     # Rows of 23 tokens, of which a recursion keeps 11: no size of a parameter is a multiple.
-    lines = program(name, MESHES[mesh], length=23).splitlines()
+    lines = program(name, MESHES[mesh], seq_len=23).splitlines()
     kinds = r"(all-[a-z]+|reduce-scatter|collective-[a-z]+)(-start)?\("
     exchanges = [found.group(1) for line in lines if (found := re.search(rf"= (.*) {kinds}", line))]
     sizes = {

@@ -45,15 +45,15 @@ STEPS, ROWS = 4, 8
 # time.
 RUNS = {
     "expert": (
-        dataclasses.replace(TINY["expert_cycle"], layers=2, recursions=2),
+        dataclasses.replace(TINY["expert_cycle"], num_layers=2, num_recursions=2),
         MeshConfig(data=1, fsdp=8),
     ),
     "token": (
-        dataclasses.replace(TINY["token_cycle"], layers=2, recursions=2),
+        dataclasses.replace(TINY["token_cycle"], num_layers=2, num_recursions=2),
         MeshConfig(slice=2, data=1, fsdp=2, tensor=2),
     ),
     "plain": (
-        dataclasses.replace(TINY["plain"], layers=1, heads=8, kv_heads=8),
+        dataclasses.replace(TINY["plain"], num_layers=1, num_heads=8, num_kv_heads=8),
         MeshConfig(data=1, tensor=8),
     ),
 }
@@ -65,7 +65,7 @@ def corpus(tmp_path_factory):
     folder = tmp_path_factory.mktemp("texts")
     for i in range(60):
         (folder / f"{i}.txt").write_text(f"Text {i}: " + " ".join(str(i * k) for k in range(20)))
-    return DataConfig(sources=(f"text:{folder}/*.txt",), heldout_share=0.2, prefetch=0)
+    return DataConfig(sources=(f"text:{folder}/*.txt",), validation_fraction=0.2, prefetch=0)
 
 
 def config(name, corpus, **changes):
@@ -78,14 +78,14 @@ def config(name, corpus, **changes):
         batch_size=ROWS,
         data=corpus,
         eval=EvalConfig(
-            every=None,
+            interval=None,
             batches=1,
             batch_size=ROWS,
             prompt="Text",
             completion_tokens=2 if name == "expert" else 0,
         ),
-        log=LogConfig(every=1),
-        checkpoint=CheckpointConfig(every=2, keep=5),
+        log=LogConfig(interval=1),
+        checkpoint=CheckpointConfig(interval=2, max_to_keep=5),
         **changes,
     )
 
@@ -274,23 +274,23 @@ ENDLESS = [
     "--config.optim.warmup_steps=1",
     "--config.optim.decay_steps=1",
     "--config.batch_size=8",
-    "--config.length=16",
-    "--config.loss_chunk=None",
-    "--config.model.width=32",
-    "--config.model.heads=4",
-    "--config.model.kv_heads=2",
+    "--config.seq_len=16",
+    "--config.loss_chunk_size=None",
+    "--config.model.hidden_size=32",
+    "--config.model.num_heads=4",
+    "--config.model.num_kv_heads=2",
     "--config.model.head_dim=8",
-    "--config.model.mlp_width=48",
-    "--config.model.layers=5",
+    "--config.model.intermediate_size=48",
+    "--config.model.num_layers=5",
     "--config.model.dtype=float32",
-    "--config.model.max_length=64",
-    "--config.eval.every=None",
+    "--config.model.max_seq_len=64",
+    "--config.eval.interval=None",
     "--config.eval.batches=1",
     "--config.eval.completion_tokens=0",
-    "--config.log.every=1",
-    "--config.checkpoint.every=5",
+    "--config.log.interval=1",
+    "--config.checkpoint.interval=5",
     # Time enough for whoever lives to beat on a busy machine.
-    f"--config.hosts.timeout={TIMEOUT}",
+    f"--config.hosts.heartbeat_timeout={TIMEOUT}",
     "--config.compilation_cache=False",
 ]
 

@@ -36,7 +36,7 @@ from mor_jax.runtime import exit_codes
 from mor_jax.training.evaluator import Evaluator
 from mor_jax.types import Batch
 
-MODEL = dataclasses.replace(TINY["expert_cycle"], vocab_size=256, layers=2, recursions=2)
+MODEL = dataclasses.replace(TINY["expert_cycle"], vocab_size=256, num_layers=2, num_recursions=2)
 GIVEN, TRAINED = random_params(MODEL, 1), random_params(MODEL, 2)
 
 
@@ -53,8 +53,8 @@ def cfg(texts):
     return train_config(
         model=MODEL,
         batch_size=8,
-        data=DataConfig(sources=(f"text:{texts}/*.txt",), heldout_share=0.2),
-        eval=EvalConfig(every=None, batches=2, batch_size=8, prompt="", completion_tokens=0),
+        data=DataConfig(sources=(f"text:{texts}/*.txt",), validation_fraction=0.2),
+        eval=EvalConfig(interval=None, batches=2, batch_size=8, prompt="", completion_tokens=0),
     )
 
 
@@ -123,7 +123,7 @@ def test_what_is_not_there_is_refused(imported, trained, tmp_path, cfg):
 def test_evaluation_is_that_of_the_run_itself(trained, cfg):
     found = evaluate(find(trained), Asked(fsdp=4))
     tokenizer = data.load_tokenizer("bytes")
-    layout = data.Layout(length=cfg.length, batch_size=8)
+    layout = data.Layout(length=cfg.seq_len, batch_size=8)
     batches = data.heldout_batches(cfg.data, tokenizer, layout, 2)
     wanted = Evaluator.of(cfg, batches)(TRAINED)
     for name, value in wanted.items():
@@ -153,7 +153,7 @@ def test_other_text_is_used_whole(trained, tmp_path, cfg):
         assert len(whole._sources) == (tokens - 1) // 16
     found = evaluate(find(trained), Asked(sources=(source,), length=16, batches=9))
     assert (found.text, found.rows) == (source, (tokens - 1) // 16)
-    with pytest.raises(ValueError, match=r"length=65: must be between 2 and model\.max_length=64"):
+    with pytest.raises(ValueError, match=r"length=65: must be between 2 and model\.max_seq_len=64"):
         evaluate(find(trained), Asked(length=65))
     with pytest.raises(ValueError, match=r"batch_size=4: must be a multiple of 8"):
         evaluate(find(trained), Asked(batch_size=4))
@@ -207,7 +207,7 @@ def test_every_checkpoint_is_evaluated_once(cfg, tmp_path):
     state = {"params": GIVEN, "opt_state": {"mu": GIVEN}}
 
     def save(*steps):
-        with Checkpoints(tmp_path, CheckpointConfig(keep=9)) as checkpoints:
+        with Checkpoints(tmp_path, CheckpointConfig(max_to_keep=9)) as checkpoints:
             for step in steps:
                 checkpoints.save(step, state, 0, cfg.to_dict())
 

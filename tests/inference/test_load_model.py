@@ -57,7 +57,7 @@ def test_calibrations_and_recursions_change_what_is_served(run):
     assert (served.thresholds, served.shares) == (made.thresholds, made.shares)
     fewer = load_served(run, calibration=str(path_of(run, "made")), recursions=2)
     assert (fewer.thresholds, fewer.shares) == ((0.0, 0.25), (1.0, 0.52))
-    assert (fewer.cfg.recursions, fewer.cfg.layers) == (2, 4)
+    assert (fewer.cfg.num_recursions, fewer.cfg.num_layers) == (2, 4)
     assert load_served(run, recursions=4).shares == (1.0, 2 / 3, 1 / 3, 1 / 3)
     with pytest.raises(ValueError, match="recursions=4: the calibration is for 3 recursions"):
         load_served(run, calibration="made", recursions=4)
@@ -73,7 +73,7 @@ def test_token_choice_carries_its_calibration_among_its_parameters(tmp_path):
         before = params["router"]["bias"] if learned is None else learned
         wanted = before + jnp.asarray((0.3, 0.0, -0.3))
         np.testing.assert_allclose(served.params["router"]["bias"], wanted, rtol=1e-6)
-        assert served.cfg.router.balancing == "loss_free" and served.thresholds is None
+        assert served.cfg.router.load_balancing == "loss_free" and served.thresholds is None
 
 
 def test_calibrations_that_do_not_fit_are_refused(run, tmp_path):
@@ -100,14 +100,16 @@ def test_calibrations_that_do_not_fit_are_refused(run, tmp_path):
 
 
 def test_routers_that_never_learned_the_choice_need_a_calibration(tmp_path):
-    model = with_router(MODEL, aux="none")
+    model = with_router(MODEL, causal_routing="none")
     write_run(tmp_path / "run", model)
-    with pytest.raises(ValueError, match=r"model\.router\.aux='none': no causal routing.*--calibr"):
+    with pytest.raises(
+        ValueError, match=r"model\.router\.causal_routing='none': no causal routing.*--calibr"
+    ):
         load_served(tmp_path / "run")
     calibration(tmp_path / "run")
     assert load_served(tmp_path / "run", calibration="made").thresholds == (0.0, 0.25, -0.5)
     # Where every recursion takes every token there is no choice to learn.
-    write_run(tmp_path / "whole", with_router(model, capacities=(1.0, 1.0, 1.0)))
+    write_run(tmp_path / "whole", with_router(model, capacity=(1.0, 1.0, 1.0)))
     assert load_served(tmp_path / "whole").shares == (1.0, 1.0, 1.0)
 
 

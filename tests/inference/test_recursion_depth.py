@@ -24,22 +24,22 @@ def hidden(cfg, params, thresholds=None):
 @pytest.mark.parametrize("name", TINY)
 def test_the_trained_number_changes_nothing(name):
     cfg, params = TINY[name], random_params(TINY[name])
-    made = with_recursions(cfg, params, cfg.recursions, (0.5,) * cfg.recursions)
-    assert made == (cfg, params, (0.5,) * cfg.recursions)
+    made = with_recursions(cfg, params, cfg.num_recursions, (0.5,) * cfg.num_recursions)
+    assert made == (cfg, params, (0.5,) * cfg.num_recursions)
 
 
 @pytest.mark.parametrize("name", LOOPED)
 def test_every_number_that_is_not_refused_has_the_arrays_of_its_model(name):
     cfg, params = TINY[name], random_params(TINY[name])
     for number in (1, 2, 3, 5):
-        if number > cfg.recursions and (not cfg.share_norms or cfg.router.kind == "token"):
+        if number > cfg.num_recursions and (not cfg.share_norms or cfg.router.kind == "token"):
             rule = "norms of its own" if not cfg.share_norms else "token-choice scores the"
             with pytest.raises(ValueError, match=rf"recursions={number}: .*{rule}.*at most \d"):
                 with_recursions(cfg, params, number)
             continue
         made, kept, _ = with_recursions(cfg, params, number)
         ends = 2 * cfg.is_middle
-        assert (made.recursions, made.layers) == (number, ends + number * cfg.shared_layers)
+        assert (made.num_recursions, made.num_layers) == (number, ends + number * cfg.shared_layers)
         shapes = jax.tree.map(lambda x: x.shape, kept)
         assert shapes == jax.tree.map(lambda x: x.shape, abstract_params(made))
 
@@ -58,7 +58,7 @@ def test_fewer_is_the_model_whose_later_recursions_do_nothing(name):
     # A model of two recursions, built as such, with the parameters that concern it.
     router = cfg.router if cfg.router.kind == "token" else TINY["middle_cycle"].router
     layers = 2 * cfg.is_middle + 2 * cfg.shared_layers
-    built = dataclasses.replace(cfg, recursions=2, layers=layers, router=router)
+    built = dataclasses.replace(cfg, num_recursions=2, num_layers=layers, router=router)
     wanted = params
     if cfg.router.kind == "token":
         wanted = {**params, "router": {"main": {"weight": params["router"]["main"]["weight"][:2]}}}
@@ -68,7 +68,7 @@ def test_fewer_is_the_model_whose_later_recursions_do_nothing(name):
 def test_more_repeats_the_last_router_and_its_threshold():
     cfg, params = TINY["expert"], random_params(TINY["expert"])
     made, kept, thresholds = with_recursions(cfg, params, 5, (0.0, -0.3, -0.2))
-    assert made.router.capacities == (1.0, 2 / 3, 1 / 3, 1 / 3, 1 / 3)
+    assert made.router.capacity == (1.0, 2 / 3, 1 / 3, 1 / 3, 1 / 3)
     assert thresholds == (0.0, -0.3, -0.2, -0.2, -0.2)
     weight = kept["router"]["main"]["weight"]
     np.testing.assert_array_equal(weight[3:], np.stack([weight[2]] * 2))
@@ -96,7 +96,9 @@ def test_a_depth_that_nobody_could_compile_is_refused():
 def test_depths_far_from_those_trained_are_said_once(caplog):
     recursion_depth._warn.cache_clear()
     cfg = TINY["expert_cycle"]
-    for number in (1, 2 * cfg.recursions, 7, 7):
+    for number in (1, 2 * cfg.num_recursions, 7, 7):
         with_recursions(cfg, random_params(cfg), number)
     [said] = caplog.messages
-    assert said.startswith(f"recursions=7: more than twice the {cfg.recursions} that were trained")
+    assert said.startswith(
+        f"recursions=7: more than twice the {cfg.num_recursions} that were trained"
+    )

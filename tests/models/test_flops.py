@@ -29,25 +29,25 @@ from mor_jax.types import Batch
 # counts as well. Every stack holds one layer: XLA counts the body of a scan once, however long.
 WIDE = ModelConfig(
     vocab_size=512,
-    width=256,
-    layers=1,
-    heads=4,
-    kv_heads=2,
+    hidden_size=256,
+    num_layers=1,
+    num_heads=4,
+    num_kv_heads=2,
     head_dim=64,
-    mlp_width=768,
-    max_length=128,
+    intermediate_size=768,
+    max_seq_len=128,
     dtype="float32",
     attention="xla",
 )
 LENGTH = 128
 EXPERT = RouterConfig(kind="expert")
-TOKEN = RouterConfig(kind="token", score="softmax", alpha=1.0)
+TOKEN = RouterConfig(kind="token", activation="softmax", alpha=1.0)
 
 
 def _wide(sharing: str = "middle_cycle", recursions: int = 3, **changes) -> ModelConfig:
     layers = recursions + 2 * sharing.startswith("middle")
     cfg = dataclasses.replace(
-        WIDE, sharing=sharing, recursions=recursions, layers=layers, **changes
+        WIDE, sharing=sharing, num_recursions=recursions, num_layers=layers, **changes
     )
     cfg.validate()
     return cfg
@@ -69,19 +69,19 @@ VARIANTS = {
     "middle_cycle": _wide(),
     "middle_sequence": _wide("middle_sequence"),
     "norms": _wide(share_norms=False),
-    "kv": _wide(kv="shared"),
+    "kv": _wide(kv_mode="shared"),
     "expert": _wide(router=EXPERT),
     "expert_cycle": _wide("cycle", 2, router=EXPERT),
-    "expert_capacities": _wide(router=_expert(capacities=(0.9, 0.5, 0.1))),
+    "expert_capacities": _wide(router=_expert(capacity=(0.9, 0.5, 0.1))),
     "expert_mlp": _wide(router=_expert(arch="mlp")),
-    "expert_aux_router": _wide(router=_expert(arch="mlp", aux="aux_router")),
-    "expert_kv": _wide(router=EXPERT, kv="shared"),
-    "expert_kv_update": _wide(router=EXPERT, kv="shared_update"),
-    "expert_kv_capacities": _wide(router=_expert(capacities=(0.5, 0.5, 0.2)), kv="shared"),
+    "expert_aux_router": _wide(router=_expert(arch="mlp", causal_routing="aux_router")),
+    "expert_kv": _wide(router=EXPERT, kv_mode="shared"),
+    "expert_kv_update": _wide(router=EXPERT, kv_mode="shared_update"),
+    "expert_kv_capacities": _wide(router=_expert(capacity=(0.5, 0.5, 0.2)), kv_mode="shared"),
     "token": _wide(router=TOKEN),
-    "token_mlp": _wide(router=_token(arch="mlp", balancing="loss_free")),
+    "token_mlp": _wide(router=_token(arch="mlp", load_balancing="loss_free")),
     "token_capacity": _wide(router=_token(capacity_factor=1.0)),
-    "token_kv": _wide(router=_token(capacity_factor=1.25), kv="shared"),
+    "token_kv": _wide(router=_token(capacity_factor=1.25), kv_mode="shared"),
 }
 
 
@@ -134,7 +134,7 @@ def test_training_flops_agree_with_xla(name, attention, remat):
 
 
 def test_blockwise_attention_skips_what_no_block_can_see():
-    cfg = dataclasses.replace(VARIANTS["expert_kv"], attention="blockwise", max_length=512)
+    cfg = dataclasses.replace(VARIANTS["expert_kv"], attention="blockwise", max_seq_len=512)
     dense = dataclasses.replace(cfg, attention="xla")
     counted = sum(stage.forward(causal=False) for stage in flops(cfg, 512).computed)
     assert counted < 0.97 * flops(dense, 512).forward(causal=False, head=False)
@@ -145,7 +145,7 @@ def test_rematerialisation_runs_products_again():
     layer = flops(WIDE, LENGTH).computed[0]
     down = layer.mlp / 3
     none, block, full = (
-        flops(dataclasses.replace(WIDE, layers=2, remat=remat), LENGTH).recomputed
+        flops(dataclasses.replace(WIDE, num_layers=2, remat=remat), LENGTH).recomputed
         for remat in ("none", "block", "full")
     )
     # Without any, dense attention is made again from its inputs.
@@ -168,14 +168,21 @@ def test_unique_parameters_equal_the_tree(name):
 
 def _paper(**changes) -> ModelConfig:
     """The paper's 360M model (SmolLM sizes)."""
-    sizes = dict(width=960, layers=32, heads=15, kv_heads=5, head_dim=64, mlp_width=2560)
+    sizes = dict(
+        hidden_size=960,
+        num_layers=32,
+        num_heads=15,
+        num_kv_heads=5,
+        head_dim=64,
+        intermediate_size=2560,
+    )
     cfg = ModelConfig(vocab_size=49152, **{**sizes, **changes})
     cfg.validate()
     return cfg
 
 
 def _mor(recursions: int, router: RouterConfig = EXPERT, **changes) -> ModelConfig:
-    return _paper(sharing="middle_cycle", recursions=recursions, router=router, **changes)
+    return _paper(sharing="middle_cycle", num_recursions=recursions, router=router, **changes)
 
 
 @pytest.mark.parametrize(
@@ -196,21 +203,21 @@ def test_parameters_of_the_paper(cfg, millions, digits):
         (_paper(), 9438),
         (_mor(2), 12619),
         (_mor(3), 14161),
-        (_mor(4, layers=34), 14216),
+        (_mor(4, num_layers=34), 14216),
         (_mor(3, TOKEN), 14161),
-        (_mor(3, kv="shared"), 14672),
+        (_mor(3, kv_mode="shared"), 14672),
     ],
     ids=["plain", "2", "3", "4", "token", "kv"],
 )
 def test_steps_of_the_paper_follow_from_its_budget(cfg, steps):
-    wide = dataclasses.replace(cfg, kv_heads=cfg.heads)
+    wide = dataclasses.replace(cfg, num_kv_heads=cfg.num_heads)
     per_token = flops(wide, 2048).forward(head=False)
     assert 16.5e18 / per_token / (1024 * 2048) == pytest.approx(steps, rel=3e-4)
 
 
 def test_flops_are_proportional_to_layers():
     deep = _mor(3)
-    shallow = dataclasses.replace(deep, layers=5)
+    shallow = dataclasses.replace(deep, num_layers=5)
     for many, one in zip(
         flops(deep, 512).routed[1:4], flops(shallow, 512).routed[1:4], strict=True
     ):
@@ -267,8 +274,8 @@ def test_kv_bytes():
     thirds = 1 + 1365 / 2048 + 682 / 2048
     assert kv_bytes(_mor(3), 2048) == pytest.approx((2 + 10 * thirds) * pair)
     assert kv_bytes(_mor(3), 2048, (1.0, 1.0, 1.0)) == 32 * pair
-    assert kv_bytes(_mor(3, kv="shared"), 2048) == 12 * pair
-    update = kv_bytes(_mor(3, kv="shared_update"), 2048)
+    assert kv_bytes(_mor(3, kv_mode="shared"), 2048) == 12 * pair
+    update = kv_bytes(_mor(3, kv_mode="shared_update"), 2048)
     assert update == pytest.approx(kv_bytes(_mor(3), 2048))
     assert kv_bytes(_paper(dtype="float32"), 2048) == 64 * pair
 
@@ -296,7 +303,7 @@ def test_activation_bytes():
 @pytest.mark.parametrize("remat", ["none", "block", "full"])
 def test_activation_bytes_are_what_the_compiled_step_holds(remat):
     def held(layers: int) -> tuple[float, float]:
-        cfg = dataclasses.replace(WIDE, layers=layers, attention="blockwise", remat=remat)
+        cfg = dataclasses.replace(WIDE, num_layers=layers, attention="blockwise", remat=remat)
         tokens = jax.ShapeDtypeStruct((8, LENGTH), jnp.int32)
         params = state.abstract_params(cfg)
         compiled = jax.jit(lambda p, t: _gradient(cfg, p, t)).lower(params, tokens).compile()
@@ -344,7 +351,7 @@ def test_mfu():
         ),
         ("--length=-5", "length"),
         (f"--length={10**30}", f"error: --length={10**30}: must be at most 2147483647, 32 bits"),
-        ("--length=1000000", "error: --length=1000000: must be between 2 and model.max_length"),
+        ("--length=1000000", "error: --length=1000000: must be between 2 and model.max_seq_len"),
     ],
 )
 def test_the_command_says_what_is_wrong_without_a_traceback(argument, told):

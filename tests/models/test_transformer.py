@@ -24,15 +24,19 @@ CAUSAL, TOPK = Route(mode="causal"), Route()
 MORE = {
     "expert_tight": dataclasses.replace(
         TINY["expert_mlp"],
-        kv="shared",
+        kv_mode="shared",
         share_norms=False,
         router=RouterConfig(
-            kind="expert", score="none", temperature=2.0, capacities=(0.75, 0.5), aux="none"
+            kind="expert",
+            activation="none",
+            temperature=2.0,
+            capacity=(0.75, 0.5),
+            causal_routing="none",
         ),
     ),
     "token_tight": dataclasses.replace(
         TINY["token_mlp"],
-        kv="shared_update",
+        kv_mode="shared_update",
         share_norms=False,
         router=dataclasses.replace(
             TINY["token_mlp"].router, capacity_factor=0.8, gating="additive", temperature=0.5
@@ -185,7 +189,7 @@ def test_one_recursion_equals_the_plain_model(sharing):
 
 @pytest.mark.parametrize("mode", ["topk", "causal"])
 def test_choosing_everybody_adds_one_residual_to_the_recursive_model(mode):
-    router = dataclasses.replace(TINY["expert_additive"].router, capacities=(1.0, 1.0))
+    router = dataclasses.replace(TINY["expert_additive"].router, capacity=(1.0, 1.0))
     cfg = dataclasses.replace(TINY["expert_additive"], router=router)
     params = random_params(cfg)
     out = traced(cfg, params, Route(mode=mode))
@@ -229,9 +233,9 @@ def test_bfloat16_computes_routing_in_float32(name):
 
 
 def test_rows_longer_than_the_maximum_are_refused():
-    cfg = dataclasses.replace(TINY["plain"], max_length=8)
+    cfg = dataclasses.replace(TINY["plain"], max_seq_len=8)
     rows, params = batch(cfg, 1, 9), random_params(cfg)
-    with pytest.raises(ValueError, match=r"length=9: rows may hold at most model\.max_length=8"):
+    with pytest.raises(ValueError, match=r"length=9: rows may hold at most model\.max_seq_len=8"):
         jax.eval_shape(partial(forward, cfg), params, rows)
 
 

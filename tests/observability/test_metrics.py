@@ -12,7 +12,7 @@ from mor_jax.config import LogConfig
 from mor_jax.observability import metrics
 from mor_jax.observability.metrics import Metrics, Record
 
-CFG = LogConfig(every=1)
+CFG = LogConfig(interval=1)
 
 
 def lines(path):
@@ -62,7 +62,7 @@ def test_the_device_is_not_waited_for(tmp_path, monkeypatch):
 
 
 def test_keeps_the_first_and_every_nth_step_but_returns_all(tmp_path):
-    with Metrics(tmp_path, LogConfig(every=4)) as writer:
+    with Metrics(tmp_path, LogConfig(interval=4)) as writer:
         late = [writer.push(step, {"loss": jnp.float32(step)}) for step in range(1, 10)]
     assert steps(tmp_path) == [1, 4, 8]
     assert [record.step for record in late[1:]] == list(range(1, 9))
@@ -116,7 +116,7 @@ def test_other_processes_write_nothing_but_still_learn_the_numbers(tmp_path, mon
 def test_tensorboard_events_can_be_read_back(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    cfg = LogConfig(every=1, tensorboard=True)
+    cfg = LogConfig(interval=1, tensorboard=True)
     train(tmp_path, 1, 4, cfg)
     with Metrics(tmp_path, cfg, start_step=2) as writer:
         writer.push(3, {"loss": jnp.float32(5.0), "depth": jnp.array([0.25, 0.75])})
@@ -148,7 +148,7 @@ def test_wandb_continues_the_run_of_the_workdir(tmp_path, monkeypatch):
         return runs[-1]
 
     monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=init))
-    cfg = LogConfig(every=1, wandb_project="mor")
+    cfg = LogConfig(interval=1, wandb_project="mor")
     for _ in range(2):
         with Metrics(tmp_path, cfg, config={"seed": 1}) as writer:
             writer.write(1, {"loss": 2.0, "depth": [0.25, 0.75]})

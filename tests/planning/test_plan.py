@@ -130,7 +130,7 @@ def test_bytes_by_shapes(gpu_plan):
 
 def test_flops_and_ceilings(gpu_plan):
     cfg = on("middle_cycle", 16)
-    report, tokens = flops(cfg.model, cfg.length), 16 * cfg.length
+    report, tokens = flops(cfg.model, cfg.seq_len), 16 * cfg.seq_len
     assert gpu_plan.model_flops == report.training() * tokens / 8
     assert gpu_plan.hardware_flops == report.hardware() * tokens / 8
     assert gpu_plan.times.matrix == gpu_plan.hardware_flops / 989e12
@@ -142,15 +142,15 @@ def test_flops_and_ceilings(gpu_plan):
 
 @pytest.mark.parametrize("how", ["once", "per_recursion"])
 def test_the_shared_block_is_gathered_as_often_as_asked(how):
-    cfg = on("middle_cycle", 16, ShardingConfig(gather_shared=how), fsdp=8)
+    cfg = on("middle_cycle", 16, ShardingConfig(all_gather_shared=how), fsdp=8)
     plan = make_plan(cfg, parse_topology("h100:8"))
     assert isinstance(plan, Plan)
     times = {row.what: row.forward + row.backward for row in plan.gathered}
-    assert cfg.model.recursions > 1 and cfg.model.remat == "none"
+    assert cfg.model.num_recursions > 1 and cfg.model.remat == "none"
     if how == "once":
         assert times["shared block"] == pytest.approx(1, abs=0.05)
     else:
-        assert times["shared block"] >= cfg.model.recursions * 0.95
+        assert times["shared block"] >= cfg.model.num_recursions * 0.95
 
 
 # --- What does not fit.
@@ -221,13 +221,13 @@ def test_another_error_is_not_taken_for_memory():
 
 
 def test_changes_go_from_gentle_to_thorough():
-    cfg = dataclasses.replace(on("middle_cycle", 16, data=2, fsdp=4), accumulate=1)
+    cfg = dataclasses.replace(on("middle_cycle", 16, data=2, fsdp=4), grad_accum_steps=1)
     mesh = aot.mesh_of(cfg, parse_topology("v5e:2x4"))
     changes = list(fitting.candidates(cfg, mesh, state_fits=True))
     assert changes[:5] == [
         {"model.remat": "block"},
-        {"accumulate": 2},
-        {"sharding.gather_shared": "per_recursion"},
+        {"grad_accum_steps": 2},
+        {"sharding.all_gather_shared": "per_recursion"},
         {"model.remat": "full"},
         {"mesh.data": 1, "mesh.fsdp": 8, "mesh.tensor": 1},
     ]
@@ -358,9 +358,13 @@ def test_siblings_take_the_choices_and_settings_that_they_know():
     choices = "size=360m,recursions=2,kv=shared_update,routing=expert"
     found = siblings(choices, ROOT / "configs", {"model.remat": "full", "mesh.fsdp": 4})
     plain, recursive, mor = (TrainConfig.from_dict(values.to_dict()) for values in found)
-    assert (plain.model.recursions, recursive.model.recursions, mor.model.recursions) == (1, 2, 2)
-    assert (recursive.model.kv, mor.model.kv) == ("shared", "shared_update")
-    assert {cfg.model.width for cfg in (plain, recursive, mor)} == {960}
+    assert (
+        plain.model.num_recursions,
+        recursive.model.num_recursions,
+        mor.model.num_recursions,
+    ) == (1, 2, 2)
+    assert (recursive.model.kv_mode, mor.model.kv_mode) == ("shared", "shared_update")
+    assert {cfg.model.hidden_size for cfg in (plain, recursive, mor)} == {960}
     assert {(cfg.model.remat, cfg.mesh.fsdp) for cfg in (plain, recursive, mor)} == {("full", 4)}
     with pytest.raises(ValueError, match=r"vanilla.py, recursive.py and mor.py"):
         siblings("", ROOT / "docs", {})
@@ -369,9 +373,17 @@ def test_siblings_take_the_choices_and_settings_that_they_know():
 # --- The command and the real compiler.
 
 TINY = [
-    *("--config.model.width=64", "--config.model.layers=4", "--config.model.mlp_width=128"),
-    *("--config.model.heads=2", "--config.model.kv_heads=1", "--config.model.dtype=bfloat16"),
-    *("--config.batch_size=8", "--config.length=128", "--config.mesh.data=1"),
+    *(
+        "--config.model.hidden_size=64",
+        "--config.model.num_layers=4",
+        "--config.model.intermediate_size=128",
+    ),
+    *(
+        "--config.model.num_heads=2",
+        "--config.model.num_kv_heads=1",
+        "--config.model.dtype=bfloat16",
+    ),
+    *("--config.batch_size=8", "--config.seq_len=128", "--config.mesh.data=1"),
     "--config.mesh.fsdp=4",
 ]
 
@@ -414,7 +426,7 @@ def test_three_variants_side_by_side():
 
 def test_a_step_too_large_for_a_tpu():
     """The compiler's own message, whatever form it has in this version, is understood."""
-    cfg = dataclasses.replace(on("plain", 2**16, fsdp=4), length=64, loss_chunk=None)
+    cfg = dataclasses.replace(on("plain", 2**16, fsdp=4), seq_len=64, loss_chunk_size=None)
     cfg = fitting.changed(cfg, {"model.vocab_size": 2**15})
     answer = make_plan(cfg, parse_topology("v5e:2x2"))
     assert isinstance(answer, TooLarge)

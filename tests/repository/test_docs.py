@@ -30,16 +30,17 @@ PAGE_IDS = [str(page.relative_to(ROOT)) for page in PAGES]
 # A run of seconds; the model stays as it was chosen.
 SHORT_RUN = """\
 --config.steps=3 --config.optim.warmup_steps=1 --config.optim.decay_steps=1 \
---config.batch_size=8 --config.length=64 --config.accumulate=1 --config.loss_chunk=None \
---config.eval.every=None --config.eval.batches=1 --config.eval.batch_size=8 \
---config.eval.completion_tokens=4 --config.checkpoint.every=None \
+--config.batch_size=8 --config.seq_len=64 --config.grad_accum_steps=1 \
+--config.loss_chunk_size=None \
+--config.eval.interval=None --config.eval.batches=1 --config.eval.batch_size=8 \
+--config.eval.completion_tokens=4 --config.checkpoint.interval=None \
 --config.mesh.data=None --config.mesh.fsdp=1 --config.mesh.tensor=1"""
 
 # Any shipped configuration at a size that trains in seconds; structure stays as it was chosen.
 TINY_RUN = f"""{SHORT_RUN} \
---config.model.width=32 --config.model.heads=4 --config.model.kv_heads=2 \
---config.model.head_dim=8 --config.model.mlp_width=64 --config.model.vocab_size=256 \
---config.model.max_length=256 --config.data.sources=stdlib --config.data.tokenizer=bytes"""
+--config.model.hidden_size=32 --config.model.num_heads=4 --config.model.num_kv_heads=2 \
+--config.model.head_dim=8 --config.model.intermediate_size=64 --config.model.vocab_size=256 \
+--config.model.max_seq_len=256 --config.data.sources=stdlib --config.data.tokenizer=bytes"""
 
 # What the Python blocks read. The command itself is on the page too.
 EXPORT = (

@@ -84,12 +84,16 @@ def test_settings_keep_their_values(earlier):
     cfg = read_config("run")
     assert config_of(from_workdir, "run") == cfg
     model, router = cfg.model, cfg.model.router
-    assert (cfg.length, cfg.accumulate, cfg.loss_chunk) == (16, 2, 8)
-    assert (model.width, model.layers, model.mlp_width) == (8, 4, 16)
-    assert (model.heads, model.kv_heads, model.head_dim) == (2, 1, 4)
-    assert (router.score, router.aux, cfg.optim.router_lr_ratio) == ("tanh", "aux_router", 3.0)
-    assert (cfg.data.heldout_share, cfg.data.within_documents) == (0.3, True)
-    assert (cfg.hosts.timeout, cfg.checkpoint.also) == (31, (4,))
+    assert (cfg.seq_len, cfg.grad_accum_steps, cfg.loss_chunk_size) == (16, 2, 8)
+    assert (model.hidden_size, model.num_layers, model.intermediate_size) == (8, 4, 16)
+    assert (model.num_heads, model.num_kv_heads, model.head_dim) == (2, 1, 4)
+    assert (router.activation, router.causal_routing, cfg.optim.aux_router_lr_ratio) == (
+        "tanh",
+        "aux_router",
+        3.0,
+    )
+    assert (cfg.data.validation_fraction, cfg.data.document_mask) == (0.3, True)
+    assert (cfg.hosts.heartbeat_timeout, cfg.checkpoint.keep_steps) == (31, (4,))
 
 
 def test_a_run_goes_on_as_it_would_have_then(earlier):
@@ -137,7 +141,7 @@ def test_exports_are_written_and_read_as_then(earlier):
         given = [f"--from={origin}", f"--source={source}", f"--workdir={target}"]
         assert convert.main(["import", *given, "--tokenizer=bytes"]) == 0
         assert_same_files(f"{target}/{arrays}", f"imported/{arrays}")
-        assert read_config(target).model.router.score == "tanh"
+        assert read_config(target).model.router.activation == "tanh"
     assert read_config("new-hf-export") == read_config("imported")
     # Files of an export that was sent on without its code get it again.
     assert convert.main(["refresh", "--path=export"]) == 0
@@ -147,8 +151,8 @@ def test_a_study_is_read_fitted_and_reported(earlier, capsys):
     study = read_study("study")
     for name in ("mor-2-w16-1e12-s0", "plain-w64-4e12-s0"):
         planned = study.config(study.run(name))
-        assert planned.data.heldout_share == 0.02 and planned.batch_size == 4
-        assert f"w{planned.model.width}" == study.run(name).size
+        assert planned.data.validation_fraction == 0.02 and planned.batch_size == 4
+        assert f"w{planned.model.hidden_size}" == study.run(name).size
         assert config_of(from_study, f"study/{name}") == planned
         assert differences(read_config(f"study/runs/{name}"), planned) == []
     # Results of these two are only in their directories.

@@ -27,7 +27,7 @@ def served(name: str, **changes) -> Served:
         cfg=cfg,
         params=random_params(cfg),
         thresholds=None,
-        shares=routed_shares(cfg, cfg.max_length),
+        shares=routed_shares(cfg, cfg.max_seq_len),
         tokenizer=ByteTokenizer(),
         chat_template=None,
         special_tokens={},

@@ -18,7 +18,7 @@ from mor_jax.inference.server.api_server import Server, address, bind
 from mor_jax.inference.server.app import Api
 from mor_jax.inference.server.limits import Limits
 
-MODEL = of_bytes("expert_cycle", max_length=512)
+MODEL = of_bytes("expert_cycle", max_seq_len=512)
 TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}<assistant>"
 
 

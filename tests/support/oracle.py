@@ -75,15 +75,15 @@ def _plain(row, params, x):
     cfg, everyone = row.cfg, np.ones(x.shape[:2], bool)
     if not cfg.is_sequence:
         kv = None
-        for r in range(cfg.recursions):
+        for r in range(cfg.num_recursions):
             x, used = _block(row, params["shared"], x, everyone, r, kv)
-            kv = used if cfg.kv != "recursion" else None
+            kv = used if cfg.kv_mode != "recursion" else None
         return x, None, None
     for slot in range(cfg.shared_layers):
         kv = None
-        for r in range(cfg.recursions):
+        for r in range(cfg.num_recursions):
             x, used = _layer(row, _slice(params["shared"], slot), x, everyone, r, kv)
-            kv = used if cfg.kv != "recursion" else None
+            kv = used if cfg.kv_mode != "recursion" else None
     return x, None, None
 
 
@@ -92,21 +92,23 @@ def _expert(row, params, x):
     active = row.segments > 0
     depth, kv = active * 0, None
     sums = {name: [] for name in ("bce", "z", "candidates", "chosen")}
-    for r, share in enumerate(router.shares(cfg.recursions)):
+    for r, share in enumerate(router.shares(cfg.num_recursions)):
         z = _logits(router, params["router"]["main"], x / router.temperature, r)
         trained = (
-            z if router.aux != "aux_router" else _logits(router, params["router"]["aux"], x, r)
+            z
+            if router.causal_routing != "aux_router"
+            else _logits(router, params["router"]["aux"], x, r)
         )
         p = {"sigmoid": router.alpha * _sigmoid(z), "tanh": router.alpha * np.tanh(z), "none": z}
         if row.causal:
             chosen = active if share == 1 else active & (trained >= 0)
         else:
-            chosen = _best(p[router.score], active, row.counts[r])
+            chosen = _best(p[router.activation], active, row.counts[r])
         bce = np.log1p(np.exp(trained)) - chosen * trained
         for name, value in (("bce", bce), ("z", z * z), ("candidates", 1), ("chosen", chosen)):
             sums[name].append(np.sum(value * active))
         y, kv = _visit(row, params, x, chosen, r, kv)
-        gate = p[router.score][..., None] if router.gating == "weighted" else 1.0
+        gate = p[router.activation][..., None] if router.gating == "weighted" else 1.0
         x = np.where(chosen[..., None], x + gate * y, x)
         active, depth = chosen, depth + chosen
     return x, depth, {name: np.array(values) for name, values in sums.items()}
@@ -117,11 +119,13 @@ def _token(row, params, x):
     present = row.segments > 0
     z = _logits(router, params["router"]["main"], x / router.temperature, None)
     e = np.exp(z)
-    w = router.alpha * (e / e.sum(-1, keepdims=True) if router.score == "softmax" else _sigmoid(z))
+    w = router.alpha * (
+        e / e.sum(-1, keepdims=True) if router.activation == "softmax" else _sigmoid(z)
+    )
     choice = np.argmax(w + params["router"].get("bias", 0.0), axis=-1)
     gate = np.take_along_axis(w, choice[..., None], -1)
     active, depth, kv, state, overflow = present, present * 0, None, x, []
-    for r in range(cfg.recursions):
+    for r in range(cfg.num_recursions):
         wanted = active & (choice >= r)
         active = wanted if row.causal else _best(gate[..., 0], wanted, row.counts[r])
         overflow.append(np.sum(wanted & ~active))
@@ -131,7 +135,7 @@ def _token(row, params, x):
     out = x + (gate if router.gating == "weighted" else 1.0) * state
     sums = {
         "weight": np.einsum("blr,bl->r", w, present),
-        "choice": np.einsum("blr,bl->r", np.eye(cfg.recursions)[choice], present),
+        "choice": np.einsum("blr,bl->r", np.eye(cfg.num_recursions)[choice], present),
         "z": np.sum(np.log(e.sum(-1)) ** 2 * present),
         "tokens": np.sum(present),
         "overflow": np.array(overflow),
@@ -141,7 +145,7 @@ def _token(row, params, x):
 
 def _visit(row, params, x, chosen, r, kv):
     """The shared block on the chosen tokens; what it does to the others means nothing."""
-    if row.cfg.kv == "recursion":
+    if row.cfg.kv_mode == "recursion":
         return _block(row, params["shared"], x, chosen, r)[0], None
     if r == 0:
         return _block(row, params["shared"], x, np.ones(chosen.shape, bool))
@@ -178,7 +182,7 @@ def _layer(row, w, x, chosen, r, kv):
     v = np.einsum("bld,dgk->blgk", normed, a["v"])
     visible = chosen
     if kv is not None:
-        fresh = chosen[..., None, None] & (cfg.kv == "shared_update")
+        fresh = chosen[..., None, None] & (cfg.kv_mode == "shared_update")
         k, v = np.where(fresh, k, kv[0]), np.where(fresh, v, kv[1])
         visible = np.ones(chosen.shape, bool)
     x = x + np.einsum("blhk,hkd->bld", _attend(row, q, k, v, visible), a["o"])

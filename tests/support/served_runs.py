@@ -15,8 +15,8 @@ def write_run(workdir, model, *, params=None, seed=1, tokenizer="bytes", sources
     """Weights to start from in a new directory `workdir`; returns the run's configuration."""
     cfg = train_config(
         model=model,
-        data=DataConfig(sources=sources, tokenizer=tokenizer, heldout_share=0.2),
-        eval=EvalConfig(every=None, batches=8, batch_size=4, prompt="", completion_tokens=0),
+        data=DataConfig(sources=sources, tokenizer=tokenizer, validation_fraction=0.2),
+        eval=EvalConfig(interval=None, batches=8, batch_size=4, prompt="", completion_tokens=0),
     )
     claim_workdir(workdir, cfg)
     params = random_params(model, seed) if params is None else params

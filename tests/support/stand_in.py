@@ -39,7 +39,7 @@ for setting, value in run["settings"].items():
     for key in groups:
         group = group[key]
     group[leaf] = value
-for step in (run["steps"], *config["checkpoint"]["also"]):
+for step in (run["steps"], *config["checkpoint"]["keep_steps"]):
     (workdir / "checkpoints" / f"{step:08d}").mkdir(parents=True, exist_ok=True)
     (workdir / "checkpoints" / f"{step:08d}" / "manifest.json").write_text("{}")
 loss = float("nan") if order == "nan" else 1.0 + run["effective"] / 1e6

@@ -27,25 +27,25 @@ from mor_jax.types import IGNORE, Batch
 
 BASE = ModelConfig(
     vocab_size=64,
-    width=32,
-    layers=4,
-    heads=4,
-    kv_heads=2,
+    hidden_size=32,
+    num_layers=4,
+    num_heads=4,
+    num_kv_heads=2,
     head_dim=8,
-    mlp_width=48,
-    max_length=64,
+    intermediate_size=48,
+    max_seq_len=64,
     dtype="float32",
     attention="xla",
     # Wider than the usual 0.02, so that outputs of such a small model are not all alike.
     init_std=0.1,
 )
 EXPERT_ROUTER = RouterConfig(kind="expert")
-TOKEN_ROUTER = RouterConfig(kind="token", score="softmax", alpha=1.0)
+TOKEN_ROUTER = RouterConfig(kind="token", activation="softmax", alpha=1.0)
 
 
 def _model(layers: int, recursions: int, sharing: str, **changes) -> ModelConfig:
     cfg = dataclasses.replace(
-        BASE, layers=layers, recursions=recursions, sharing=sharing, **changes
+        BASE, num_layers=layers, num_recursions=recursions, sharing=sharing, **changes
     )
     cfg.validate()
     return cfg
@@ -67,20 +67,20 @@ TINY: dict[str, ModelConfig] = {
     "middle_cycle": _model(6, 2, "middle_cycle"),
     "middle_sequence": _model(6, 2, "middle_sequence"),
     "middle_cycle_norms": _model(6, 2, "middle_cycle", share_norms=False),
-    "middle_cycle_kv": _model(8, 3, "middle_cycle", kv="shared"),
+    "middle_cycle_kv": _model(8, 3, "middle_cycle", kv_mode="shared"),
     "expert": _model(8, 3, "middle_cycle", router=EXPERT_ROUTER),
     "expert_cycle": _model(6, 3, "cycle", router=EXPERT_ROUTER),
-    "expert_kv": _model(8, 3, "middle_cycle", kv="shared", router=EXPERT_ROUTER),
-    "expert_kv_update": _model(8, 3, "middle_cycle", kv="shared_update", router=EXPERT_ROUTER),
-    "expert_aux_router": _model(8, 3, "middle_cycle", router=_expert(aux="aux_router")),
-    "expert_mlp": _model(6, 2, "middle_cycle", router=_expert(arch="mlp", score="tanh")),
+    "expert_kv": _model(8, 3, "middle_cycle", kv_mode="shared", router=EXPERT_ROUTER),
+    "expert_kv_update": _model(8, 3, "middle_cycle", kv_mode="shared_update", router=EXPERT_ROUTER),
+    "expert_aux_router": _model(8, 3, "middle_cycle", router=_expert(causal_routing="aux_router")),
+    "expert_mlp": _model(6, 2, "middle_cycle", router=_expert(arch="mlp", activation="tanh")),
     "expert_additive": _model(6, 2, "middle_cycle", router=_expert(gating="additive")),
     "token": _model(8, 3, "middle_cycle", router=TOKEN_ROUTER),
     "token_cycle": _model(6, 3, "cycle", router=TOKEN_ROUTER),
-    "token_kv": _model(8, 3, "middle_cycle", kv="shared", router=TOKEN_ROUTER),
-    "token_loss_free": _model(8, 3, "middle_cycle", router=_token(balancing="loss_free")),
+    "token_kv": _model(8, 3, "middle_cycle", kv_mode="shared", router=TOKEN_ROUTER),
+    "token_loss_free": _model(8, 3, "middle_cycle", router=_token(load_balancing="loss_free")),
     "token_mlp": _model(
-        6, 2, "middle_cycle", router=_token(arch="mlp", score="sigmoid", alpha=0.1)
+        6, 2, "middle_cycle", router=_token(arch="mlp", activation="sigmoid", alpha=0.1)
     ),
 }
 
@@ -95,12 +95,12 @@ def train_config(name: str = "expert", **changes) -> TrainConfig:
     cfg = TrainConfig(
         steps=8,
         batch_size=4,
-        length=16,
-        loss_chunk=32,
+        seq_len=16,
+        loss_chunk_size=32,
         model=TINY[name],
         optim=OptimConfig(lr=1e-2, warmup_steps=2, decay_steps=2),
         data=DataConfig(),
-        eval=EvalConfig(every=None, batches=1, batch_size=4, prompt="", completion_tokens=0),
+        eval=EvalConfig(interval=None, batches=1, batch_size=4, prompt="", completion_tokens=0),
     )
     cfg = dataclasses.replace(cfg, **changes)
     cfg.validate()

@@ -19,7 +19,7 @@ def cfg(tmp_path):
     text = "\n".join(json.dumps({"text": f"{i} " * 30}) for i in range(20))
     (tmp_path / "a.jsonl").write_text(text)
     corpus = dataclasses.replace(
-        train_config("plain").data, sources=(f"jsonl:{tmp_path}/a.jsonl",), heldout_share=0.2
+        train_config("plain").data, sources=(f"jsonl:{tmp_path}/a.jsonl",), validation_fraction=0.2
     )
     return train_config("plain", data=corpus)
 
@@ -27,7 +27,7 @@ def cfg(tmp_path):
 def begun(cfg):
     """Beginning of the data and its hash, as a start has them."""
     tokenizer = data.load_tokenizer("bytes")
-    place = data.place_of(cfg.data, tokenizer, length=cfg.length, seed=cfg.seed)
+    place = data.place_of(cfg.data, tokenizer, length=cfg.seq_len, seed=cfg.seed)
     return place, data.fingerprint(cfg.data, tokenizer)
 
 
@@ -47,7 +47,7 @@ def test_data_that_changed_is_refused_with_old_notes_too(cfg):
     place, fingerprint = begun(cfg)
     old = facts_of(cfg, 12, fingerprint=fingerprint)
     assert carried_place(old, cfg, place, fingerprint) == dataclasses.replace(place, row=12)
-    faster = dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, workers=3, prefetch=7))
+    faster = dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, num_workers=3, prefetch=7))
     assert carried_place(old, faster, place, fingerprint).row == 12
     with pytest.raises(ValueError, match=r"the data changed since step 5 was saved.*position 12"):
         carried_place(old, cfg, place, "another")
@@ -72,7 +72,7 @@ def test_places_counted_in_batches_become_rows(cfg, tmp_path, monkeypatch):
     assert found["extra"] == extra
     assert carried_place(found, cfg, place, fingerprint).row == 160
     assert newest(epath.Path(tmp_path)) == found
-    longer = dataclasses.replace(cfg, length=32)
+    longer = dataclasses.replace(cfg, seq_len=32)
     with pytest.raises(ValueError, match=r"^length=32: 160 rows of"):
         carried_place(found, longer, *begun(longer))
     # One that is damaged is passed over; whoever restores says so.

@@ -15,7 +15,7 @@ from mor_jax.models.routing.router import Route
 from mor_jax.training.evaluator import Evaluator, complete, token_depths
 from mor_jax.types import IGNORE, Batch
 
-MODEL = dataclasses.replace(TINY["expert_cycle"], layers=2, recursions=2)
+MODEL = dataclasses.replace(TINY["expert_cycle"], num_layers=2, num_recursions=2)
 PARAMS = random_params(MODEL)
 
 
@@ -60,7 +60,7 @@ def test_losses_and_depths_are_means_over_all_tokens():
 
 
 def test_sums_of_rows_are_those_of_their_tokens():
-    cfg = dataclasses.replace(train_config(model=MODEL), loss_chunk=5)
+    cfg = dataclasses.replace(train_config(model=MODEL), loss_chunk_size=5)
     batch = rows(0, padded=9)
     starts = position_starts(16)
     assert starts == (0, 1, 2, 4, 8)
@@ -83,7 +83,7 @@ def test_sums_of_rows_are_those_of_their_tokens():
 
 
 def test_models_without_routing_have_one_loss():
-    cfg = train_config("plain", model=dataclasses.replace(TINY["plain"], layers=1))
+    cfg = train_config("plain", model=dataclasses.replace(TINY["plain"], num_layers=1))
     found = Evaluator.of(cfg, [rows(0, padded=9)])(random_params(cfg.model))
     assert found.keys() == {"loss_causal", "accuracy_causal"}
 

@@ -18,7 +18,7 @@ __all__ = ["corpus"]
 
 def short(corpus, steps, **optim):
     """Ends after `steps`, the last two of them in the decay."""
-    checkpoint = CheckpointConfig(every=None, keep=1, also=(3,))
+    checkpoint = CheckpointConfig(interval=None, max_to_keep=1, keep_steps=(3,))
     cfg = dataclasses.replace(config(corpus), steps=steps, checkpoint=checkpoint)
     return dataclasses.replace(cfg, optim=OptimConfig(warmup_steps=2, decay_steps=2, **optim))
 

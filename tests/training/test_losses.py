@@ -95,7 +95,9 @@ def expert_routing(**sums):
 @pytest.mark.parametrize(("aux", "weight"), [("aux_loss", 0.5), ("aux_router", 1.0), ("none", 0.0)])
 def test_expert_losses_are_means_over_candidates_summed_over_recursions(aux, weight):
     cfg = TINY["expert"]
-    router = dataclasses.replace(cfg.router, aux=aux, aux_coeff=0.5, z_coeff=0.1)
+    router = dataclasses.replace(
+        cfg.router, causal_routing=aux, aux_loss_coeff=0.5, z_loss_coeff=0.1
+    )
     cfg = dataclasses.replace(cfg, router=router)
     routing = expert_routing(bce=jnp.array([8.0, 8.0, 3.0]), z=jnp.array([4.0, 0.0, 6.0]))
     counts = Counts(jnp.float32(9), jnp.float32(16), jnp.array([16.0, 8.0, 2.0]))
@@ -108,7 +110,9 @@ def test_expert_losses_are_means_over_candidates_summed_over_recursions(aux, wei
 @pytest.mark.parametrize("balancing", ["loss", "loss_free", "none"])
 def test_balancing_multiplies_mean_scores_with_the_share_of_each_depth(balancing):
     cfg = TINY["token"]
-    router = dataclasses.replace(cfg.router, balancing=balancing, balance_coeff=0.2, z_coeff=0.1)
+    router = dataclasses.replace(
+        cfg.router, load_balancing=balancing, balance_loss_coeff=0.2, z_loss_coeff=0.1
+    )
     cfg = dataclasses.replace(cfg, router=router)
     sums = TokenSums(
         weight=jnp.array([4.0, 3.0, 1.0]),

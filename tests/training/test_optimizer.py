@@ -131,7 +131,7 @@ def test_equals_numpy_adamw_with_the_auxiliary_router_apart(params, size):
     main = set(start) - {"router.aux.weight", "router.bias"}
     want = numpy_adamw(CFG, start, grads, lr, decay, main)
     aux = {"router.aux.weight"}
-    want |= numpy_adamw(CFG, start, grads, CFG.router_lr_ratio * lr, decay, aux)
+    want |= numpy_adamw(CFG, start, grads, CFG.aux_router_lr_ratio * lr, decay, aux)
     for path, value in want.items():
         np.testing.assert_allclose(got[path], value, rtol=2e-5, atol=2e-6, err_msg=path)
     np.testing.assert_array_equal(got["router.bias"], start["router.bias"])
@@ -165,7 +165,7 @@ def test_only_matrices_shrink_without_gradients(params):
     zeros = jax.tree.map(jnp.zeros_like, params)
     before, after = flatten(params), flatten(run(cfg, params, [zeros])[0])
     factors = {path: (after[path] / before[path]).flat[0] for path in before}
-    plain, aux = 1 - cfg.lr * 0.1, 1 - cfg.router_lr_ratio * cfg.lr * 0.1
+    plain, aux = 1 - cfg.lr * 0.1, 1 - cfg.aux_router_lr_ratio * cfg.lr * 0.1
     want = {
         "embed.weight": plain,
         "norm.scale": 1.0,

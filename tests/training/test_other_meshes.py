@@ -31,16 +31,16 @@ def run_config(tmp_path):
     """With the learning rate the same however long the run is."""
     (tmp_path / "text.txt").write_text(" ".join(str(i * i) for i in range(3000)))
     (tmp_path / "more.txt").write_text(" ".join(str(i * 7) for i in range(3000)))
-    model = dataclasses.replace(TINY["plain"], vocab_size=256, layers=1)
+    model = dataclasses.replace(TINY["plain"], vocab_size=256, num_layers=1)
     return train_config(
         steps=8,
         batch_size=8,
         model=model,
-        data=DataConfig(sources=(f"text:{tmp_path}/*.txt",), heldout_share=0.5),
-        eval=EvalConfig(every=None, batches=1, batch_size=8, prompt="", completion_tokens=0),
+        data=DataConfig(sources=(f"text:{tmp_path}/*.txt",), validation_fraction=0.5),
+        eval=EvalConfig(interval=None, batches=1, batch_size=8, prompt="", completion_tokens=0),
         optim=OptimConfig(lr=1e-2, schedule="constant", warmup_steps=0),
-        log=LogConfig(every=1),
-        checkpoint=CheckpointConfig(every=None),
+        log=LogConfig(interval=1),
+        checkpoint=CheckpointConfig(interval=None),
     )
 
 

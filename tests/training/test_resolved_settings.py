@@ -25,7 +25,9 @@ from mor_jax.training.resolved_settings import settled, settled_in
 from mor_jax.training.trainer import fit
 
 RUN = train_config("expert")
-LONG = dataclasses.replace(RUN, length=2048, model=dataclasses.replace(RUN.model, max_length=2048))
+LONG = dataclasses.replace(
+    RUN, seq_len=2048, model=dataclasses.replace(RUN.model, max_seq_len=2048)
+)
 
 
 def multiple(cfg: TrainConfig) -> int | None:
@@ -101,16 +103,16 @@ def test_training_writes_it_down_and_goes_on_elsewhere(tmp_path, monkeypatch):
     for i in range(40):
         (tmp_path / f"{i}.txt").write_text(f"Text {i}: " + " ".join(map(str, range(i, i + 60))))
     model = dataclasses.replace(
-        TINY["expert_cycle"], vocab_size=256, layers=2, recursions=2, router=EXPERT_ROUTER
+        TINY["expert_cycle"], vocab_size=256, num_layers=2, num_recursions=2, router=EXPERT_ROUTER
     )
     cfg = train_config(
-        length=64,
+        seq_len=64,
         batch_size=8,
         steps=2,
         model=model,
         optim=OptimConfig(warmup_steps=1, decay_steps=1),
-        data=DataConfig(sources=(f"text:{tmp_path}/*.txt",), heldout_share=0.2),
-        eval=EvalConfig(every=None, batches=1, batch_size=8, prompt="", completion_tokens=0),
+        data=DataConfig(sources=(f"text:{tmp_path}/*.txt",), validation_fraction=0.2),
+        eval=EvalConfig(interval=None, batches=1, batch_size=8, prompt="", completion_tokens=0),
     )
     monkeypatch.setattr(sharding, "platform", lambda: "cuda")
     fit(cfg, tmp_path / "run")

@@ -20,8 +20,8 @@ from mor_jax.observability.event_log import read
 from mor_jax.training.trainer import fit
 from mor_jax.types import IGNORE
 
-MODEL = dataclasses.replace(TINY["plain"], vocab_size=256, layers=1)
-ROUTED = dataclasses.replace(TINY["expert_cycle"], vocab_size=256, layers=2, recursions=2)
+MODEL = dataclasses.replace(TINY["plain"], vocab_size=256, num_layers=1)
+ROUTED = dataclasses.replace(TINY["expert_cycle"], vocab_size=256, num_layers=2, num_recursions=2)
 PARAMS = random_params(MODEL)
 
 
@@ -36,16 +36,16 @@ def cfg(tmp_path_factory):
         steps=1,
         batch_size=8,
         optim=OptimConfig(warmup_steps=1, decay_steps=0, max_skipped_steps=2),
-        data=DataConfig(sources=(f"text:{folder}/*.txt",), heldout_share=0.2),
-        eval=EvalConfig(every=None, batches=1, batch_size=8, prompt="", completion_tokens=0),
-        checkpoint=CheckpointConfig(every=1),
+        data=DataConfig(sources=(f"text:{folder}/*.txt",), validation_fraction=0.2),
+        eval=EvalConfig(interval=None, batches=1, batch_size=8, prompt="", completion_tokens=0),
+        checkpoint=CheckpointConfig(interval=1),
         mesh=MeshConfig(data=1, fsdp=8),
     )
 
 
 def import_into(path, cfg):
     """What an import leaves: the weights, and a configuration with some recipe."""
-    claim_workdir(path, dataclasses.replace(cfg, steps=5000, batch_size=64, length=64))
+    claim_workdir(path, dataclasses.replace(cfg, steps=5000, batch_size=64, seq_len=64))
     params = held(dict(flatten(random_params(cfg.model))))
     pretrained.write(path, cfg.model, params, {"from": "a/model"})
     return path
@@ -89,7 +89,9 @@ def test_skipped_steps_before_any_checkpoint_lead_back_to_these_weights(cfg, wor
     monkeypatch.setattr(data.TrainBatches, "__next__", without_targets)
     optim = dataclasses.replace(cfg.optim, warmup_steps=3)
     longer = dataclasses.replace(cfg, steps=3, optim=optim)
-    fit(dataclasses.replace(longer, checkpoint=CheckpointConfig(every=1, keep=9)), workdir)
+    fit(
+        dataclasses.replace(longer, checkpoint=CheckpointConfig(interval=1, max_to_keep=9)), workdir
+    )
     (back,) = [event for event in read(workdir / "events.jsonl") if event["event"] == "rollback"]
     assert (back["from_step"], back["step"], back["jumped"]) == (2, 0, [0, 2 * cfg.batch_size])
     jax.tree.map(np.testing.assert_array_equal, saved(workdir), PARAMS)
@@ -110,25 +112,25 @@ def test_damaged_weights_are_refused_and_nothing_is_claimed(cfg, workdir):
 def test_before_the_first_checkpoint_only_what_the_weights_mean_stands_firm(cfg, tmp_path):
     cfg = dataclasses.replace(cfg, model=ROUTED)
     workdir = import_into(tmp_path / "run", cfg)
-    router = dataclasses.replace(ROUTED.router, capacity_warmup_steps=7, aux_coeff=0.1)
+    router = dataclasses.replace(ROUTED.router, capacity_warmup_steps=7, aux_loss_coeff=0.1)
     model = dataclasses.replace(ROUTED, router=router, dtype="bfloat16", remat="full")
     other = dataclasses.replace(cfg, model=model, seed=9, batch_size=2, data=DataConfig())
     assert check_workdir(workdir, other) == []
-    longer = dataclasses.replace(other, model=dataclasses.replace(model, max_length=128))
+    longer = dataclasses.replace(other, model=dataclasses.replace(model, max_seq_len=128))
     worded = dataclasses.replace(longer, data=DataConfig(tokenizer="words"))
     with pytest.raises(ValueError) as error:
         check_workdir(workdir, worded)
     for text in (
         "holds imported weights of another model:",
         "data.tokenizer: 'bytes' there, 'words' now",
-        "model.max_length: 64 there, 128 now",
+        "model.max_seq_len: 64 there, 128 now",
         f"--config=configs/from_workdir.py:{workdir}",
-        "--allow_changes=data.tokenizer,model.max_length",
+        "--allow_changes=data.tokenizer,model.max_seq_len",
     ):
         assert text in str(error.value)
     assert "seed" not in str(error.value) and "delete" not in str(error.value)
-    allowed = [Change("model.max_length", "64", "128")]
-    assert check_workdir(workdir, longer, ["model.max_length"]) == allowed
+    allowed = [Change("model.max_seq_len", "64", "128")]
+    assert check_workdir(workdir, longer, ["model.max_seq_len"]) == allowed
     # From the first checkpoint on it is a run like any other.
     with Checkpoints(workdir, cfg.checkpoint) as checkpoints:
         checkpoints.save(1, {"params": PARAMS}, 0, cfg.to_dict())

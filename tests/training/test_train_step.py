@@ -26,15 +26,17 @@ LENGTH = 16
 
 def model(name, **changes):
     """`TINY[name]` with one shared layer and two recursions, which compiles in half the time."""
-    cfg = dataclasses.replace(TINY[name], layers=2)
+    cfg = dataclasses.replace(TINY[name], num_layers=2)
     if cfg.router.kind != "none":
-        warm = dataclasses.replace(cfg.router, z_coeff=0.01, balance_warmup_steps=2)
-        cfg = dataclasses.replace(cfg, sharing="cycle", recursions=2, router=warm)
+        warm = dataclasses.replace(cfg.router, z_loss_coeff=0.01, balance_warmup_steps=2)
+        cfg = dataclasses.replace(cfg, sharing="cycle", num_recursions=2, router=warm)
     return dataclasses.replace(cfg, **changes)
 
 
 def config(name, accumulate=1, **changes):
-    return train_config(model=model(name, **changes), accumulate=accumulate, loss_z_coeff=0.01)
+    return train_config(
+        model=model(name, **changes), grad_accum_steps=accumulate, z_loss_coeff=0.01
+    )
 
 
 @cache
@@ -115,7 +117,7 @@ def test_recomputing_activations_changes_nothing(remat):
 
 def test_recomputing_activations_keeps_less_for_the_backward_pass():
     def kept(remat):
-        cfg = dataclasses.replace(TINY["expert_cycle"], layers=6, recursions=2, remat=remat)
+        cfg = dataclasses.replace(TINY["expert_cycle"], num_layers=6, num_recursions=2, remat=remat)
         batch = rows(0)
 
         def run(params):
@@ -152,7 +154,7 @@ def test_a_step_without_finite_loss_changes_nothing_but_the_counters():
 def test_loss_free_balancing_moves_the_bias_by_its_rate_towards_rare_depths():
     cfg = config("token_loss_free")
     history = three_steps(cfg)
-    first, rate = history[0], cfg.model.router.bias_rate
+    first, rate = history[0], cfg.model.router.bias_update_rate
     # In balancing warm-up (2 steps, counted from 1) everybody goes to the end, the bias is zero.
     assert first[1]["choice_share"].tolist() == [0.0, 1.0]
     assert first[0].params["router"]["bias"].tolist() == [0.0, 0.0]
@@ -168,7 +170,7 @@ def test_loss_free_balancing_moves_the_bias_by_its_rate_towards_rare_depths():
 @pytest.mark.parametrize("count", [[24, 24, 24], [23, 25, 24], [0, 36, 36], [1, 1, 16777210]])
 def test_an_even_use_of_the_depths_moves_no_bias(count):
     cfg = dataclasses.replace(config("token_loss_free"), model=TINY["token_loss_free"])
-    rate = cfg.model.router.bias_rate
+    rate = cfg.model.router.bias_update_rate
     params = {"router": {"bias": jnp.zeros(3)}}
     ready, ok = jnp.asarray(99), jnp.asarray(True)
     # Compiled, a division of such counts would round, and an even use have a sign.
@@ -180,7 +182,7 @@ def test_an_even_use_of_the_depths_moves_no_bias(count):
 def test_the_auxiliary_router_is_trained_alone():
     touched = {}
     for aux in ("aux_loss", "aux_router"):
-        router = dataclasses.replace(TINY["expert"].router, aux=aux)
+        router = dataclasses.replace(TINY["expert"].router, causal_routing=aux)
         cfg = model("expert_aux_router", router=router)
         batch, kept = rows(0), capacity_counts(cfg, LENGTH)
 
@@ -201,8 +203,10 @@ def test_reported_terms_add_up_and_shares_are_shares():
         cfg = config(name)
         router = cfg.model.router
         for _, m in three_steps(cfg):
-            bce = {"aux_loss": router.aux_coeff, "aux_router": 1.0}.get(router.aux, 0.0)
-            balance = router.balance_coeff * (router.balancing == "loss")
+            bce = {"aux_loss": router.aux_loss_coeff, "aux_router": 1.0}.get(
+                router.causal_routing, 0.0
+            )
+            balance = router.balance_loss_coeff * (router.load_balancing == "loss")
             total = m["ce"] + 0.01 * m["logit_z"] + 0.01 * m["router_z"]
             total += bce * m.get("router_bce", 0.0) + balance * m.get("router_balance", 0.0)
             np.testing.assert_allclose(m["loss"], total, rtol=1e-5)

@@ -32,7 +32,7 @@ from mor_jax.training import trainer
 from mor_jax.training.trainer import Diverged, Stopped, fit
 from mor_jax.types import IGNORE
 
-EVAL = EvalConfig(every=None, batches=1, batch_size=8, prompt="", completion_tokens=0)
+EVAL = EvalConfig(interval=None, batches=1, batch_size=8, prompt="", completion_tokens=0)
 
 
 @pytest.fixture(scope="module")
@@ -41,14 +41,14 @@ def corpus(tmp_path_factory):
     folder = tmp_path_factory.mktemp("texts")
     for i in range(60):
         (folder / f"{i}.txt").write_text(f"Text {i}: " + " ".join(str(i * k) for k in range(20)))
-    return DataConfig(sources=(f"text:{folder}/*.txt",), heldout_share=0.2)
+    return DataConfig(sources=(f"text:{folder}/*.txt",), validation_fraction=0.2)
 
 
 def config(corpus, name="plain", layers=1, model=None, **changes):
     """Bytes in rows of 16, eight rows a step, everything logged."""
-    model = dataclasses.replace(TINY[name], vocab_size=256, layers=layers, **(model or {}))
+    model = dataclasses.replace(TINY[name], vocab_size=256, num_layers=layers, **(model or {}))
     base = train_config(steps=6, batch_size=8, model=model, data=corpus, eval=EVAL)
-    log, checkpoint = LogConfig(every=1), CheckpointConfig(every=2)
+    log, checkpoint = LogConfig(interval=1), CheckpointConfig(interval=2)
     cfg = dataclasses.replace(base, log=log, checkpoint=checkpoint)
     return dataclasses.replace(cfg, **changes)
 
@@ -56,9 +56,9 @@ def config(corpus, name="plain", layers=1, model=None, **changes):
 def routed(corpus):
     """Expert-choice, whose capacities change after step 2 of 5."""
     router = dataclasses.replace(
-        TINY["expert"].router, capacity_warmup_steps=3, capacity_warmup_levels=1
+        TINY["expert"].router, capacity_warmup_steps=3, capacity_warmup_stages=1
     )
-    model = {"sharing": "cycle", "recursions": 2, "router": router}
+    model = {"sharing": "cycle", "num_recursions": 2, "router": router}
     return config(corpus, "expert", layers=2, model=model, steps=5)
 
 
@@ -132,7 +132,7 @@ def test_a_run_taken_up_again_equals_one_never_stopped(corpus, tmp_path, monkeyp
 @pytest.fixture(scope="module")
 def whole(corpus, tmp_path_factory):
     """A run of six steps that nothing disturbed: its configuration and directory."""
-    cfg = config(corpus, eval=dataclasses.replace(EVAL, every=3, batches=2))
+    cfg = config(corpus, eval=dataclasses.replace(EVAL, interval=3, batches=2))
     directory = tmp_path_factory.mktemp("whole")
     fit(cfg, directory)
     return cfg, directory
@@ -284,7 +284,9 @@ def spoil(monkeypatch, *numbers):
 def bad_data(corpus):
     """A run of twelve steps that goes back after three skipped ones."""
     optim = OptimConfig(warmup_steps=1, decay_steps=1, max_skipped_steps=3)
-    return config(corpus, optim=optim, steps=12, checkpoint=CheckpointConfig(every=2, keep=100))
+    return config(
+        corpus, optim=optim, steps=12, checkpoint=CheckpointConfig(interval=2, max_to_keep=100)
+    )
 
 
 def logged(directory, *names):
@@ -354,7 +356,9 @@ def test_a_run_that_explodes_stops_with_its_checkpoints_whole(corpus, tmp_path):
     optim = OptimConfig(
         lr=1e37, schedule="constant", warmup_steps=0, weight_decay=0.0, max_skipped_steps=3
     )
-    cfg = config(corpus, optim=optim, steps=40, checkpoint=CheckpointConfig(every=1, keep=100))
+    cfg = config(
+        corpus, optim=optim, steps=40, checkpoint=CheckpointConfig(interval=1, max_to_keep=100)
+    )
     with pytest.raises(Diverged, match=r"optim\.max_skipped_steps=3: .* in 3 steps in a row"):
         fit(cfg, tmp_path / "run")
     assert [(e["step"], e["position"]) for e in logged(tmp_path / "run", "skipped")] == [
@@ -374,11 +378,11 @@ def wrong_settings(corpus):
             {"model": dataclasses.replace(model, vocab_size=200)},
             r"model\.vocab_size=200: .*256",
         ),
-        "length": ({"length": 65}, r"length=65: must be between 2 and model\.max_length=64"),
+        "seq_len": ({"seq_len": 65}, r"seq_len=65: must be between 2 and model\.max_seq_len=64"),
         "completion": ({"eval": longer}, r"eval\.completion_tokens=62: .* Use at most 61"),
         "rows": ({"batch_size": 12}, r"batch_size=12: must be a multiple of 8.* Try 16"),
         "parts": (
-            {"batch_size": 8, "accumulate": 2},
+            {"batch_size": 8, "grad_accum_steps": 2},
             r"batch_size=8: must be a multiple of 16.*2 micro-batches\. Try 16",
         ),
         "heldout rows": (
@@ -432,7 +436,7 @@ def test_other_batch_sizes_go_on_at_the_next_row(corpus, tmp_path, monkeypatch):
     fit(cfg, tmp_path / "run")
     kept = (tmp_path / "run" / "config.json").read_bytes()
     # Refused before anything is written, although it was allowed.
-    for changes, setting in (({"length": 32}, "length"), ({"seed": 5}, "seed")):
+    for changes, setting in (({"seq_len": 32}, "seq_len"), ({"seed": 5}, "seed")):
         other = dataclasses.replace(cfg, steps=6, **changes)
         with pytest.raises(ValueError, match=rf"^{setting}=\d+: 32 rows of .*cannot be told"):
             fit(other, tmp_path / "run", [setting])

@@ -63,7 +63,7 @@ class Case:
         )
         # The reference's rotary embedding knows no longest row.
         length = self.arrays["input_ids"].shape[-1]
-        return dataclasses.replace(cfg, max_length=max(cfg.max_length, length))
+        return dataclasses.replace(cfg, max_seq_len=max(cfg.max_seq_len, length))
 
     @property
     def items(self) -> float:

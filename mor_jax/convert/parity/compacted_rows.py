@@ -61,7 +61,7 @@ def _run(
     if router.gating != "weighted":
         gate = jnp.ones_like(gate)
     state, left, kv, visits = x, jnp.zeros_like(x), None, []
-    for r in range(stage.cfg.recursions):
+    for r in range(stage.cfg.num_recursions):
         active = choice >= r
         level = _level(active, gate)
         _, out, kv = stage.block(state, level, row, r, kv)
@@ -73,7 +73,7 @@ def _run(
         )
         state = jnp.where((active & (theirs > r))[..., None], out, state)
         visits.append(Visit(logits, logits, level.index, level.valid))
-    here, lost = jnp.ones(choice.shape), jnp.zeros(stage.cfg.recursions)
+    here, lost = jnp.ones(choice.shape), jnp.zeros(stage.cfg.num_recursions)
     sums = token_sums(logits, weights, choice, here, lost)
     return x + left, Routing(choice + 1, None, sums, tuple(visits))
 

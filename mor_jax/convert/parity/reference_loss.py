@@ -91,7 +91,7 @@ def objective(
         _, terms = router_losses(cfg, out.routing, batch_counts(cfg, batch, fixed.counts))
         values |= _router_values(cfg.router, out.routing, terms, batch.tokens.size / items)
         values["total_loss"] += _weighed(cfg.router, values)
-        if cfg.router.kind == "expert" and cfg.router.aux == "aux_router":
+        if cfg.router.kind == "expert" and cfg.router.causal_routing == "aux_router":
             apart = values["sampling_loss"]
     logits = unembed(cfg, params, out.hidden)
     return values["total_loss"] + apart, Pass(values, logits, out)
@@ -128,21 +128,21 @@ def _router_values(
     zero = jnp.zeros(())
     values = dict.fromkeys(("sampling_loss", "sampling_acc", "balancing_loss"), zero)
     values["balancing_ratio"] = zero
-    values["router_z_loss"] = scale * terms["router_z"] if router.z_coeff else zero
-    if routing.expert is not None and router.aux != "none":
+    values["router_z_loss"] = scale * terms["router_z"] if router.z_loss_coeff else zero
+    if routing.expert is not None and router.causal_routing != "none":
         values["sampling_loss"] = terms["router_bce"]
         values["sampling_acc"] = jnp.mean(routing.expert.correct / routing.expert.candidates)
-    if routing.token is not None and router.balancing != "none":
+    if routing.token is not None and router.load_balancing != "none":
         values["balancing_ratio"] = routing.token.choice / routing.token.tokens
-    if routing.token is not None and router.balancing == "loss":
+    if routing.token is not None and router.load_balancing == "loss":
         values["balancing_loss"] = scale * terms["router_balance"]
     return values
 
 
 def _weighed(router: RouterConfig, values: Values) -> Float[Array, ""]:
-    coeff = router.aux_coeff if router.aux == "aux_loss" else 0.0
-    weighed = coeff * values["sampling_loss"] + router.balance_coeff * values["balancing_loss"]
-    return weighed + router.z_coeff * values["router_z_loss"]
+    coeff = router.aux_loss_coeff if router.causal_routing == "aux_loss" else 0.0
+    weighed = coeff * values["sampling_loss"] + router.balance_loss_coeff * values["balancing_loss"]
+    return weighed + router.z_loss_coeff * values["router_z_loss"]
 
 
 def overlap_accuracy(routing: Routing) -> float:

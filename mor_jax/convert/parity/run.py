@@ -113,7 +113,7 @@ def _seen(mode: str, cfg: ModelConfig, ran: Pass) -> Seen:
         seen[f"{mode}.layer{i}.out"] = ("outputs", layer)
     if routing is None:
         return seen
-    aux = cfg.router.kind == "expert" and cfg.router.aux == "aux_router"
+    aux = cfg.router.kind == "expert" and cfg.router.causal_routing == "aux_router"
     seen[f"{mode}.sampling_topk_acc"] = ("losses", overlap_accuracy(routing) if aux else 0.0)
     route = _chosen_by_recursion if cfg.router.kind == "expert" else _chosen_depth
     return seen | route(f"{mode}.layer", int(cfg.is_middle), routing)

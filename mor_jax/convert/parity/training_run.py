@@ -44,7 +44,7 @@ def optim_config(hp: dict[str, Any]) -> OptimConfig:
         eps=hp["eps"],
         weight_decay=hp["wd"],
         clip_norm=hp["clip"],
-        router_lr_ratio=AUX_ROUTER_RATIO,
+        aux_router_lr_ratio=AUX_ROUTER_RATIO,
     )
 
 
@@ -134,7 +134,7 @@ def _move_bias(cfg: ModelConfig, params: Params, routings: list[Routing | None])
     if "bias" not in params.get("router", {}):
         return params
     counts = [np.asarray(r.token.choice) for r in routings if r is not None and r.token is not None]
-    step = np.float32(cfg.router.bias_rate) * balancing_sign(counts)
+    step = np.float32(cfg.router.bias_update_rate) * balancing_sign(counts)
     return _with_bias(params, params["router"]["bias"] + step)
 
 

@@ -16,13 +16,14 @@ class Rows:
     is left at the end and fills no row is dropped.
     """
 
-    def __init__(self, stream: TokenStream, length: int, within_documents: bool) -> None:
+    def __init__(self, stream: TokenStream, length: int, document_mask: bool) -> None:
         split_rule = f"has {len(stream)} tokens, but one row of length={length} needs {length + 1}"
-        fix = "Shorten the rows, add text, or change data.heldout_share if it is the held-out split"
+        fix = "Shorten the rows, add text, or change data.validation_fraction if it is the "
+        fix += "held-out split"
         check(len(stream) > length, stream.setting, stream.name, split_rule, fix)
         self._stream = stream
         self._length = length
-        self._within = within_documents
+        self._within = document_mask
 
     def __len__(self) -> int:
         return (len(self._stream) - 1) // self._length

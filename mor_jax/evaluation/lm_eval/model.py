@@ -90,8 +90,8 @@ class MorLM(TemplateLM):
         self.served = _served(path, asked)
         self.settings, self._path = asked, path
         cfg = self.served.cfg
-        asked.validate(cfg.max_length, cfg.vocab_size)
-        self.max_length = asked.max_length or cfg.max_length
+        asked.validate(cfg.max_seq_len, cfg.vocab_size)
+        self.max_length = asked.max_length or cfg.max_seq_len
         tokenizer = self.served.tokenizer
         self.encoding = Encoding(tokenizer, asked.add_bos_token, asked.prefix_token_id)
         given = (self.served.params, self.served.thresholds)
@@ -228,7 +228,7 @@ class MorLM(TemplateLM):
             "model_revision": self.served.name,
             "model_sha": "",
             "routing": "none" if cfg.router.kind == "none" else f"{cfg.router.kind}, causal",
-            "recursions": cfg.recursions,
+            "recursions": cfg.num_recursions,
             "truncated_contexts": self.truncated,
         }
 

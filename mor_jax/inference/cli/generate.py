@@ -144,7 +144,7 @@ def _screen(options: Options, served: Served, prompts: list[Prompt], console: Co
     check(ok, "depth_colours", options.depth_colours, rule, "Leave it out")
     here = console.is_terminal
     if options.depth_colours:
-        console.print(legend(served.cfg.recursions, console), end="")
+        console.print(legend(served.cfg.num_recursions, console), end="")
     return Screen(
         console,
         served.tokenizer,
@@ -157,7 +157,7 @@ def _screen(options: Options, served: Served, prompts: list[Prompt], console: Co
 
 
 def _recursions(served: Served) -> int | None:
-    return None if served.cfg.router.kind == "none" else served.cfg.recursions
+    return None if served.cfg.router.kind == "none" else served.cfg.num_recursions
 
 
 def _depths(served: Served, prompt: Prompt) -> np.ndarray:

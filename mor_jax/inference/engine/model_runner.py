@@ -46,7 +46,7 @@ class Runner:
     def __init__(self, served: Served, plan: Plan, piece: int):
         self.plan, self.counters = plan, Counters()
         self.scheduler = Scheduler(plan, self.counters)
-        self.depths = np.zeros(plan.geometry.cfg.recursions + 1, np.int64)
+        self.depths = np.zeros(plan.geometry.cfg.num_recursions + 1, np.int64)
         self._routed = plan.geometry.cfg.router.kind != "none"
         self._vocabulary = plan.geometry.cfg.vocab_size
         cfg = plan.geometry.cfg
@@ -59,7 +59,7 @@ class Runner:
             (weights, slots, cache), self._device
         )
         tokens = CHUNK_TOKENS.get(jax.default_backend(), 16384)
-        thresholds = served.thresholds or (0.0,) * cfg.recursions
+        thresholds = served.thresholds or (0.0,) * cfg.num_recursions
         ends = tuple(sorted(served.eos_ids)) or (-2,)
         chunk = max(1, tokens // plan.geometry.size)
         self._held: Held | None = None

@@ -59,10 +59,10 @@ def announce(engine: Engine, url: str, chats: bool, keys: int) -> None:
     """Says on standard output what is served, how, and where; the address comes last."""
     served, now = engine.served, engine.statistics()
     cfg = served.cfg
-    model = f"{served.name}, {cfg.layers} layers of width {cfg.width}"
-    if cfg.recursions > 1:
+    model = f"{served.name}, {cfg.num_layers} layers of width {cfg.hidden_size}"
+    if cfg.num_recursions > 1:
         depth = sum(served.shares)
-        model += f", {cfg.recursions} recursions, {depth:.2f} expected a token"
+        model += f", {cfg.num_recursions} recursions, {depth:.2f} expected a token"
     paths = ["/v1/completions", *(["/v1/chat/completions"] if chats else [])]
     rows = {
         "model": model,
@@ -87,9 +87,9 @@ def announce(engine: Engine, url: str, chats: bool, keys: int) -> None:
 
 def _context(engine: Engine) -> str:
     told, whole = f"{engine.max_length} tokens, prompt and answer together", engine.served.cfg
-    if engine.max_length == whole.max_length or engine.cfg.max_length is not None:
+    if engine.max_length == whole.max_seq_len or engine.cfg.max_length is not None:
         return told
-    return f"{told}; the model's {whole.max_length} need a larger cache"
+    return f"{told}; the model's {whole.max_seq_len} need a larger cache"
 
 
 def _size(count: int) -> str:

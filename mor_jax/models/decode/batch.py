@@ -95,7 +95,7 @@ def block(
     geometry, recursion = decoder.geometry, at[1]
     tables = decoder.tables.block[rows.slot]
     first, chunk, reach = tables[..., 0, :], decoder.chunk, cache.reach
-    if geometry.cfg.kv == "shared":
+    if geometry.cfg.kv_mode == "shared":
         look = all_tokens(geometry, first, rows, chunk)
         writes = rows.live & (recursion == 0)
         look = dataclasses.replace(look, place=_place(geometry, first, rows.position, writes))

@@ -35,7 +35,7 @@ def _routers(cfg: ModelConfig, params: Params) -> Routers:
 
 def takes_all(cfg: ModelConfig) -> tuple[bool, ...]:
     """Recursions of expert-choice that every token enters that got there: capacity 1."""
-    return tuple(share == 1.0 for share in cfg.router.shares(cfg.recursions))
+    return tuple(share == 1.0 for share in cfg.router.shares(cfg.num_recursions))
 
 
 def expert(
@@ -51,8 +51,8 @@ def expert(
     """
     routers = _routers(cfg, params)
     cooled = x.astype(jnp.float32) / cfg.router.temperature
-    logits = _logits(routers.main, cooled, r, cfg.recursions)
-    trained = logits if routers.aux is None else _logits(routers.aux, x, r, cfg.recursions)
+    logits = _logits(routers.main, cooled, r, cfg.num_recursions)
+    trained = logits if routers.aux is None else _logits(routers.aux, x, r, cfg.num_recursions)
     goes = jnp.array(takes_all(cfg))[r] | (trained >= thresholds[r])
     return Verdict(goes, expert_score(cfg.router, logits))
 

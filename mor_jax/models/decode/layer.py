@@ -98,12 +98,12 @@ def project(
     cfg: ModelConfig, layer: Layer, x: Float[Array, "n d"], tables: Rotary, r: Array | int
 ) -> tuple[Float[Array, "n g j k"], Float[Array, "n g k"], Float[Array, "n g k"]]:
     """Scaled queries, keys and values of n rows, turned to their positions."""
-    n, g, k = x.shape[0], cfg.kv_heads, cfg.head_dim
+    n, g, k = x.shape[0], cfg.num_kv_heads, cfg.head_dim
     wide = norm(cfg, x, layer.norm1, r) @ layer.qkv
     heads = wide.reshape(1, n, -1, k)
-    turned = apply_rope(heads[:, :, : cfg.heads + g], tables)[0]
-    q = (turned[:, : cfg.heads] * k**-0.5).reshape(n, g, -1, k)
-    return q, turned[:, cfg.heads :], heads[0, :, cfg.heads + g :]
+    turned = apply_rope(heads[:, :, : cfg.num_heads + g], tables)[0]
+    q = (turned[:, : cfg.num_heads] * k**-0.5).reshape(n, g, -1, k)
+    return q, turned[:, cfg.num_heads :], heads[0, :, cfg.num_heads + g :]
 
 
 def apply(

@@ -77,12 +77,12 @@ class Geometry:
     @property
     def lists(self) -> int:
         """Lists of a sequence in the block's pool."""
-        return 1 if self.cfg.kv == "shared" else self.cfg.recursions
+        return 1 if self.cfg.kv_mode == "shared" else self.cfg.num_recursions
 
     @property
     def token_bytes(self) -> int:
         """Bytes of one token's key and value in one layer."""
-        return 2 * self.cfg.kv_heads * self.cfg.head_dim * jnp.dtype(self.cfg.dtype).itemsize
+        return 2 * self.cfg.num_kv_heads * self.cfg.head_dim * jnp.dtype(self.cfg.dtype).itemsize
 
     @property
     def end_page_bytes(self) -> int:
@@ -96,13 +96,13 @@ class Geometry:
 
     def list_of(self, recursion: Int[Array, "*n"]) -> Int[Array, "*n"]:
         """The list that tokens of a recursion are written to."""
-        return jnp.zeros_like(recursion) if self.cfg.kv == "shared" else recursion
+        return jnp.zeros_like(recursion) if self.cfg.kv_mode == "shared" else recursion
 
     def holds_all(self, number: int) -> bool:
         """Whether list `number` gets every token, whatever the routers say."""
         if self.cfg.router.kind == "none":
             return True
-        if number == 0 and self.cfg.kv != "recursion":
+        if number == 0 and self.cfg.kv_mode != "recursion":
             return True
         return self.cfg.router.kind == "token" and number == 0
 
@@ -117,10 +117,10 @@ class Geometry:
     @property
     def updates(self) -> bool:
         """Whether later recursions replace the shared keys and values of their own tokens."""
-        return self.cfg.kv == "shared_update" and self.cfg.router.kind != "none"
+        return self.cfg.kv_mode == "shared_update" and self.cfg.router.kind != "none"
 
     def _pages(self, number: int) -> Pages:
-        g, k, dtype = self.cfg.kv_heads, self.cfg.head_dim, jnp.dtype(self.cfg.dtype)
+        g, k, dtype = self.cfg.num_kv_heads, self.cfg.head_dim, jnp.dtype(self.cfg.dtype)
         return Pages(
             jnp.zeros((number, g, k, self.size), dtype), jnp.zeros((number, g, self.size, k), dtype)
         )

@@ -42,7 +42,7 @@ class Flight:
     @classmethod
     def empty(cls, cfg: ModelConfig, n: int) -> "Flight":
         """n tokens that are nowhere."""
-        x = jnp.zeros((n, cfg.width), jnp.dtype(cfg.dtype))
+        x = jnp.zeros((n, cfg.hidden_size), jnp.dtype(cfg.dtype))
         number = jnp.zeros(n, jnp.int32)
         origin = x if cfg.router.kind == "token" else None
         return cls(x, origin, jnp.zeros(n), number, number, jnp.zeros(n, bool), number)
@@ -59,7 +59,7 @@ class Entry:
     @classmethod
     def empty(cls, cfg: ModelConfig, n: int) -> "Entry":
         """Of n tokens, all zero."""
-        zeros = jnp.zeros((n, cfg.kv_heads, cfg.head_dim), jnp.dtype(cfg.dtype))
+        zeros = jnp.zeros((n, cfg.num_kv_heads, cfg.head_dim), jnp.dtype(cfg.dtype))
         return cls(zeros, zeros)
 
 
@@ -88,14 +88,14 @@ def needs_block(
 
     Shared keys and values are those of all tokens, also of such that recursion 0 does not take.
     """
-    return taken if cfg.kv == "recursion" else taken | (recursion == 0)
+    return taken if cfg.kv_mode == "recursion" else taken | (recursion == 0)
 
 
 def writes_list(
     cfg: ModelConfig, runs: Bool[Array, "n"], recursion: Int[Array, "*n"]
 ) -> Bool[Array, "n"]:
     """Tokens, of those that run, whose pass adds an entry to a list of the block's pool."""
-    return runs & (recursion == 0) if cfg.kv == "shared" else runs
+    return runs & (recursion == 0) if cfg.kv_mode == "shared" else runs
 
 
 def advance(
@@ -144,9 +144,9 @@ def _expert_step(
     cfg = decoder.cfg
     x = jnp.where(flight.taken[:, None], flight.x + weigh(cfg, flight.gate, y), flight.x)
     following = flight.recursion + 1
-    asked = jnp.minimum(following, cfg.recursions - 1)
+    asked = jnp.minimum(following, cfg.num_recursions - 1)
     verdict = causal_routing.expert(cfg, decoder.weights.router or {}, decoder.thresholds, x, asked)
-    goes = flight.taken & (following < cfg.recursions) & verdict.goes
+    goes = flight.taken & (following < cfg.num_recursions) & verdict.goes
     depth = flight.depth + flight.taken
     after = dataclasses.replace(
         flight, x=x, gate=verdict.gate, recursion=following, taken=goes, depth=depth

@@ -78,7 +78,7 @@ def prefill(
         last = None if choice is None else choice[0]
         return _recursion(decoder, piece, (r, room, group, last), tables, carry)
 
-    done = jax.lax.fori_loop(0, cfg.recursions, recursion, start)
+    done = jax.lax.fori_loop(0, cfg.num_recursions, recursion, start)
     cache, stored, x_out = done.cache, done.stored, done.x
     if choice is not None:
         x_out = x + weigh(cfg, choice[1], x_out)

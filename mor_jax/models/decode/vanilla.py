@@ -23,11 +23,11 @@ class Step(NamedTuple):
 
 def steps(cfg: ModelConfig) -> list[Step]:
     """Effective layers in the order in which they run."""
-    size, nr = cfg.shared_layers, cfg.recursions
+    size, nr = cfg.shared_layers, cfg.num_recursions
     pairs = [(s, r) for r in range(nr) for s in range(size)]
     if cfg.is_sequence:
         pairs = [(s, r) for s in range(size) for r in range(nr)]
-    middle = [Step("block", s, r, 0 if cfg.kv == "shared" else r) for s, r in pairs]
+    middle = [Step("block", s, r, 0 if cfg.kv_mode == "shared" else r) for s, r in pairs]
     return [Step("ends", 0), *middle, Step("ends", 1)] if cfg.is_middle else middle
 
 
@@ -74,7 +74,7 @@ def _run(
     for step in way:
         layer = getattr(weights, step.pool)[step.layer]
         pool, look = pools[step.pool], looks(step)
-        if cfg.kv == "shared" and step.pool == "block" and step.recursion > 0:
+        if cfg.kv_mode == "shared" and step.pool == "block" and step.recursion > 0:
             # Later recursions read what the first one stored.
             x = apply(cfg, layer, x, (tables, step.recursion), _reader(look, pool[step.layer]))
         elif step is way[-1] and not predicts:

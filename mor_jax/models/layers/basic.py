@@ -122,7 +122,7 @@ class RMSNorm(nnx.Module):
     """RMSNorm with a learned scale, initialised to one."""
 
     def __init__(self, cfg: ModelConfig, *, rngs: nnx.Rngs, stacked: Axes = ()):
-        self.scale = param(rngs, ONES, (("embed", cfg.width),), stacked)
+        self.scale = param(rngs, ONES, (("embed", cfg.hidden_size),), stacked)
         self.eps = cfg.norm_eps
 
     def __call__(self, x: Float[Array, "... d"], which: int | None = None) -> Array:
@@ -135,7 +135,7 @@ class SwiGLU(nnx.Module):
     """Gated MLP: down(silu(gate(x)) * up(x)), no biases."""
 
     def __init__(self, cfg: ModelConfig, *, rngs: nnx.Rngs, stacked: Axes = ()):
-        d, f, init = ("embed", cfg.width), ("mlp", cfg.mlp_width), normal(cfg)
+        d, f, init = ("embed", cfg.hidden_size), ("mlp", cfg.intermediate_size), normal(cfg)
         self.gate = param(rngs, init, (d, f), stacked)
         self.up = param(rngs, init, (d, f), stacked)
         self.down = param(rngs, init, (f, d), stacked)
@@ -170,7 +170,7 @@ class Embed(nnx.Module):
     """A (vocabulary, width) table: token embedding, or the output projection."""
 
     def __init__(self, cfg: ModelConfig, *, rngs: nnx.Rngs):
-        axes = (("vocab", cfg.vocab_size), ("embed", cfg.width))
+        axes = (("vocab", cfg.vocab_size), ("embed", cfg.hidden_size))
         self.weight = param(rngs, normal(cfg), axes)
 
     def __call__(self, tokens: Int[Array, "b l"], dtype: jnp.dtype) -> Float[Array, "b l d"]:

@@ -28,11 +28,11 @@ def frequencies(
     """Angle per position of every channel pair, float32: theta^(-2i / head_dim), scaled."""
     exponent = jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim
     plain = theta**-exponent
-    if scaling.kind == "none":
+    if scaling.rope_type == "none":
         return plain
-    if scaling.kind == "linear":
+    if scaling.rope_type == "linear":
         return plain / scaling.factor
-    turns = plain * (scaling.original_max_length / (2 * math.pi))
+    turns = plain * (scaling.original_max_position_embeddings / (2 * math.pi))
     low, high = scaling.low_freq_factor, scaling.high_freq_factor
     kept = jnp.clip((turns - low) / (high - low), 0.0, 1.0)
     return (1.0 - kept) * (plain / scaling.factor) + kept * plain

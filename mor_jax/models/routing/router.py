@@ -70,7 +70,7 @@ def capacity_counts(cfg: ModelConfig, length: int, step: int | None = None) -> t
 
 
 def _exact_counts(cfg: ModelConfig, length: int, step: int | None) -> tuple[int, ...]:
-    router, nr = cfg.router, cfg.recursions
+    router, nr = cfg.router, cfg.num_recursions
     if router.kind == "expert":
         shares = warm_shares(router, nr, step)
         return tuple(max(1, int(share * length)) for share in shares)
@@ -97,7 +97,7 @@ def warm_shares(router: RouterConfig, recursions: int, step: int | None) -> tupl
     shares, warmup = router.shares(recursions), router.capacity_warmup_steps
     if step is None or warmup == 0 or step >= warmup:
         return shares
-    levels = router.capacity_warmup_levels
+    levels = router.capacity_warmup_stages
     progress = (step * levels // warmup) / levels
     left = 0.5 * (1 + math.cos(math.pi * progress))
     return tuple(share + (1 - share) * left for share in shares)
@@ -111,7 +111,11 @@ class Router(nnx.Module):
     """
 
     def __init__(self, cfg: ModelConfig, outputs: int, separate: bool, *, rngs: nnx.Rngs):
-        init, d, wide = normal(cfg), ("embed", cfg.width), ("router_hidden", 2 * cfg.width)
+        init, d, wide = (
+            normal(cfg),
+            ("embed", cfg.hidden_size),
+            ("router_hidden", 2 * cfg.hidden_size),
+        )
         each = ("recursions", outputs)
         self.separate = separate
         self.weight = self.hidden = self.out = nnx.data(None)
@@ -151,26 +155,26 @@ class Routers(nnx.Module):
     """
 
     def __init__(self, cfg: ModelConfig, *, rngs: nnx.Rngs):
-        router, nr = cfg.router, cfg.recursions
+        router, nr = cfg.router, cfg.num_recursions
         expert = router.kind == "expert"
         self.main = Router(cfg, nr, expert, rngs=rngs)
         self.aux = self.bias = nnx.data(None)
-        if expert and router.aux == "aux_router":
+        if expert and router.causal_routing == "aux_router":
             self.aux = Router(cfg, nr, True, rngs=rngs)
-        if not expert and router.balancing == "loss_free":
+        if not expert and router.load_balancing == "loss_free":
             self.bias = param(rngs, ZEROS, (("recursions", nr),))
 
 
 def expert_score(router: RouterConfig, logits: Float[Array, "*b"]) -> Float[Array, "*b"]:
     """p = alpha * sigmoid(z), alpha * tanh(z), or z itself."""
-    if router.score == "sigmoid":
+    if router.activation == "sigmoid":
         return router.alpha * jax.nn.sigmoid(logits)
-    return router.alpha * jnp.tanh(logits) if router.score == "tanh" else logits
+    return router.alpha * jnp.tanh(logits) if router.activation == "tanh" else logits
 
 
 def token_score(router: RouterConfig, logits: Float[Array, "*b r"]) -> Float[Array, "*b r"]:
     """w = alpha * softmax(z) over depths, or alpha * sigmoid(z)."""
-    if router.score == "softmax":
+    if router.activation == "softmax":
         return router.alpha * jax.nn.softmax(logits, axis=-1)
     return router.alpha * jax.nn.sigmoid(logits)
 

@@ -12,7 +12,7 @@ from mor_jax.scaling.study.manifest import Manifest, Run
 Family = tuple[Run, ...]
 
 
-_RESULT = ("steps", "eval", "checkpoint.also", "checkpoint.keep")
+_RESULT = ("steps", "eval", "checkpoint.keep_steps", "checkpoint.max_to_keep")
 """Free in a run of one's own, but in a study they decide on results or on what later runs need."""
 
 
@@ -39,7 +39,8 @@ def check_settings(words: Sequence[str]) -> None:
         setting, _, value = word.removeprefix("--config.").partition("=")
         free = run_dir.is_free(setting) and not run_dir.within(setting, _RESULT)
         rule = "decides on the result, so it belongs to the plan"
-        fix = "Plan a study with it; run takes mesh, sharding, log, accumulate, model.remat, ..."
+        fix = "Plan a study with it; run takes mesh, sharding, log, grad_accum_steps, "
+        fix += "model.remat, ..."
         check(free, f"config.{setting}", value, rule, fix)
 
 

@@ -10,6 +10,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from mor_jax.config.old_names import answer
 from mor_jax.config.parsing import check, fail, flat
 from mor_jax.planning.variants import load_configuration
 
@@ -59,7 +60,7 @@ class Architecture:
         settings = flat(config.to_dict())
         for setting in overrides:
             known = setting in settings
-            fix = "docs/configuration.md lists them"
+            fix = answer(setting) or "docs/configuration.md lists them"
             check(known, f"config.{setting}", overrides[setting], "is no setting", fix)
             try:
                 config.update_from_flattened_dict({setting: overrides[setting]})
@@ -128,12 +129,12 @@ class Shapes:
         heads = width // self.head_dim
         halves = [g for g in range(1, heads + 1) if heads % g == 0 and 2 * g <= max(heads, 2)]
         return {
-            "width": width,
-            "heads": heads,
-            "kv_heads": halves[-1],
+            "hidden_size": width,
+            "num_heads": heads,
+            "num_kv_heads": halves[-1],
             "head_dim": self.head_dim,
-            "mlp_width": -(-8 * width // 48) * 16,
-            "layers": layers,
+            "intermediate_size": -(-8 * width // 48) * 16,
+            "num_layers": layers,
         }
 
     def wanted_layers(self, size: str) -> float:

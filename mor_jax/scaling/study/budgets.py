@@ -25,7 +25,7 @@ def flops_per_token(cfg: ModelConfig, length: int, unit: Unit) -> float:
     """FLOPs that a token of a row of `length` tokens costs, in the unit."""
     if unit == "training":
         return flops(cfg, length).training()
-    wide = dataclasses.replace(cfg, kv_heads=cfg.heads)
+    wide = dataclasses.replace(cfg, num_kv_heads=cfg.num_heads)
     return flops(wide, length).forward(head=False)
 
 

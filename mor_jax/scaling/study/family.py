@@ -55,7 +55,7 @@ class Rules:
         """The learning rate of a model."""
         if self.lr is None:
             return cfg.optim.lr
-        return float(f"{self.lr * (self.lr_width / cfg.model.width) ** self.lr_power:.4g}")
+        return float(f"{self.lr * (self.lr_width / cfg.model.hidden_size) ** self.lr_power:.4g}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -80,8 +80,8 @@ def family(model: Model, budgets: Sequence[float], seed: int) -> list[Planned]:
         ValueError: a budget is too small, or the rules make no valid schedule of it.
     """
     name, size, cfg, rules = model.architecture, model.size, model.cfg, model.rules
-    batch = cfg.batch_size * cfg.length
-    per_token = flops_per_token(cfg.model, cfg.length, model.unit)
+    batch = cfg.batch_size * cfg.seq_len
+    per_token = flops_per_token(cfg.model, cfg.seq_len, model.unit)
     steps = [steps_for(budget, per_token, batch) for budget in budgets]
     for budget, count in zip(budgets, steps, strict=True):
         rule = f"buys {name} of size {size} {count} steps of {batch} tokens, fewer than "
@@ -96,7 +96,7 @@ def family(model: Model, budgets: Sequence[float], seed: int) -> list[Planned]:
         cut = _with_end(cfg, rules, count, warmup, decay, seed)
         source = found[-1][0] if found else None
         start = source.steps - decays[len(found) - 1] if source else 0
-        training = flops(cfg.model, cfg.length).training()
+        training = flops(cfg.model, cfg.seq_len).training()
         own = (count - start) * batch * training
         run = Run(
             name=f"{name}-{size}-{_short(budget)}-s{seed}",
@@ -135,7 +135,7 @@ def _with_end(
             warmup_steps=warmup,
             decay_steps=decay,
         ),
-        checkpoint=dataclasses.replace(cfg.checkpoint, keep=1, also=(steps - decay,)),
+        checkpoint=dataclasses.replace(cfg.checkpoint, max_to_keep=1, keep_steps=(steps - decay,)),
     )
     made.validate()
     return made

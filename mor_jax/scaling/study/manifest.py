@@ -11,6 +11,7 @@ from typing import Any
 from etils import epath
 
 from mor_jax.config import TrainConfig
+from mor_jax.config.old_names import translated, translated_command, translated_paths
 from mor_jax.config.parsing import changed, check, fail, flat
 from mor_jax.files import write_atomic
 from mor_jax.scaling.study.seal import digest
@@ -171,8 +172,13 @@ def read(study: epath.PathLike) -> Manifest:
         raise Damaged(f"manifest={str(file)!r}: {rule}. {fix}")
     del values["format"]
     try:
-        runs = tuple(Run(**run) for run in values.pop("runs"))
-        return Manifest(runs=runs, reproduce=tuple(values.pop("reproduce", ())), **values)
+        values["base"] = translated(values["base"])
+        runs = tuple(
+            Run(**run | {"settings": translated_paths(run["settings"])})
+            for run in values.pop("runs")
+        )
+        reproduce = tuple(map(translated_command, values.pop("reproduce", ())))
+        return Manifest(runs=runs, reproduce=reproduce, **values)
     except (KeyError, TypeError) as error:
         rule = f"holds other values than this version writes ({type(error).__name__}: {error})"
         fail("manifest", str(file), rule, "Use the version that planned it")

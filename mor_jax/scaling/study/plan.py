@@ -20,17 +20,17 @@ _DECIDED = {
     "optim.schedule": "the plan, a trapezoid,",
     "optim.warmup_steps": "--warmup",
     "optim.decay_steps": "--decay",
-    "checkpoint.keep": "--budgets",
-    "checkpoint.also": "--decay",
-    "model.recursions": "--architectures",
+    "checkpoint.max_to_keep": "--budgets",
+    "checkpoint.keep_steps": "--decay",
+    "model.num_recursions": "--architectures",
 }
 _SHAPE = {
-    "model.width": "--sizes",
-    "model.heads": "--head_dim",
-    "model.kv_heads": "--head_dim",
+    "model.hidden_size": "--sizes",
+    "model.num_heads": "--head_dim",
+    "model.num_kv_heads": "--head_dim",
     "model.head_dim": "--head_dim",
-    "model.mlp_width": "--sizes",
-    "model.layers": "--layers",
+    "model.intermediate_size": "--sizes",
+    "model.num_layers": "--layers",
 }
 """What follows from flags, so that a value of the user's would be lost."""
 
@@ -125,7 +125,7 @@ def _common_depth(values: list[dict[str, Any]], wanted: float, size: str) -> int
 def _has_depth(model: dict[str, Any], layers: int) -> bool:
     ends = 2 * model["sharing"].startswith("middle")
     middle = layers - ends
-    return middle > 0 and middle % model["recursions"] == 0
+    return middle > 0 and middle % model["num_recursions"] == 0
 
 
 def _check_lists(asked: Asked) -> None:

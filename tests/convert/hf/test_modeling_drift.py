@@ -15,7 +15,7 @@ from transformers import DynamicCache, StaticCache
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
 NAMES = ("past_key_values", "cache")
-CFG = {name: dataclasses.replace(TINY[name], max_length=64) for name in ("plain", "expert")}
+CFG = {name: dataclasses.replace(TINY[name], max_seq_len=64) for name in ("plain", "expert")}
 
 
 @pytest.fixture(scope="module")

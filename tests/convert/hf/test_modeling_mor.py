@@ -33,28 +33,32 @@ from mor_jax.training.train_step import loss_fn
 from mor_jax.types import IGNORE, Batch
 
 NEW = 64
-STRETCHED = RopeScaling(kind="llama3", factor=8.0, original_max_length=32)
+STRETCHED = RopeScaling(rope_type="llama3", factor=8.0, original_max_position_embeddings=32)
 # Settings that no variant of TINY has, several at a time.
 MORE = {
     "plain_linear": dataclasses.replace(
-        TINY["plain"], rope_scaling=RopeScaling(kind="linear", factor=4.0)
+        TINY["plain"], rope_scaling=RopeScaling(rope_type="linear", factor=4.0)
     ),
     "expert_tight": dataclasses.replace(
         TINY["expert_mlp"],
-        kv="shared",
+        kv_mode="shared",
         share_norms=False,
         rope_scaling=STRETCHED,
         router=RouterConfig(
-            kind="expert", score="none", temperature=2.0, capacities=(0.75, 0.5), aux="none"
+            kind="expert",
+            activation="none",
+            temperature=2.0,
+            capacity=(0.75, 0.5),
+            causal_routing="none",
         ),
     ),
     "expert_narrow": dataclasses.replace(
         TINY["expert"],
-        router=RouterConfig(kind="expert", capacities=(0.75, 0.5, 0.25), capacity_multiple=4),
+        router=RouterConfig(kind="expert", capacity=(0.75, 0.5, 0.25), capacity_multiple=4),
     ),
     "token_tight": dataclasses.replace(
         TINY["token_mlp"],
-        kv="shared_update",
+        kv_mode="shared_update",
         share_norms=False,
         router=dataclasses.replace(
             TINY["token_mlp"].router,
@@ -66,7 +70,7 @@ MORE = {
     ),
 }
 # Room for the prompts and what is generated after them.
-ALL = {n: dataclasses.replace(c, max_length=2 * NEW) for n, c in (TINY | MORE).items()}
+ALL = {n: dataclasses.replace(c, max_seq_len=2 * NEW) for n, c in (TINY | MORE).items()}
 ROUTED = (*EXPERT, *TOKEN, "expert_tight", "expert_narrow", "token_tight")
 
 
@@ -110,7 +114,7 @@ def wanted(name, rows, mode):
     each.
     """
     cfg, params = ALL[name], params_of(ALL[name])
-    if cfg.rope_scaling.kind == "none":
+    if cfg.rope_scaling.rope_type == "none":
         out = oracle.run(cfg, params, rows, mode)
         table = params["embed" if cfg.tie_embeddings else "head"]["weight"]
         return out.hidden @ np.asarray(table, np.float64).T, out.depth
@@ -254,7 +258,7 @@ def test_what_cannot_be_done_is_refused():
 
 @pytest.mark.parametrize("kind", ["none", "linear", "llama3"])
 def test_a_plain_model_equals_the_llama_of_transformers(kind):
-    scaling = dataclasses.replace(STRETCHED, kind=kind)
+    scaling = dataclasses.replace(STRETCHED, rope_type=kind)
     cfg = dataclasses.replace(ALL["plain_untied"], rope_scaling=scaling)
     (ids, mask), model = prompts(64), torch_model(cfg)
     llama = LlamaForCausalLM(LlamaConfig(**llama_config(cfg))).eval()
@@ -278,9 +282,11 @@ def test_thresholds_move_the_depth():
 @pytest.mark.parametrize("name", ["expert_aux_router", "token_tight"])
 def test_training_loss_and_gradients_equal_ours(name):
     cfg = ALL[name]
-    router = dataclasses.replace(cfg.router, z_coeff=0.01, aux_coeff=0.5, balance_coeff=0.5)
+    router = dataclasses.replace(
+        cfg.router, z_loss_coeff=0.01, aux_loss_coeff=0.5, balance_loss_coeff=0.5
+    )
     # As small as it gets: most of the time is the compilation.
-    small = {"sharing": "cycle", "layers": 2, "recursions": 2, "kv": "shared_update"}
+    small = {"sharing": "cycle", "num_layers": 2, "num_recursions": 2, "kv_mode": "shared_update"}
     cfg = dataclasses.replace(cfg, router=router, **small)
     ids, mask = prompts(64)
     # No target for padding, and none for it to predict.

@@ -23,7 +23,7 @@ def cfg(tmp_path, jsonl):
 
 def read_all(cfg, tokenizer):
     for stream in open_shards(f"shards:{cfg.output}", tokenizer).values():
-        rows = Rows(stream, 16, within_documents=True)
+        rows = Rows(stream, 16, document_mask=True)
         for i in range(len(rows)):
             rows[i]
 

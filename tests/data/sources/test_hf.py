@@ -58,7 +58,7 @@ def test_identity_and_size_follow_the_rows_not_the_folder(saved, tmp_path, byte_
     assert one.identity == moved.identity and one.size == moved.size > sum(map(len, TEXTS))
     part = open_documents(f"hf:{saved}/one:train[:9]")
     assert part.identity != one.identity
-    cfg = DataConfig(sources=(f"hf:{saved}/one",), heldout_share=0.2)
+    cfg = DataConfig(sources=(f"hf:{saved}/one",), validation_fraction=0.2)
     sides = [open_streams(cfg, byte_tokenizer, split)[0] for split in ("train", "heldout")]
     assert sum(map(len, sides)) == sum(len(text) + 1 for text in TEXTS)
 

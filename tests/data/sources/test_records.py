@@ -101,7 +101,7 @@ def test_texts_may_begin_with_the_letters_of_a_mark(tmp_path, text):
 
 def test_empty_documents_are_counted_and_said_once(tmp_path, caplog, byte_tokenizer):
     spec = write_jsonl(tmp_path / "f.jsonl", '{"text": null}', "", '{"text": ""}', "")
-    cfg = DataConfig(sources=(spec,), heldout_share=0.2)
+    cfg = DataConfig(sources=(spec,), validation_fraction=0.2)
     for split in ("train", "heldout", "train"):
         open_streams(cfg, byte_tokenizer, split)
     [said] = caplog.messages

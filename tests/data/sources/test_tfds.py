@@ -89,7 +89,9 @@ def test_reads_every_example_from_any_start(kind, request):
 def test_formats_agree_and_tensorflow_is_not_needed(prepared, tfrecord, byte_tokenizer):
     streams = [
         open_streams(
-            DataConfig(sources=(f"tfds:{folder}",), heldout_share=0.2), byte_tokenizer, "train"
+            DataConfig(sources=(f"tfds:{folder}",), validation_fraction=0.2),
+            byte_tokenizer,
+            "train",
         )[0]
         for folder in (prepared, tfrecord)
     ]

@@ -71,7 +71,7 @@ def test_one_document_cannot_be_split(contents):
 
 
 def test_rows_cover_the_stream_once_and_targets_follow(stream):
-    rows = Rows(stream, 16, within_documents=False)
+    rows = Rows(stream, 16, document_mask=False)
     assert len(rows) == (len(stream) - 1) // 16
     joined = np.concatenate([rows[i]["tokens"] for i in range(len(rows))])
     np.testing.assert_array_equal(joined, stream.tokens[: len(rows) * 16])
@@ -83,7 +83,7 @@ def test_rows_cover_the_stream_once_and_targets_follow(stream):
 
 @pytest.mark.parametrize("length", [5, 16, 100])
 def test_segments_and_positions_against_a_walk_through_the_tokens(stream, length):
-    rows = Rows(stream, length, within_documents=True)
+    rows = Rows(stream, length, document_mask=True)
     for i in range(len(rows)):
         row = rows[i]
         segment, position = 1, 0
@@ -112,7 +112,7 @@ def test_too_much_text_for_memory(cfg, texts, byte_tokenizer, monkeypatch, limit
     assert 2200 < len("".join(texts)) < open_documents(cfg.sources[0]).size < 4400
     monkeypatch.setattr("mor_jax.data.streams.token_streams.MEMORY_LIMIT", limit)
     with pytest.raises(ValueError, match=r"too many to keep in memory.*prepare_data\.py --source"):
-        open_streams(dataclasses.replace(cfg, heldout_share=0.33), byte_tokenizer, "train")
+        open_streams(dataclasses.replace(cfg, validation_fraction=0.33), byte_tokenizer, "train")
 
 
 @pytest.fixture(scope="module")
@@ -128,7 +128,7 @@ def shards(tmp_path_factory, byte_tokenizer):
     )
     manifest = prepare(cfg, lambda progress: None)
     assert len(manifest["splits"]["train"]["shards"]) > 2
-    memory = DataConfig(sources=(source,), heldout_share=0.3, within_documents=True)
+    memory = DataConfig(sources=(source,), validation_fraction=0.3, document_mask=True)
     return dataclasses.replace(memory, sources=(f"shards:{output}",)), memory
 
 

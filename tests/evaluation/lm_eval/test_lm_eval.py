@@ -24,9 +24,9 @@ from mor_jax.models.params import forward, unembed
 from mor_jax.training.evaluator import CAUSAL
 from mor_jax.types import Batch
 
-MODEL = dataclasses.replace(TINY["expert_cycle"], vocab_size=256, layers=2, recursions=2)
+MODEL = dataclasses.replace(TINY["expert_cycle"], vocab_size=256, num_layers=2, num_recursions=2)
 PARAMS = random_params(MODEL, 2)
-LONGEST = MODEL.max_length
+LONGEST = MODEL.max_seq_len
 
 
 @pytest.fixture(scope="module")

@@ -27,7 +27,7 @@ from mor_jax.inference.engine.request import Finished, Request
 from mor_jax.inference.load_model import load_served
 from mor_jax.runtime import exit_codes
 
-MODEL = dataclasses.replace(TINY["expert_cycle"], vocab_size=256, layers=2, recursions=2)
+MODEL = dataclasses.replace(TINY["expert_cycle"], vocab_size=256, num_layers=2, num_recursions=2)
 WISHES = Wishes(max_tokens=8, seed=3)
 
 

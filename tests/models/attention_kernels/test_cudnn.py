@@ -140,10 +140,10 @@ def test_a_query_that_sees_nothing_gets_zeros(gpu):
 # Head size and lengths that cuDNN takes only when they are padded.
 SHAPES = {
     "expert": {"router": EXPERT_ROUTER},
-    "shared": {"router": EXPERT_ROUTER, "kv": "shared"},
-    "shared_update": {"router": EXPERT_ROUTER, "kv": "shared_update"},
-    "token": {"router": RouterConfig(kind="token", score="softmax")},
-    "roomy": {"router": RouterConfig(kind="token", score="softmax", capacity_factor=1.1)},
+    "shared": {"router": EXPERT_ROUTER, "kv_mode": "shared"},
+    "shared_update": {"router": EXPERT_ROUTER, "kv_mode": "shared_update"},
+    "token": {"router": RouterConfig(kind="token", activation="softmax")},
+    "roomy": {"router": RouterConfig(kind="token", activation="softmax", capacity_factor=1.1)},
 }
 
 
@@ -165,16 +165,16 @@ def test_every_program_traces_for_a_gpu(gpu, name, attention, documents):
         dtype="bfloat16",
         attention=attention,
         head_dim=12,
-        max_length=2048,
+        max_seq_len=2048,
         **SHAPES[name] | {"router": router},
     )
     # Three recursions at 2048: 1365 tokens in the second one.
-    cfg = dataclasses.replace(train_config("expert"), model=model, length=2047, loss_chunk=89)
-    rows = jax.eval_shape(lambda: batch(model, 2, cfg.length))
+    cfg = dataclasses.replace(train_config("expert"), model=model, seq_len=2047, loss_chunk_size=89)
+    rows = jax.eval_shape(lambda: batch(model, 2, cfg.seq_len))
     here = jax.ShapeDtypeStruct(rows.tokens.shape, jnp.int32)
     rows = dataclasses.replace(rows, segments=here, positions=here) if documents else rows
     params, step = abstract_params(model), jax.ShapeDtypeStruct((), jnp.int32)
-    kept = capacity_counts(model, cfg.length)
+    kept = capacity_counts(model, cfg.seq_len)
     assert name == "token" or any(count % 2 for count in kept)
     jax.eval_shape(partial(gradients, cfg, kept=kept), params, rows, step=step)
     for mode in ("topk", "causal"):

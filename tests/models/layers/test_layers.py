@@ -76,7 +76,7 @@ def test_rotary_embedding_keeps_norms_and_sees_only_distances():
 
 @pytest.mark.parametrize("factor", [8.0, 32.0])
 def test_llama3_scaling_divides_the_slow_frequencies_only(factor):
-    scaling = RopeScaling(kind="llama3", factor=factor, original_max_length=8192)
+    scaling = RopeScaling(rope_type="llama3", factor=factor, original_max_position_embeddings=8192)
     plain = 500000.0 ** (-np.arange(64) / 64)
     expected = []
     for frequency in plain:
@@ -94,7 +94,7 @@ def test_llama3_scaling_divides_the_slow_frequencies_only(factor):
 
 
 def test_linear_scaling_divides_positions():
-    stretched = rotary(jnp.array([[12]]), 8, 10000.0, RopeScaling(kind="linear", factor=4.0))
+    stretched = rotary(jnp.array([[12]]), 8, 10000.0, RopeScaling(rope_type="linear", factor=4.0))
     np.testing.assert_allclose(stretched.sin, rotary(jnp.array([[3]]), 8, 10000.0).sin, rtol=1e-6)
 
 

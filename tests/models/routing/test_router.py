@@ -32,14 +32,14 @@ def with_router(name, **changes):
 def test_counts_of_the_paper():
     # Paper section 3: rows of 2,048 tokens, three recursions.
     assert capacity_counts(TINY["expert"], 2048) == (2048, 1365, 682)
-    assert capacity_counts(with_router("expert", capacities=(0.5, 0.3, 0.01)), 10) == (5, 3, 1)
+    assert capacity_counts(with_router("expert", capacity=(0.5, 0.3, 0.01)), 10) == (5, 3, 1)
     assert capacity_counts(TINY["middle_cycle"], 10) == (10, 10)
     assert capacity_counts(TINY["token"], 10) == (10, 10, 10)
 
 
 @pytest.mark.parametrize("levels", [1, 3, 8, 1000])
 def test_warm_up_goes_down_in_few_stairs_and_arrives(levels):
-    cfg = with_router("expert", capacity_warmup_steps=50, capacity_warmup_levels=levels)
+    cfg = with_router("expert", capacity_warmup_steps=50, capacity_warmup_stages=levels)
     counts = [capacity_counts(cfg, 2048, step) for step in range(1, 71)]
     assert min(counts[0]) >= 2040
     final = capacity_counts(cfg, 2048)
@@ -54,7 +54,7 @@ def test_warm_up_goes_down_in_few_stairs_and_arrives(levels):
 
 
 def test_warm_up_follows_half_a_cosine():
-    cfg = with_router("expert", capacity_warmup_steps=64, capacity_warmup_levels=64)
+    cfg = with_router("expert", capacity_warmup_steps=64, capacity_warmup_stages=64)
     for step in range(65):
         left = 0.5 * (1 + np.cos(np.pi * step / 64))
         shares = [c + (1 - c) * left for c in (1.0, 2 / 3, 1 / 3)]
@@ -172,14 +172,14 @@ def test_no_more_can_be_chosen_than_there_are():
 def test_scores():
     z = jnp.asarray([[-2.0, 0.0, 3.0]])
     sigmoid = 1 / (1 + np.exp(-np.asarray(z)))
-    tanh = dataclasses.replace(EXPERT_ROUTER, score="tanh")
-    raw = dataclasses.replace(EXPERT_ROUTER, score="none")
+    tanh = dataclasses.replace(EXPERT_ROUTER, activation="tanh")
+    raw = dataclasses.replace(EXPERT_ROUTER, activation="none")
     np.testing.assert_allclose(expert_score(EXPERT_ROUTER, z), 0.1 * sigmoid, rtol=1e-5)
     np.testing.assert_allclose(expert_score(tanh, z), 0.1 * np.tanh(z), rtol=1e-5)
     np.testing.assert_array_equal(expert_score(raw, z), z)
     half = dataclasses.replace(TOKEN_ROUTER, alpha=0.5)
     np.testing.assert_allclose(token_score(half, z[None]).sum(-1), 0.5, rtol=1e-6)
-    free = RouterConfig(kind="token", score="sigmoid", alpha=0.2)
+    free = RouterConfig(kind="token", activation="sigmoid", alpha=0.2)
     np.testing.assert_allclose(token_score(free, z[None]), 0.2 * sigmoid[None], rtol=1e-5)
 
 

@@ -174,10 +174,16 @@ def test_a_training_that_outlived_its_runner_is_waited_for(study):
 
 
 def test_settings_that_decide_on_results_belong_to_the_plan(study):
-    for word in ("optim.lr=1", "steps=5", "eval.batches=1", "checkpoint.also=()", "nothing=1"):
+    for word in (
+        "optim.lr=1",
+        "steps=5",
+        "eval.batches=1",
+        "checkpoint.keep_steps=()",
+        "nothing=1",
+    ):
         with pytest.raises(ValueError, match="belongs to the plan"):
             run(study, settings=(f"--config.{word}",))
-    assert run(study, only=("plain", "w16"), settings=("--config.log.every=1",))[0] == {}
+    assert run(study, only=("plain", "w16"), settings=("--config.log.interval=1",))[0] == {}
 
 
 def test_jobs_have_to_fit_the_machine(study):
@@ -233,8 +239,13 @@ def test_the_command_plans_trains_fits_and_reports(tmp_path):
     text.mkdir()
     for i in range(30):
         (text / f"{i}.txt").write_text(f"Text {i}: " + " ".join(str(i * k) for k in range(30)))
-    settings = {"batch_size": 2, "length": 16, "loss_chunk": None, "checkpoint.every": None}
-    settings |= {"eval.every": None, "eval.batches": 1, "eval.batch_size": 2}
+    settings = {
+        "batch_size": 2,
+        "seq_len": 16,
+        "loss_chunk_size": None,
+        "checkpoint.interval": None,
+    }
+    settings |= {"eval.interval": None, "eval.batches": 1, "eval.batch_size": 2}
     settings |= {"eval.completion_tokens": 0, "data.sources": (f"text:{text}/*.txt",)}
     grid = ["--architectures=plain", "--sizes=w8,w16,w24", "--budgets=2e7", "--layers=1"]
     grid += ["--head_dim=8", "--min_steps=2", "--tokens_per_parameter=1"]

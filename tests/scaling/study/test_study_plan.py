@@ -24,14 +24,14 @@ def test_every_budget_is_spent_and_cut_from_one_schedule():
         cfg = manifest.config(run)
         assert run.flops == pytest.approx(run.budget, rel=2e-3)
         assert run.flops == flops(cfg.model, 256).training() * cfg.steps * 4 * 256
-        assert cfg.optim.lr == pytest.approx(4e-3 * 32 / cfg.model.width)
-        assert cfg.checkpoint.also == (cfg.steps - cfg.optim.decay_steps,)
-        assert cfg.model.layers == 8
+        assert cfg.optim.lr == pytest.approx(4e-3 * 32 / cfg.model.hidden_size)
+        assert cfg.checkpoint.keep_steps == (cfg.steps - cfg.optim.decay_steps,)
+        assert cfg.model.num_layers == 8
         if run.source is None:
             assert run.budget == 1e12 and run.source_step == 0
         else:
             source = manifest.config(manifest.run(run.source))
-            assert run.source_step in source.checkpoint.also
+            assert run.source_step in source.checkpoint.keep_steps
             assert run.source_step <= cfg.steps - cfg.optim.decay_steps
             assert source.optim.warmup_steps == cfg.optim.warmup_steps
     hours = sum(run.own_steps * 1024 * run.training_flops_per_token for run in manifest.runs)
@@ -80,11 +80,11 @@ def test_noise_adds_seeds_at_one_point_and_drop_leaves_one_out():
         ({"noise": "w32@2e12"}, "is no point of the study"),
         ({"drop": ("w32",)}, "is no point of the study"),
         ({"overrides": {"optim.bee": 1}}, "optim.bee"),
-        ({"overrides": {"batch_size": 3, "accumulate": 2}}, "accumulate"),
+        ({"overrides": {"batch_size": 3, "grad_accum_steps": 2}}, "grad_accum_steps"),
         ({"budgets": ()}, "is empty"),
         ({"overrides": {"steps": 5}}, "config.steps=5: .*--budgets decides it"),
         ({"overrides": {"optim.lr": 0.1}}, "--lr decides it"),
-        ({"overrides": {"model.width": 8}}, "--sizes decides it"),
+        ({"overrides": {"model.hidden_size": 8}}, "--sizes decides it"),
         ({"overrides": {"batch_size": "four"}}, "wrong type"),
         ({"architectures": (f"mine={CONFIGS / 'common.py'}",)}, "is no configuration"),
         ({"noise": "w32@1e12", "noise_seeds": 1}, "noise_seeds=1: must be more"),
