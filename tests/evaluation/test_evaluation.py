@@ -153,7 +153,9 @@ def test_other_text_is_used_whole(trained, tmp_path, cfg):
         assert len(whole._sources) == (tokens - 1) // 16
     found = evaluate(find(trained), Asked(sources=(source,), length=16, batches=9))
     assert (found.text, found.rows) == (source, (tokens - 1) // 16)
-    with pytest.raises(ValueError, match=r"length=65: must be between 2 and model\.max_seq_len=64"):
+    with pytest.raises(
+        ValueError, match=r"seq_len=65: must be between 2 and model\.max_seq_len=64"
+    ):
         evaluate(find(trained), Asked(length=65))
     with pytest.raises(ValueError, match=r"batch_size=4: must be a multiple of 8"):
         evaluate(find(trained), Asked(batch_size=4))
