@@ -16,7 +16,6 @@ from mor_jax.distributed.startup_check import gather
 from mor_jax.models.flops import flops
 from mor_jax.models.param_count import effective, effective_parameters, unique_parameters
 from mor_jax.models.params import TrainState
-from mor_jax.plotting import plots
 from mor_jax.training.evaluator import complete, token_depths
 from mor_jax.training.loop import Trained
 from mor_jax.training.summary import RunSummary, show
@@ -42,6 +41,9 @@ def finish(run: "Run", trained: Trained, began: tuple[int, float]) -> None:
     depth_picture = _depths(run, state) if cfg.model.router.kind != "none" else None
     if jax.process_index() != 0:
         return
+    # Deferred: a run needs them at its end only.
+    from mor_jax.plotting import plots
+
     bigram = bigram_loss(cfg, run.tokenizer)
     curves = run.path / "loss.png"
     plots.loss_curves(run.path / "metrics.jsonl", curves, baseline=bigram)
@@ -96,6 +98,8 @@ def _depths(run: "Run", state: TrainState) -> Any:
     depths = token_depths(run.cfg.model, state.params, row)
     path = run.path / "depth.png"
     if jax.process_index() == 0:
+        from mor_jax.plotting import plots
+
         pieces = plots.text_pieces(row, run.tokenizer.decode)
         plots.depth_map(pieces, depths, path, recursions=run.cfg.model.num_recursions)
     return path

@@ -1,6 +1,6 @@
 """Compares the model with recorded cases of the reference implementation.
 
-    python -m mor_jax.convert.parity.run --cases DIR
+    python -m mor_jax.convert.parity --cases DIR
 
 Every case in DIR is recomputed from the reference's own weights; one line a case gives the worst
 error of each group. Exits with 1 unless all pass. docs/parity.md explains groups and tolerances.
@@ -12,7 +12,6 @@ import fnmatch
 import functools
 import json
 import re
-import sys
 import typing
 from collections.abc import Callable
 from pathlib import Path
@@ -37,7 +36,6 @@ from mor_jax.convert.parity.reference_loss import Pass, compiled, overlap_accura
 from mor_jax.convert.parity.training_run import compare_trajectory
 from mor_jax.convert.state_dict import from_params
 from mor_jax.models.routing.outputs import Routing
-from mor_jax.runtime.preemption import Signals
 from mor_jax.types import IGNORE
 
 Seen = dict[str, tuple[Group, Any]]
@@ -252,8 +250,3 @@ def _check_platform(name: str) -> None:
     except RuntimeError as error:
         rule = f"JAX cannot use it here ({' '.join(str(error).split())})"
         fail("--platform", name, rule, "Try cpu")
-
-
-if __name__ == "__main__":
-    with Signals("parity writes nothing"):
-        sys.exit(main())

@@ -181,7 +181,7 @@ def test_a_case_is_chosen_by_its_name_or_its_file(only, capsys):
 
 
 def test_a_platform_that_is_not_there_is_one_line():
-    command = [sys.executable, "-m", "mor_jax.convert.parity.run", "--cases", str(CASES)]
+    command = [sys.executable, "-m", "mor_jax.convert.parity", "--cases", str(CASES)]
     ran = subprocess.run([*command, "--platform", "moon"], capture_output=True, text=True)
     assert ran.returncode == 2 and ran.stderr.count("\n") == 1
     assert ran.stderr.startswith("--platform='moon': JAX cannot use it here")
