@@ -33,7 +33,7 @@ from serving.vocabulary import tokenizer_of
 
 from mor_jax.config import ModelConfig
 from mor_jax.inference.engine.engine import Engine, EngineConfig
-from mor_jax.inference.load_model import Served
+from mor_jax.inference.load_model import LoadedModel
 
 PARTS = ("fixed", "budget", "static", "rival")
 
@@ -70,7 +70,7 @@ class Bench:
 
     args: argparse.Namespace
     machine: allowed.Machine
-    models: dict[str, Served]
+    models: dict[str, LoadedModel]
 
     @classmethod
     def of(cls, args: argparse.Namespace) -> "Bench":
@@ -87,18 +87,18 @@ class Bench:
         }
         return cls(args, machine, made)
 
-    def fixed(self, served: Served) -> dict[str, Any]:
+    def fixed(self, served: LoadedModel) -> dict[str, Any]:
         """A number of sequences that is the same for all models."""
         slots = self.args.slots
         return self.measured(served, EngineConfig(slots=slots, cache_bytes=self.ample(served)))
 
-    def budget(self, served: Served, sequences: int) -> dict[str, Any]:
+    def budget(self, served: LoadedModel, sequences: int) -> dict[str, Any]:
         """As many sequences as a number of bytes holds."""
         plain = shapes.plain(shapes.SHAPES[self.args.shape], self.args.dtype)
         held = sequences * 2 * load.MEAN * plain.num_layers * self._entry(plain)
         return self.measured(served, EngineConfig(cache_bytes=held)) | {"budget": sequences}
 
-    def ample(self, served: Served) -> int:
+    def ample(self, served: LoadedModel) -> int:
         """Bytes in which all slots find room for every recursion of the longest sequences."""
         layers = (
             served.cfg.num_layers if served.cfg.kv_mode == "recursion" else served.cfg.unique_layers
@@ -110,7 +110,7 @@ class Bench:
         # Bytes of a token's keys and values in one layer.
         return 2 * cfg.num_kv_heads * cfg.head_dim * {"float32": 4, "bfloat16": 2}[self.args.dtype]
 
-    def measured(self, served: Served, cfg: EngineConfig) -> dict[str, Any]:
+    def measured(self, served: LoadedModel, cfg: EngineConfig) -> dict[str, Any]:
         """One model under load: what clients saw, and what the machine allows."""
         with Engine(served, self.config(cfg)) as engine:
             slots = engine.plan.slots
@@ -138,7 +138,7 @@ class Bench:
         """`cfg` in the dtype asked for, everything compiled before the clock starts."""
         return dataclasses.replace(cfg, dtype=self.args.dtype, warm=True, max_waiting=10**6)
 
-    def static(self, served: Served) -> dict[str, Any]:
+    def static(self, served: LoadedModel) -> dict[str, Any]:
         """The same work in batches that start together and wait for their longest answer."""
         slots = self.args.slots
         cfg = EngineConfig(slots=slots, cache_bytes=self.ample(served))
@@ -146,7 +146,7 @@ class Bench:
         with Engine(served, self.config(cfg)) as engine:
             return {"slots": slots, "rate": load.in_waves(engine, work, slots)}
 
-    def rival(self, served: Served) -> dict[str, Any]:
+    def rival(self, served: LoadedModel) -> dict[str, Any]:
         """transformers.generate beside our engine: the same prompts, greedy."""
         from serving import rival
 

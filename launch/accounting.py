@@ -28,7 +28,7 @@ from mor_jax.cli import config_flag, option_names
 from mor_jax.config import TrainConfig
 from mor_jax.models.flops import effective_parameters, flops, memory, unique_parameters
 from mor_jax.runtime import exit_codes
-from mor_jax.training.resolved_settings import settled
+from mor_jax.training.resolved_settings import resolve_settings
 
 CONFIG = config_flags.DEFINE_config_file("config", "configs/mor.py", "what to account for")
 LENGTH = flags.DEFINE_integer(
@@ -52,7 +52,7 @@ def main(_: list[str]) -> None:
         told = option_names.as_typed(error, names | ({} if LENGTH.value is None else _LENGTH))
         print(f"error: {told}", file=sys.stderr)
         sys.exit(exit_codes.REFUSED)
-    cfg, length = settled(cfg, PLATFORM.value), cfg.seq_len
+    cfg, length = resolve_settings(cfg, PLATFORM.value), cfg.seq_len
     report, room = flops(cfg.model, length), memory(cfg.model, length)
     counts = {
         name: count(cfg.model, embedding=embedding)

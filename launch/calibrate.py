@@ -36,10 +36,10 @@ def main(argv: list[str] | None = None) -> int:
     options = _parser().parse_args(argv)
     platform.skip_absent()
     from mor_jax.calibration import calibrate
-    from mor_jax.checkpoint.load_weights import find
-    from mor_jax.evaluation import Asked
+    from mor_jax.checkpoint.load_weights import load_run
+    from mor_jax.evaluation import EvalRequest
 
-    asked = Asked(
+    asked = EvalRequest(
         sources=None if options.source is None else tuple(options.source),
         length=options.length,
         batches=options.batches,
@@ -51,7 +51,7 @@ def main(argv: list[str] | None = None) -> int:
         aim = calibrate.Aim(
             shares=_numbers(options.shares), depth=options.mean_depth, points=_points(options)
         )
-        found = find(options.workdir, options.step)
+        found = load_run(options.workdir, options.step)
         calibrate.check_name(found, options.name)
         measured = calibrate.calibrate(found, asked, aim)
         files = calibrate.write(measured, options.name)

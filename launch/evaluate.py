@@ -26,7 +26,7 @@ from mor_jax.runtime.preemption import Signals
 
 if TYPE_CHECKING:
     from mor_jax.config import TrainConfig
-    from mor_jax.evaluation.eval_runner import Questions
+    from mor_jax.evaluation.eval_runner import EvalRunner
 
 _PATHS = {
     "eval.batches": "batches",
@@ -53,13 +53,13 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _once(options: argparse.Namespace, others: list[str]) -> None:
-    from mor_jax.checkpoint.load_weights import find
+    from mor_jax.checkpoint.load_weights import load_run
     from mor_jax.evaluation.plot import check_path, draw
     from mor_jax.evaluation.results import Records
 
     if options.figure:
         check_path(options.figure)
-    found = find(options.workdir, options.step)
+    found = load_run(options.workdir, options.step)
     questions = _questions(options, others, found.cfg)
     records = Records(options.output, questions.told()) if options.output else None
     answer = questions(found)
@@ -85,15 +85,15 @@ def _watch(options: argparse.Namespace, others: list[str]) -> None:
         print(json.dumps(record) if options.json else line(record), flush=True)
 
 
-def _questions(options: argparse.Namespace, others: list[str], cfg: "TrainConfig") -> "Questions":
-    from mor_jax.evaluation import Asked
-    from mor_jax.evaluation.eval_runner import Questions, Tasks
+def _questions(options: argparse.Namespace, others: list[str], cfg: "TrainConfig") -> "EvalRunner":
+    from mor_jax.evaluation import EvalRequest
+    from mor_jax.evaluation.eval_runner import EvalRunner, Tasks
 
     rows, tasks = options.batch_size, None
     if options.tasks:
         names, given = tuple(options.tasks), tuple(others)
         tasks = Tasks(names=names, options=given, batch_size=options.batch_size)
-    asked = Asked(
+    asked = EvalRequest(
         sources=None if options.source is None else tuple(options.source),
         length=options.length,
         batches=options.batches,
@@ -103,7 +103,7 @@ def _questions(options: argparse.Namespace, others: list[str], cfg: "TrainConfig
         recursions=options.recursions,
     )
     text = not tasks or options.text or options.source is not None
-    return Questions(cfg, asked, text, tasks)
+    return EvalRunner(cfg, asked, text, tasks)
 
 
 def _note(news: str) -> None:

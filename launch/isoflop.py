@@ -68,11 +68,11 @@ def _plan(options: argparse.Namespace, rest: list[str]) -> int:
 
 def _asked(options: argparse.Namespace, rest: list[str]) -> Any:
     from mor_jax.scaling.study.architectures import Shapes
-    from mor_jax.scaling.study.plan import Asked, Rules
+    from mor_jax.scaling.study.plan import Rules, StudyRequest
 
     rules = {name: getattr(options, name) for name in Rules.__dataclass_fields__}
     shapes = {name: getattr(options, name) for name in Shapes.__dataclass_fields__}
-    return Asked(
+    return StudyRequest(
         study=Path(options.study).name or Path(options.study).resolve().name,
         architectures=_words(options.architectures),
         sizes=_words(options.sizes),

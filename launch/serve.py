@@ -64,7 +64,7 @@ def main(argv: list[str] | None = None) -> int:
 def _serve(options: argparse.Namespace) -> int:
     from mor_jax.config import parsing
     from mor_jax.inference.engine.engine import Engine, EngineConfig
-    from mor_jax.inference.load_model import load_served
+    from mor_jax.inference.load_model import load_model
     from mor_jax.inference.server.api_server import Server, address, bind, run
     from mor_jax.inference.server.app import Api
     from mor_jax.inference.server.startup import announce, log_to_stderr, read_keys
@@ -84,7 +84,7 @@ def _serve(options: argparse.Namespace) -> int:
     log_to_stderr()
     # Before anything that takes long: an address in use is told at once.
     bound = bind(options.host, options.port)
-    served = load_served(
+    served = load_model(
         options.workdir,
         step=options.step,
         calibration=options.calibration,

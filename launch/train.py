@@ -9,7 +9,7 @@ from typing import NoReturn
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-from mor_jax.runtime.preemption import Diverged, Leave, Signals, Stopped, StoppedAtOnce
+from mor_jax.runtime.preemption import Diverged, ImmediateExit, Signals, Stopped, StoppedAtOnce
 
 _SIGNALS = Signals()
 if __name__ == "__main__":
@@ -51,13 +51,13 @@ def main(_: list[str]) -> None:
     from mor_jax.config import TrainConfig
     from mor_jax.distributed import initialize
     from mor_jax.distributed.heartbeat import HostLost
-    from mor_jax.training.fork import Branch
+    from mor_jax.training.fork import Fork
     from mor_jax.training.trainer import fit
 
     try:
         cfg = TrainConfig.from_dict(_CONFIG.value.to_dict())
         _join()
-        branch = None if _BRANCH.value is None else Branch.parse(_BRANCH.value)
+        branch = None if _BRANCH.value is None else Fork.parse(_BRANCH.value)
         fit(cfg, _WORKDIR.value, _ALLOW.value, _SIGNALS, branch)
         initialize.shutdown()
     except Stopped as stopped:
@@ -107,5 +107,5 @@ def _leave(message: str, code: int) -> NoReturn:
 if __name__ == "__main__":
     try:
         app.run(main, flags_parser=config_flag.parsed)
-    except Leave as left:
+    except ImmediateExit as left:
         _leave(f"stopped: {left}. The same command starts it again", exit_codes.STOPPED)

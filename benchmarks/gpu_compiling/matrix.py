@@ -5,7 +5,7 @@ import importlib
 from typing import Any
 
 from mor_jax.config import TrainConfig
-from mor_jax.training.resolved_settings import settled
+from mor_jax.training.resolved_settings import resolve_settings
 
 # Name -> configuration, its choices, settings.
 MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
@@ -107,7 +107,7 @@ def config(case: Case) -> TrainConfig:
     if case.multiple is not None:
         settings["model.router.capacity_multiple"] = case.multiple
     values.update_from_flattened_dict(settings)
-    return settled(TrainConfig.from_dict(values.to_dict()), "gpu")
+    return resolve_settings(TrainConfig.from_dict(values.to_dict()), "gpu")
 
 
 def _is_routed(model: str) -> bool:

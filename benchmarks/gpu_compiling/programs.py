@@ -17,11 +17,11 @@ from mor_jax.distributed import mesh as sharding
 from mor_jax.inference.config import EngineConfig, plan
 from mor_jax.inference.engine.batch_state import Held, Slots
 from mor_jax.inference.engine.model_runner import CHUNK_TOKENS, GROUP_TOKENS
-from mor_jax.inference.engine.sampling import Want
-from mor_jax.inference.engine.step_functions import Programs, Prompt, Step
-from mor_jax.inference.load_model import Served, expected_shares
+from mor_jax.inference.engine.sampling import SamplingFeatures
+from mor_jax.inference.engine.step_functions import Prompt, Step, StepFunctions
+from mor_jax.inference.load_model import LoadedModel, expected_shares
 from mor_jax.models.decode.layer import Weights
-from mor_jax.models.decode.paged_cache import Tables
+from mor_jax.models.decode.paged_cache import BlockTables
 from mor_jax.models.flops import flops
 from mor_jax.models.params import abstract_params
 from mor_jax.models.routing.router import capacity_counts
@@ -95,7 +95,9 @@ def _engine(case: Case, cfg: TrainConfig, mesh: Mesh) -> jax.stages.Lowered:
     model = made.geometry.cfg
     chunk = CHUNK_TOKENS.get("gpu", 16384) // PAGE
     group = GROUP_TOKENS.get("gpu", PIECE)
-    programs = Programs(made.geometry, (0,), (0.0,) * model.num_recursions, chunk, group).compiled()
+    programs = StepFunctions(
+        made.geometry, (0,), (0.0,) * model.num_recursions, chunk, group
+    ).compiled()
 
     def arguments() -> tuple[Any, ...]:
         slots = Slots.empty(made.geometry, made.slots)
@@ -112,9 +114,9 @@ def _engine(case: Case, cfg: TrainConfig, mesh: Mesh) -> jax.stages.Lowered:
     return (programs.tick if case.program == "decode" else programs.prefill).lower(*placed)
 
 
-def _served(cfg: TrainConfig) -> Served:
+def _served(cfg: TrainConfig) -> LoadedModel:
     tokenizer = load_tokenizer("bytes")
-    return Served(
+    return LoadedModel(
         name="none",
         cfg=cfg.model,
         params={},
@@ -134,11 +136,11 @@ def _held(made: Any) -> Held:
     def whole(*shape: int) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, np.int32)
 
-    return Held(Tables(whole(rows, most), whole(rows, lists, most)), whole(rows, lists))
+    return Held(BlockTables(whole(rows, most), whole(rows, lists, most)), whole(rows, lists))
 
 
 def _step(rows: int) -> Step:
-    return Step(np.zeros(rows, np.int32), np.zeros(rows, bool), Want.of([]))
+    return Step(np.zeros(rows, np.int32), np.zeros(rows, bool), SamplingFeatures.of([]))
 
 
 def _prompt() -> Prompt:

@@ -23,7 +23,7 @@ import jax.numpy as jnp
 from mor_jax.config import ModelConfig
 from mor_jax.inference.engine.model_runner import CHUNK_TOKENS
 from mor_jax.models.decode.attention import Extent, Queue, Softmax, by_list, by_queue
-from mor_jax.models.decode.paged_cache import Geometry, Pages
+from mor_jax.models.decode.paged_cache import KVCacheSpec, Pages
 from mor_jax.models.param_count import key_value_weights, layer_weights
 from mor_jax.types import Array
 
@@ -189,7 +189,7 @@ _PAGE, _LAYERS, _QUERIES = 32, 8, 128
 
 def _pages(cfg: ModelConfig, tokens: int) -> tuple[Pages, ...]:
     """Pages of some layers, together larger than the processor's caches."""
-    pool = Geometry(dataclasses.replace(cfg, num_layers=_LAYERS), _PAGE)
+    pool = KVCacheSpec(dataclasses.replace(cfg, num_layers=_LAYERS), _PAGE)
     return pool.cache(0, tokens // _PAGE).block
 
 

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from mor_jax.inference.engine.engine import Engine
-from mor_jax.inference.engine.request import Event, Finished, Request, Sampling, Token
+from mor_jax.inference.engine.request import Event, Finished, Request, SamplingParams, Token
 
 MEAN, SPREAD, SHORTEST, LONGEST = 256, 64, 32, 480
 """Tokens of prompts and of answers: normally distributed, cut off at both ends."""
@@ -31,7 +31,7 @@ def requests(number: int, vocab_size: int, *, seed: int = 0) -> list[Request]:
         Request(
             prompt=tuple(rng.integers(0, vocab_size, prompt).tolist()),
             max_tokens=int(answer),
-            sampling=Sampling(temperature=1.0, seed=i),
+            sampling=SamplingParams(temperature=1.0, seed=i),
             ignore_eos=True,
         )
         for i, (prompt, answer) in enumerate(lengths)
@@ -161,7 +161,7 @@ def in_waves(engine: Engine, work: Sequence[Request], batch: int) -> float:
 
 def together(engine: Engine, rows: np.ndarray, new: int) -> tuple[np.ndarray, float]:
     """Greedy answers of `new` tokens to prompts of one length, and the seconds that all took."""
-    start, greedy = time.perf_counter(), Sampling(temperature=0.0)
+    start, greedy = time.perf_counter(), SamplingParams(temperature=0.0)
     handles = [
         engine.submit(Request(prompt=tuple(row), max_tokens=new, sampling=greedy, ignore_eos=True))
         for row in rows.tolist()

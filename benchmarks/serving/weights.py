@@ -10,14 +10,14 @@ from mor_jax.calibration.calibrator import Calibrator, Text
 from mor_jax.config import ModelConfig, TrainConfig
 from mor_jax.data.tokenizers.base import Tokenizer
 from mor_jax.inference.calibration_targets import trained_shares
-from mor_jax.inference.load_model import Served, expected_shares
+from mor_jax.inference.load_model import LoadedModel, expected_shares
 from mor_jax.models.params import init_params
 from mor_jax.types import Batch
 
 _ROWS, _BATCHES, _LENGTH = 8, 3, 512
 
 
-def random_served(name: str, cfg: ModelConfig, tokenizer: Tokenizer, seed: int = 0) -> Served:
+def random_served(name: str, cfg: ModelConfig, tokenizer: Tokenizer, seed: int = 0) -> LoadedModel:
     """A model nobody trained: its speed is that of trained weights, its routing is calibrated.
 
     Thresholds are quantiles on random tokens, which is also what such weights generate.
@@ -27,7 +27,7 @@ def random_served(name: str, cfg: ModelConfig, tokenizer: Tokenizer, seed: int =
         run = TrainConfig(model=cfg, seq_len=_LENGTH, batch_size=_ROWS)
         text = Text("random tokens", tuple(_random(cfg)), ())
         thresholds = Calibrator(run, params, text).thresholds(trained_shares(cfg))
-    return Served(
+    return LoadedModel(
         name=name,
         cfg=cfg,
         params=params,

@@ -10,7 +10,7 @@ from mor_jax.analysis.observe import Model, observe, routed_model
 from mor_jax.analysis.output import Place
 from mor_jax.analysis.parts_of_speech import check_tagger
 from mor_jax.analysis.reading import Rows, Wanted, read, utf8
-from mor_jax.checkpoint.load_weights import Found, find
+from mor_jax.checkpoint.load_weights import RunWeights, load_run
 from mor_jax.config.parsing import check
 
 Given = Mapping[str, Any]
@@ -40,7 +40,7 @@ def run(given: Given, stdin: Stdin) -> Result:
 
     stdin: reads all of the standard input. Raises `ValueError`, and then nothing is written.
     """
-    found = find(given["workdir"], given["step"])
+    found = load_run(given["workdir"], given["step"])
     commands = {"map": _map, "statistics": _statistics, "depth": _depth}
     return commands[given["command"]](found, given, stdin)
 
@@ -51,7 +51,7 @@ def _wanted(given: Given) -> Wanted:
     return Wanted(sources=sources, **{name: given[name] for name in names})
 
 
-def _place(found: Found, given: Given, rows: Rows) -> Place:
+def _place(found: RunWeights, given: Given, rows: Rows) -> Place:
     """Where the answer goes, and the question: all but where it goes and how it is told.
 
     Raises `ValueError` where it may not go, before there is one.
@@ -71,7 +71,7 @@ def _head(model: object, rows: Rows, notes: tuple[str, ...] = ()) -> list[str]:
     return [str(model), told, *(f"  {note}" for note in (*rows.notes, *notes))]
 
 
-def _map(found: Found, given: Given, stdin: Stdin) -> Result:
+def _map(found: RunWeights, given: Given, stdin: Stdin) -> Result:
     model: Model = routed_model(found, given["calibration"], given["recursions"])
     rows = read(model.cfg, model.tokenizer, _wanted(given), stdin)
     place = _place(found, given, rows)
@@ -80,7 +80,7 @@ def _map(found: Found, given: Given, stdin: Stdin) -> Result:
     return Result(_head(model, rows, model.notes), made.lines(), made.facts(), files)
 
 
-def _statistics(found: Found, given: Given, stdin: Stdin) -> Result:
+def _statistics(found: RunWeights, given: Given, stdin: Stdin) -> Result:
     least = given["min_count"]
     check(least > 0, "min_count", least, "must be greater than 0", "Try 20")
     if given["pos"]:
@@ -94,7 +94,7 @@ def _statistics(found: Found, given: Given, stdin: Stdin) -> Result:
     return Result(head, made.lines(), made.facts(), files)
 
 
-def _depth(found: Found, given: Given, stdin: Stdin) -> Result:
+def _depth(found: RunWeights, given: Given, stdin: Stdin) -> Result:
     model = recursions.shallow(found, given["calibration"], numbers(given["recursions"]))
     rows = read(model.cfg, model.tokenizer, _wanted(given), stdin)
     place = _place(found, given, rows)

@@ -9,7 +9,7 @@ import numpy as np
 from mor_jax import data
 from mor_jax.analysis.passes import compiled
 from mor_jax.analysis.reading import Rows
-from mor_jax.checkpoint.load_weights import Found
+from mor_jax.checkpoint.load_weights import RunWeights
 from mor_jax.config import ModelConfig, TrainConfig
 from mor_jax.config.parsing import fail
 from mor_jax.data.tokenizers.base import Tokenizer
@@ -31,7 +31,7 @@ class Model:
     something, the one that generation uses first. notes: what has to be said about it.
     """
 
-    found: Found
+    found: RunWeights
     cfg: TrainConfig
     params: Params
     tokenizer: Tokenizer
@@ -59,9 +59,9 @@ class Model:
 
 
 def routed_model(
-    found: Found, calibration: str | None = None, recursions: int | None = None
+    found: RunWeights, calibration: str | None = None, recursions: int | None = None
 ) -> Model:
-    """The weights `found`, to be analysed; calibration, recursions: as in `load_served`.
+    """The weights `found`, to be analysed; calibration, recursions: as in `load_model`.
 
     Raises:
         ValueError: nothing is routed in the model, a parameter is not finite, or calibration,
@@ -95,7 +95,7 @@ def routed_model(
     )
 
 
-def check_routed(found: Found) -> None:
+def check_routed(found: RunWeights) -> None:
     """Raises `ValueError` for a model without routers, naming what it can have instead."""
     model = found.cfg.model
     if model.router.kind != "none":

@@ -7,11 +7,11 @@ import jax
 import jax.numpy as jnp
 
 from mor_jax.config import ModelConfig
-from mor_jax.models.layers.token_gather import spread
+from mor_jax.models.layers.token_gather import scatter_to
 from mor_jax.models.params import forward, logits_table
-from mor_jax.models.routing.outputs import Routing, Visit
+from mor_jax.models.routing.outputs import RecursionTrace, Routing
 from mor_jax.models.routing.router import Route
-from mor_jax.runtime.free_memory import Program
+from mor_jax.runtime.free_memory import CheckedFunction
 from mor_jax.training.losses import token_losses
 from mor_jax.types import IGNORE, Array, Batch, Bool, Float, Int, Params
 
@@ -49,9 +49,9 @@ def passes(
     }
 
 
-def compiled(cfg: ModelConfig, modes: tuple[str, ...]) -> Program:
+def compiled(cfg: ModelConfig, modes: tuple[str, ...]) -> CheckedFunction:
     """`passes` of params, batch and thresholds, compiled once for all batches of a shape."""
-    return Program(partial(passes, cfg, modes), "batch_size")
+    return CheckedFunction(partial(passes, cfg, modes), "batch_size")
 
 
 def _pass(cfg: ModelConfig, route: Route, params: Params, batch: Batch) -> Seen:
@@ -78,7 +78,7 @@ def _on_the_row(
         every = jnp.where(present[None], every, jnp.nan)
         return every, every
     decisive, main = [], []
-    before: Visit | None = None
+    before: RecursionTrace | None = None
     for visit in routing.visits:
         for made, logits in ((decisive, visit.trained), (main, visit.logits)):
             made.append(jnp.where(present, _placed(logits, before, present.shape[1]), jnp.nan))
@@ -86,12 +86,14 @@ def _on_the_row(
     return jnp.stack(decisive), jnp.stack(main)
 
 
-def _placed(logits: Float[Array, "b n"], before: Visit | None, length: int) -> Float[Array, "b l"]:
+def _placed(
+    logits: Float[Array, "b n"], before: RecursionTrace | None, length: int
+) -> Float[Array, "b l"]:
     # Candidates of a recursion sit in the slots of the one before.
     if before is None or before.index is None:
         return logits
     there: Bool[Array, "b n"] = jnp.ones(logits.shape, bool)
     if before.valid is not None:
         there = before.valid
-    values = spread(jnp.where(there, logits, 0.0), before.index, length)
-    return jnp.where(spread(there, before.index, length), values, jnp.nan)
+    values = scatter_to(jnp.where(there, logits, 0.0), before.index, length)
+    return jnp.where(scatter_to(there, before.index, length), values, jnp.nan)

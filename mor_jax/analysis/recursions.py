@@ -12,17 +12,17 @@ from mor_jax.analysis.figures import recursion_figure
 from mor_jax.analysis.observe import ROUTINGS
 from mor_jax.analysis.output import Write, json_lines, number
 from mor_jax.analysis.reading import Rows
-from mor_jax.checkpoint.load_weights import Found
+from mor_jax.checkpoint.load_weights import RunWeights
 from mor_jax.config import TrainConfig
 from mor_jax.config.parsing import check
 from mor_jax.data.tokenizers.base import Tokenizer
 from mor_jax.inference.calibration_file import Calibration, load
 from mor_jax.inference.config import EngineConfig, compute_config
 from mor_jax.inference.engine.engine import Engine
-from mor_jax.inference.engine.request import Request, Sampling
-from mor_jax.inference.load_model import Served, check_finite, is_causal, ready
+from mor_jax.inference.engine.request import Request, SamplingParams
+from mor_jax.inference.load_model import LoadedModel, check_finite, is_causal, ready
 from mor_jax.models.flops import flops
-from mor_jax.runtime.free_memory import Program
+from mor_jax.runtime.free_memory import CheckedFunction
 from mor_jax.training.evaluator import Evaluator
 from mor_jax.training.train_step import eval_step
 from mor_jax.types import IGNORE, Batch, Params
@@ -43,20 +43,20 @@ class Sample:
     seed: int = 0
 
     @property
-    def sampling(self) -> Sampling:
+    def sampling(self) -> SamplingParams:
         """Its settings for the engine."""
-        return Sampling(temperature=self.temperature, seed=self.seed)
+        return SamplingParams(temperature=self.temperature, seed=self.seed)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
-class Shallow:
+class TruncatedModel:
     """A run's weights that can be run with several numbers of recursions.
 
     cfg: as it was trained, in the dtype of generation. numbers: of recursions, ascending. routings:
     that mean something. notes: what has to be said about it.
     """
 
-    found: Found
+    found: RunWeights
     cfg: TrainConfig
     params: Params
     tokenizer: Tokenizer
@@ -72,12 +72,12 @@ class Shallow:
             return self.calibration.recursions
         return self.cfg.model.num_recursions
 
-    def at(self, recursions: int) -> Served:
+    def at(self, recursions: int) -> LoadedModel:
         """The model that runs so many recursions. Raises `ValueError` if it cannot."""
         model, params, thresholds, shares = ready(
             self.cfg.model, self.params, self.calibration, recursions
         )
-        return Served(
+        return LoadedModel(
             name=str(self.found),
             cfg=model,
             params=params,
@@ -91,7 +91,9 @@ class Shallow:
         )
 
 
-def shallow(found: Found, calibration: str | None, wanted: Sequence[int] | None) -> Shallow:
+def shallow(
+    found: RunWeights, calibration: str | None, wanted: Sequence[int] | None
+) -> TruncatedModel:
     """The weights `found`, for the numbers of recursions `wanted`.
 
     None: 1 to twice those trained, as far as the model can run them.
@@ -124,7 +126,7 @@ def shallow(found: Found, calibration: str | None, wanted: Sequence[int] | None)
         most = calibrated.recursions
     elif model.router.kind == "token" or not model.share_norms:
         most = model.num_recursions
-    made = Shallow(
+    made = TruncatedModel(
         found=found,
         cfg=dataclasses.replace(found.cfg, model=model),
         params=params,
@@ -144,7 +146,7 @@ def shallow(found: Found, calibration: str | None, wanted: Sequence[int] | None)
 class Scaling:
     """What came of it. records: as docs/analysis.md describes them."""
 
-    model: Shallow
+    model: TruncatedModel
     records: list[Record]
 
     def of(self, statistic: str, **fields: Any) -> list[Record]:
@@ -194,7 +196,7 @@ def _printable(line: str) -> str:
     return "".join(char if char.isprintable() or char == "\t" else "\ufffd" for char in line)
 
 
-def measure(model: Shallow, rows: Rows, sample: Sample) -> Scaling:
+def measure(model: TruncatedModel, rows: Rows, sample: Sample) -> Scaling:
     """Losses and samples with every number of recursions. Raises `ValueError` for a bad sample."""
     prompt = tuple(model.tokenizer.encode(sample.text).tolist())
     rule = "must not be negative; 0 is for no sample"
@@ -216,7 +218,7 @@ def measure(model: Shallow, rows: Rows, sample: Sample) -> Scaling:
     return Scaling(model, records + samples)
 
 
-def _losses(model: Shallow, served: Served, rows: Rows) -> list[Record]:
+def _losses(model: TruncatedModel, served: LoadedModel, rows: Rows) -> list[Record]:
     """A record a routing."""
     cfg = dataclasses.replace(model.cfg, model=served.cfg, seq_len=rows.length)
     found = _evaluator(cfg, rows, served.thresholds)(served.params)
@@ -250,7 +252,7 @@ def _evaluator(cfg: TrainConfig, rows: Rows, thresholds: tuple[float, ...] | Non
     def step(params: Params, batch: Batch, mode: str) -> Any:
         return eval_step(cfg, params, batch, mode, thresholds)
 
-    program = Program(step, "batch_size")
+    program = CheckedFunction(step, "batch_size")
     return Evaluator(cfg, _counted(rows), lambda *given: program(*given[:2], mode=given[2]))
 
 
@@ -263,7 +265,7 @@ def _counted(rows: Rows) -> list[Batch]:
     ]
 
 
-def _sample(served: Served, request: Request, text: str) -> Record:
+def _sample(served: LoadedModel, request: Request, text: str) -> Record:
     longest = 1 << (len(request.prompt) + request.max_tokens - 1).bit_length()
     settings = EngineConfig(slots=1, max_length=min(longest, served.cfg.max_seq_len))
     with Engine(served, settings) as engine:

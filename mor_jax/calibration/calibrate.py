@@ -10,10 +10,10 @@ import numpy as np
 from etils import epath
 
 from mor_jax.calibration.calibrator import Calibrator, Point, Text
-from mor_jax.checkpoint.load_weights import Found
+from mor_jax.checkpoint.load_weights import RunWeights
 from mor_jax.config import ModelConfig
 from mor_jax.config.parsing import check
-from mor_jax.evaluation import Asked, config_for
+from mor_jax.evaluation import EvalRequest, config_for
 from mor_jax.files import write_atomic
 from mor_jax.inference.calibration_file import (
     Calibration,
@@ -58,7 +58,7 @@ class Measured:
     length: tokens of a row.
     """
 
-    found: Found
+    found: RunWeights
     calibration: Calibration
     points: tuple[Point, ...]
     length: int
@@ -94,7 +94,7 @@ class Measured:
         return told
 
 
-def calibrate(found: Found, asked: Asked, aim: Aim) -> Measured:
+def calibrate(found: RunWeights, asked: EvalRequest, aim: Aim) -> Measured:
     """Calibrates the weights `found`; nothing is written.
 
     asked: the text, its rows and batches (for each half), and recursions other than trained.
@@ -145,7 +145,7 @@ def _curve(calibrator: Calibrator, model: ModelConfig, points: int) -> Iterator[
     yield calibrator.training_rule()
 
 
-def check_name(found: Found, name: str) -> None:
+def check_name(found: RunWeights, name: str) -> None:
     """Raises `ValueError` unless a calibration may be saved as `name`; before the work is done."""
     path = path_of(found.path, name)
     check_replaceable(path)

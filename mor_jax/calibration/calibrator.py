@@ -21,7 +21,7 @@ from mor_jax.inference.calibration_targets import depth_bias, takes_all, thresho
 from mor_jax.models.flops import flops
 from mor_jax.models.params import forward
 from mor_jax.models.routing.router import Route, token_score
-from mor_jax.runtime.free_memory import Program
+from mor_jax.runtime.free_memory import CheckedFunction
 from mor_jax.training.train_step import eval_step
 from mor_jax.types import IGNORE, Array, Batch, Bool, Float, Params
 
@@ -116,9 +116,9 @@ class Calibrator:
         def evaluate(params: Params, batch: Batch, thresholds: Array, mode: str) -> Any:
             return eval_step(cfg, params, batch, mode, thresholds)
 
-        self._evaluate = Program(evaluate, *rows)
-        self._logits = Program(partial(candidate_logits, cfg.model), *rows)
-        self._scores = Program(partial(depth_scores, cfg.model), *rows)
+        self._evaluate = CheckedFunction(evaluate, *rows)
+        self._logits = CheckedFunction(partial(candidate_logits, cfg.model), *rows)
+        self._scores = CheckedFunction(partial(depth_scores, cfg.model), *rows)
         # Grids ask for the same first thresholds again and again.
         self._known: dict[tuple[float, ...], tuple[np.ndarray, int]] = {}
 

@@ -18,7 +18,7 @@ from mor_jax.types import Params
 
 
 @dataclasses.dataclass(frozen=True)
-class Found:
+class RunWeights:
     """Weights that are there and whole. step: 0 for those that a run was given to start from.
 
     cfg: of the run as it was when they were written. source: where weights that were imported
@@ -71,7 +71,9 @@ class Found:
             checkpoints.close()
 
 
-def find(directory: epath.PathLike, step: int | None = None, *, sums: bool = True) -> Found:
+def load_run(
+    directory: epath.PathLike, step: int | None = None, *, sums: bool = True
+) -> RunWeights:
     """The newest good checkpoint of a run, or that of `step`; else the weights it starts from.
 
     Every file is read through once, so that damage shows before anything is done with them; without
@@ -84,11 +86,11 @@ def find(directory: epath.PathLike, step: int | None = None, *, sums: bool = Tru
     cfg = run_dir.read_config(path)
     given = pretrained.present(path)
     if given and step in (None, 0) and not any_complete(path):
-        return Found(path, cfg, 0, pretrained.verify(path, cfg.model, sums=sums)["source"])
+        return RunWeights(path, cfg, 0, pretrained.verify(path, cfg.model, sums=sums)["source"])
     facts = _facts(path, step, sums)
     cfg = TrainConfig.from_dict(facts["config"])
     source = pretrained.facts(path)["source"] if given else None
-    return Found(path, cfg, facts["step"], source)
+    return RunWeights(path, cfg, facts["step"], source)
 
 
 def _facts(path: epath.Path, step: int | None, sums: bool = True) -> dict[str, Any]:
@@ -106,4 +108,4 @@ def _with(leaf: jax.ShapeDtypeStruct, where: jax.sharding.Sharding) -> jax.Shape
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
 
 
-__all__ = ["Found", "find"]
+__all__ = ["RunWeights", "load_run"]

@@ -21,7 +21,7 @@ import jax
 from etils import epath
 
 from mor_jax.checkpoint import checkpointer, pretrained
-from mor_jax.checkpoint.run_lock import Held, Lease
+from mor_jax.checkpoint.run_lock import Held, RunLock
 from mor_jax.config import TrainConfig, old_names
 from mor_jax.config.parsing import check, fail, flat
 from mor_jax.files import LockHeld, lock, this_process, write_atomic
@@ -215,7 +215,7 @@ def hold(workdir: epath.PathLike) -> Iterator[Callable[[], None]]:
     elif "://" in str(path):
         with contextlib.ExitStack() as stack:
             try:
-                stack.enter_context(Lease(path / LOCK_FILE, this_process()))
+                stack.enter_context(RunLock(path / LOCK_FILE, this_process()))
             except Held as held:
                 raise _in_use(path, str(held)) from held
             yield _nothing

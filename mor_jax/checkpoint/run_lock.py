@@ -26,7 +26,7 @@ class Held(Exception):
     """Somebody else holds the file; the text says who."""
 
 
-class Lease:
+class RunLock:
     """Holds `file` inside the block. Raises `Held` if another does, which may take 20 seconds.
 
     owner: who this is, for the message of others. every: seconds between signs of life.
@@ -37,7 +37,7 @@ class Lease:
         self._id, self._counter = uuid.uuid4().hex, 0
         self._ended = threading.Event()
 
-    def __enter__(self) -> "Lease":
+    def __enter__(self) -> "RunLock":
         self._wait_while_alive()
         self._write()
         # Of two that come at the same time the later writer has it.

@@ -14,7 +14,7 @@ _GONE = 6 * EVERY
 """Seconds without a sign of life after which a holder counts as gone."""
 
 
-class Trainer:
+class TrainerStatus:
     """Who holds the directory of a run. Takes nothing and changes nothing.
 
     In an object store a holder counts as gone when its signs of life have stopped for 30 seconds.

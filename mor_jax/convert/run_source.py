@@ -14,7 +14,7 @@ from mor_jax import data
 from mor_jax.checkpoint import pretrained
 from mor_jax.checkpoint.checkpointer import Checkpoints
 from mor_jax.checkpoint.lazy_arrays import Lazy, Spec
-from mor_jax.checkpoint.load_weights import find
+from mor_jax.checkpoint.load_weights import load_run
 from mor_jax.config import CheckpointConfig, TrainConfig
 from mor_jax.config.parsing import check
 from mor_jax.convert.names import array_shapes, entries
@@ -49,7 +49,7 @@ def open_run(directory: epath.PathLike, step: int | None = None) -> RunSource:
         ValueError: no run is there, no checkpoint is good, `step` is not there, or the tokenizer
             has gone.
     """
-    found = find(directory, step, sums=False)
+    found = load_run(directory, step, sums=False)
     cfg, path = found.cfg, found.path
     part = partial(pretrained.array, path)
     if found.step:

@@ -13,7 +13,7 @@ from collections.abc import Callable
 _DEFAULT = 0
 
 
-class Aborts:
+class AbortHandler:
     """Calls `before` when the process is about to abort; when that returns, it aborts."""
 
     def __init__(self, before: Callable[[], None]):

@@ -24,13 +24,13 @@ ONE_ROUND = 8
 
 
 def row_axes() -> tuple[str, ...]:
-    """The mesh axes over which the surrounding `over_rows` has cut the batch; () outside of it."""
+    """The mesh axes over which `shard_map_over_batch` shards the batch; () outside of it."""
     manual = jax.sharding.get_abstract_mesh().manual_axes
     return tuple(axis for axis in RULES["batch"] if axis in manual)
 
 
 def free_spec(*names: str | None) -> PartitionSpec:
-    """`spec_of` those axes (None: whole) without what `over_rows` has cut already."""
+    """`spec_of` those axes (None: whole) without what `shard_map_over_batch` has cut already."""
     manual = jax.sharding.get_abstract_mesh().manual_axes
     cuts = [() if name is None else RULES[name] for name in names]
     return PartitionSpec(*(tuple(a for a in cut if a not in manual) or None for cut in cuts))
@@ -42,7 +42,7 @@ def constrain(x: Array, length: bool) -> Array:
     Between layers nothing but the residual stream is kept, and no position needs another, so each
     device holds its share. Routed tokens are whole: choosing and gathering them must not exchange
     anything. Without this the compiler may cut activations as the parameters that they meet are
-    cut. Outside of `over_rows`, or with one such device, `x` itself.
+    cut. Outside of `shard_map_over_batch`, or with one such device, `x` itself.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if not row_axes() or "tensor" in mesh.manual_axes:
@@ -51,13 +51,13 @@ def constrain(x: Array, length: bool) -> Array:
     return jax.lax.with_sharding_constraint(x, spec)
 
 
-def sum_rows(tree: Any) -> Any:
-    """Sums over all devices' rows; the argument itself outside of `over_rows`."""
+def psum_batch(tree: Any) -> Any:
+    """Sums over all devices' rows; the argument itself outside of `shard_map_over_batch`."""
     axes = row_axes()
     return jax.lax.psum(tree, axes) if axes else tree
 
 
-def over_rows(run: Callable[..., Any], arguments: tuple[Any, ...], results: Any) -> Any:
+def shard_map_over_batch(run: Callable[..., Any], arguments: tuple[Any, ...], results: Any) -> Any:
     """`run` on each device's own rows and parts of the parameters; exchanges are its own affair.
 
     arguments, results: trees of the arguments' and results' partitions (`PartitionSpec`); of these
@@ -88,7 +88,7 @@ def _cuts(spec: PartitionSpec) -> list[tuple[str, ...]]:
     return [() if cut is None else (cut,) if isinstance(cut, str) else cut for cut in spec]
 
 
-def whole(
+def all_gather_param(
     x: Array,
     names: tuple[str, ...],
     sizes: tuple[int, ...],
@@ -204,7 +204,7 @@ def _scatter(x: Array, axis: int, name: str) -> Array:
     return parts
 
 
-def sum_uncut(grads: Params, specs: Params) -> Params:
+def psum_replicated_grads(grads: Params, specs: Params) -> Params:
     """Gradients of each device's rows -> of all rows, for parameters with the partitions `specs`.
 
     Along axes that cut a parameter, `whole` has summed already.
@@ -214,5 +214,5 @@ def sum_uncut(grads: Params, specs: Params) -> Params:
         cut = set().union(*_cuts(spec))
         return jax.lax.psum(grad, tuple(axis for axis in row_axes() if axis not in cut))
 
-    with jax.named_scope("sum_uncut"):
+    with jax.named_scope("psum_replicated_grads"):
         return jax.tree.map(total, grads, specs) if row_axes() else grads

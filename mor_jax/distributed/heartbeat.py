@@ -20,7 +20,7 @@ from typing import Any
 import jax
 from etils import epath
 
-from mor_jax.distributed.abort_handler import Aborts
+from mor_jax.distributed.abort_handler import AbortHandler
 from mor_jax.distributed.startup_check import gather
 from mor_jax.files import write_atomic
 from mor_jax.runtime import exit_codes
@@ -71,7 +71,7 @@ class HostLost(RuntimeError):
         self.code = code
 
 
-class Hosts:
+class PeerMonitor:
     """Watches over the processes of a run inside the block. Costs nothing for a single one.
 
     All processes enter it together; it makes `path`/hosts. timeout: seconds of silence after which
@@ -89,9 +89,9 @@ class Hosts:
         self._lost: HostLost | None = None
         self._telling, self._told = threading.Lock(), False
         self._ended, self._known = threading.Event(), threading.Event()
-        self._aborts = Aborts(self._on_abort)
+        self._aborts = AbortHandler(self._on_abort)
 
-    def __enter__(self) -> "Hosts":
+    def __enter__(self) -> "PeerMonitor":
         if self._several:
             me = {"host": socket.gethostname(), "pid": os.getpid(), "id": uuid.uuid4().hex}
             self._peers = gather(me)
@@ -130,7 +130,7 @@ class Hosts:
         """Leaves word that this process ends as it should; the others go on."""
         self._leave("finished", exit_codes.OK, "")
 
-    def verdict(self, error: BaseException) -> HostLost | None:
+    def diagnose(self, error: BaseException) -> HostLost | None:
         """Whether `error`, out of a collective or a save, came from the end of another process.
 
         Waits for the evidence, up to the timeout. None: the error is this process's own, or there
@@ -332,4 +332,4 @@ def _exit(code: int) -> None:
     os._exit(code)
 
 
-__all__ = ["DIRECTORY", "HostLost", "Hosts"]
+__all__ = ["DIRECTORY", "HostLost", "PeerMonitor"]

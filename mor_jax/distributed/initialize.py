@@ -14,7 +14,7 @@ import time
 import jax
 
 from mor_jax.config.parsing import check, fail
-from mor_jax.distributed.abort_handler import Aborts
+from mor_jax.distributed.abort_handler import AbortHandler
 from mor_jax.runtime import exit_codes
 
 HEARTBEAT = 50
@@ -109,7 +109,7 @@ def _join(mode: str, wait: int, **where: object) -> None:
         os._exit(exit_codes.ERROR)
 
     # JAX raises some errors of joining and aborts the process for others.
-    aborts = Aborts(give_up)
+    aborts = AbortHandler(give_up)
     aborts.catch()
     try:
         jax.distributed.initialize(

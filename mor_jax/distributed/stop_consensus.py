@@ -8,7 +8,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 
-class Agreement:
+class StopConsensus:
     """`number -> the largest number of any process`, one call late.
 
     Every process calls it equally often, once a step. The numbers meet in a maximum over all

@@ -7,7 +7,7 @@ from mor_jax.config.parsing import positive
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Asked:
+class EvalRequest:
     """What to evaluate on. None: as the run itself does it.
 
     sources: other text, all of it, written as `data.sources`. length: tokens of a row. batches,
@@ -30,7 +30,7 @@ class Asked:
         return "heldout" if self.sources is None else "all"
 
 
-def config_for(cfg: TrainConfig, asked: Asked) -> TrainConfig:
+def config_for(cfg: TrainConfig, asked: EvalRequest) -> TrainConfig:
     """A run's configuration with the rows that are asked for. Raises `ValueError` as `evaluate`."""
     positive("evaluation", asked, "fsdp")
     given = dataclasses.replace(

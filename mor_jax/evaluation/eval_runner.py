@@ -4,11 +4,11 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from mor_jax.checkpoint.load_weights import Found
+from mor_jax.checkpoint.load_weights import RunWeights
 from mor_jax.config import TrainConfig
 from mor_jax.config.optional_import import need
 from mor_jax.config.parsing import check
-from mor_jax.evaluation.eval_config import Asked
+from mor_jax.evaluation.eval_config import EvalRequest
 from mor_jax.evaluation.perplexity import Evaluation, TextEvaluation
 
 
@@ -26,7 +26,7 @@ class Tasks:
 class Answer:
     """What was found of one checkpoint. tasks: as `lm_eval.simple_evaluate` returns it."""
 
-    found: Found
+    found: RunWeights
     text: Evaluation | None
     tasks: dict[str, Any] | None
 
@@ -57,10 +57,12 @@ class Answer:
         return made
 
 
-class Questions:
+class EvalRunner:
     """The same for every checkpoint of a run: text is read and tasks are loaded once."""
 
-    def __init__(self, cfg: TrainConfig, asked: Asked, text: bool, tasks: Tasks | None) -> None:
+    def __init__(
+        self, cfg: TrainConfig, asked: EvalRequest, text: bool, tasks: Tasks | None
+    ) -> None:
         """cfg: of the run. text: whether to evaluate on it.
 
         Raises `ValueError` if text or tasks cannot be had as asked, or lm-eval is not installed.
@@ -77,7 +79,7 @@ class Questions:
 
             self._harness = command.prepare(tasks.names, tasks.options, tasks.batch_size)
 
-    def __call__(self, found: Found) -> Answer:
+    def __call__(self, found: RunWeights) -> Answer:
         """Raises `ValueError` if the weights cannot be evaluated as asked."""
         if self._text is not None and found.cfg != self._cfg:
             # The run went on with other settings.

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mor_jax.config import TrainConfig
-from mor_jax.distributed.collectives import over_rows
+from mor_jax.distributed.collectives import shard_map_over_batch
 from mor_jax.distributed.mesh import param_specs, spec_of
 from mor_jax.models.params import forward, gather, logical_axes, logits_table
 from mor_jax.models.routing.router import Route
@@ -62,7 +62,9 @@ def row_sums(
         return sums
 
     rows = spec_of(("batch",))
-    return over_rows(mine, (param_specs(logical_axes(cfg.model)), rows), rows)(params, batch)
+    return shard_map_over_batch(mine, (param_specs(logical_axes(cfg.model)), rows), rows)(
+        params, batch
+    )
 
 
 def _groups(length: int) -> np.ndarray:

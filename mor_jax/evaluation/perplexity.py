@@ -11,18 +11,18 @@ import jax
 import numpy as np
 
 from mor_jax import data
-from mor_jax.checkpoint.load_weights import Found
+from mor_jax.checkpoint.load_weights import RunWeights
 from mor_jax.config import MeshConfig, TrainConfig
 from mor_jax.config.parsing import check
 from mor_jax.distributed import mesh as sharding
 from mor_jax.evaluation import report
 from mor_jax.evaluation.byte_spans import TextBytes
-from mor_jax.evaluation.eval_config import Asked, config_for
+from mor_jax.evaluation.eval_config import EvalRequest, config_for
 from mor_jax.evaluation.loss_sums import position_starts, row_sums, total
 from mor_jax.inference.calibration_file import load
 from mor_jax.inference.load_model import ready
 from mor_jax.models.params import abstract_params, logical_axes
-from mor_jax.runtime.free_memory import Program
+from mor_jax.runtime.free_memory import CheckedFunction
 from mor_jax.training.evaluator import modes
 from mor_jax.types import IGNORE, Batch, Params
 
@@ -34,7 +34,7 @@ class Evaluation:
     calibration: what was asked for.
     """
 
-    found: Found
+    found: RunWeights
     cfg: TrainConfig
     text: str
     rows: int
@@ -64,7 +64,7 @@ class Evaluation:
 class TextEvaluation:
     """Evaluates weights on one text that is read once; compiles once for a model and a routing."""
 
-    def __init__(self, cfg: TrainConfig, asked: Asked) -> None:
+    def __init__(self, cfg: TrainConfig, asked: EvalRequest) -> None:
         """cfg: of the run. Raises `ValueError` as `evaluate`."""
         self._asked, self._cfg = asked, config_for(cfg, asked)
         cfg = self._cfg
@@ -83,7 +83,7 @@ class TextEvaluation:
         self._bytes = TextBytes(tokenizer)
         self._step = functools.lru_cache(maxsize=4)(self._program)
 
-    def __call__(self, found: Found) -> Evaluation:
+    def __call__(self, found: RunWeights) -> Evaluation:
         """Raises `ValueError` if weights, calibration or recursions do not fit."""
         cfg, asked, mesh = self._cfg, self._asked, self._mesh
         calibration = None if asked.calibration is None else load(found, asked.calibration)
@@ -106,11 +106,11 @@ class TextEvaluation:
         return Evaluation(found, cfg, text, rows, values, asked.calibration)
 
     @staticmethod
-    def _program(cfg: TrainConfig, thresholds: tuple[float, ...] | None) -> Program:
+    def _program(cfg: TrainConfig, thresholds: tuple[float, ...] | None) -> CheckedFunction:
         def step(params: Params, batch: Batch, mode: str) -> Any:
             return row_sums(cfg, params, batch, mode, thresholds)
 
-        return Program(step, "eval.batch_size", cfg.eval.batch_size)
+        return CheckedFunction(step, "eval.batch_size", cfg.eval.batch_size)
 
     def _values(
         self, cfg: TrainConfig, sums: dict[str, dict[str, np.ndarray]], rows: int
@@ -129,7 +129,7 @@ class TextEvaluation:
         return {**values, "sources": sources}
 
 
-def evaluate(found: Found, asked: Asked) -> Evaluation:
+def evaluate(found: RunWeights, asked: EvalRequest) -> Evaluation:
     """Losses of the weights `found`, nats per token, under every routing that the model has.
 
     Raises:

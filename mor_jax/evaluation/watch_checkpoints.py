@@ -8,12 +8,12 @@ from etils import epath
 
 from mor_jax.checkpoint import run_dir
 from mor_jax.checkpoint.checkpointer import complete_steps
-from mor_jax.checkpoint.load_weights import Found, find
-from mor_jax.checkpoint.run_status import Trainer
+from mor_jax.checkpoint.load_weights import RunWeights, load_run
+from mor_jax.checkpoint.run_status import TrainerStatus
 from mor_jax.config.parsing import check
 from mor_jax.evaluation.results import Records
 
-Evaluate = Callable[[Found], Mapping[str, Any]]
+Evaluate = Callable[[RunWeights], Mapping[str, Any]]
 
 
 class Watch:
@@ -42,7 +42,7 @@ class Watch:
         self._path = run_dir.resolved(directory)
         run_dir.read_config(self._path)
         self._records, self._told, self._wait = records, told, wait
-        self._trainer = Trainer(self._path)
+        self._trainer = TrainerStatus(self._path)
         self._passed: set[int] = set()
 
     def __call__(self, evaluate: Evaluate) -> Iterator[dict[str, Any]]:
@@ -71,9 +71,9 @@ class Watch:
             self._wait(self.poll)
 
     def _one(self, step: int, evaluate: Evaluate) -> dict[str, Any] | None:
-        found: Found | None = None
+        found: RunWeights | None = None
         try:
-            found = find(self._path, step)
+            found = load_run(self._path, step)
             return self._records.append(step, evaluate(found))
         except (ValueError, OSError) as error:
             if step not in complete_steps(self._path):

@@ -14,7 +14,7 @@ from etils import epath
 
 from mor_jax.checkpoint import manifest, pretrained, run_dir
 from mor_jax.checkpoint.checkpointer import complete_steps, step_directory
-from mor_jax.checkpoint.load_weights import Found
+from mor_jax.checkpoint.load_weights import RunWeights
 from mor_jax.config import ModelConfig
 from mor_jax.config.parsing import check, fail, parse
 from mor_jax.files import write_atomic
@@ -72,7 +72,7 @@ def with_depth_bias(
     return dataclasses.replace(cfg, router=changed), {**params, "router": router}
 
 
-def _is_for(calibration: Calibration, found: Found, step: int) -> bool:
+def _is_for(calibration: Calibration, found: RunWeights, step: int) -> bool:
     """Whether those of `step` of the same run are the weights that it was made for."""
     # Once there is a checkpoint, the weights that a run started from are not found any more.
     if step not in complete_steps(found.path):
@@ -83,19 +83,19 @@ def _is_for(calibration: Calibration, found: Found, step: int) -> bool:
         return False
 
 
-def fingerprint(found: Found) -> str:
+def fingerprint(found: RunWeights) -> str:
     """Short hash of the weights `found`: of the sizes and sums of the files that hold them."""
     facts = manifest.read(_home(found))
     held = json.dumps([facts["arrays"], facts["files"]], sort_keys=True)
     return hashlib.sha256(held.encode()).hexdigest()[:24]
 
 
-def created(found: Found) -> int:
+def created(found: RunWeights) -> int:
     """Unix time, in seconds, at which the weights `found` were completely written."""
     return int((_home(found) / manifest.FILE).stat().mtime)
 
 
-def _home(found: Found) -> epath.Path:
+def _home(found: RunWeights) -> epath.Path:
     if found.step == 0:
         return found.path / pretrained.DIRECTORY
     return step_directory(found.path, found.step)
@@ -138,7 +138,7 @@ def check_replaceable(path: epath.Path) -> None:
         fail("name", str(path), "is there and is no calibration; it is not replaced", fix)
 
 
-def load(found: Found, name: str) -> Calibration:
+def load(found: RunWeights, name: str) -> Calibration:
     """The calibration `name` (or the file of that path), once it fits the weights `found`.
 
     Raises:

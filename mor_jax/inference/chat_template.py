@@ -16,7 +16,7 @@ from tokenizers import Tokenizer as Encoder
 from mor_jax.config.optional_import import need
 from mor_jax.config.parsing import fail
 from mor_jax.data.tokenizers.base import Tokenizer
-from mor_jax.inference.load_model import Served
+from mor_jax.inference.load_model import LoadedModel
 
 # Splits special tokens that a message spells out. No character: it cannot stand in a text.
 _GUARD = "\ufdd0"
@@ -28,7 +28,7 @@ _MOST = 300
 class ChatTemplate:
     """Renders messages (role, content, maybe name) as tokens; from any thread."""
 
-    def __init__(self, served: Served) -> None:
+    def __init__(self, served: LoadedModel) -> None:
         """Raises `ValueError` if the model has no template, or one that cannot be read."""
         if served.chat_template is None:
             rule = "the tokenizer of this model has no chat template"

@@ -7,8 +7,8 @@ import jax
 
 from mor_jax.config import ModelConfig
 from mor_jax.config.parsing import check, not_negative, positive
-from mor_jax.inference.load_model import Served
-from mor_jax.models.decode.paged_cache import Geometry
+from mor_jax.inference.load_model import LoadedModel
+from mor_jax.models.decode.paged_cache import KVCacheSpec
 from mor_jax.runtime.free_memory import free_bytes
 
 _MOST_SLOTS = 256
@@ -64,7 +64,7 @@ class Plan:
     all of them go through every recursion, so each one that is taken can be finished.
     """
 
-    geometry: Geometry
+    geometry: KVCacheSpec
     slots: int
     end_pages: int
     block_pages: int
@@ -116,7 +116,7 @@ def compute_config(cfg: ModelConfig, dtype: str | None) -> ModelConfig:
     return dataclasses.replace(cfg, dtype=dtype)
 
 
-def plan(served: Served, cfg: EngineConfig) -> Plan:
+def plan(served: LoadedModel, cfg: EngineConfig) -> Plan:
     """Slots and pages for a model.
 
     Raises:
@@ -130,7 +130,7 @@ def plan(served: Served, cfg: EngineConfig) -> Plan:
         fix = "Use that or less"
         check(cfg.max_length <= longest, "engine.max_length", cfg.max_length, rule, fix)
         longest = cfg.max_length
-    geometry = Geometry(model, min(cfg.page, longest))
+    geometry = KVCacheSpec(model, min(cfg.page, longest))
     share = tuple(
         1.0 if geometry.holds_all(number) else min(1.0, served.shares[number] * (1 + cfg.slack))
         for number in range(geometry.lists)

@@ -12,7 +12,7 @@ import numpy as np
 from etils import epath
 
 from mor_jax import data
-from mor_jax.checkpoint.load_weights import find
+from mor_jax.checkpoint.load_weights import load_run
 from mor_jax.checkpoint.manifest import describe
 from mor_jax.config import ModelConfig
 from mor_jax.config.parsing import check, fail
@@ -28,7 +28,7 @@ _SPECIAL = ("bos_token", "eos_token", "unk_token", "pad_token")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
-class Served:
+class LoadedModel:
     """A model to generate with.
 
     name: the run's directory and its step. params: float32. thresholds: for expert-choice, the
@@ -50,13 +50,13 @@ class Served:
     created: int
 
 
-def load_served(
+def load_model(
     directory: epath.PathLike,
     *,
     step: int | None = None,
     calibration: str | None = None,
     recursions: int | None = None,
-) -> Served:
+) -> LoadedModel:
     """The newest weights of a run, or those of `step`, ready for causal generation.
 
     calibration: one of the run's by name, or a file. recursions: to run in place of those trained
@@ -67,7 +67,7 @@ def load_served(
             fit, a calibration that does not fit the weights, recursions that the model cannot run,
             or routers that never learned to decide without later tokens and no calibration.
     """
-    found = find(directory, step)
+    found = load_run(directory, step)
     calibrated = None if calibration is None else load(found, calibration)
     if calibrated is None:
         check_causal(found.cfg.model)
@@ -77,7 +77,7 @@ def load_served(
     check_finite(params, str(found))
     cfg, params, thresholds, shares = ready(found.cfg.model, params, calibrated, recursions)
     beside = _files(tokenizer)
-    return Served(
+    return LoadedModel(
         name=f"{found.path.name}-{found.step}" if found.step else found.path.name,
         cfg=cfg,
         params=params,
@@ -207,11 +207,11 @@ def _ends(beside: Mapping[str, Any], tokenizer: Tokenizer, vocab_size: int) -> f
 
 
 __all__ = [
-    "Served",
+    "LoadedModel",
     "check_causal",
     "check_finite",
     "expected_shares",
     "is_causal",
-    "load_served",
+    "load_model",
     "ready",
 ]

@@ -14,10 +14,10 @@ from mor_jax.config import Attention as Implementation
 from mor_jax.config import ModelConfig
 from mor_jax.models.attention_kernels.dispatch import attend
 from mor_jax.models.layers.basic import Axes, normal, param
-from mor_jax.models.layers.masks import Visibility
+from mor_jax.models.layers.masks import AttentionMask
 from mor_jax.models.layers.remat import keep
 from mor_jax.models.layers.rope import Rotary, apply_rope
-from mor_jax.models.layers.token_gather import Rows
+from mor_jax.models.layers.token_gather import TokenGather
 from mor_jax.types import Array, Bool, Float, Int
 
 
@@ -32,7 +32,7 @@ class KeyValue:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Scope:
+class SequenceContext:
     """Where the tokens handed to a layer sit in their row.
 
     rotary: tables of these tokens.
@@ -46,14 +46,16 @@ class Scope:
     index: Int[Array, "b c"] | None = None
     valid: Bool[Array, "b c"] | None = None
 
-    def select(self, index: Int[Array, "b c"], valid: Bool[Array, "b c"] | None) -> "Scope":
+    def select(
+        self, index: Int[Array, "b c"], valid: Bool[Array, "b c"] | None
+    ) -> "SequenceContext":
         """The scope of the tokens at row positions `index`; `self` must be the whole row."""
         rows = self.rotary
         taken = Rotary(*(_rows(table, index) for table in (rows.cos, rows.sin)))
         segments = None
         if self.segments is not None:
             segments = jnp.take_along_axis(self.segments, index, axis=1)
-        return Scope(taken, segments, index, valid)
+        return SequenceContext(taken, segments, index, valid)
 
 
 def _rows(table: Float[Array, "_ l k"], index: Int[Array, "b c"]) -> Float[Array, "b c k"]:
@@ -74,14 +76,18 @@ class Attention(nnx.Module):
         self.o = param(rngs, init, (heads, k, d), stacked)
         self.implementation: Implementation = cfg.attention
 
-    def keys_values(self, x: Float[Array, "b n d"], scope: Scope) -> KeyValue:
+    def keys_values(self, x: Float[Array, "b n d"], scope: SequenceContext) -> KeyValue:
         """Keys and values of normalised tokens `x`."""
         k = jnp.einsum("bnd,dgk->bngk", x, self.k[...].astype(x.dtype))
         v = jnp.einsum("bnd,dgk->bngk", x, self.v[...].astype(x.dtype))
         return KeyValue(keep(apply_rope(k, scope.rotary)), keep(v))
 
     def __call__(
-        self, x: Float[Array, "b c d"], scope: Scope, shared: KeyValue | None, row: Scope | None
+        self,
+        x: Float[Array, "b c d"],
+        scope: SequenceContext,
+        shared: KeyValue | None,
+        row: SequenceContext | None,
     ) -> tuple[Float[Array, "b c d"], KeyValue]:
         """Attends from normalised `x`; returns the output and the keys and values used.
 
@@ -95,25 +101,27 @@ class Attention(nnx.Module):
         out = attend(q, kv.k, kv.v, visible, self.implementation)
         return jnp.einsum("bchk,hkd->bcd", out, self.o[...].astype(x.dtype)), kv
 
-    def updated(self, x: Float[Array, "b c d"], scope: Scope, shared: KeyValue) -> KeyValue:
+    def updated(
+        self, x: Float[Array, "b c d"], scope: SequenceContext, shared: KeyValue
+    ) -> KeyValue:
         """`shared` with the entries of the tokens in `scope` computed afresh from `x`."""
         fresh = self.keys_values(x, scope)
         if scope.index is None:
             return fresh
-        rows = Rows.of(scope.index, scope.valid, shared.k.shape[1])
-        return KeyValue(*(rows.put(old, new) for old, new in _pairs(shared, fresh)))
+        rows = TokenGather.of(scope.index, scope.valid, shared.k.shape[1])
+        return KeyValue(*(rows.scatter(old, new) for old, new in _pairs(shared, fresh)))
 
 
 def _pairs(old: KeyValue, new: KeyValue):
     return zip((old.k, old.v), (new.k, new.v), strict=True)
 
 
-def visibility(scope: Scope, row: Scope | None) -> Visibility:
+def visibility(scope: SequenceContext, row: SequenceContext | None) -> AttentionMask:
     """Who sees whom: gathered tokens among themselves, or (given `row`) against the whole row.
 
     Gathered tokens keep their order, so among themselves plain causal order is the right one;
     filler slots stand last there and nobody sees them.
     """
     if row is None:
-        return Visibility(None, scope.segments, scope.segments)
-    return Visibility(scope.index, scope.segments, row.segments)
+        return AttentionMask(None, scope.segments, scope.segments)
+    return AttentionMask(scope.index, scope.segments, row.segments)

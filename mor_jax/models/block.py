@@ -11,8 +11,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from mor_jax.config import ModelConfig
-from mor_jax.distributed.collectives import constrain, row_axes, whole
-from mor_jax.models.attention import Attention, KeyValue, Scope
+from mor_jax.distributed.collectives import all_gather_param, constrain, row_axes
+from mor_jax.models.attention import Attention, KeyValue, SequenceContext
 from mor_jax.models.layers.basic import Axes, RMSNorm, SwiGLU
 from mor_jax.models.layers.remat import keep as kept_by_remat
 from mor_jax.models.layers.remat import layer_input, remat
@@ -23,7 +23,7 @@ Keep = tuple[Literal["kv", "outputs"], ...]
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Kept:
+class SavedOutputs:
     """What a pass through a stack was asked to keep, with a leading axis of layers.
 
     For the sequence schemes `outputs` has the axes (layer, recursion) in front.
@@ -57,13 +57,13 @@ class Stack(nnx.Module):
     def __call__(
         self,
         x: Float[Array, "b c d"],
-        scope: Scope,
+        scope: SequenceContext,
         *,
         recursion: int = 0,
         shared: KeyValue | None = None,
-        row: Scope | None = None,
+        row: SequenceContext | None = None,
         keep: Keep = (),
-    ) -> tuple[Float[Array, "b c d"], Kept]:
+    ) -> tuple[Float[Array, "b c d"], SavedOutputs]:
         """Runs all layers on the tokens of `scope`; returns the output and what `keep` names.
 
         shared, row: keys and values of each layer to attend to instead of the tokens' own, and
@@ -75,13 +75,13 @@ class Stack(nnx.Module):
             weights, kv = slot
             layer = nnx.merge(graph, self._gathered(weights, x.dtype))
             y, used = layer._layer(x, scope, recursion, kv, row)
-            return y, Kept(used if "kv" in keep else None, y if "outputs" in keep else None)
+            return y, SavedOutputs(used if "kv" in keep else None, y if "outputs" in keep else None)
 
         return self._scan(body, x, (params, shared))
 
     def interleaved(
-        self, x: Float[Array, "b l d"], scope: Scope, share_kv: bool, keep: Keep = ()
-    ) -> tuple[Float[Array, "b l d"], Kept]:
+        self, x: Float[Array, "b l d"], scope: SequenceContext, share_kv: bool, keep: Keep = ()
+    ) -> tuple[Float[Array, "b l d"], SavedOutputs]:
         """Each layer `recursions` times before the next one (the sequence schemes)."""
         graph, params = nnx.split(self)
 
@@ -92,12 +92,17 @@ class Stack(nnx.Module):
                 x, used = layer._layer(x, scope, r, kv, scope)
                 kv = used if share_kv else None
                 outputs.append(x)
-            return x, Kept(outputs=jnp.stack(outputs) if "outputs" in keep else None)
+            return x, SavedOutputs(outputs=jnp.stack(outputs) if "outputs" in keep else None)
 
         return self._scan(body, x, params)
 
     def _layer(
-        self, x: Array, scope: Scope, recursion: int, shared: KeyValue | None, row: Scope | None
+        self,
+        x: Array,
+        scope: SequenceContext,
+        recursion: int,
+        shared: KeyValue | None,
+        row: SequenceContext | None,
     ) -> tuple[Array, KeyValue]:
         """h = x + attention(norm1(x)); y = h + mlp(norm2(h)). `self` is one slice of the stack."""
         which = recursion if self.separate_norms else None
@@ -124,6 +129,6 @@ class Stack(nnx.Module):
             axes, sizes = variable.get_metadata("axes")[1:], variable.get_metadata("sizes")[1:]
             cast = None if path[-1] == "scale" else dtype
             label = "gather_shared" if self.recurs else "gather"
-            return variable.replace(whole(variable[...], axes, sizes, cast, label))
+            return variable.replace(all_gather_param(variable[...], axes, sizes, cast, label))
 
         return nnx.map_state(gather, weights)

@@ -15,7 +15,7 @@ from flax import nnx
 from jax.sharding import PartitionSpec
 
 from mor_jax.config import ModelConfig
-from mor_jax.distributed.collectives import row_axes, whole
+from mor_jax.distributed.collectives import all_gather_param, row_axes
 from mor_jax.models.param_count import unique_parameters
 from mor_jax.models.routing.router import Route
 from mor_jax.models.transformer import ModelOutput, Transformer
@@ -127,7 +127,7 @@ def model_of(
 def gather(cfg: ModelConfig, params: Params, shared: bool) -> Params:
     """Parameters that every token passes, whole; the block that recursions share if `shared`.
 
-    Under `exchange.over_rows` this, or the layer that uses it, gathers what FSDP has cut: here
+    Under `shard_map_over_batch` this, or the layer that uses it, all-gathers what FSDP shards: here
     once, there each time that the layer runs. Matrices come in the model's dtype.
     """
     if not row_axes():
@@ -141,7 +141,7 @@ def gather(cfg: ModelConfig, params: Params, shared: bool) -> Params:
             return x
         narrow = top in ("embed", "head") or (top == "shared" and last != "scale")
         label = "gather_shared" if top == "shared" else "gather"
-        return whole(x, names, size.shape, dtype if narrow else None, label)
+        return all_gather_param(x, names, size.shape, dtype if narrow else None, label)
 
     return jax.tree_util.tree_map_with_path(one, params, axes, sizes)
 

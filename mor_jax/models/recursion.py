@@ -10,10 +10,16 @@ import jax
 import jax.numpy as jnp
 
 from mor_jax.config import ModelConfig
-from mor_jax.models.attention import KeyValue, Scope
+from mor_jax.models.attention import KeyValue, SequenceContext
 from mor_jax.models.block import Keep, Stack
-from mor_jax.models.layers.token_gather import Rows, spread
-from mor_jax.models.routing.outputs import Routing, Visit, expert_sums, stack_sums, token_sums
+from mor_jax.models.layers.token_gather import TokenGather, scatter_to
+from mor_jax.models.routing.outputs import (
+    RecursionTrace,
+    Routing,
+    expert_sums,
+    stack_sums,
+    token_sums,
+)
 from mor_jax.models.routing.router import (
     Route,
     Routers,
@@ -26,39 +32,39 @@ from mor_jax.types import Array, Bool, Float, Int
 
 
 @dataclasses.dataclass(frozen=True)
-class Level:
+class ActiveTokens:
     """The tokens of one recursion: where they sit in the level above, and in the row.
 
     rows: None when this level holds all tokens of the one above, in the same order.
     index, valid: as in `Scope`.
     """
 
-    rows: Rows | None = None
+    rows: TokenGather | None = None
     index: Int[Array, "b c"] | None = None
     valid: Bool[Array, "b c"] | None = None
 
-    def take(self, above: Array) -> Array:
+    def gather(self, above: Array) -> Array:
         """Tokens of the level above -> tokens of this one."""
-        return above if self.rows is None else self.rows.take(above)
+        return above if self.rows is None else self.rows.gather(above)
 
-    def put(self, above: Array, here: Array) -> Array:
+    def scatter(self, above: Array, here: Array) -> Array:
         """The level above with the tokens of this one replaced."""
-        return here if self.rows is None else self.rows.put(above, here)
+        return here if self.rows is None else self.rows.scatter(above, here)
 
     def below(
         self, index: Int[Array, "b c"], valid: Bool[Array, "b c"] | None, candidates: int
-    ) -> "Level":
+    ) -> "ActiveTokens":
         """The level of the slots `index` of this one."""
         row = index if self.index is None else jnp.take_along_axis(self.index, index, axis=1)
-        return Level(Rows.of(index, valid, candidates), row, valid)
+        return ActiveTokens(TokenGather.of(index, valid, candidates), row, valid)
 
-    def same(self) -> "Level":
+    def same(self) -> "ActiveTokens":
         """The next level when everybody goes on."""
-        return Level(None, self.index, self.valid)
+        return ActiveTokens(None, self.index, self.valid)
 
 
 @dataclasses.dataclass(frozen=True)
-class Stage:
+class RecursionContext:
     """The shared block, its routers and the options that a pass through them needs."""
 
     cfg: ModelConfig
@@ -79,21 +85,26 @@ class Stage:
         return self.route.counts or capacity_counts(self.cfg, length)
 
     def block(
-        self, above: Array, level: Level, row: Scope, recursion: int, kv: KeyValue | None
+        self,
+        above: Array,
+        level: ActiveTokens,
+        row: SequenceContext,
+        recursion: int,
+        kv: KeyValue | None,
     ) -> tuple[Array, Array, KeyValue | None]:
         """The level's tokens before and after the shared block, and the row's keys and values."""
-        here = level.take(above)
+        here = level.gather(above)
         if recursion == 0 and self.shares_kv:
             # Later recursions attend to every token's keys, so the first one computes them all.
             out, kept = self.shared(above, row, keep=("kv",))
-            return here, level.take(out), kept.kv
+            return here, level.gather(out), kept.kv
         scope = row if level.index is None else row.select(level.index, level.valid)
         out, _ = self.shared(here, scope, recursion=recursion, shared=kv, row=row)
         return here, out, kv
 
 
 def run_plain(
-    stage: Stage, x: Float[Array, "b l d"], row: Scope
+    stage: RecursionContext, x: Float[Array, "b l d"], row: SequenceContext
 ) -> tuple[Float[Array, "b l d"], tuple[Array, ...]]:
     """Every token goes through every recursion; also (traced) each effective layer's output."""
     keep: Keep = ("outputs",) if stage.trace else ()
@@ -111,13 +122,13 @@ def run_plain(
 
 
 def run_expert(
-    stage: Stage, x: Float[Array, "b l d"], row: Scope
+    stage: RecursionContext, x: Float[Array, "b l d"], row: SequenceContext
 ) -> tuple[Float[Array, "b l d"], Routing]:
     """Expert-choice: at each recursion the best candidates become x + gate * block(x).
 
     Paper section 2.2.1; `weighted` gating multiplies the block's output by the score.
     """
-    level = Level(valid=_present(row))
+    level = ActiveTokens(valid=_present(row))
     states, levels, sums, visits = [x], [], [], []
     kv = None
     for r, count in enumerate(stage.counts(x.shape[1])):
@@ -127,18 +138,18 @@ def run_expert(
         sums.append(expert_sums(logits, chosen, level.valid, _cut(stage), trained))
         here, out, kv = stage.block(above, chosen_level, row, r, kv)
         if stage.cfg.router.gating == "weighted":
-            out = chosen_level.take(score[..., None]).astype(out.dtype) * out
+            out = chosen_level.gather(score[..., None]).astype(out.dtype) * out
         states.append(here + out)
         levels.append(chosen_level)
         level = chosen_level
         full = _unwind(states, levels) if stage.trace else None
-        visits.append(Visit(logits, trained, level.index, level.valid, full))
+        visits.append(RecursionTrace(logits, trained, level.index, level.valid, full))
     routing = Routing(_depth(levels, x.shape), stack_sums(sums), None, tuple(visits))
     return _unwind(states, levels), routing
 
 
 def run_token(
-    stage: Stage, x: Float[Array, "b l d"], row: Scope
+    stage: RecursionContext, x: Float[Array, "b l d"], row: SequenceContext
 ) -> tuple[Float[Array, "b l d"], Routing]:
     """Token-choice: each token picks its depth once, from the stage's input.
 
@@ -150,16 +161,16 @@ def run_token(
     choice = depth_choice(stage, weights)
     gate = jnp.take_along_axis(weights, choice[..., None], axis=-1)
     tokens = (choice, gate[..., 0])
-    level, kv = Level(valid=_present(row)), None
+    level, kv = ActiveTokens(valid=_present(row)), None
     states, levels, visits, overflow = [x], [], [], []
     for r, count in enumerate(stage.counts(x.shape[1])):
         level, lost = _admit(stage, level, tokens, (r, count))
-        tokens = (level.take(tokens[0]), level.take(tokens[1]))
+        tokens = (level.gather(tokens[0]), level.gather(tokens[1]))
         _, out, kv = stage.block(states[-1], level, row, r, kv)
         states.append(out)
         levels.append(level)
         overflow.append(lost)
-        visits.append(Visit(logits, logits, level.index, level.valid))
+        visits.append(RecursionTrace(logits, logits, level.index, level.valid))
     depth, left = _depth(levels, x.shape), _unwind(states, levels)
     if stage.cfg.router.gating == "weighted":
         left = gate.astype(left.dtype) * left
@@ -169,21 +180,21 @@ def run_token(
     return out, Routing(depth, None, sums, tuple(visits))
 
 
-def _routers(stage: Stage) -> Routers:
+def _routers(stage: RecursionContext) -> Routers:
     assert stage.routers is not None
     return stage.routers
 
 
-def _cooled(stage: Stage, x: Array) -> Array:
+def _cooled(stage: RecursionContext, x: Array) -> Array:
     return x.astype(jnp.float32) / stage.cfg.router.temperature
 
 
-def _present(row: Scope) -> Bool[Array, "b l"] | None:
+def _present(row: SequenceContext) -> Bool[Array, "b l"] | None:
     return None if row.segments is None else row.segments > 0
 
 
 def _expert_logits(
-    stage: Stage, x: Float[Array, "b n d"], recursion: int
+    stage: RecursionContext, x: Float[Array, "b n d"], recursion: int
 ) -> tuple[Float[Array, "b n"], Float[Array, "b n"], Float[Array, "b n"]]:
     """Logits and scores of the main router, and the logits that learn to predict the choice."""
     routers = _routers(stage)
@@ -194,19 +205,19 @@ def _expert_logits(
     return logits, expert_score(stage.cfg.router, logits), trained
 
 
-def _cut(stage: Stage) -> float:
+def _cut(stage: RecursionContext) -> float:
     """Logit from which on a router's answer counts as "chosen" in the accuracy metrics."""
     router = stage.cfg.router
     return 0.5 if router.activation == "none" and router.causal_routing != "aux_router" else 0.0
 
 
 def _choose(
-    stage: Stage,
-    level: Level,
+    stage: RecursionContext,
+    level: ActiveTokens,
     score: Float[Array, "b n"],
     trained: Float[Array, "b n"],
     step: tuple[int, int],
-) -> tuple[Level, Bool[Array, "b n"]]:
+) -> tuple[ActiveTokens, Bool[Array, "b n"]]:
     """Expert-choice's next level, and which candidates it holds. step: recursion, its room."""
     recursion, count = step
     n, eligible = score.shape[1], level.valid
@@ -224,7 +235,7 @@ def _choose(
     return chosen, chosen.rows.chosen
 
 
-def depth_choice(stage: Stage, weights: Float[Array, "b l r"]) -> Int[Array, "b l"]:
+def depth_choice(stage: RecursionContext, weights: Float[Array, "b l r"]) -> Int[Array, "b l"]:
     """Argmax over depths of score plus balancing bias; the deepest during balancing warm-up."""
     bias, router = _routers(stage).bias, stage.cfg.router
     ranked = weights if bias is None else weights + jax.lax.stop_gradient(bias[...])[None, None]
@@ -237,11 +248,11 @@ def depth_choice(stage: Stage, weights: Float[Array, "b l r"]) -> Int[Array, "b 
 
 
 def _admit(
-    stage: Stage,
-    level: Level,
+    stage: RecursionContext,
+    level: ActiveTokens,
     tokens: tuple[Int[Array, "b n"], Float[Array, "b n"]],
     step: tuple[int, int],
-) -> tuple[Level, Float[Array, ""]]:
+) -> tuple[ActiveTokens, Float[Array, ""]]:
     """Token-choice's next level, and how many tokens wanted to go on but found no room.
 
     tokens: chosen depth and its weight; the lowest weight is turned away first. step: recursion
@@ -259,20 +270,20 @@ def _admit(
     return level.below(index, valid, choice.shape[1]), lost
 
 
-def _unwind(states: list[Array], levels: list[Level]) -> Array:
+def _unwind(states: list[Array], levels: list[ActiveTokens]) -> Array:
     """The whole row: the deepest states, put back level by level."""
     deepest = states[-1]
     for above, level in zip(reversed(states[:-1]), reversed(levels), strict=True):
-        deepest = level.put(above, deepest)
+        deepest = level.scatter(above, deepest)
     return deepest
 
 
-def _depth(levels: list[Level], shape: tuple[int, ...]) -> Int[Array, "b l"]:
+def _depth(levels: list[ActiveTokens], shape: tuple[int, ...]) -> Int[Array, "b l"]:
     """Recursions that each token of the row went through."""
     b, length = shape[:2]
     depth = jnp.zeros((b, length), jnp.int32)
     for level in levels:
         slots = (b, length) if level.index is None else level.index.shape
         here = jnp.ones(slots, jnp.int32) if level.valid is None else level.valid.astype(jnp.int32)
-        depth = depth + (here if level.index is None else spread(here, level.index, length))
+        depth = depth + (here if level.index is None else scatter_to(here, level.index, length))
     return depth

@@ -9,11 +9,11 @@ from flax import nnx
 from mor_jax.config import ModelConfig
 from mor_jax.config.parsing import check
 from mor_jax.distributed.collectives import constrain
-from mor_jax.models.attention import Scope
+from mor_jax.models.attention import SequenceContext
 from mor_jax.models.block import Stack
 from mor_jax.models.layers.basic import Embed, RMSNorm, unembed
 from mor_jax.models.layers.rope import rotary
-from mor_jax.models.recursion import Stage, run_expert, run_plain, run_token
+from mor_jax.models.recursion import RecursionContext, run_expert, run_plain, run_token
 from mor_jax.models.routing.outputs import Routing
 from mor_jax.models.routing.router import Route, Routers, check_route
 from mor_jax.types import Array, Batch, Float
@@ -83,7 +83,7 @@ class Transformer(nnx.Module):
         kept = Trace(embedded, (*before, *within, *after)) if trace else None
         return ModelOutput(constrain(self.norm(x), length=False), routing, kept)
 
-    def _row(self, batch: Batch) -> Scope:
+    def _row(self, batch: Batch) -> SequenceContext:
         length, longest = batch.tokens.shape[1], self.cfg.max_seq_len
         rule = f"rows may hold at most model.max_seq_len={longest} tokens"
         check(length <= longest, "length", length, rule, "Shorten them or raise the maximum")
@@ -92,15 +92,15 @@ class Transformer(nnx.Module):
             positions = jnp.arange(length, dtype=jnp.int32)[None]
         cfg = self.cfg
         tables = rotary(positions, cfg.head_dim, cfg.rope_theta, cfg.rope_scaling)
-        return Scope(tables, batch.segments)
+        return SequenceContext(tables, batch.segments)
 
     def _recur(
-        self, x: Float[Array, "b l d"], row: Scope, route: Route, trace: bool
+        self, x: Float[Array, "b l d"], row: SequenceContext, route: Route, trace: bool
     ) -> tuple[Float[Array, "b l d"], Routing | None, tuple[Array, ...]]:
         """The recursion stage: output, routing, and (traced) the outputs of its layers."""
         if self.shared is None:
             return x, None, ()
-        stage = Stage(self.cfg, self.shared, self.router, route, trace)
+        stage = RecursionContext(self.cfg, self.shared, self.router, route, trace)
         if self.cfg.router.kind == "none":
             x, layers = run_plain(stage, x, row)
             return x, None, layers
@@ -118,7 +118,7 @@ class Transformer(nnx.Module):
 
 
 def _through(
-    stack: Stack | None, x: Float[Array, "b l d"], row: Scope, trace: bool
+    stack: Stack | None, x: Float[Array, "b l d"], row: SequenceContext, trace: bool
 ) -> tuple[Float[Array, "b l d"], tuple[Array, ...]]:
     """A stack that every token passes once; nothing where the model has no such stack."""
     if stack is None:

@@ -20,7 +20,7 @@ from mor_jax.planning.hlo.collectives import Collective, Network, Tally, tally
 from mor_jax.planning.hlo.memory import Traffic, traffic
 from mor_jax.planning.hlo.text import parse_module
 from mor_jax.planning.report import Exchange, Gathered, Memory, Plan, Times, TooLarge
-from mor_jax.training.resolved_settings import settled
+from mor_jax.training.resolved_settings import resolve_settings
 from mor_jax.training.train_step import shares_once
 
 # Scopes that the step gives its exchanges of parameters -> the class of parameters.
@@ -47,7 +47,7 @@ def make_plan(
     ok = budget is None or 0 < budget < math.inf
     check(ok, "tokens", budget, "must be a positive number of tokens", "Try 1e9, or leave it out")
     start = time.perf_counter()
-    cfg = settled(cfg, topology.platform)
+    cfg = resolve_settings(cfg, topology.platform)
     mesh = aot.mesh_of(cfg, topology)
     try:
         program = aot.compile_step(cfg, mesh)

@@ -11,7 +11,7 @@ from mor_jax.config import TrainConfig
 from mor_jax.planning import aot
 from mor_jax.planning.aot import OutOfMemory, Topology
 from mor_jax.planning.report import Attempt, TooLarge
-from mor_jax.training.resolved_settings import settled
+from mor_jax.training.resolved_settings import resolve_settings
 
 Change = dict[str, Any]
 """Dotted setting -> value."""
@@ -99,7 +99,7 @@ def try_others(
     report: is told each change and the bytes that it is short of, None if it fits.
     """
     start, attempts, left = time.perf_counter(), [], False
-    cfg = settled(cfg, topology.platform)
+    cfg = resolve_settings(cfg, topology.platform)
     mesh = aot.mesh_of(cfg, topology)
     held = dict(answer.parts)
     state = held["parameters"] + held["optimiser state"]

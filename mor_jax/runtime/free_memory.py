@@ -45,7 +45,7 @@ def host_free_bytes(system: Path = Path("/")) -> int:
     return free
 
 
-class Program:
+class CheckedFunction:
     """A function that is compiled for each shape of its arguments, ahead of the first call.
 
     A program that needs more memory than is free never runs.

@@ -43,7 +43,7 @@ class Diverged(RuntimeError):
     code = exit_codes.DIVERGED
 
 
-class Leave(KeyboardInterrupt):
+class ImmediateExit(KeyboardInterrupt):
     """A signal came when there was nothing to save."""
 
 
@@ -82,12 +82,14 @@ class Signals:
         self._last_words.append(call)
 
     def look(self) -> None:
-        """Raises `Leave` if a signal was noted and there is nothing to save."""
+        """Raises `ImmediateExit` if a signal was noted and there is nothing to save."""
         if self.number and self.nothing_new:
-            raise Leave(f"{self.caught}: left at once, {self.nothing_new}, so nothing is lost")
+            raise ImmediateExit(
+                f"{self.caught}: left at once, {self.nothing_new}, so nothing is lost"
+            )
 
     def something_new(self) -> None:
-        """Looks a last time; from here on there is something to save. Raises `Leave` as `look`."""
+        """Checks once more; from here on there is something to save. Raises `ImmediateExit`."""
         self.look()
         self.nothing_new = ""
 
@@ -159,4 +161,4 @@ class Signals:
             call(message)
 
 
-__all__ = ["KINDS", "Diverged", "Leave", "Signals", "Stopped", "StoppedAtOnce"]
+__all__ = ["KINDS", "Diverged", "ImmediateExit", "Signals", "Stopped", "StoppedAtOnce"]

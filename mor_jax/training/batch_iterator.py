@@ -7,7 +7,7 @@ from mor_jax import data
 from mor_jax.types import Batch
 
 
-class Feed:
+class BatchIterator:
     """Iterates batches; `position` is the number of the next row, `waited` the last wait in s."""
 
     def __init__(self, begin: Callable[[], data.TrainBatches], position: int):
@@ -16,7 +16,7 @@ class Feed:
         self._batches: data.TrainBatches | None = None
         self.position, self.waited = position, 0.0
 
-    def __enter__(self) -> "Feed":
+    def __enter__(self) -> "BatchIterator":
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -27,14 +27,14 @@ _END = ("optim.schedule", "optim.decay_steps", "optim.final_lr_ratio")
 
 
 @dataclasses.dataclass(frozen=True)
-class Branch:
+class Fork:
     """Where a run branches off: a checkpoint of the run in `source`, after `step`."""
 
     source: epath.Path
     step: int
 
     @classmethod
-    def parse(cls, text: str) -> "Branch":
+    def parse(cls, text: str) -> "Fork":
         """From `runs/mor@1200`. Raises `ValueError` on another form."""
         source, at, step = text.rpartition("@")
         rule = "must be the directory of a run and one of its steps"
@@ -50,7 +50,7 @@ class Branch:
 def begin(
     path: epath.Path,
     cfg: TrainConfig,
-    branch: Branch,
+    branch: Fork,
     allow: Sequence[str] = (),
     fits: Callable[[dict[str, Any]], Any] = lambda facts: None,
 ) -> None:
@@ -103,7 +103,7 @@ def check_begun(path: epath.Path) -> None:
         fail("workdir", str(path), rule, f"Start it with --branch={there}")
 
 
-def _check(cfg: TrainConfig, branch: Branch, allow: Sequence[str]) -> dict[str, Any]:
+def _check(cfg: TrainConfig, branch: Fork, allow: Sequence[str]) -> dict[str, Any]:
     """What the checkpoint to branch off from holds, once it fits."""
     there = (branch.source / run_dir.CONFIG_FILE).exists()
     fix = "Name the --workdir of a training run"
@@ -142,4 +142,4 @@ def _copy(source: epath.Path, to: epath.Path) -> None:
             path.copy(to / path.name, overwrite=True)
 
 
-__all__ = ["Branch", "begin", "check_begun"]
+__all__ = ["Fork", "begin", "check_begun"]

@@ -14,8 +14,8 @@ from rich.console import Console
 
 from mor_jax.checkpoint.checkpointer import Checkpoints
 from mor_jax.data import Jump, Place
-from mor_jax.distributed.heartbeat import Hosts
-from mor_jax.distributed.stop_consensus import Agreement
+from mor_jax.distributed.heartbeat import PeerMonitor
+from mor_jax.distributed.stop_consensus import StopConsensus
 from mor_jax.models.flops import flops
 from mor_jax.models.params import TrainState
 from mor_jax.observability.event_log import Events
@@ -25,7 +25,7 @@ from mor_jax.observability.progress import Meter, Progress
 from mor_jax.runtime.compilation_cache import Cache
 from mor_jax.runtime.hardware import peak_flops
 from mor_jax.runtime.preemption import Signals, Stopped
-from mor_jax.training.batch_iterator import Feed
+from mor_jax.training.batch_iterator import BatchIterator
 
 if TYPE_CHECKING:
     from mor_jax.training.trainer import Run
@@ -35,19 +35,19 @@ _A_BATCH = 1.0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Desk:
+class RunServices:
     """What a run writes to and listens to, beside its metrics."""
 
     checkpoints: Checkpoints
     events: Events
     signals: Signals
-    agreement: Agreement
+    agreement: StopConsensus
     cache: Cache | None
-    hosts: Hosts
+    hosts: PeerMonitor
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Start:
+class ResumePoint:
     """Where a loop begins.
 
     place: in the data. jumps: rows that are left out. rolled_back: whether the one rollback was
@@ -73,7 +73,7 @@ class Start:
         }
 
     @classmethod
-    def of(cls, state: TrainState, place: Place, notes: dict[str, Any]) -> "Start":
+    def of(cls, state: TrainState, place: Place, notes: dict[str, Any]) -> "ResumePoint":
         """From what a checkpoint gave back. place: in the data as it is now."""
         return cls(
             state=state,
@@ -86,7 +86,7 @@ class Start:
 
 
 @dataclasses.dataclass(frozen=True)
-class Trained:
+class TrainResult:
     """The end of a loop: the last state, the last evaluation and the speed."""
 
     state: TrainState
@@ -109,7 +109,7 @@ class _Left(Exception):
 class Loop:
     """Runs the steps from a start to the end. Every process of the run calls it alike."""
 
-    def __init__(self, run: "Run", desk: Desk, start: Start, feed: Feed):
+    def __init__(self, run: "Run", desk: RunServices, start: ResumePoint, feed: BatchIterator):
         self._run, self._desk, self._start, self._feed = run, desk, start, feed
         self._state, self._bad = start.state, list(start.bad)
         self._first = int(start.state.step)
@@ -117,7 +117,7 @@ class Loop:
         self._evaluated: dict[str, Any] = {}
         self._owed = False
 
-    def __call__(self) -> Trained:
+    def __call__(self) -> TrainResult:
         """Raises `Stopped` after a signal, `TooManySkipped` when steps keep being skipped."""
         cfg, run = self._run.cfg, self._run
         with (
@@ -154,7 +154,7 @@ class Loop:
             if not self._evaluated:
                 with progress.busy("evaluating"):
                     self._evaluated = run.evaluator(self._state.params)
-        return Trained(self._state, self._evaluated, self._meter)
+        return TrainResult(self._state, self._evaluated, self._meter)
 
     def _step(self, step: int, profile: Profile) -> None:
         run, events = self._run, self._desk.events
@@ -326,4 +326,4 @@ def _meter(run: "Run") -> Meter:
     )
 
 
-__all__ = ["Desk", "Loop", "Start", "TooManySkipped", "Trained", "fields"]
+__all__ = ["Loop", "ResumePoint", "RunServices", "TooManySkipped", "TrainResult", "fields"]

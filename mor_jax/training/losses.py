@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from mor_jax.config import ModelConfig
-from mor_jax.distributed.collectives import sum_rows
+from mor_jax.distributed.collectives import psum_batch
 from mor_jax.models.layers.basic import unembed
 from mor_jax.models.routing.outputs import Routing
 from mor_jax.types import IGNORE, Array, Batch, Bool, Float, Int
@@ -201,7 +201,7 @@ def router_losses(
         return router.z_loss_coeff * z, {"router_z": z}
     share = counts.share
     if share is None:
-        share = sum_rows(jax.lax.stop_gradient(sums.choice)) / counts.tokens
+        share = psum_batch(jax.lax.stop_gradient(sums.choice)) / counts.tokens
     balance = cfg.num_recursions * jnp.sum(
         sums.weight / counts.tokens * jax.lax.stop_gradient(share)
     )

@@ -17,14 +17,14 @@ from mor_jax.models.flops import flops
 from mor_jax.models.param_count import effective, effective_parameters, unique_parameters
 from mor_jax.models.params import TrainState
 from mor_jax.training.evaluator import complete, token_depths
-from mor_jax.training.loop import Trained
+from mor_jax.training.loop import TrainResult
 from mor_jax.training.summary import RunSummary, show
 
 if TYPE_CHECKING:
     from mor_jax.training.trainer import Run
 
 
-def finish(run: "Run", trained: Trained, began: tuple[int, float]) -> None:
+def finish(run: "Run", trained: TrainResult, began: tuple[int, float]) -> None:
     """Draws the pictures and prints the summary; on the first process only.
 
     began: step and `time.perf_counter` at which this call took the run up.

@@ -14,7 +14,7 @@ from mor_jax.config import TrainConfig
 from mor_jax.models.routing.router import kernel_multiple
 
 
-def settled(cfg: TrainConfig, platform: str) -> TrainConfig:
+def resolve_settings(cfg: TrainConfig, platform: str) -> TrainConfig:
     """`cfg` with `model.router.capacity_multiple` written out as a platform likes it.
 
     platform: see `sharding.platform`; `gpu` does as well. What is given stays.
@@ -25,7 +25,7 @@ def settled(cfg: TrainConfig, platform: str) -> TrainConfig:
     return _with_multiple(cfg, kernel_multiple(platform, cfg.seq_len))
 
 
-def settled_in(
+def resolve_settings_in(
     directories: Sequence[epath.PathLike], cfg: TrainConfig, platform: str
 ) -> TrainConfig:
     """The same for a run in the first of `directories` that holds one, which decides.
@@ -40,8 +40,8 @@ def settled_in(
         held = run_dir.read_values(directory)
         if held is not None:
             there = held["model"].get("router", {}).get("capacity_multiple", 1)
-            return settled(cfg, platform) if there is None else _with_multiple(cfg, there)
-    return settled(cfg, platform)
+            return resolve_settings(cfg, platform) if there is None else _with_multiple(cfg, there)
+    return resolve_settings(cfg, platform)
 
 
 def _with_multiple(cfg: TrainConfig, multiple: int) -> TrainConfig:
@@ -49,4 +49,4 @@ def _with_multiple(cfg: TrainConfig, multiple: int) -> TrainConfig:
     return dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, router=router))
 
 
-__all__ = ["settled", "settled_in"]
+__all__ = ["resolve_settings", "resolve_settings_in"]

@@ -14,7 +14,12 @@ import optax
 from jax.sharding import PartitionSpec
 
 from mor_jax.config import TrainConfig
-from mor_jax.distributed.collectives import fits_gathered, over_rows, sum_rows, sum_uncut
+from mor_jax.distributed.collectives import (
+    fits_gathered,
+    psum_batch,
+    psum_replicated_grads,
+    shard_map_over_batch,
+)
 from mor_jax.distributed.mesh import param_specs, spec_of
 from mor_jax.models.param_count import layer_weights
 from mor_jax.models.params import TrainState, forward, gather, logical_axes, logits_table
@@ -80,15 +85,15 @@ def gradients(
 
     def mine(params: Params, batch: Batch, step: Array) -> tuple[Metrics, Params]:
         route = Route(counts=kept, step=step)
-        counts = sum_rows(batch_counts(cfg.model, batch, kept))
+        counts = psum_batch(batch_counts(cfg.model, batch, kept))
         full, back = jax.vjp(lambda params: gather(cfg.model, params, shares_once(cfg)), params)
         counts = _with_shares(cfg, full, batch, route, counts)
         metrics, grads = accumulate(cfg, full, batch, route, counts)
         (grads,) = back(jax.tree.map(lambda grad, x: grad.astype(x.dtype), grads, full))
-        return sum_rows(metrics), sum_uncut(grads, cut)
+        return psum_batch(metrics), psum_replicated_grads(grads, cut)
 
     rows, everywhere = spec_of(("batch",)), PartitionSpec()
-    over = over_rows(mine, (cut, rows, everywhere), (everywhere, cut))
+    over = shard_map_over_batch(mine, (cut, rows, everywhere), (everywhere, cut))
     return over(params, batch, step)
 
 
@@ -171,9 +176,9 @@ def eval_step(
         metrics = {"ce": sums.ce, "correct": sums.correct, "targets": counts.targets}
         if out.routing is not None:
             metrics["depth_count"] = _depth_counts(cfg, out.routing, batch)
-        return sum_rows(metrics)
+        return psum_batch(metrics)
 
-    over = over_rows(mine, (cut, spec_of(("batch",))), PartitionSpec())
+    over = shard_map_over_batch(mine, (cut, spec_of(("batch",))), PartitionSpec())
     return over(params, batch)
 
 
@@ -223,7 +228,7 @@ def _with_shares(
         return routing.token.choice
 
     each = jax.lax.map(choices, micro_batches(batch, cfg.grad_accum_steps))
-    share = sum_rows(jnp.sum(each, axis=0)) / counts.tokens
+    share = psum_batch(jnp.sum(each, axis=0)) / counts.tokens
     return dataclasses.replace(counts, share=share)
 
 

@@ -23,9 +23,9 @@ from mor_jax.config import TrainConfig
 from mor_jax.config.parsing import check
 from mor_jax.distributed import mesh as sharding
 from mor_jax.distributed.data_shard import reader
-from mor_jax.distributed.heartbeat import Hosts
+from mor_jax.distributed.heartbeat import PeerMonitor
 from mor_jax.distributed.startup_check import agree_on_start, gather
-from mor_jax.distributed.stop_consensus import Agreement
+from mor_jax.distributed.stop_consensus import StopConsensus
 from mor_jax.models.attention_kernels.dispatch import check_kernel
 from mor_jax.models.layers.remat import check_remat
 from mor_jax.models.params import TrainState, abstract_params, logical_axes
@@ -33,16 +33,16 @@ from mor_jax.observability.event_log import FILE, Events, read
 from mor_jax.observability.goodput import goodput
 from mor_jax.runtime.compilation_cache import kept_in
 from mor_jax.runtime.host_memory import keep_freed_memory
-from mor_jax.runtime.preemption import Diverged, Leave, Signals, Stopped, StoppedAtOnce
-from mor_jax.training.batch_iterator import Feed
+from mor_jax.runtime.preemption import Diverged, ImmediateExit, Signals, Stopped, StoppedAtOnce
+from mor_jax.training.batch_iterator import BatchIterator
 from mor_jax.training.compiled_step import CompiledSteps, abstract_state, first_state, fresh_state
 from mor_jax.training.data_position import carried_place, check_state, newest
 from mor_jax.training.evaluator import Evaluator
-from mor_jax.training.fork import Branch, begin, check_begun
-from mor_jax.training.loop import Desk, Loop, Start, TooManySkipped, fields
+from mor_jax.training.fork import Fork, begin, check_begun
+from mor_jax.training.loop import Loop, ResumePoint, RunServices, TooManySkipped, fields
 from mor_jax.training.memory_check import check_room
 from mor_jax.training.report import finish
-from mor_jax.training.resolved_settings import settled_in
+from mor_jax.training.resolved_settings import resolve_settings_in
 from mor_jax.types import Batch
 
 _T = TypeVar("_T")
@@ -69,7 +69,7 @@ class Run:
         """This host's rows -> the global batch on the devices."""
         return place(self.mesh, batch)
 
-    def batches(self, start: Start) -> data.TrainBatches:
+    def batches(self, start: ResumePoint) -> data.TrainBatches:
         """This host's rows of the training batches from where `start` is on."""
         cfg, place = self.cfg, start.place
         layout = _layout(self.mesh, cfg, cfg.batch_size)
@@ -82,7 +82,7 @@ def fit(
     directory: epath.PathLike,
     allow_changes: Sequence[str] = (),
     signals: Signals | None = None,
-    branch: Branch | None = None,
+    branch: Fork | None = None,
 ) -> None:
     """Trains `cfg` in `directory`, from its newest good checkpoint if it has one.
 
@@ -106,10 +106,10 @@ def fit(
             path = run_dir.resolved(directory)
             _prepare(cfg)
             places = [path] if branch is None else [path, branch.source]
-            cfg = _everywhere(partial(settled_in, places, cfg, sharding.platform()))
+            cfg = _everywhere(partial(resolve_settings_in, places, cfg, sharding.platform()))
             signals.look()
             _fit(cfg, path, allow_changes, signals, branch)
-        except Leave as left:
+        except ImmediateExit as left:
             raise StoppedAtOnce(f"{left}. The same command starts it again") from None
         finally:
             signals.looks = False
@@ -123,7 +123,7 @@ def _prepare(cfg: TrainConfig) -> None:
     agree_on_start(cfg.to_dict())
 
 
-def _begin(run: Run, allow: Sequence[str], branch: Branch) -> None:
+def _begin(run: Run, allow: Sequence[str], branch: Fork) -> None:
     def fits(facts: dict[str, Any]) -> None:
         carried_place(facts, run.cfg, run.beginning, run.fingerprint)
 
@@ -136,14 +136,14 @@ def _fit(
     path: epath.Path,
     allow: Sequence[str],
     signals: Signals,
-    branch: Branch | None,
+    branch: Fork | None,
 ) -> None:
     changes = _everywhere(lambda: run_dir.check_workdir(path, cfg, allow)) or []
     with contextlib.ExitStack() as stack:
         undo = _everywhere(lambda: stack.enter_context(run_dir.hold(path)))
         signals.on_leaving(lambda _: undo())
         cache = stack.enter_context(kept_in(path, cfg.compilation_cache))
-        hosts = stack.enter_context(Hosts(path, cfg.hosts.heartbeat_timeout))
+        hosts = stack.enter_context(PeerMonitor(path, cfg.hosts.heartbeat_timeout))
         signals.on_leaving(hosts.stopped)
         try:
             hosts.phase("assembling")
@@ -157,8 +157,8 @@ def _fit(
                 run_dir.claim_workdir(path, cfg, allow)
             events = stack.enter_context(Events(path, signals.since))
             checkpoints = stack.enter_context(Checkpoints(path, cfg.checkpoint))
-            agreement = Agreement(run.mesh)
-            desk = Desk(
+            agreement = StopConsensus(run.mesh)
+            desk = RunServices(
                 checkpoints=checkpoints,
                 events=events,
                 signals=signals,
@@ -167,7 +167,7 @@ def _fit(
                 hosts=hosts,
             )
             _work(run, desk, changes)
-        except Leave as left:
+        except ImmediateExit as left:
             hosts.stopped(str(left))
             raise
         except Stopped:
@@ -178,7 +178,7 @@ def _fit(
             raise
         except Exception as error:
             # Said before anything here waits for other processes, which may wait for this one.
-            lost = None if isinstance(error, DiskFull) else hosts.verdict(error)
+            lost = None if isinstance(error, DiskFull) else hosts.diagnose(error)
             if lost is not None:
                 raise lost from error
             hosts.failed(error)
@@ -198,7 +198,7 @@ def _everywhere(call: Callable[[], _T]) -> _T:
     return cast(_T, found)
 
 
-def _work(run: Run, desk: Desk, changes: Sequence[run_dir.Change]) -> None:
+def _work(run: Run, desk: RunServices, changes: Sequence[run_dir.Change]) -> None:
     """Starts, trains, and tells at the end, however it ends, where the time went."""
     _open_log(run, desk.events, changes)
     try:
@@ -223,11 +223,11 @@ def _open_log(run: Run, events: Events, changes: Sequence[run_dir.Change]) -> No
             print(f"changed since the last start, as allowed: {setting}: {old} -> {new}")
 
 
-def _train(run: Run, desk: Desk, start: Start) -> None:
+def _train(run: Run, desk: RunServices, start: ResumePoint) -> None:
     """Loops, a second time from further back after too many skipped steps; then finishes."""
     began = int(start.state.step), time.perf_counter()
     while True:
-        with Feed(partial(run.batches, start), start.place.row) as feed:
+        with BatchIterator(partial(run.batches, start), start.place.row) as feed:
             with desk.events.timed("open", position=start.place.row):
                 feed.open()
             try:
@@ -289,21 +289,21 @@ def place(mesh: Mesh, batch: Batch) -> Batch:
     return jax.tree.map(partial(jax.make_array_from_process_local_data, rows), batch)
 
 
-def _start(run: Run, desk: Desk, changes: Sequence[run_dir.Change]) -> Start:
+def _start(run: Run, desk: RunServices, changes: Sequence[run_dir.Change]) -> ResumePoint:
     """The newest good checkpoint, else a new state."""
     start = _from(run, desk, desk.checkpoints.latest_valid())
     # Whoever changed a setting to get past a divergence has the one rollback again.
     return dataclasses.replace(start, rolled_back=False) if changes else start
 
 
-def _from(run: Run, desk: Desk, step: int | None) -> Start:
+def _from(run: Run, desk: RunServices, step: int | None) -> ResumePoint:
     """The checkpoint of `step`, or a new state for None."""
     if step is None:
-        return Start(state=_new_state(run, desk), place=run.beginning)
+        return ResumePoint(state=_new_state(run, desk), place=run.beginning)
     with desk.events.timed("restore", step=step):
         restored = desk.checkpoints.restore(fields(run.abstract), step)
     there = carried_place(restored._asdict(), run.cfg, run.beginning, run.fingerprint)
-    return Start.of(TrainState(**restored.state), there, restored.extra)
+    return ResumePoint.of(TrainState(**restored.state), there, restored.extra)
 
 
 def _check_newest(run: Run) -> None:
@@ -324,7 +324,7 @@ def _check_initial(run: Run) -> None:
         pretrained.verify(run.path, run.cfg.model)
 
 
-def _new_state(run: Run, desk: Desk) -> TrainState:
+def _new_state(run: Run, desk: RunServices) -> TrainState:
     """The state before the first step: with the weights that came with the directory, or random."""
     shardings = jax.tree.map(lambda leaf: leaf.sharding, run.abstract)
     given = pretrained.origin(run.path)
@@ -338,7 +338,9 @@ def _new_state(run: Run, desk: Desk) -> TrainState:
         return jax.jit(make, out_shardings=shardings, donate_argnums=0)(params)
 
 
-def _roll_back(run: Run, desk: Desk, start: Start, problem: TooManySkipped) -> Start:
+def _roll_back(
+    run: Run, desk: RunServices, start: ResumePoint, problem: TooManySkipped
+) -> ResumePoint:
     """A start before the skipped steps, without their rows; `Diverged` the second time."""
     most, first_bad = len(problem.bad), problem.step - len(problem.bad) + 1
     jump = (min(problem.bad), data.ahead(max(problem.bad), run.cfg.batch_size, start.jumps))
@@ -364,7 +366,7 @@ def _roll_back(run: Run, desk: Desk, start: Start, problem: TooManySkipped) -> S
     if jax.process_index() == 0:
         print(f"{told}: going back to step {step or 0}, then on without these rows", flush=True)
     state = dataclasses.replace(back.state, skipped_in_a_row=back.state.skipped_in_a_row * 0)
-    return Start(state=state, place=back.place, jumps=(*back.jumps, jump), rolled_back=True)
+    return ResumePoint(state=state, place=back.place, jumps=(*back.jumps, jump), rolled_back=True)
 
 
 __all__ = ["Diverged", "Run", "Stopped", "fit", "place"]

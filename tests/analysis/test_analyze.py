@@ -17,7 +17,7 @@ from mor_jax.analysis.output import FILE, Place
 from mor_jax.analysis.reading import Wanted, read
 from mor_jax.checkpoint import pretrained
 from mor_jax.checkpoint.lazy_arrays import flatten, held
-from mor_jax.checkpoint.load_weights import find
+from mor_jax.checkpoint.load_weights import load_run
 from mor_jax.checkpoint.run_dir import claim_workdir
 from mor_jax.config import DataConfig, EvalConfig
 from mor_jax.models.routing.router import capacity_counts
@@ -56,7 +56,7 @@ def runs(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def observed(runs):
-    model = routed_model(find(runs / "expert"))
+    model = routed_model(load_run(runs / "expert"))
     return observe(model, read(model.cfg, model.tokenizer, Wanted(tokens=128), lambda: b""))
 
 
@@ -229,7 +229,7 @@ def test_depth_at_test_time(runs, observed, tmp_path, capsys):
 
 
 def test_a_sample_comes_from_the_engine(runs):
-    model = recursions.shallow(find(runs / "recursive"), None, (1,))
+    model = recursions.shallow(load_run(runs / "recursive"), None, (1,))
     rows = read(model.cfg, model.tokenizer, Wanted(prompt="abcdefgh"), lambda: b"")
     sample = recursions.Sample(text="ab", max_tokens=3)
     records = recursions.measure(model, rows, sample).of("sample")
@@ -263,7 +263,7 @@ def test_what_a_model_cannot_do_is_refused(runs, capsys):
 
 
 def test_without_a_causal_router_top_k_remains(runs, tmp_path):
-    found = find(runs / "expert")
+    found = load_run(runs / "expert")
     router = dataclasses.replace(found.cfg.model.router, causal_routing="none")
     model = dataclasses.replace(found.cfg.model, router=router)
     blind = dataclasses.replace(found, cfg=dataclasses.replace(found.cfg, model=model))

@@ -19,7 +19,7 @@ from support.patience import until as in_time
 from support.processes import Process, until
 
 from mor_jax.distributed import heartbeat, initialize
-from mor_jax.distributed.heartbeat import Hosts
+from mor_jax.distributed.heartbeat import PeerMonitor
 from mor_jax.runtime import exit_codes
 
 HERE = socket.gethostname()
@@ -199,7 +199,7 @@ def test_word_of_the_end_reaches_those_who_do_not_watch(tmp_path, monkeypatch):
     monkeypatch.setattr(heartbeat.jax, "process_count", lambda: 20)
     monkeypatch.setattr(heartbeat, "gather", lambda mine: peers if isinstance(mine, dict) else [""])
     monkeypatch.setattr(
-        heartbeat, "Aborts", lambda before: SimpleNamespace(catch=list, release=list)
+        heartbeat, "AbortHandler", lambda before: SimpleNamespace(catch=list, release=list)
     )
     codes = queue.Queue()
     # Heartbeats twenty times a second; those of the others stand still, and are not missed.
@@ -212,19 +212,19 @@ def test_word_of_the_end_reaches_those_who_do_not_watch(tmp_path, monkeypatch):
         (folder / f"{i}.json").write_text(json.dumps(peer | {"state": "running"}))
     end = {"run": "another run", "text": "of an earlier run", "code": 1}
     (folder / "end.json").write_text(json.dumps(end))
-    with Hosts(epath.Path(tmp_path), int(PATIENCE)) as watch:
+    with PeerMonitor(epath.Path(tmp_path), int(PATIENCE)) as watch:
         in_time(lambda: watch._counter > 5)
         assert codes.empty()
         end = {"run": "id0", "text": "host lost: process 15", "code": exit_codes.HOST_LOST}
         (folder / "end.json").write_text(json.dumps(end))
         assert codes.get(timeout=PATIENCE) == exit_codes.HOST_LOST
-        assert str(watch.verdict(RuntimeError("of its own"))) == "host lost: process 15"
+        assert str(watch.diagnose(RuntimeError("of its own"))) == "host lost: process 15"
 
 
 @pytest.mark.parametrize(("beats", "known"), [(0, True), (1, False)], ids=["stands", "beats"])
 def test_evidence_is_awaited_in_heartbeats(tmp_path, monkeypatch, beats, known):
     """As silence is counted: a watch that gets no turn finds nobody lost."""
-    watch, waits = Hosts(epath.Path(tmp_path), int(PATIENCE)), []
+    watch, waits = PeerMonitor(epath.Path(tmp_path), int(PATIENCE)), []
 
     def wait(_):
         waits.append(watch._counter)
@@ -238,7 +238,7 @@ def test_evidence_is_awaited_in_heartbeats(tmp_path, monkeypatch, beats, known):
 
 
 def test_a_single_process_costs_nothing(tmp_path):
-    with Hosts(epath.Path(tmp_path), 30) as watch:
+    with PeerMonitor(epath.Path(tmp_path), 30) as watch:
         watch.phase("step 1")
-        assert watch.verdict(RuntimeError("of its own")) is None
+        assert watch.diagnose(RuntimeError("of its own")) is None
     assert not list(tmp_path.iterdir())

@@ -206,13 +206,15 @@ def test_two_rounds_exchange_what_one_does(names, sizes, monkeypatch):
     cut = spec_of(names)
 
     def mine(x, weights):
-        full, back = jax.vjp(lambda x: collectives.whole(x, names, sizes), x)
+        full, back = jax.vjp(lambda x: collectives.all_gather_param(x, names, sizes), x)
         return full[None], back(weights[0])[0]
 
     def exchanged():
         rows = spec_of(("batch",))
         with jax.set_mesh(make_mesh(MESHES["fsdp"])):
-            return jax.jit(collectives.over_rows(mine, (cut, rows), (rows, cut)))(x, weights)
+            return jax.jit(collectives.shard_map_over_batch(mine, (cut, rows), (rows, cut)))(
+                x, weights
+            )
 
     one = exchanged()
     # As on TPUs, where a slice is larger.

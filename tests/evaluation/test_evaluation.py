@@ -19,13 +19,13 @@ from mor_jax import data
 from mor_jax.checkpoint import pretrained
 from mor_jax.checkpoint.checkpointer import Checkpoints
 from mor_jax.checkpoint.lazy_arrays import flatten, held
-from mor_jax.checkpoint.load_weights import find
+from mor_jax.checkpoint.load_weights import load_run
 from mor_jax.checkpoint.run_dir import claim_workdir, hold
-from mor_jax.checkpoint.run_status import Trainer
+from mor_jax.checkpoint.run_status import TrainerStatus
 from mor_jax.config import CheckpointConfig, DataConfig, EvalConfig, MeshConfig
 from mor_jax.data.tokenizers.train_bpe import train_bpe
 from mor_jax.distributed import mesh as sharding
-from mor_jax.evaluation import Asked, TextEvaluation, evaluate
+from mor_jax.evaluation import EvalRequest, TextEvaluation, evaluate
 from mor_jax.evaluation.byte_spans import TextBytes
 from mor_jax.evaluation.plot import check_path, draw
 from mor_jax.evaluation.results import FILE, Records
@@ -84,44 +84,44 @@ def same(found, wanted):
 
 
 def test_the_newest_weights_are_found(imported, trained):
-    one, other = find(imported), find(trained)
+    one, other = load_run(imported), load_run(trained)
     assert (one.step, other.step) == (0, 2)
     assert str(one) == f"{imported}, imported weights of a/model"
     assert str(other) == f"{trained}, step 2"
     assert one.source == {"from": "a/model"} and other.source is None
     same(one.params(), GIVEN)
     same(other.params(), TRAINED)
-    same(find(trained, 1).params(), GIVEN)
-    same(find(imported, 0).params(), GIVEN)
+    same(load_run(trained, 1).params(), GIVEN)
+    same(load_run(imported, 0).params(), GIVEN)
 
 
 def test_parameters_arrive_where_they_are_wanted(imported, trained):
     mesh = sharding.make_mesh(MeshConfig(data=2, fsdp=4))
     where = sharding.param_shardings(mesh, logical_axes(MODEL), abstract_params(MODEL))
     for workdir, wanted in ((imported, GIVEN), (trained, TRAINED)):
-        made = find(workdir).params(where)
+        made = load_run(workdir).params(where)
         same(made, wanted)
         assert jax.tree.map(lambda x: x.sharding, made) == where
 
 
 def test_what_is_not_there_is_refused(imported, trained, tmp_path, cfg):
     with pytest.raises(ValueError, match=r"is not the directory of a run: it has no config\.json"):
-        find(tmp_path / "nowhere")
+        load_run(tmp_path / "nowhere")
     with pytest.raises(ValueError, match=r"no complete checkpoint of this step.*\[1, 2\]"):
-        find(trained, 3)
+        load_run(trained, 3)
     with pytest.raises(ValueError, match="there is no complete checkpoint of this step"):
-        find(imported, 3)
+        load_run(imported, 3)
     claim_workdir(tmp_path / "new", cfg)
     with pytest.raises(ValueError, match="holds no checkpoint"):
-        find(tmp_path / "new")
+        load_run(tmp_path / "new")
     with pytest.raises(ValueError, match="is no plain file"):
         Records("/dev/zero", {})
     with pytest.raises(ValueError, match="fsdp=0: must be greater than 0"):
-        evaluate(find(trained), Asked(fsdp=0))
+        evaluate(load_run(trained), EvalRequest(fsdp=0))
 
 
 def test_evaluation_is_that_of_the_run_itself(trained, cfg):
-    found = evaluate(find(trained), Asked(fsdp=4))
+    found = evaluate(load_run(trained), EvalRequest(fsdp=4))
     tokenizer = data.load_tokenizer("bytes")
     layout = data.Layout(length=cfg.seq_len, batch_size=8)
     batches = data.heldout_batches(cfg.data, tokenizer, layout, 2)
@@ -146,21 +146,21 @@ def test_other_text_is_used_whole(trained, tmp_path, cfg):
     tokens = 12 * len("A single document. ") + 1
     for size, batches in ((8, 9), (8 * 10**20, 10**20)):
         # However many are asked for: no more rows are computed than the devices need.
-        asked = Asked(sources=(source,), length=16, batches=batches, batch_size=size)
+        asked = EvalRequest(sources=(source,), length=16, batches=batches, batch_size=size)
         whole = TextEvaluation(cfg, asked)
         assert {len(batch.tokens) for batch in whole._batches} == {8 if size == 8 else 16}
         # A row needs one token more than it is long: the last target.
         assert len(whole._sources) == (tokens - 1) // 16
-    found = evaluate(find(trained), Asked(sources=(source,), length=16, batches=9))
+    found = evaluate(load_run(trained), EvalRequest(sources=(source,), length=16, batches=9))
     assert (found.text, found.rows) == (source, (tokens - 1) // 16)
     with pytest.raises(
         ValueError, match=r"seq_len=65: must be between 2 and model\.max_seq_len=64"
     ):
-        evaluate(find(trained), Asked(length=65))
+        evaluate(load_run(trained), EvalRequest(length=65))
     with pytest.raises(ValueError, match=r"batch_size=4: must be a multiple of 8"):
-        evaluate(find(trained), Asked(batch_size=4))
+        evaluate(load_run(trained), EvalRequest(batch_size=4))
     with pytest.raises(ValueError, match="is written in two parts"):
-        evaluate(find(trained), Asked(sources=("shards:data/tokens",)))
+        evaluate(load_run(trained), EvalRequest(sources=("shards:data/tokens",)))
 
 
 def test_sources_are_told_apart_and_bytes_are_those_of_the_text(trained, tmp_path):
@@ -169,7 +169,7 @@ def test_sources_are_told_apart_and_bytes_are_those_of_the_text(trained, tmp_pat
     for name, text in letters.items():
         (tmp_path / f"{name}.txt").write_text(text)
     sources = tuple(f"text:{tmp_path}/{name}.txt" for name in letters)
-    found = evaluate(find(trained), Asked(sources=sources, length=16, batches=9)).values
+    found = evaluate(load_run(trained), EvalRequest(sources=sources, length=16, batches=9)).values
     one, two = found["sources"]
     assert (one["source"], two["source"]) == sources
     assert (one["targets"], two["targets"]) == (112, 128)  # 120 and 129 bytes in whole rows of 16
@@ -244,14 +244,14 @@ def test_every_checkpoint_is_evaluated_once(cfg, tmp_path):
 
 def test_who_waits_is_told_who_trains(cfg, tmp_path, monkeypatch):
     claim_workdir(tmp_path, cfg)
-    trainer = Trainer(tmp_path)
+    trainer = TrainerStatus(tmp_path)
     assert trainer() == ""
     with hold(tmp_path):
         assert trainer() == f"process {os.getpid()} on {socket.gethostname()}"
     assert trainer() == ""
     # Where there are no locks, a holder writes signs of life.
     times, lock = iter((0.0, 1.0, 29.0, 32.0, 33.0, 34.0)), tmp_path / "lock"
-    trainer = Trainer(tmp_path, clock=lambda: next(times))
+    trainer = TrainerStatus(tmp_path, clock=lambda: next(times))
     for sign, owner in (("1", "another process"), ("1", "another process"), ("1", ""), ("2", "a")):
         lock.write_text(sign)
         assert bool(trainer._by_signs()) == bool(owner)
@@ -270,9 +270,9 @@ def test_who_waits_is_told_who_trains(cfg, tmp_path, monkeypatch):
 def test_a_calibration_of_other_weights_is_refused_with_what_would_do(trained, tmp_path):
     values = {"step": 1, "recursions": 2, "thresholds": [0.0, 0.0], "wanted": [1.0, 0.5]}
     values |= {"shares": [1.0, 0.5], "loss": 1.0, "text": "it", "tokens": 9}
-    newest, file = find(trained), tmp_path / "made.json"
+    newest, file = load_run(trained), tmp_path / "made.json"
     for weights, step, fix in (
-        (fingerprint(find(trained, 1)), 1, "Give --step=1, or calibrate these"),
+        (fingerprint(load_run(trained, 1)), 1, "Give --step=1, or calibrate these"),
         # Of another run, at the step that is there, at another one, at one that is not.
         ("other", 2, "Calibrate these with launch/calibrate.py"),
         ("other", 1, "Calibrate these with launch/calibrate.py"),

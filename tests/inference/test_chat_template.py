@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerFast
 from mor_jax.data import load_tokenizer
 from mor_jax.data.tokenizers.train_bpe import train_bpe
 from mor_jax.inference.chat_template import ChatTemplate
-from mor_jax.inference.load_model import load_served
+from mor_jax.inference.load_model import load_model
 
 CHATML = (
     "{{ bos_token }}{% for m in messages %}\n"
@@ -46,7 +46,7 @@ def served(folder, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("served") / "chat"
     model = dataclasses.replace(of_bytes("plain"), vocab_size=292)
     write_run(workdir, model, tokenizer=str(folder))
-    return load_served(workdir)
+    return load_model(workdir)
 
 
 def test_tokens_are_those_of_transformers(folder, served):

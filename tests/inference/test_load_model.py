@@ -10,9 +10,9 @@ from support.seeded import random_params
 from support.served_runs import of_bytes, with_router, write_run
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from mor_jax.checkpoint.load_weights import find
+from mor_jax.checkpoint.load_weights import load_run
 from mor_jax.inference.calibration_file import Calibration, fingerprint, path_of, save
-from mor_jax.inference.load_model import load_served
+from mor_jax.inference.load_model import load_model
 
 MODEL = of_bytes("expert_cycle")
 
@@ -20,7 +20,7 @@ MODEL = of_bytes("expert_cycle")
 def calibration(workdir, **changes):
     """A calibration of the run, saved under the name `made`."""
     facts = {
-        "weights": fingerprint(find(workdir)),
+        "weights": fingerprint(load_run(workdir)),
         "step": 0,
         "recursions": 3,
         "thresholds": (0.0, 0.25, -0.5),
@@ -43,7 +43,7 @@ def run(tmp_path_factory):
 
 
 def test_a_run_as_it_is(run):
-    served = load_served(run)
+    served = load_model(run)
     assert (served.name, served.cfg, served.thresholds) == ("small", MODEL, None)
     assert served.shares == (1.0, 2 / 3, 1 / 3)
     assert (served.eos_ids, served.chat_template, served.special_tokens) == ({0}, None, {})
@@ -53,14 +53,14 @@ def test_a_run_as_it_is(run):
 
 def test_calibrations_and_recursions_change_what_is_served(run):
     made = calibration(run)
-    served = load_served(run, calibration="made")
+    served = load_model(run, calibration="made")
     assert (served.thresholds, served.shares) == (made.thresholds, made.shares)
-    fewer = load_served(run, calibration=str(path_of(run, "made")), recursions=2)
+    fewer = load_model(run, calibration=str(path_of(run, "made")), recursions=2)
     assert (fewer.thresholds, fewer.shares) == ((0.0, 0.25), (1.0, 0.52))
     assert (fewer.cfg.num_recursions, fewer.cfg.num_layers) == (2, 4)
-    assert load_served(run, recursions=4).shares == (1.0, 2 / 3, 1 / 3, 1 / 3)
+    assert load_model(run, recursions=4).shares == (1.0, 2 / 3, 1 / 3, 1 / 3)
     with pytest.raises(ValueError, match="recursions=4: the calibration is for 3 recursions"):
-        load_served(run, calibration="made", recursions=4)
+        load_model(run, calibration="made", recursions=4)
 
 
 def test_token_choice_carries_its_calibration_among_its_parameters(tmp_path):
@@ -69,7 +69,7 @@ def test_token_choice_carries_its_calibration_among_its_parameters(tmp_path):
         params = random_params(model, 1)
         write_run(workdir, model, params=params)
         calibration(workdir, thresholds=None, depth_bias=(0.3, 0.0, -0.3))
-        served = load_served(workdir, calibration="made")
+        served = load_model(workdir, calibration="made")
         before = params["router"]["bias"] if learned is None else learned
         wanted = before + jnp.asarray((0.3, 0.0, -0.3))
         np.testing.assert_allclose(served.params["router"]["bias"], wanted, rtol=1e-6)
@@ -79,7 +79,7 @@ def test_token_choice_carries_its_calibration_among_its_parameters(tmp_path):
 def test_calibrations_that_do_not_fit_are_refused(run, tmp_path):
     def refused(match, name="made"):
         with pytest.raises(ValueError, match=match):
-            load_served(run, calibration=name)
+            load_model(run, calibration=name)
 
     calibration(run)
     refused(r"calibration='fast': there is no .*fast\.json; .* has \['made'\]", "fast")
@@ -105,12 +105,12 @@ def test_routers_that_never_learned_the_choice_need_a_calibration(tmp_path):
     with pytest.raises(
         ValueError, match=r"model\.router\.causal_routing='none': no causal routing.*--calibr"
     ):
-        load_served(tmp_path / "run")
+        load_model(tmp_path / "run")
     calibration(tmp_path / "run")
-    assert load_served(tmp_path / "run", calibration="made").thresholds == (0.0, 0.25, -0.5)
+    assert load_model(tmp_path / "run", calibration="made").thresholds == (0.0, 0.25, -0.5)
     # Where every recursion takes every token there is no choice to learn.
     write_run(tmp_path / "whole", with_router(model, capacity=(1.0, 1.0, 1.0)))
-    assert load_served(tmp_path / "whole").shares == (1.0, 1.0, 1.0)
+    assert load_model(tmp_path / "whole").shares == (1.0, 1.0, 1.0)
 
 
 def test_parameters_that_are_not_finite_are_named(tmp_path):
@@ -120,7 +120,7 @@ def test_parameters_that_are_not_finite_are_named(tmp_path):
     write_run(tmp_path / "run", MODEL, params=params)
     match = r"router\.main\.weight='float32\[3, 32\]': holds 2 values of 96 that are not finite"
     with pytest.raises(ValueError, match=match):
-        load_served(tmp_path / "run")
+        load_model(tmp_path / "run")
 
 
 @pytest.fixture
@@ -140,7 +140,7 @@ def put(directory, name, **values):
 
 def test_the_conventions_of_a_tokenizer(tokenizer, tmp_path):
     write_run(tmp_path / "run", MODEL, tokenizer=str(tokenizer))
-    load = load_served
+    load = load_model
     assert load(tmp_path / "run").eos_ids == {3}
     put(tokenizer, "generation_config.json", eos_token_id=[4, 3, 5000, None, True])
     eos, template = {"content": "<end>", "lstrip": False}, "{{ bos_token }}{{ messages }}"
@@ -162,4 +162,4 @@ def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(tokenizer, tmp_p
     model = type(model)(**{**vars(model), "vocab_size": 4})
     write_run(tmp_path / "run", model, tokenizer=str(tokenizer))
     with pytest.raises(ValueError, match=r"model\.vocab_size=4: must be at least 5"):
-        load_served(tmp_path / "run")
+        load_model(tmp_path / "run")

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import pytest
 
 from mor_jax.runtime import free_memory
-from mor_jax.runtime.free_memory import Program, host_free_bytes
+from mor_jax.runtime.free_memory import CheckedFunction, host_free_bytes
 
 GIB = 2**30
 
@@ -40,7 +40,7 @@ def test_what_does_not_fit_is_refused_before_it_runs(monkeypatch):
         jax.debug.callback(lambda: ran.append(power))
         return (rows @ weights) ** power
 
-    program, rows = Program(total, "eval.batch_size", 4096), jnp.ones((4096, 8))
+    program, rows = CheckedFunction(total, "eval.batch_size", 4096), jnp.ones((4096, 8))
     monkeypatch.setattr(free_memory, "free_bytes", lambda: 40_000)
     with pytest.raises(ValueError, match=r"eval\.batch_size=4096: batches of 4,096 rows need") as e:
         program(jnp.ones((8, 64)), rows, power=2)

@@ -15,9 +15,9 @@ from support.patience import PATIENCE, until
 
 from mor_jax.config import MeshConfig
 from mor_jax.distributed import mesh as sharding
-from mor_jax.distributed.stop_consensus import Agreement
+from mor_jax.distributed.stop_consensus import StopConsensus
 from mor_jax.runtime import exit_codes
-from mor_jax.runtime.preemption import KINDS, Leave, Signals
+from mor_jax.runtime.preemption import KINDS, ImmediateExit, Signals
 
 ROOT = Path(__file__).parents[2]
 
@@ -99,9 +99,9 @@ def test_a_signal_is_noted_and_raised_where_the_program_looks():
         signals.look()
         os.kill(os.getpid(), signal.SIGINT)
         # Nothing comes up in the middle of other code: the program looks.
-        with pytest.raises(Leave, match="SIGINT: left at once, no step was finished"):
+        with pytest.raises(ImmediateExit, match="SIGINT: left at once, no step was finished"):
             signals.look()
-        with pytest.raises(Leave):
+        with pytest.raises(ImmediateExit):
             signals.something_new()
 
 
@@ -120,14 +120,14 @@ def test_beside_the_main_thread_there_are_no_signals_and_no_errors():
 
 def test_a_single_process_agrees_with_itself_at_once():
     mesh = sharding.make_mesh(MeshConfig())
-    agree = Agreement(mesh)
+    agree = StopConsensus(mesh)
     assert [agree(0), agree(15), agree(0)] == [0, 15, 0]
 
 
 @pytest.mark.parametrize("shape", [{}, {"data": 2, "fsdp": 2, "tensor": 2}], ids=["8", "2x2x2"])
 def test_several_processes_learn_the_largest_number_one_step_late(shape):
     mesh = sharding.make_mesh(MeshConfig(**shape))
-    agree = Agreement(mesh, several=True)
+    agree = StopConsensus(mesh, several=True)
     with jax.set_mesh(mesh):
         assert [agree(0), agree(15), agree(10), agree(0)] == [0, 0, 15, 10]
 

@@ -11,18 +11,18 @@ from support.seeded import random_params
 from support.tiny import TINY
 
 from mor_jax.data.tokenizers.bytes import ByteTokenizer
-from mor_jax.inference.engine.request import Request, Sampling, Token
-from mor_jax.inference.load_model import Served
+from mor_jax.inference.engine.request import Request, SamplingParams, Token
+from mor_jax.inference.load_model import LoadedModel
 from mor_jax.models.flops import routed_shares
 from mor_jax.models.params import forward, unembed
 from mor_jax.models.routing.router import Route
 from mor_jax.types import Batch
 
 
-def served(name: str, **changes) -> Served:
+def served(name: str, **changes) -> LoadedModel:
     """`TINY[name]` for the byte tokenizer, with random parameters; `changes` replace fields."""
     cfg = dataclasses.replace(TINY[name], vocab_size=256)
-    made = Served(
+    made = LoadedModel(
         name=name,
         cfg=cfg,
         params=random_params(cfg),
@@ -47,7 +47,7 @@ def requests(number: int, seed: int = 0, longest: int = 64) -> list[Request]:
             Request(
                 prompt=tuple(rng.integers(1, 256, length).tolist()),
                 max_tokens=int(rng.integers(1, longest - length)),
-                sampling=Sampling(temperature=float(i % 2), seed=i),
+                sampling=SamplingParams(temperature=float(i % 2), seed=i),
                 ignore_eos=True,
                 logprobs=3,
             )
@@ -78,7 +78,9 @@ def paused(engine, monkeypatch, steps=0):
             going.set()
 
 
-def check_answer(model: Served, request: Request, tokens: list[Token], tolerance: float) -> None:
+def check_answer(
+    model: LoadedModel, request: Request, tokens: list[Token], tolerance: float
+) -> None:
     """Log-probabilities, alternatives and depths are those of the full causal forward pass."""
     row = np.array([[*request.prompt, *(token.id for token in tokens)]], np.int32)
     whole = np.zeros((1, 64), np.int32)
@@ -102,7 +104,7 @@ def check_answer(model: Served, request: Request, tokens: list[Token], tolerance
 _COMPILED: dict[tuple, object] = {}
 
 
-def _forward(model: Served, row: np.ndarray):
+def _forward(model: LoadedModel, row: np.ndarray):
     cfg = model.cfg
 
     def run(params, row):

@@ -20,7 +20,7 @@ from etils import epath
 from jax.sharding import NamedSharding, PartitionSpec
 
 from mor_jax.distributed import heartbeat, initialize
-from mor_jax.distributed.heartbeat import HostLost, Hosts
+from mor_jax.distributed.heartbeat import HostLost, PeerMonitor
 from mor_jax.distributed.startup_check import agree_on_start, code_version, gather
 from mor_jax.runtime import exit_codes
 
@@ -56,7 +56,7 @@ def disagreements(process: int, directory: Path) -> None:
     say(commit=refused(agree_on_start, config, code | {"mor_jax commit": f"{process}"}))
     say(gathered=gather({"process": process, "padding": "x" * process}))
     own = epath.Path(directory / str(process))
-    say(workdir=refused(Hosts(own, TIMEOUT).__enter__))
+    say(workdir=refused(PeerMonitor(own, TIMEOUT).__enter__))
 
 
 def loop(case: str, process: int, directory: Path) -> None:
@@ -67,7 +67,7 @@ def loop(case: str, process: int, directory: Path) -> None:
     ones = jax.make_array_from_process_local_data(cut, np.ones(jax.local_device_count()))
     step = jax.jit(lambda x: x.sum() + x, out_shardings=cut)
     short = directory / f"short{process}"
-    with Hosts(epath.Path(directory), TIMEOUT) as watch:
+    with PeerMonitor(epath.Path(directory), TIMEOUT) as watch:
         say(pid=os.getpid())
         for number in range(10) if case == "finish" else itertools.count():
             watch.phase(f"step {number}")
@@ -82,7 +82,7 @@ def loop(case: str, process: int, directory: Path) -> None:
             try:
                 jax.block_until_ready(step(ones))
             except Exception as error:
-                lost = watch.verdict(error)
+                lost = watch.diagnose(error)
                 raise (lost or error) from error
             time.sleep(0.1)
         if case == "finish" and process == 0:

@@ -13,7 +13,7 @@ from support.patience import PATIENCE, until
 from support.served_runs import of_bytes, write_run
 
 from mor_jax.inference.engine.engine import Engine, EngineConfig
-from mor_jax.inference.load_model import load_served
+from mor_jax.inference.load_model import load_model
 from mor_jax.inference.server.api_server import Server, address, bind
 from mor_jax.inference.server.app import Api
 from mor_jax.inference.server.limits import Limits
@@ -25,7 +25,7 @@ TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}<ass
 def engine_of(workdir, **settings):
     """An engine, not started, for a small run that is written there."""
     write_run(workdir, MODEL)
-    served = dataclasses.replace(load_served(workdir), chat_template=TEMPLATE)
+    served = dataclasses.replace(load_model(workdir), chat_template=TEMPLATE)
     return Engine(served, EngineConfig(**{"slots": 4, "max_waiting": 32} | settings))
 
 

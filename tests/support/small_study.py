@@ -2,10 +2,10 @@
 
 from pathlib import Path
 
-from mor_jax.scaling.study.plan import Asked, Rules, Shapes
+from mor_jax.scaling.study.plan import Rules, Shapes, StudyRequest
 
 CONFIGS = Path(__file__).parents[2] / "configs"
-SMALL = Asked(
+SMALL = StudyRequest(
     study="small",
     architectures=("plain", "mor-2", "token-3"),
     sizes=("w16", "w32", "w64"),

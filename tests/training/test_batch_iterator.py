@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from mor_jax.training.batch_iterator import Feed
+from mor_jax.training.batch_iterator import BatchIterator
 from mor_jax.types import Batch
 
 
@@ -24,7 +24,7 @@ class Numbers:
 
 def test_batches_come_in_order_and_are_opened_once():
     log = []
-    with Feed(lambda: Numbers(3, log), 3) as feed:
+    with BatchIterator(lambda: Numbers(3, log), 3) as feed:
         assert (feed.position, log) == (3, [])
         feed.open()
         for number in (3, 5, 7):

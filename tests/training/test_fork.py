@@ -10,7 +10,7 @@ from test_trainer import config, corpus, records, saved_state
 
 from mor_jax.checkpoint.checkpointer import INCOMPLETE
 from mor_jax.config import CheckpointConfig, OptimConfig
-from mor_jax.training.fork import Branch
+from mor_jax.training.fork import Fork
 from mor_jax.training.trainer import fit
 
 __all__ = ["corpus"]
@@ -34,16 +34,16 @@ def long(corpus, tmp_path_factory):
 def test_a_branch_is_the_shorter_run(corpus, long, tmp_path):
     cfg = short(corpus, 5)
     fit(cfg, tmp_path / "alone")
-    fit(cfg, tmp_path / "branch", branch=Branch.parse(f"{long}@3"))
+    fit(cfg, tmp_path / "branch", branch=Fork.parse(f"{long}@3"))
     expected, got = (saved_state(cfg, tmp_path / name) for name in ("alone", "branch"))
     jax.tree.map(np.testing.assert_array_equal, got, expected)
     assert records(tmp_path / "branch") == records(tmp_path / "alone")
     assert json.loads((tmp_path / "branch" / "branch.json").read_text()) == {"from": f"{long}@3"}
     # Once begun it goes on like any run, with its --branch or without.
     fit(cfg, tmp_path / "branch")
-    fit(cfg, tmp_path / "branch", branch=Branch.parse(f"{long}@3"))
+    fit(cfg, tmp_path / "branch", branch=Fork.parse(f"{long}@3"))
     with pytest.raises(ValueError, match="branched off"):
-        fit(cfg, tmp_path / "branch", branch=Branch.parse(f"{long}@6"))
+        fit(cfg, tmp_path / "branch", branch=Fork.parse(f"{long}@6"))
 
 
 def test_an_interrupted_copy_is_made_again(corpus, long, tmp_path):
@@ -51,12 +51,12 @@ def test_an_interrupted_copy_is_made_again(corpus, long, tmp_path):
     # The other run is being written.
     with (long / "metrics.jsonl").open("a") as file:
         file.write('{"step": 6, "lo')
-    fit(cfg, run, branch=Branch.parse(f"{long}@3"))
+    fit(cfg, run, branch=Fork.parse(f"{long}@3"))
     for step in ("00000005", "00000003"):
         (run / "checkpoints" / step / INCOMPLETE).touch()
     with pytest.raises(ValueError, match=f"Start it with --branch={long}@3"):
         fit(cfg, run)
-    fit(cfg, run, branch=Branch.parse(f"{long}@3"))
+    fit(cfg, run, branch=Fork.parse(f"{long}@3"))
     assert saved_state(cfg, run)[0] == 5
 
 
@@ -70,7 +70,7 @@ def test_misfits_are_refused_and_leave_nothing(corpus, long, tmp_path):
     }
     for told, (cfg, branch) in cases.items():
         with pytest.raises(ValueError, match=told):
-            fit(cfg, tmp_path / "run", branch=Branch.parse(branch))
+            fit(cfg, tmp_path / "run", branch=Fork.parse(branch))
         assert not (tmp_path / "run").exists()
     with pytest.raises(ValueError, match="did not branch off"):
-        fit(short(corpus, 6), long, branch=Branch.parse(f"{long}@3"))
+        fit(short(corpus, 6), long, branch=Fork.parse(f"{long}@3"))

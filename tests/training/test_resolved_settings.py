@@ -7,7 +7,7 @@ import pytest
 from support.tiny import EXPERT_ROUTER, TINY, train_config
 
 from mor_jax.checkpoint import run_dir
-from mor_jax.checkpoint.load_weights import find
+from mor_jax.checkpoint.load_weights import load_run
 from mor_jax.checkpoint.run_dir import check_workdir, claim_workdir, read_config
 from mor_jax.config import (
     DataConfig,
@@ -21,7 +21,7 @@ from mor_jax.distributed import mesh as sharding
 from mor_jax.planning import aot
 from mor_jax.planning.build import make_plan
 from mor_jax.planning.fitting import try_others
-from mor_jax.training.resolved_settings import settled, settled_in
+from mor_jax.training.resolved_settings import resolve_settings, resolve_settings_in
 from mor_jax.training.trainer import fit
 
 RUN = train_config("expert")
@@ -49,27 +49,27 @@ def older(directory) -> None:
 
 @pytest.mark.parametrize("platform", ["cuda", "rocm", "gpu", "tpu"])
 def test_accelerators_want_tiles_and_cpus_exact_numbers(platform):
-    assert multiple(settled(LONG, platform)) == 128
-    assert multiple(settled(LONG, "cpu")) == 1
-    assert multiple(settled(with_multiple(LONG, 8), platform)) == 8
-    assert multiple(settled(train_config("plain"), platform)) is None
+    assert multiple(resolve_settings(LONG, platform)) == 128
+    assert multiple(resolve_settings(LONG, "cpu")) == 1
+    assert multiple(resolve_settings(with_multiple(LONG, 8), platform)) == 8
+    assert multiple(resolve_settings(train_config("plain"), platform)) is None
 
 
 def test_a_run_goes_on_elsewhere_with_its_own_capacities(tmp_path):
-    first = settled_in([tmp_path], LONG, "cuda")
+    first = resolve_settings_in([tmp_path], LONG, "cuda")
     claim_workdir(tmp_path, first)
     assert multiple(read_config(tmp_path)) == 128
-    again = settled_in([tmp_path], LONG, "cpu")
+    again = resolve_settings_in([tmp_path], LONG, "cpu")
     assert again == first
     assert check_workdir(tmp_path, again) == []
     with pytest.raises(ValueError, match=r"capacity_multiple: 128 there, 1 now"):
-        check_workdir(tmp_path, settled_in([tmp_path], with_multiple(LONG, 1), "cpu"))
+        check_workdir(tmp_path, resolve_settings_in([tmp_path], with_multiple(LONG, 1), "cpu"))
 
 
 def test_an_older_run_keeps_exactly_its_capacities(tmp_path):
     claim_workdir(tmp_path, LONG)
     older(tmp_path)
-    again = settled_in([tmp_path], LONG, "cuda")
+    again = resolve_settings_in([tmp_path], LONG, "cuda")
     assert multiple(again) == 1
     assert check_workdir(tmp_path, again) == []
     with pytest.raises(ValueError, match=r"capacity_multiple: 1 there, 128 now"):
@@ -80,7 +80,7 @@ def test_an_older_plain_run_goes_on(tmp_path):
     plain = train_config("plain")
     claim_workdir(tmp_path, plain)
     older(tmp_path)
-    assert check_workdir(tmp_path, settled_in([tmp_path], plain, "cuda")) == []
+    assert check_workdir(tmp_path, resolve_settings_in([tmp_path], plain, "cuda")) == []
 
 
 def test_imported_weights_that_nobody_trained_on_take_any(tmp_path):
@@ -88,14 +88,14 @@ def test_imported_weights_that_nobody_trained_on_take_any(tmp_path):
     claim_workdir(tmp_path, LONG)
     (tmp_path / "initial").mkdir()
     assert run_dir.initial.present(tmp_path)
-    cfg = settled_in([tmp_path], LONG, "cuda")
+    cfg = resolve_settings_in([tmp_path], LONG, "cuda")
     assert multiple(cfg) == 128
     assert check_workdir(tmp_path, cfg) == []
 
 
 def test_a_branch_takes_that_of_its_source(tmp_path):
     claim_workdir(tmp_path / "source", with_multiple(LONG, 64))
-    cfg = settled_in([tmp_path / "new", tmp_path / "source"], LONG, "cpu")
+    cfg = resolve_settings_in([tmp_path / "new", tmp_path / "source"], LONG, "cpu")
     assert multiple(cfg) == 64
 
 
@@ -120,7 +120,7 @@ def test_training_writes_it_down_and_goes_on_elsewhere(tmp_path, monkeypatch):
     monkeypatch.undo()
     # The same command, where no GPU is: nothing has changed, and weights know how they came about.
     fit(cfg, tmp_path / "run")
-    assert multiple(find(tmp_path / "run").cfg) == 4
+    assert multiple(load_run(tmp_path / "run").cfg) == 4
 
 
 def test_a_plan_rounds_as_its_devices_would(monkeypatch):

@@ -11,10 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from mor_jax.config import ModelConfig
-from mor_jax.models.attention import Scope
+from mor_jax.models.attention import SequenceContext
 from mor_jax.models.params import model_of
-from mor_jax.models.recursion import Level, Stage, depth_choice
-from mor_jax.models.routing.outputs import Routing, Visit, token_sums
+from mor_jax.models.recursion import ActiveTokens, RecursionContext, depth_choice
+from mor_jax.models.routing.outputs import RecursionTrace, Routing, token_sums
 from mor_jax.models.routing.router import Route, select, token_score
 from mor_jax.models.transformer import ModelOutput, Transformer
 from mor_jax.types import Array, Batch, Bool, Float, Int, Params
@@ -41,15 +41,17 @@ class _Compacted(Transformer):
     """A token-choice model whose recursion stage has the fault."""
 
     def _recur(
-        self, x: Float[Array, "b l d"], row: Scope, route: Route, trace: bool
+        self, x: Float[Array, "b l d"], row: SequenceContext, route: Route, trace: bool
     ) -> tuple[Float[Array, "b l d"], Routing | None, tuple[Array, ...]]:
         assert self.shared is not None
-        x, routing = _run(Stage(self.cfg, self.shared, self.router, route, trace), x, row)
+        x, routing = _run(
+            RecursionContext(self.cfg, self.shared, self.router, route, trace), x, row
+        )
         return x, routing, (x,)
 
 
 def _run(
-    stage: Stage, x: Float[Array, "b l d"], row: Scope
+    stage: RecursionContext, x: Float[Array, "b l d"], row: SequenceContext
 ) -> tuple[Float[Array, "b l d"], Routing]:
     """As `models.recursion.run_token`, but what becomes of a row is read from another one."""
     assert stage.routers is not None
@@ -65,24 +67,24 @@ def _run(
         active = choice >= r
         level = _level(active, gate)
         _, out, kv = stage.block(state, level, row, r, kv)
-        out = level.put(state, out)
+        out = level.scatter(state, out)
         source = _sources(active)
         theirs = choice[source]
         left = left + jnp.where(
             (active & (theirs == r))[..., None], gate[source][..., None] * out, 0.0
         )
         state = jnp.where((active & (theirs > r))[..., None], out, state)
-        visits.append(Visit(logits, logits, level.index, level.valid))
+        visits.append(RecursionTrace(logits, logits, level.index, level.valid))
     here, lost = jnp.ones(choice.shape), jnp.zeros(stage.cfg.num_recursions)
     sums = token_sums(logits, weights, choice, here, lost)
     return x + left, Routing(choice + 1, None, sums, tuple(visits))
 
 
-def _level(active: Bool[Array, "b l"], gate: Float[Array, "b l"]) -> Level:
+def _level(active: Bool[Array, "b l"], gate: Float[Array, "b l"]) -> ActiveTokens:
     """The active tokens of the whole row, in room for all."""
     length = active.shape[1]
     index, valid = select(gate, length, active, fillers_last=True)
-    return Level().below(index, valid, length)
+    return ActiveTokens().below(index, valid, length)
 
 
 def _sources(active: Bool[Array, "b l"]) -> Int[Array, "b"]:

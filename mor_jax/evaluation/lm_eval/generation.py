@@ -7,8 +7,8 @@ from typing import Any
 
 from mor_jax.config.parsing import check, fail
 from mor_jax.inference.engine.engine import Engine, EngineConfig
-from mor_jax.inference.engine.request import Request, Sampling
-from mor_jax.inference.load_model import Served
+from mor_jax.inference.engine.request import Request, SamplingParams
+from mor_jax.inference.load_model import LoadedModel
 
 _LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
 _DRAWS = ("top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
@@ -23,7 +23,7 @@ class Wanted:
 
     max_tokens: int
     stop: tuple[str, ...] = ()
-    sampling: Sampling
+    sampling: SamplingParams
 
 
 def check_names(settings: Mapping[str, Any]) -> None:
@@ -60,7 +60,7 @@ def wanted(settings: Mapping[str, Any], max_tokens: int, max_length: int) -> Wan
     if draws.get("top_k") == 0:
         del draws["top_k"]
     seed = _number(given, "seed", whole=True) if "seed" in given else None
-    sampling = Sampling(temperature=temperature, seed=seed, **draws)
+    sampling = SamplingParams(temperature=temperature, seed=seed, **draws)
     sampling.validate("gen_kwargs")
     return Wanted(max_tokens=number, stop=tuple(filter(None, stop)), sampling=sampling)
 
@@ -93,7 +93,7 @@ def requests(
 
 
 def answers(
-    served: Served, asked: Sequence[Request], slots: int | None, told: Callable[[], None]
+    served: LoadedModel, asked: Sequence[Request], slots: int | None, told: Callable[[], None]
 ) -> Iterator[str]:
     """Texts in the order of the requests. told: called for each.
 

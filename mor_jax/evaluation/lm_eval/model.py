@@ -21,7 +21,7 @@ from mor_jax.evaluation.lm_eval.encoding import Encoding
 from mor_jax.evaluation.lm_eval.scoring import Pair, Scorer
 from mor_jax.inference.chat_template import ChatTemplate
 from mor_jax.inference.config import compute_config
-from mor_jax.inference.load_model import Served, load_served
+from mor_jax.inference.load_model import LoadedModel, load_model
 from mor_jax.models.param_count import unique_parameters
 
 _log = logging.getLogger("lm_eval.mor_jax")
@@ -71,7 +71,7 @@ class MorLM(TemplateLM):
 
     Tokens, contexts and truncation are those of lm-eval's `hf` model on the run's export. Results
     depend on the batch size by rounding alone (docs/evaluation.md has the bound). Raises
-    `ValueError` as `load_served`.
+    `ValueError` as `load_model`.
     """
 
     def __init__(
@@ -290,11 +290,11 @@ def rows_of(batch_size: int | str | None, most: int | None = None) -> int | None
     return int(batch_size)
 
 
-def _served(path: str, asked: Settings) -> Served:
+def _served(path: str, asked: Settings) -> LoadedModel:
     given: Mapping[str, Any] = {
         name: getattr(asked, name) for name in ("step", "calibration", "recursions")
     }
-    served = load_served(path, **given)
+    served = load_model(path, **given)
     return dataclasses.replace(served, cfg=compute_config(served.cfg, asked.dtype))
 
 

@@ -18,12 +18,12 @@ from jax.sharding import Mesh
 
 from mor_jax.config import MeshConfig, ModelConfig
 from mor_jax.distributed import mesh as sharding
-from mor_jax.distributed.collectives import over_rows
+from mor_jax.distributed.collectives import shard_map_over_batch
 from mor_jax.distributed.mesh import param_specs, spec_of
 from mor_jax.models.layers.basic import unembed
 from mor_jax.models.params import abstract_params, forward, logical_axes, logits_table
 from mor_jax.models.routing.router import Route
-from mor_jax.runtime.free_memory import Program
+from mor_jax.runtime.free_memory import CheckedFunction
 from mor_jax.training.losses import token_losses
 from mor_jax.types import IGNORE, Array, Batch, Bool, Float, Int, Params
 
@@ -130,7 +130,7 @@ class Scorer:
 
 
 @functools.lru_cache(maxsize=8)
-def _program(cfg: ModelConfig, thresholds: tuple[float, ...] | None, mesh: Mesh) -> Program:
+def _program(cfg: ModelConfig, thresholds: tuple[float, ...] | None, mesh: Mesh) -> CheckedFunction:
     """Compiled once for a model and a shape, whichever weights come; `mesh` tells devices apart."""
     route = Route(mode="causal", thresholds=thresholds)
 
@@ -159,11 +159,11 @@ def _program(cfg: ModelConfig, thresholds: tuple[float, ...] | None, mesh: Mesh)
 
         rows = spec_of(("batch",))
         cut = param_specs(logical_axes(cfg))
-        return over_rows(mine, (cut, rows, rows, rows, rows), rows)(
+        return shard_map_over_batch(mine, (cut, rows, rows, rows, rows), rows)(
             params, tokens, lengths, targets, last
         )
 
-    return Program(run, "batch_size")
+    return CheckedFunction(run, "batch_size")
 
 
 def _grouped(pairs: Sequence[Pair], max_length: int) -> list[_Row]:

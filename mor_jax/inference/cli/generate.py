@@ -18,7 +18,7 @@ from mor_jax.inference.cli.show import JsonLines, Screen, Show, legend, whole_fi
 from mor_jax.inference.config import EngineConfig, compute_config, plan
 from mor_jax.inference.engine.engine import Engine
 from mor_jax.inference.engine.request import Finished
-from mor_jax.inference.load_model import Served, load_served
+from mor_jax.inference.load_model import LoadedModel, load_model
 from mor_jax.training.evaluator import token_depths
 
 USUAL_SLOTS = 32
@@ -29,7 +29,7 @@ USUAL_SLOTS = 32
 class Options:
     """What to generate from, and how to show it.
 
-    step, calibration, recursions: as in `load_served`. prompts: texts; "-" is all of the standard
+    step, calibration, recursions: as in `load_model`. prompts: texts; "-" is all of the standard
     input. jsonl: a file of JSON lines in place of prompts; "-" again. chat: prompts are messages of
     a user, after the message `system` if there is one. slots, cache_bytes: as in `EngineConfig`.
     json: answers as JSON lines; always so for `jsonl` and `output`, the file to write them to
@@ -99,7 +99,7 @@ def generate(options: Options, stdin: Callable[[], bytes], console: Console) -> 
         if options.output is not None:
             file = stack.enter_context(whole_file(Path(options.output), options.overwrite))
         status = stack.enter_context(_status("loading"))
-        served = load_served(
+        served = load_model(
             options.workdir,
             step=options.step,
             calibration=options.calibration,
@@ -138,7 +138,9 @@ def _settings(options: Options, prompts: list[Prompt], context: int) -> EngineCo
     )
 
 
-def _screen(options: Options, served: Served, prompts: list[Prompt], console: Console) -> Screen:
+def _screen(
+    options: Options, served: LoadedModel, prompts: list[Prompt], console: Console
+) -> Screen:
     rule = "nothing is routed in this model: all tokens have the same depth"
     ok = _recursions(served) is not None or not options.depth_colours
     check(ok, "depth_colours", options.depth_colours, rule, "Leave it out")
@@ -156,11 +158,11 @@ def _screen(options: Options, served: Served, prompts: list[Prompt], console: Co
     )
 
 
-def _recursions(served: Served) -> int | None:
+def _recursions(served: LoadedModel) -> int | None:
     return None if served.cfg.router.kind == "none" else served.cfg.num_recursions
 
 
-def _depths(served: Served, prompt: Prompt) -> np.ndarray:
+def _depths(served: LoadedModel, prompt: Prompt) -> np.ndarray:
     """Recursions that each token of a prompt goes through."""
     cfg = compute_config(served.cfg, None)
     return token_depths(cfg, served.params, np.array(prompt.tokens), served.thresholds)
@@ -186,7 +188,7 @@ def _run(engine: Engine, prompts: list[Prompt], show: Show, status: Status) -> T
     return totals
 
 
-def _summary(totals: Totals, served: Served, prompts: list[Prompt]) -> str:
+def _summary(totals: Totals, served: LoadedModel, prompts: list[Prompt]) -> str:
     line = totals.line(_recursions(served))
     sampling = [prompt.requests[0].sampling for prompt in prompts]
     seeds = {one.seed for one in sampling if one.temperature}

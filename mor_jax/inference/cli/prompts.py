@@ -13,8 +13,8 @@ from typing import Any, NoReturn
 from mor_jax.config.parsing import check, fail, parse
 from mor_jax.inference.chat_template import ChatTemplate
 from mor_jax.inference.detokenizer import text_before
-from mor_jax.inference.engine.request import Request, Sampling
-from mor_jax.inference.load_model import Served
+from mor_jax.inference.engine.request import Request, SamplingParams
+from mor_jax.inference.load_model import LoadedModel
 
 USUAL_TOKENS = 256
 """Longest answer where none is asked for, as far as the context has room."""
@@ -50,10 +50,10 @@ class Wishes:
     ignore_eos: bool = False
     logprobs: int | None = None
 
-    def sampling(self, seed: int) -> Sampling:
+    def sampling(self, seed: int) -> SamplingParams:
         """How one answer is drawn."""
-        names = [field.name for field in dataclasses.fields(Sampling) if field.name != "seed"]
-        return Sampling(**{name: getattr(self, name) for name in names}, seed=seed)
+        names = [field.name for field in dataclasses.fields(SamplingParams) if field.name != "seed"]
+        return SamplingParams(**{name: getattr(self, name) for name in names}, seed=seed)
 
     def request(self, prompt: Sequence[int], seed: int, max_length: int) -> Request:
         """One answer to these tokens. max_length: of prompt and answer together."""
@@ -141,7 +141,7 @@ def from_lines(lines: Iterable[str | bytes], wishes: Wishes, name: str = "-") ->
     return asks
 
 
-def prepare(asks: Sequence[Ask], served: Served, max_length: int) -> list[Prompt]:
+def prepare(asks: Sequence[Ask], served: LoadedModel, max_length: int) -> list[Prompt]:
     """Tokens and requests of every prompt; an empty text becomes the end of a document.
 
     Raises `ValueError` where the model cannot answer one, or has no chat template.
@@ -160,7 +160,9 @@ def prepare(asks: Sequence[Ask], served: Served, max_length: int) -> list[Prompt
     return made
 
 
-def _prompt(ask: Ask, text: str, tokens: Sequence[int], served: Served, max_length: int) -> Prompt:
+def _prompt(
+    ask: Ask, text: str, tokens: Sequence[int], served: LoadedModel, max_length: int
+) -> Prompt:
     wishes, number = ask.wishes, len(tokens)
     rule = f"has {number} tokens; prompt and answer may hold at most {max_length} together"
     check(number < max_length, f"{ask.where}.prompt", f"{text[:40]}...", rule, "Shorten it")

@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from mor_jax.inference.engine.request import Request
-from mor_jax.inference.engine.sampling import Settings
-from mor_jax.models.decode.paged_cache import Geometry, Tables
-from mor_jax.models.decode.routed_decode import Flight
+from mor_jax.inference.engine.sampling import SamplingArrays
+from mor_jax.models.decode.paged_cache import BlockTables, KVCacheSpec
+from mor_jax.models.decode.routed_decode import TokenState
 from mor_jax.types import Array, Bool, Int
 
 IDLE, ENTERS, FLIES = 0, 1, 2
@@ -36,14 +36,14 @@ class Slots:
     left: Int[Array, "s"]
     filled: Int[Array, "s"]
     counts: Int[Array, "s lists"]
-    flight: Flight | None
-    settings: Settings
+    flight: TokenState | None
+    settings: SamplingArrays
     said: Int[Array, "s v"]
     heard: Bool[Array, "s v"]
     ends_text: Bool[Array, "s"]
 
     @classmethod
-    def empty(cls, geometry: Geometry, number: int) -> "Slots":
+    def empty(cls, geometry: KVCacheSpec, number: int) -> "Slots":
         """`number` slots and nobody in them."""
         cfg, s = geometry.cfg, number + 1
 
@@ -53,7 +53,7 @@ class Slots:
 
         flight = None
         if cfg.router.kind != "none":
-            flight = jax.tree.map(jnp.copy, Flight.empty(cfg, s))
+            flight = jax.tree.map(jnp.copy, TokenState.empty(cfg, s))
         return cls(
             phase=zeros(),
             token=zeros(),
@@ -62,7 +62,7 @@ class Slots:
             filled=zeros(),
             counts=jnp.zeros((s, geometry.lists), jnp.int32),
             flight=flight,
-            settings=jax.tree.map(jnp.asarray, Settings.greedy(s)),
+            settings=jax.tree.map(jnp.asarray, SamplingArrays.greedy(s)),
             said=jnp.zeros((s, cfg.vocab_size), jnp.int16),
             heard=jnp.zeros((s, cfg.vocab_size), bool),
             ends_text=jnp.zeros(s, bool),
@@ -74,7 +74,7 @@ class Slots:
 class Held:
     """The pages that the host has given out. room: entries that each list may hold."""
 
-    tables: Tables
+    tables: BlockTables
     room: Int[Array, "s lists"]
 
 
@@ -104,7 +104,7 @@ class Admission:
             token=np.int32(tokens[-1]),
             position=np.int32(len(tokens) - 1),
             left=np.int32(request.max_tokens - len(answer)),
-            settings=Settings.row(request.sampling, seed),
+            settings=SamplingArrays.row(request.sampling, seed),
             said=np.minimum(said, np.iinfo(np.int16).max).astype(np.int16),
             heard=heard,
             ends_text=np.bool_(not request.ignore_eos),
@@ -115,7 +115,7 @@ def admit(slots: Slots, new: Admission) -> Slots:
     """Starts a sequence, unless its prompt turned out not to be stored whole."""
     at = new.slot
     ready = (slots.filled[at] == new.position) | (new.position == 0)
-    settings = Settings(
+    settings = SamplingArrays(
         **{
             name: getattr(slots.settings, name).at[at].set(value)
             for name, value in new.settings.items()

@@ -1,6 +1,6 @@
 """The engine: requests in, events out, from any thread.
 
-with Engine(load_served("runs/mor"), EngineConfig(slots=32)) as engine:
+with Engine(load_model("runs/mor"), EngineConfig(slots=32)) as engine:
     handle = engine.submit(Request(prompt=(1, 2, 3), max_tokens=64))
     for event in handle:
         ...
@@ -21,7 +21,7 @@ from mor_jax.inference.engine.model_runner import Runner
 from mor_jax.inference.engine.request import Busy, Event, Finished, Request, Stopped, Token
 from mor_jax.inference.engine.sequence import Sequence, Sink
 from mor_jax.inference.engine.statistics import Statistics
-from mor_jax.inference.load_model import Served
+from mor_jax.inference.load_model import LoadedModel
 
 _log = logging.getLogger(__name__)
 
@@ -79,7 +79,7 @@ class Engine:
     settings do not fit the model or the memory.
     """
 
-    def __init__(self, served: Served, cfg: EngineConfig | None = None):
+    def __init__(self, served: LoadedModel, cfg: EngineConfig | None = None):
         self.served, self.cfg = served, cfg or EngineConfig()
         self.plan = plan(served, self.cfg)
         self.max_length = self.plan.max_length

@@ -15,14 +15,14 @@ from mor_jax.inference.config import Plan
 from mor_jax.inference.engine import step_functions
 from mor_jax.inference.engine.batch_state import Admission, Held, Slots
 from mor_jax.inference.engine.request import Reason, Request
-from mor_jax.inference.engine.sampling import Want
+from mor_jax.inference.engine.sampling import SamplingFeatures
 from mor_jax.inference.engine.scheduler import Scheduler
 from mor_jax.inference.engine.sequence import Sequence
 from mor_jax.inference.engine.statistics import Counters, Statistics
-from mor_jax.inference.engine.step_functions import Programs, Prompt, Step, Ticked
-from mor_jax.inference.load_model import Served
+from mor_jax.inference.engine.step_functions import Prompt, Step, StepFunctions, StepOutput
+from mor_jax.inference.load_model import LoadedModel
 from mor_jax.models.decode.layer import Weights
-from mor_jax.models.decode.paged_cache import Tables
+from mor_jax.models.decode.paged_cache import BlockTables
 
 CHUNK_TOKENS = {"cpu": 1024}
 """Cached tokens that attention visits at one time: what fits a core's cache; elsewhere more."""
@@ -43,7 +43,7 @@ class _Sent:
 class Runner:
     """Model, cache and programs on the device, and the host's plan for them."""
 
-    def __init__(self, served: Served, plan: Plan, piece: int):
+    def __init__(self, served: LoadedModel, plan: Plan, piece: int):
         self.plan, self.counters = plan, Counters()
         self.scheduler = Scheduler(plan, self.counters)
         self.depths = np.zeros(plan.geometry.cfg.num_recursions + 1, np.int64)
@@ -65,18 +65,18 @@ class Runner:
         self._held: Held | None = None
         self._piece = min(piece, plan.max_length)
         group = GROUP_TOKENS.get(jax.default_backend(), self._piece)
-        self._run = Programs(plan.geometry, ends, thresholds, chunk, group).compiled()
+        self._run = StepFunctions(plan.geometry, ends, thresholds, chunk, group).compiled()
         self._flying: list[_Sent] = []
         self._seen_busy = 0.0
         self._row_counts = _row_counts(plan.slots)
-        self._wants: tuple[list[Sequence], Want] = ([], Want.of([]))
+        self._wants: tuple[list[Sequence], SamplingFeatures] = ([], SamplingFeatures.of([]))
 
     def warm(self) -> None:
         """Compiles every program by running it on nobody."""
         nobody = self.plan.slots
         for rows in self._row_counts:
             slots = np.full(rows, nobody, np.int32)
-            self._tick(Step(slots, np.zeros(rows, bool), Want.of([])))
+            self._tick(Step(slots, np.zeros(rows, bool), SamplingFeatures.of([])))
         tokens = np.zeros(self._piece, np.int32)
         self._store(Prompt(np.int32(nobody), np.int32(0), np.int32(0), tokens))
         new = Admission.of(Request(prompt=(0,)), nobody, [], 0, self._vocabulary)
@@ -135,7 +135,10 @@ class Runner:
         slots[: len(sequences)] = [sequence.slot for sequence in sequences]
         live = np.arange(rows) < len(sequences)
         if self._wants[0] != sequences:
-            self._wants = (sequences, Want.of([sequence.request for sequence in sequences]))
+            self._wants = (
+                sequences,
+                SamplingFeatures.of([sequence.request for sequence in sequences]),
+            )
         answer = self._tick(Step(slots, live, self._wants[1]))
         self.counters.ticks += 1
         self.counters.rows += rows
@@ -151,7 +154,7 @@ class Runner:
         if sends:
             self._seen_busy = now
 
-    def _tick(self, step: Step) -> Ticked:
+    def _tick(self, step: Step) -> StepOutput:
         run, held = self._run.tick, self._pages()
         self._slots, self._cache, done = run(self._weights, self._slots, self._cache, held, step)
         return done
@@ -165,7 +168,7 @@ class Runner:
         """The tables on the device. Copies: the host goes on to change its own."""
         pages = self.scheduler.pages
         if self._held is None or pages.changed:
-            tables = Tables(pages.end_table.copy(), pages.block_table.copy())
+            tables = BlockTables(pages.end_table.copy(), pages.block_table.copy())
             self._held = jax.device_put(Held(tables, pages.room.copy()), self._device)
             pages.changed = False
         return self._held
@@ -177,7 +180,7 @@ class Runner:
         # What was sent after it runs from now on at the latest.
         self._seen_busy = time.perf_counter()
         waited = self._seen_busy - begun
-        if isinstance(sent.answer, Ticked):
+        if isinstance(sent.answer, StepOutput):
             self._read_tick(sent)
         else:
             self._read_prompt(sent)

@@ -15,7 +15,7 @@ Reason = Literal["stop", "length", "cancelled", "deadline", "error"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Sampling:
+class SamplingParams:
     """How the next token is drawn from the logits.
 
     temperature: 0 takes the best token. top_k: the best k only; None: all. top_p: the fewest tokens
@@ -70,7 +70,7 @@ class Request:
 
     prompt: tuple[int, ...]
     max_tokens: int = 256
-    sampling: Sampling = Sampling()
+    sampling: SamplingParams = SamplingParams()
     stop: tuple[str, ...] = ()
     stop_tokens: tuple[int, ...] = ()
     ignore_eos: bool = False

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import UInt
 
-from mor_jax.inference.engine.request import MAX_LOGPROBS, Request, Sampling
+from mor_jax.inference.engine.request import MAX_LOGPROBS, Request, SamplingParams
 from mor_jax.types import Array, Bool, Float, Int
 
 # Tokens of a block, over which sums and largest values are kept: about the root of a vocabulary.
@@ -26,7 +26,7 @@ _SMALL, _LARGE = 1e-30, 1e30
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Settings:
+class SamplingArrays:
     """The fields of `Sampling` for every row, as arrays [b]. top_k: 0 keeps all."""
 
     temperature: Float[Array, "b"]
@@ -39,7 +39,7 @@ class Settings:
     seed: UInt[Array, "b"]
 
     @staticmethod
-    def row(sampling: Sampling, seed: int | None = None) -> dict[str, np.generic]:
+    def row(sampling: SamplingParams, seed: int | None = None) -> dict[str, np.generic]:
         """The numbers of one row by field, in the arrays' dtypes.
 
         seed: instead of that of `sampling`; where neither has one, one is drawn.
@@ -61,23 +61,23 @@ class Settings:
         }
 
     @classmethod
-    def of(cls, rows: Sequence[Sampling]) -> "Settings":
+    def of(cls, rows: Sequence[SamplingParams]) -> "SamplingArrays":
         """One row each, as NumPy arrays; `row` fills a single one."""
         made = [cls.row(sampling) for sampling in rows]
         return cls(**{f.name: np.array([row[f.name] for row in made]) for f in _FIELDS})
 
     @classmethod
-    def greedy(cls, rows: int) -> "Settings":
+    def greedy(cls, rows: int) -> "SamplingArrays":
         """`rows` rows that take the best token: for slots that nobody uses."""
-        return cls.of([Sampling(temperature=0.0, seed=0)] * rows)
+        return cls.of([SamplingParams(temperature=0.0, seed=0)] * rows)
 
 
-_FIELDS = dataclasses.fields(Settings)
+_FIELDS = dataclasses.fields(SamplingArrays)
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Want:
+class SamplingFeatures:
     """What any row asks for, as scalars (booleans): the rest is not computed.
 
     penalties: any is set. draws: any row has a temperature. cuts: and top_k, top_p or min_p.
@@ -91,7 +91,7 @@ class Want:
     alternatives: Bool[Array, ""] | bool
 
     @classmethod
-    def of(cls, requests: Sequence[Request]) -> "Want":
+    def of(cls, requests: Sequence[Request]) -> "SamplingFeatures":
         """What these requests ask for together, as NumPy booleans."""
         rows = [request.sampling for request in requests]
         drawn = [row for row in rows if row.temperature > 0]
@@ -104,12 +104,12 @@ class Want:
         )
 
 
-def _penalised(row: Sampling) -> bool:
+def _penalised(row: SamplingParams) -> bool:
     penalties = (row.repetition_penalty - 1, row.presence_penalty, row.frequency_penalty)
     return any(penalties)
 
 
-def _cut(row: Sampling) -> bool:
+def _cut(row: SamplingParams) -> bool:
     return row.top_k is not None or row.top_p < 1 or row.min_p > 0
 
 
@@ -131,7 +131,7 @@ class Sampled:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Before:
+class PenaltyState:
     """What penalties look at. said: times that each token occurs in the row's answer so far.
 
     heard: whether it occurs in the prompt.
@@ -143,10 +143,10 @@ class Before:
 
 def sample(
     logits: Float[Array, "b v"],
-    settings: Settings,
+    settings: SamplingArrays,
     position: Int[Array, "b"],
-    want: Want,
-    before: Before | None = None,
+    want: SamplingFeatures,
+    before: PenaltyState | None = None,
 ) -> Sampled:
     """The next token of every row.
 
@@ -193,7 +193,7 @@ def sample(
 
 
 def _penalise(
-    logits: Float[Array, "b v"], settings: Settings, before: Before
+    logits: Float[Array, "b v"], settings: SamplingArrays, before: PenaltyState
 ) -> Float[Array, "b v"]:
     said, repetition = before.said > 0, settings.repetition_penalty[:, None]
     scaled = jnp.where(logits > 0, logits / repetition, logits * repetition)
@@ -226,7 +226,7 @@ def _first_best(logits: Float[Array, "b v"]) -> Int[Array, "b"]:
 
 def _draw(
     logits: Float[Array, "b v"],
-    settings: Settings,
+    settings: SamplingArrays,
     position: Int[Array, "b"],
     cuts: Bool[Array, ""] | bool,
 ) -> Int[Array, "b"]:
@@ -259,7 +259,7 @@ def _uniform(seed: UInt[Array, "b"], position: Int[Array, "b"]) -> Float[Array, 
     return jax.vmap(one)(seed, position)
 
 
-def _cut_off(tempered: Float[Array, "b v"], settings: Settings) -> Float[Array, "b v"]:
+def _cut_off(tempered: Float[Array, "b v"], settings: SamplingArrays) -> Float[Array, "b v"]:
     """exp of the logits (largest: 0) where top_k, top_p and min_p keep them, else 0."""
     v = tempered.shape[1]
     k = jnp.where(settings.top_k > 0, jnp.minimum(settings.top_k, v), v)

@@ -14,13 +14,13 @@ import numpy as np
 
 from mor_jax.inference.engine.batch_state import ENTERS, FLIES, IDLE, Held, Slots, admit
 from mor_jax.inference.engine.request import MAX_LOGPROBS
-from mor_jax.inference.engine.sampling import Before, Sampled, Want, sample
+from mor_jax.inference.engine.sampling import PenaltyState, Sampled, SamplingFeatures, sample
 from mor_jax.models.decode import routed_decode, routed_prefill, vanilla
-from mor_jax.models.decode.batch import Piece, Rows
+from mor_jax.models.decode.batch import PrefillChunk, Rows
 from mor_jax.models.decode.decoder import Decoder
 from mor_jax.models.decode.layer import Weights, logits
-from mor_jax.models.decode.paged_cache import Cache, Geometry
-from mor_jax.models.decode.routed_decode import Entry, Flight
+from mor_jax.models.decode.paged_cache import Cache, KVCacheSpec
+from mor_jax.models.decode.routed_decode import Entry, TokenState
 from mor_jax.models.layers.token_gather import where_rows
 from mor_jax.types import Array, Bool, Float, Int
 
@@ -30,7 +30,7 @@ GOES_ON, ENDED, FULL, FAILED = 0, 1, 2, 3
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Ticked:
+class StepOutput:
     """What a tick did with its n rows.
 
     sampled: the row has a new token, `drawn`. state: one of `GOES_ON` .. `FAILED`. depth:
@@ -72,21 +72,21 @@ class _Turned:
 
     sampled: Sampled
     state: Int[Array, "n"]
-    flight: Flight
+    flight: TokenState
     goes: Bool[Array, "n"]
     last: Entry
     first: Entry
 
 
 @dataclasses.dataclass(frozen=True)
-class Programs:
+class StepFunctions:
     """Compiled for a model; shapes of rows and pieces make variants of their own.
 
     eos: tokens that end a text. chunk: pages that attention visits at one time. group: tokens of a
     prompt that pass the layers at one time; fewer mean less work on those that are not there.
     """
 
-    geometry: Geometry
+    geometry: KVCacheSpec
     eos: tuple[int, ...]
     thresholds: tuple[float, ...]
     chunk: int
@@ -95,14 +95,14 @@ class Programs:
     def compiled(self) -> "Compiled":
         """The jitted programs; slots and cache are given to them for good."""
         return Compiled(
-            tick=jax.jit(self.tick, donate_argnums=(1, 2)),
+            tick=jax.jit(self.decode_step, donate_argnums=(1, 2)),
             prefill=jax.jit(self.prefill, donate_argnums=(1, 2)),
             admit=jax.jit(admit, donate_argnums=0),
         )
 
-    def tick(
+    def decode_step(
         self, weights: Weights, slots: Slots, cache: Cache, held: Held, step: "Step"
-    ) -> tuple[Slots, Cache, Ticked]:
+    ) -> tuple[Slots, Cache, StepOutput]:
         """One tick of the rows of `step`."""
         rows = Rows(step.rows, slots.position[step.rows], step.live)
         if slots.flight is None:
@@ -115,8 +115,8 @@ class Programs:
         slots: Slots,
         cache: Cache,
         held: Held,
-        how: tuple[Rows, Want],
-    ) -> tuple[Slots, Cache, Ticked]:
+        how: tuple[Rows, SamplingFeatures],
+    ) -> tuple[Slots, Cache, StepOutput]:
         rows, want = how
         at = rows.slot
         live = rows.live & (slots.phase[at] == ENTERS)
@@ -126,7 +126,7 @@ class Programs:
         sampled, state = self._sample(weights, slots, rows, hidden, want)
         counts = slots.counts[at] + live[:, None]
         nothing = jnp.zeros(at.shape, jnp.int32)
-        ticked = Ticked(
+        ticked = StepOutput(
             sampled=live,
             drawn=sampled,
             state=state,
@@ -143,8 +143,8 @@ class Programs:
         slots: Slots,
         cache: Cache,
         held: Held,
-        how: tuple[Rows, Want],
-    ) -> tuple[Slots, Cache, Ticked]:
+        how: tuple[Rows, SamplingFeatures],
+    ) -> tuple[Slots, Cache, StepOutput]:
         rows, want = how
         at, cfg = rows.slot, self.geometry.cfg
         assert slots.flight is not None
@@ -170,7 +170,7 @@ class Programs:
         cache = routed_decode.store(decoder, cache, left, turned.last, 1)
         following = Rows(at, rows.position + leaves, turned.goes)
         cache = routed_decode.store(decoder, cache, following, turned.first, 0)
-        ticked = Ticked(
+        ticked = StepOutput(
             sampled=leaves,
             drawn=turned.sampled,
             state=turned.state,
@@ -187,7 +187,7 @@ class Programs:
         slots: Slots,
         cache: Cache,
         rows: Rows,
-        what: tuple[Array, Array, Flight, Want],
+        what: tuple[Array, Array, TokenState, SamplingFeatures],
     ) -> _Turned:
         """Last layer, sampling and first layer for the rows that leave or enter.
 
@@ -228,12 +228,12 @@ class Programs:
         slots: Slots,
         rows: Rows,
         hidden: Float[Array, "n d"],
-        want: Want,
+        want: SamplingFeatures,
     ) -> tuple[Sampled, Int[Array, "n"]]:
         """A token for each row, and what it means."""
         at = rows.slot
         settings = jax.tree.map(lambda x: x[at], slots.settings)
-        before = Before(slots.said[at], slots.heard[at])
+        before = PenaltyState(slots.said[at], slots.heard[at])
         scores = logits(weights, hidden)
         sampled = sample(scores, settings, rows.position + 1, want, before)
         over = jnp.any(sampled.token[:, None] == jnp.asarray(self.eos, jnp.int32)[None], axis=1)
@@ -241,7 +241,9 @@ class Programs:
         state = jnp.where(over & slots.ends_text[at], ENDED, state)
         return sampled, jnp.where(sampled.token < 0, FAILED, state)
 
-    def _kept(self, slots: Slots, rows: Rows, ticked: Ticked, flight: Flight | None) -> Slots:
+    def _kept(
+        self, slots: Slots, rows: Rows, ticked: StepOutput, flight: TokenState | None
+    ) -> Slots:
         """The slots after a tick."""
         at, sampled = rows.slot, ticked.sampled
         resting = FLIES if flight is not None else ENTERS
@@ -279,7 +281,7 @@ class Programs:
         counts = jnp.where(first, 0, slots.counts[at])
         place = jnp.arange(n, dtype=jnp.int32)
         live = turn & (place < piece.number)
-        rows = Piece(at, piece.start + place, live)
+        rows = PrefillChunk(at, piece.start + place, live)
         decoder = self._decoder(weights, held)
         if slots.flight is None:
             cache = self._flat_prefill(decoder, cache, rows, piece)
@@ -300,7 +302,9 @@ class Programs:
         )
         return slots, cache, done
 
-    def _flat_prefill(self, decoder: Decoder, cache: Cache, rows: Piece, piece: "Prompt") -> Cache:
+    def _flat_prefill(
+        self, decoder: Decoder, cache: Cache, rows: PrefillChunk, piece: "Prompt"
+    ) -> Cache:
         """All layers on groups of the piece's tokens: no more groups than there are tokens for."""
         n = piece.tokens.shape[0]
         group = min(self.group, n)
@@ -312,7 +316,7 @@ class Programs:
             return jax.lax.dynamic_slice_in_dim(jnp.pad(x, (0, -n % group)), i * group, group)
 
         def store(i: Array, cache: Cache) -> Cache:
-            part = Piece(rows.slot, cut(rows.position, i), cut(rows.live, i))
+            part = PrefillChunk(rows.slot, cut(rows.position, i), cut(rows.live, i))
             return vanilla.prefill(decoder, cache, part, cut(piece.tokens, i))
 
         return jax.lax.fori_loop(0, rounds, store, cache)
@@ -325,7 +329,7 @@ class Step:
 
     rows: Int[Array, "n"] | np.ndarray
     live: Bool[Array, "n"] | np.ndarray
-    want: Want
+    want: SamplingFeatures
 
 
 @jax.tree_util.register_dataclass

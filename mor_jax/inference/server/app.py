@@ -11,12 +11,12 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from mor_jax.inference.engine.engine import Engine
 from mor_jax.inference.engine.request import Busy, Stopped
-from mor_jax.inference.server.errors import Refusal, of_busy, of_stopped
+from mor_jax.inference.server.errors import APIError, of_busy, of_stopped
 from mor_jax.inference.server.event_queue import Mailbox
 from mor_jax.inference.server.input_processor import Prepared, Preparer
 from mor_jax.inference.server.limits import Limits
 from mor_jax.inference.server.metrics import Measures
-from mor_jax.inference.server.middleware import ENDPOINTS, Gate, Record
+from mor_jax.inference.server.middleware import ENDPOINTS, Middleware, Record
 from mor_jax.inference.server.responses import Answer, send_bytes, send_json
 from mor_jax.inference.server.serving import Generation
 
@@ -62,7 +62,9 @@ class Api:
             Route("/metrics", _Only("GET", self._metrics)),
         ]
         router = Router(routes, redirect_slashes=False, default=_not_found)
-        self.app: ASGIApp = Gate(router, limits, self.measures, keys, lambda: bool(self.trouble))
+        self.app: ASGIApp = Middleware(
+            router, limits, self.measures, keys, lambda: bool(self.trouble)
+        )
 
     @property
     def trouble(self) -> str:
@@ -128,7 +130,7 @@ class Api:
 
     def _check_open(self) -> None:
         if self.trouble:
-            raise Refusal(503, self.trouble, code="stopped", retry=5)
+            raise APIError(503, self.trouble, code="stopped", retry=5)
 
     async def _models(self, scope: Scope, receive: Receive, send: Send) -> None:
         await send_json(send, 200, {"object": "list", "data": [self._card()]})
@@ -136,7 +138,7 @@ class Api:
     async def _model(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["path_params"]["name"] != self._served.name:
             message = f"no such model. This server has {self._served.name}"
-            raise Refusal(404, message, param="model", code="model_not_found")
+            raise APIError(404, message, param="model", code="model_not_found")
         await send_json(send, 200, self._card())
 
     def _card(self) -> dict[str, object]:
@@ -163,9 +165,9 @@ class _Only:
         if scope["method"] not in self._methods:
             methods = sorted(self._methods)
             message, allow = f"use {' or '.join(methods)} here", ", ".join(methods)
-            raise Refusal(405, message, code="method_not_allowed", allow=allow)
+            raise APIError(405, message, code="method_not_allowed", allow=allow)
         await self._handler(scope, receive, send)
 
 
 async def _not_found(scope: Scope, receive: Receive, send: Send) -> None:
-    raise Refusal(404, f"no such path. There are {', '.join(ENDPOINTS)}", code="not_found")
+    raise APIError(404, f"no such path. There are {', '.join(ENDPOINTS)}", code="not_found")

@@ -24,7 +24,7 @@ _KINDS = {
 }
 
 
-class Refusal(Exception):
+class APIError(Exception):
     """Why a request is not answered, and with which HTTP status.
 
     param: the member of the request that is wrong. code: a short name for programs. retry: seconds
@@ -83,40 +83,40 @@ def shown(value: Any) -> str:
     return text if len(text) <= _SHOWN else text[:_SHOWN] + "..."
 
 
-def refuse(
+def raise_error(
     param: str, value: Any, rule: str, fix: str, *, code: str | None = None, status: int = 400
 ) -> NoReturn:
-    """Raises the `Refusal` of one member: name, value, rule, way out."""
+    """Raises the `APIError` of one member: name, value, rule, way out."""
     message = f"{param}={shown(value)}: {rule}. {fix}"
-    raise Refusal(status, message, param=param, code=code or "invalid_value")
+    raise APIError(status, message, param=param, code=code or "invalid_value")
 
 
-def need(ok: bool, param: str, value: Any, rule: str, fix: str) -> None:
+def require(ok: bool, param: str, value: Any, rule: str, fix: str) -> None:
     """Refuses the request unless `ok`."""
     if not ok:
-        refuse(param, value, rule, fix)
+        raise_error(param, value, rule, fix)
 
 
 # `request.sampling.top_p=2: ...` and `request.prompt[3]=...`: what the engine calls its settings.
 _PATH = re.compile(r"^(?:request\.)?(?:sampling\.)?(\w+)(?=[\[=.])")
 
 
-def of_value_error(error: ValueError) -> Refusal:
+def of_value_error(error: ValueError) -> APIError:
     """The refusal of what the engine found wrong with a request."""
     message = str(error)
     found = _PATH.match(message)
     message = re.sub(r"^(?:request\.)?(?:sampling\.)?", "", message)
-    return Refusal(400, message, param=found[1] if found else None, code="invalid_value")
+    return APIError(400, message, param=found[1] if found else None, code="invalid_value")
 
 
-def of_busy(error: Busy, retry: float) -> Refusal:
+def of_busy(error: Busy, retry: float) -> APIError:
     """The refusal of a request that finds the queue full."""
-    return Refusal(
+    return APIError(
         429, str(error) or "the queue is full. Try again later", code="busy", retry=retry
     )
 
 
-def of_stopped(error: Stopped) -> Refusal:
+def of_stopped(error: Stopped) -> APIError:
     """The refusal of a request that comes while the server ends."""
     message = str(error) or "the server is shutting down"
-    return Refusal(503, message, code="stopped", retry=5)
+    return APIError(503, message, code="stopped", retry=5)

@@ -15,7 +15,7 @@ Timed = tuple[Event, float]
 """An event, and the time of `time.perf_counter` at which the engine gave it."""
 
 
-class Box:
+class EventQueue:
     """The events of one answer that were not fetched yet. Lives in the event loop's thread.
 
     most: events that may wait. woken: set when one came. full: called once if more come; nothing is
@@ -55,10 +55,10 @@ class Mailbox:
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = loop
-        self._posted: collections.deque[tuple[Box, Timed]] = collections.deque()
+        self._posted: collections.deque[tuple[EventQueue, Timed]] = collections.deque()
         self._flagged = False
 
-    def sink(self, box: Box) -> Callable[[Event], None]:
+    def sink(self, box: EventQueue) -> Callable[[Event], None]:
         """What the engine calls, from its own thread, with the events for `box`."""
 
         def post(event: Event) -> None:

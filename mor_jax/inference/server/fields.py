@@ -6,14 +6,14 @@ import json
 import math
 from typing import Any
 
-from mor_jax.inference.server.errors import Refusal, need, refuse
+from mor_jax.inference.server.errors import APIError, raise_error, require
 
 # Of a whole number: Python reads longer ones ever more slowly.
 _MAX_DIGITS = 100
 
 
 def parse_object(body: bytes) -> dict[str, Any]:
-    """The JSON object in a request's body. Raises `Refusal` on anything else.
+    """The JSON object in a request's body. Raises `APIError` on anything else.
 
     Text that is no Unicode (a lone surrogate), NaN and infinite numbers are refused wherever they
     are, because JSON has none; and a name that an object has twice, because one would be ignored.
@@ -27,17 +27,19 @@ def parse_object(body: bytes) -> dict[str, Any]:
         )
         _check_texts(values)
     except UnicodeDecodeError as error:
-        raise Refusal(400, f"the body is not UTF-8 (byte {error.start})", code="not_json") from None
+        raise APIError(
+            400, f"the body is not UTF-8 (byte {error.start})", code="not_json"
+        ) from None
     except RecursionError:
-        raise Refusal(400, "the body is nested too deeply", code="not_json") from None
+        raise APIError(400, "the body is nested too deeply", code="not_json") from None
     except ValueError as error:
         # A JSONDecodeError holds the text; only its place is repeated.
         what = getattr(error, "msg", None) or str(error)
         line, column = getattr(error, "lineno", None), getattr(error, "colno", None)
         where = f" (line {line}, column {column})" if line else ""
-        raise Refusal(400, f"the body is not JSON: {what}{where}", code="not_json") from None
+        raise APIError(400, f"the body is not JSON: {what}{where}", code="not_json") from None
     if not isinstance(values, dict):
-        raise Refusal(400, "the body must be a JSON object", code="not_json")
+        raise APIError(400, "the body must be a JSON object", code="not_json")
     return values
 
 
@@ -101,14 +103,14 @@ class Fields:
         """A string."""
         value = self.take(name)
         ok = value is None or isinstance(value, str)
-        need(ok, self._path + name, value, "must be a string", "Put it in quotes")
+        require(ok, self._path + name, value, "must be a string", "Put it in quotes")
         return value
 
     def flag(self, name: str) -> bool:
         """true or false; left out is false."""
         value = self.take(name)
         ok = value is None or isinstance(value, bool)
-        need(ok, self._path + name, value, "must be true or false", "Leave it out for false")
+        require(ok, self._path + name, value, "must be true or false", "Leave it out for false")
         return bool(value)
 
     def integer(self, name: str, low: int, high: int) -> int | None:
@@ -116,7 +118,7 @@ class Fields:
         value = self.take(name)
         ok = value is None or (type(value) is int and low <= value <= high)
         rule = f"must be a whole number in {low} .. {high}"
-        need(ok, self._path + name, value, rule, "Leave it out for the default")
+        require(ok, self._path + name, value, rule, "Leave it out for the default")
         return value
 
     def number(self, name: str, default: float) -> float:
@@ -126,21 +128,21 @@ class Fields:
             return default
         ok = type(value) in (int, float) and abs(value) < 1e30 and math.isfinite(value)
         rule = "must be a number below 1e30"
-        need(ok, self._path + name, value, rule, f"Leave it out for {default}")
+        require(ok, self._path + name, value, rule, f"Leave it out for {default}")
         return float(value)
 
     def group(self, name: str) -> "Fields":
         """The members of an object inside; empty where it is left out."""
         value = self.take(name)
         ok = value is None or isinstance(value, dict)
-        need(ok, self._path + name, value, "must be an object", "Leave it out")
+        require(ok, self._path + name, value, "must be an object", "Leave it out")
         return Fields(value or {}, f"{self._path}{name}.")
 
     def neutral(self, name: str, *values: Any) -> None:
         """Refuses a member that this server does not support, unless it asks for nothing."""
         value = self.take(name)
         ok = value is None or any(value == v and type(value) is type(v) for v in values)
-        need(ok, self._path + name, value, "is not supported by this server", "Leave it out")
+        require(ok, self._path + name, value, "is not supported by this server", "Leave it out")
 
     def end(self, *nothing: Any) -> None:
         """Refuses the first member that nobody took, with the nearest name that exists.
@@ -152,4 +154,4 @@ class Fields:
                 near = difflib.get_close_matches(name, sorted(self._known), n=1)
                 fix = f"Did you mean {near[0]}?" if near else "Leave it out"
                 param = self._path + (name if len(name) <= 64 else name[:64] + "...")
-                refuse(param, value, "unknown setting", fix, code="unknown_parameter")
+                raise_error(param, value, "unknown setting", fix, code="unknown_parameter")

@@ -10,11 +10,15 @@ from mor_jax.data.tokenizers.base import Tokenizer
 from mor_jax.inference.chat_template import ChatTemplate
 from mor_jax.inference.detokenizer import text_before
 from mor_jax.inference.engine.request import Request
-from mor_jax.inference.load_model import Served
+from mor_jax.inference.load_model import LoadedModel
 from mor_jax.inference.server import fields, schemas
-from mor_jax.inference.server.errors import Refusal, need, of_value_error, refuse
+from mor_jax.inference.server.errors import APIError, of_value_error, raise_error, require
 from mor_jax.inference.server.limits import Limits
-from mor_jax.inference.server.output_processor import ChatForm, Form, TextForm
+from mor_jax.inference.server.output_processor import (
+    ChatForm,
+    CompletionFormatter,
+    ResponseFormatter,
+)
 from mor_jax.inference.token_bytes import token_bytes
 
 # OpenAI's own default for completions; a chat may fill what the context leaves.
@@ -32,7 +36,7 @@ class Prepared:
     answer. prompts: tokens of each prompt.
     """
 
-    form: Form
+    form: ResponseFormatter
     requests: tuple[Request, ...]
     echoes: tuple[str, ...]
     prompts: tuple[int, ...]
@@ -55,9 +59,9 @@ class Prepared:
 
 
 class Preparer:
-    """Knows the model that is served. `completion` and `chat` raise `Refusal`."""
+    """Knows the model that is served. `completion` and `chat` raise `APIError`."""
 
-    def __init__(self, served: Served, max_length: int, limits: Limits) -> None:
+    def __init__(self, served: LoadedModel, max_length: int, limits: Limits) -> None:
         """max_length: tokens of prompt and answer together. Raises `ValueError` if the model's chat
         template cannot be read."""
         self._served, self._limits = served, limits
@@ -87,7 +91,7 @@ class Preparer:
         if asked.echo:
             echoes = [_echo(tokenizer, p) for p in given]
         options = asked.options
-        form = TextForm(self._token_bytes, options.logprobs, options.depths)
+        form = CompletionFormatter(self._token_bytes, options.logprobs, options.depths)
         for path, tokens in zip(asked.paths, prompts, strict=True):
             self._check_tokens(path, tokens)
         return self._prepared(options, form, dict(zip(asked.paths, prompts, strict=True)), echoes)
@@ -98,7 +102,7 @@ class Preparer:
         self._check_model(asked.options.model)
         if self._template is None:
             message = "this model's tokenizer has no chat template. Use /v1/completions"
-            raise Refusal(400, message, param="messages", code="no_chat_template")
+            raise APIError(400, message, param="messages", code="no_chat_template")
         try:
             prompt = self._template.tokens(asked.messages)
         except ValueError as error:
@@ -112,19 +116,21 @@ class Preparer:
         served = self._served.name
         if name is not None and name != served:
             fix = f"This server has {served}"
-            refuse("model", name, "is not served here", fix, code="model_not_found", status=404)
+            raise_error(
+                "model", name, "is not served here", fix, code="model_not_found", status=404
+            )
 
     def _check_tokens(self, path: str, tokens: Sequence[int]) -> None:
         size = self._served.cfg.vocab_size
         for i, token in enumerate(tokens):
             rule = f"must be in 0 .. {size - 1}, the model's vocabulary"
             fix = "Use the tokenizer of this model"
-            need(0 <= token < size, f"{path}[{i}]", token, rule, fix)
+            require(0 <= token < size, f"{path}[{i}]", token, rule, fix)
 
     def _prepared(
         self,
         options: schemas.Options,
-        form: Form,
+        form: ResponseFormatter,
         prompts: Mapping[str, tuple[int, ...]],
         echoes: Sequence[str],
     ) -> Prepared:
@@ -144,21 +150,21 @@ class Preparer:
         )
 
     def _request(
-        self, options: schemas.Options, form: Form, prompt: tuple[int, ...], path: str
+        self, options: schemas.Options, form: ResponseFormatter, prompt: tuple[int, ...], path: str
     ) -> Request:
         # Programs that shorten a conversation until it fits look for these words.
         rule = f"This model's maximum context length is {self._max_length} tokens"
         rule += f", prompt and answer together. {path} has {len(prompt)}"
         code, room = "context_length_exceeded", self._max_length - len(prompt)
         if room <= 0:
-            raise Refusal(400, f"{rule}. Shorten it", param=path, code=code)
+            raise APIError(400, f"{rule}. Shorten it", param=path, code=code)
         wanted = options.max_tokens
         if wanted is None:
             wanted = room if isinstance(form, ChatForm) else min(_COMPLETION_TOKENS, room)
         if wanted > room:
             message = f"{rule}, and {options.limit}={wanted} asks for more than the rest"
             message += f". Ask for at most {room}"
-            raise Refusal(400, message, param=options.limit, code=code)
+            raise APIError(400, message, param=options.limit, code=code)
         most = self._limits.timeout
         return Request(
             prompt=prompt,

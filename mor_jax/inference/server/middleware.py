@@ -11,7 +11,7 @@ from typing import Any
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from mor_jax.inference.server.errors import Refusal
+from mor_jax.inference.server.errors import APIError
 from mor_jax.inference.server.limits import Limits
 from mor_jax.inference.server.metrics import Measures
 from mor_jax.inference.server.request_body import Body, bearer
@@ -49,7 +49,7 @@ class Record:
         return f"{out} end={self.reason}" if self.reason else out
 
 
-class Gate:
+class Middleware:
     """An ASGI application around another one, which finds a `Record` and a `Body` in its scope.
 
     keys: those that open /v1, any if there are none. ends: whether the server is about to end.
@@ -95,7 +95,7 @@ class Gate:
         try:
             self._check(scope)
             await self._app(scope, receive, send)
-        except Refusal as refusal:
+        except APIError as refusal:
             record.reason = record.reason or refusal.code or ""
             await self._refuse(refusal, send, body)
         except ConnectionError:
@@ -107,9 +107,9 @@ class Gate:
                 # Half an answer is out: the connection is cut, so that nobody takes it for whole.
                 raise
             message = f"something went wrong here; the server's log has it under {record.number}"
-            await self._refuse(Refusal(500, message, code="internal_error"), send, body)
+            await self._refuse(APIError(500, message, code="internal_error"), send, body)
 
-    async def _refuse(self, refusal: Refusal, send: Send, body: Body) -> None:
+    async def _refuse(self, refusal: APIError, send: Send, body: Body) -> None:
         if refusal.status != 408:
             await body.skip()
         # The rest of the request is not read.
@@ -119,10 +119,10 @@ class Gate:
         path = scope["path"]
         if path.startswith("/v1") and self._keys and not self._known(bearer(scope["headers"])):
             message = "no valid key. Send the header Authorization: Bearer KEY"
-            raise Refusal(401, message, code="invalid_api_key")
+            raise APIError(401, message, code="invalid_api_key")
         if self.at_work > self._limits.max_requests and path.startswith("/v1"):
             message = f"{self._limits.max_requests} requests are at work already. Try again later"
-            raise Refusal(429, message, code="busy", retry=1)
+            raise APIError(429, message, code="busy", retry=1)
 
     def _known(self, key: bytes) -> bool:
         # All are compared, in constant time: how long it takes tells nothing about them.

@@ -54,7 +54,7 @@ class Choice:
         return {"finish_reason": self.finished.reason}
 
 
-class Form:
+class ResponseFormatter:
     """How an endpoint writes answers. logprobs: alternatives, None for none. depths: as asked.
 
     What grows with the answer is an iterator in place of a list: it is made while it is written.
@@ -89,7 +89,7 @@ class Form:
         return choice.ending() | depths
 
 
-class TextForm(Form):
+class CompletionFormatter(ResponseFormatter):
     """/v1/completions."""
 
     kind = chunk_kind = "text_completion"
@@ -126,7 +126,7 @@ class TextForm(Form):
             return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw)
 
 
-class ChatForm(Form):
+class ChatForm(ResponseFormatter):
     """/v1/chat/completions."""
 
     kind = "chat.completion"

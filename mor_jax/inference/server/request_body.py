@@ -5,7 +5,7 @@ from collections.abc import Iterable
 
 from starlette.types import Receive, Scope
 
-from mor_jax.inference.server.errors import Refusal
+from mor_jax.inference.server.errors import APIError
 from mor_jax.inference.server.limits import Limits
 
 # Seconds, and multiples of the allowed size, for which a body that is turned away is still read:
@@ -24,7 +24,7 @@ class Body:
     async def read(self, scope: Scope) -> bytes:
         """The body of a JSON request.
 
-        Raises `Refusal` (another type, too large, too slow), `ConnectionError` if the client goes.
+        Raises `APIError` (another type, too large, too slow), `ConnectionError` if the client goes.
         """
         _check_headers(dict(scope["headers"]), self._limits.max_body)
         parts, size = [], 0
@@ -38,7 +38,7 @@ class Body:
         except TimeoutError:
             seconds = self._limits.read_timeout
             message = f"the request did not arrive within {seconds:g} seconds"
-            raise Refusal(408, message, code="slow_request") from None
+            raise APIError(408, message, code="slow_request") from None
         return b"".join(parts)
 
     async def skip(self) -> None:
@@ -64,17 +64,17 @@ def _check_headers(headers: dict[bytes, bytes], most: int) -> None:
     # Also keeps web pages of others away: browsers ask before they send this type elsewhere.
     if kind != b"application/json":
         message = "the body must be JSON. Send the header Content-Type: application/json"
-        raise Refusal(415, message, code="not_json")
+        raise APIError(415, message, code="not_json")
     if headers.get(b"content-encoding", b"identity").lower() != b"identity":
-        raise Refusal(415, "compressed bodies are not read. Send it as it is", code="compressed")
+        raise APIError(415, "compressed bodies are not read. Send it as it is", code="compressed")
     length = headers.get(b"content-length", b"0")
     if length.isdigit() and int(length[:20]) > most:
         raise _too_large(most)
 
 
-def _too_large(most: int) -> Refusal:
+def _too_large(most: int) -> APIError:
     message = f"the request's body is larger than {most} bytes. Send less at once"
-    return Refusal(413, message, code="too_large")
+    return APIError(413, message, code="too_large")
 
 
 def bearer(headers: Iterable[tuple[bytes, bytes]]) -> bytes:

@@ -7,7 +7,7 @@ from typing import Any
 
 from starlette.types import Message, Receive, Send
 
-from mor_jax.inference.server.errors import Refusal
+from mor_jax.inference.server.errors import APIError
 from mor_jax.inference.server.input_processor import Prepared
 from mor_jax.inference.server.json_encoding import encode, parts
 from mor_jax.inference.server.output_processor import usage
@@ -42,7 +42,7 @@ async def send_json(send: Send, status: int, value: Any) -> None:
     await send_bytes(send, status, {"content-type": "application/json"}, encode(value))
 
 
-async def send_refusal(send: Send, refusal: Refusal) -> None:
+async def send_refusal(send: Send, refusal: APIError) -> None:
     """The response that turns a request away."""
     await send_bytes(send, refusal.status, refusal.headers(), refusal.encoded())
 
@@ -61,7 +61,7 @@ class Answer:
         }
 
     async def send(self, receive: Receive, send: Send, ping: float) -> None:
-        """Until all is written or the client has gone. Raises `Refusal` before anything is."""
+        """Until all is written or the client has gone. Raises `APIError` before anything is."""
         watch = asyncio.create_task(until_gone(receive))
         watch.add_done_callback(self._gone)
         try:
@@ -100,7 +100,7 @@ class Answer:
         await send({"type": "http.response.start", "status": 200, "headers": _STREAM_HEADERS})
         try:
             body = await self._events(send, ping)
-        except Refusal as refusal:
+        except APIError as refusal:
             # The status is out already; OpenAI's clients raise on an event that holds an error.
             body = _event(refusal.body())
         await send({"type": "http.response.body", "body": body})

@@ -3,8 +3,8 @@
 import dataclasses
 from typing import Any
 
-from mor_jax.inference.engine.request import MAX_LOGPROBS, Sampling
-from mor_jax.inference.server.errors import need, of_value_error, refuse
+from mor_jax.inference.engine.request import MAX_LOGPROBS, SamplingParams
+from mor_jax.inference.server.errors import of_value_error, raise_error, require
 from mor_jax.inference.server.fields import Fields
 from mor_jax.inference.server.limits import MAX_STOP_LENGTH, MAX_STOPS, Limits
 
@@ -59,7 +59,7 @@ class Options:
     include_usage: bool
     max_tokens: int | None
     limit: str
-    sampling: Sampling
+    sampling: SamplingParams
     stop: tuple[str, ...]
     stop_tokens: tuple[int, ...]
     ignore_eos: bool
@@ -88,7 +88,7 @@ class Chat:
 
 
 def completion(values: dict[str, Any], limits: Limits) -> Completion:
-    """Checks the body of a request to /v1/completions. Raises `Refusal`."""
+    """Checks the body of a request to /v1/completions. Raises `APIError`."""
     fields = Fields(values)
     logprobs = fields.integer("logprobs", 0, MAX_LOGPROBS)
     for name in _NEUTRAL_IN_CHATS.keys() - {"echo"}:
@@ -97,7 +97,7 @@ def completion(values: dict[str, Any], limits: Limits) -> Completion:
     options = _options(fields, logprobs)
     if echo and logprobs is not None:
         rule = "cannot be combined with echo: prompts are not scored"
-        refuse("logprobs", logprobs, rule, "Leave one of them out")
+        raise_error("logprobs", logprobs, rule, "Leave one of them out")
     given = fields.take("prompt")
     prompts = _prompts(given, limits)
     fields.end()
@@ -109,12 +109,12 @@ def completion(values: dict[str, Any], limits: Limits) -> Completion:
 
 
 def chat(values: dict[str, Any], limits: Limits) -> Chat:
-    """Checks the body of a request to /v1/chat/completions. Raises `Refusal`."""
+    """Checks the body of a request to /v1/chat/completions. Raises `APIError`."""
     fields = Fields(values)
     wanted = fields.flag("logprobs")
     alternatives = fields.integer("top_logprobs", 0, MAX_LOGPROBS)
     if alternatives is not None and not wanted:
-        refuse("top_logprobs", alternatives, "needs logprobs", 'Set "logprobs": true')
+        raise_error("top_logprobs", alternatives, "needs logprobs", 'Set "logprobs": true')
     for name, values in _NEUTRAL_IN_CHATS.items():
         fields.neutral(name, *values)
     options = _options(fields, (alternatives or 0) if wanted else None)
@@ -138,10 +138,10 @@ def _options(fields: Fields, logprobs: int | None) -> Options:
     usage.take("include_obfuscation")
     usage.end()
     if fields.take("stream_options") is not None and not stream:
-        refuse("stream_options", fields.take("stream_options"), "needs stream", "Leave it out")
+        raise_error("stream_options", fields.take("stream_options"), "needs stream", "Leave it out")
     timeout = fields.number("timeout", 0.0) if fields.take("timeout") is not None else None
     ok = timeout is None or timeout > 0
-    need(ok, "timeout", timeout, "must be greater than 0, in seconds", "Leave it out")
+    require(ok, "timeout", timeout, "must be greater than 0, in seconds", "Leave it out")
     return Options(
         model=fields.text("model"),
         n=fields.integer("n", 1, 2**16) or 1,
@@ -159,10 +159,10 @@ def _options(fields: Fields, logprobs: int | None) -> Options:
     )
 
 
-def _sampling(fields: Fields) -> Sampling:
+def _sampling(fields: Fields) -> SamplingParams:
     seed = fields.integer("seed", -(2**63), 2**64 - 1)
     top_k = fields.integer("top_k", -1, 2**31 - 1)
-    sampling = Sampling(
+    sampling = SamplingParams(
         temperature=fields.number("temperature", 1.0),
         # Others say "all" with 0 or -1.
         top_k=top_k if top_k is not None and top_k > 0 else None,
@@ -183,33 +183,33 @@ def _sampling(fields: Fields) -> Sampling:
 def _stops(value: Any) -> tuple[str, ...]:
     stops = [value] if isinstance(value, str) else [] if value is None else value
     ok = isinstance(stops, list) and all(isinstance(stop, str) for stop in stops)
-    need(ok, "stop", value, "must be a string or a list of strings", "Leave it out")
-    need(len(stops) <= MAX_STOPS, "stop", value, f"at most {MAX_STOPS} texts", "Give fewer")
+    require(ok, "stop", value, "must be a string or a list of strings", "Leave it out")
+    require(len(stops) <= MAX_STOPS, "stop", value, f"at most {MAX_STOPS} texts", "Give fewer")
     for i, stop in enumerate(stops):
         rule = f"must have 1 to {MAX_STOP_LENGTH} characters"
-        need(0 < len(stop) <= MAX_STOP_LENGTH, f"stop[{i}]", stop, rule, "Leave it out")
+        require(0 < len(stop) <= MAX_STOP_LENGTH, f"stop[{i}]", stop, rule, "Leave it out")
     return tuple(stops)
 
 
 def _stop_tokens(value: Any) -> tuple[int, ...]:
     tokens = [] if value is None else value
     ok = isinstance(tokens, list) and all(type(token) is int for token in tokens)
-    need(ok, "stop_token_ids", value, "must be a list of token numbers", "Leave it out")
+    require(ok, "stop_token_ids", value, "must be a list of token numbers", "Leave it out")
     rule = f"at most {MAX_STOPS} tokens"
-    need(len(tokens) <= MAX_STOPS, "stop_token_ids", value, rule, "Give fewer")
+    require(len(tokens) <= MAX_STOPS, "stop_token_ids", value, rule, "Give fewer")
     return tuple(tokens)
 
 
 def _prompts(value: Any, limits: Limits) -> tuple[Prompt, ...]:
     rule = "must be a string, a list of strings, a list of token numbers, or a list of such lists"
     fix = 'Write "prompt": "Once upon a time"'
-    need(isinstance(value, str | list) and value != [], "prompt", value, rule, fix)
+    require(isinstance(value, str | list) and value != [], "prompt", value, rule, fix)
     if isinstance(value, str):
         return (value,)
     if type(value[0]) is int:
         value = [value]
     most = limits.max_prompts
-    need(len(value) <= most, "prompt", value, f"at most {most} prompts a request", "Send fewer")
+    require(len(value) <= most, "prompt", value, f"at most {most} prompts a request", "Send fewer")
     found: list[Prompt] = []
     for i, item in enumerate(value):
         if isinstance(item, str) and isinstance(value[0], str):
@@ -217,7 +217,7 @@ def _prompts(value: Any, limits: Limits) -> tuple[Prompt, ...]:
         else:
             ok = isinstance(item, list) and isinstance(value[0], list) and item != []
             ok = ok and all(type(token) is int for token in item)
-            need(ok, f"prompt[{i}]", item, rule, fix)
+            require(ok, f"prompt[{i}]", item, rule, fix)
             found.append(tuple(item))
     return tuple(found)
 
@@ -225,7 +225,7 @@ def _prompts(value: Any, limits: Limits) -> tuple[Prompt, ...]:
 def _check_choices(prompts: int, n: int, limits: Limits) -> None:
     most = limits.max_choices
     rule = f"{prompts} prompt{'s' * (prompts != 1)} times n must not exceed {most} answers"
-    need(prompts * n <= most, "n", n, rule, f"Ask for at most {most // prompts}")
+    require(prompts * n <= most, "n", n, rule, f"Ask for at most {most // prompts}")
 
 
 _ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
@@ -233,17 +233,17 @@ _ROLES = {"system": "system", "developer": "system", "user": "user", "assistant"
 
 def _messages(value: Any) -> tuple[dict[str, str], ...]:
     rule, fix = "must be a list of messages", 'Write [{"role": "user", "content": "Hello"}]'
-    need(isinstance(value, list) and value != [], "messages", value, rule, fix)
+    require(isinstance(value, list) and value != [], "messages", value, rule, fix)
     return tuple(_message(item, f"messages[{i}]") for i, item in enumerate(value))
 
 
 def _message(value: Any, path: str) -> dict[str, str]:
     rule, fix = "must be an object with role and content", 'Write {"role": "user", "content": ".."}'
-    need(isinstance(value, dict), path, value, rule, fix)
+    require(isinstance(value, dict), path, value, rule, fix)
     fields = Fields(value, f"{path}.")
     role = fields.text("role")
     rule = f"must be one of {', '.join(_ROLES)}"
-    need(role in _ROLES, f"{path}.role", role, rule, "Try user")
+    require(role in _ROLES, f"{path}.role", role, rule, "Try user")
     out = {"role": _ROLES[role or ""], "content": _content(fields.take("content"), path)}
     name = fields.text("name")
     for other in ("tool_calls", "function_call", "audio", "refusal", "tool_call_id"):
@@ -258,11 +258,11 @@ def _content(value: Any, path: str) -> str:
     if isinstance(value, str):
         return value
     rule, fix = "must be a string or a list of text parts", "Give a string"
-    need(isinstance(value, list), f"{path}.content", value, rule, fix)
+    require(isinstance(value, list), f"{path}.content", value, rule, fix)
     texts = []
     for i, part in enumerate(value):
         ok = isinstance(part, dict) and part.get("type") == "text"
         ok = ok and isinstance(part.get("text"), str)
-        need(ok, f"{path}.content[{i}]", part, "must be a text part; this model reads text", fix)
+        require(ok, f"{path}.content[{i}]", part, "must be a text part; this model reads text", fix)
         texts.append(part["text"])
     return "".join(texts)

@@ -7,8 +7,8 @@ from typing import Any
 
 from mor_jax.inference.engine.engine import Engine, Handle
 from mor_jax.inference.engine.request import Finished, Request
-from mor_jax.inference.server.errors import Refusal, of_value_error
-from mor_jax.inference.server.event_queue import Box, Mailbox, Timed
+from mor_jax.inference.server.errors import APIError, of_value_error
+from mor_jax.inference.server.event_queue import EventQueue, Mailbox, Timed
 from mor_jax.inference.server.limits import Limits
 from mor_jax.inference.server.metrics import Measures
 from mor_jax.inference.server.output_processor import Choice
@@ -30,7 +30,7 @@ class Generation:
         self._engine, self._mailbox, self._limits = engine, mailbox, limits
         self._measures = measures
         self._woken = asyncio.Event()
-        self._boxes: list[Box] = []
+        self._boxes: list[EventQueue] = []
         self._handles: list[Handle | None] = []
         self._began = time.perf_counter()
         self._last: list[float] = []
@@ -46,11 +46,11 @@ class Generation:
     def submit(self, requests: Sequence[Request], echoes: Sequence[str]) -> None:
         """Hands all of a request's texts to the engine, or none.
 
-        Raises `Busy` or `Stopped` as the engine, `Refusal` on what it finds wrong.
+        Raises `Busy` or `Stopped` as the engine, `APIError` on what it finds wrong.
         """
         try:
             for i, (request, echo) in enumerate(zip(requests, echoes, strict=True)):
-                box = Box(self._limits.max_unsent, self._woken, self._unread)
+                box = EventQueue(self._limits.max_unsent, self._woken, self._unread)
                 handle = self._engine.submit(request, sink=self._mailbox.sink(box))
                 self._boxes.append(box)
                 self._handles.append(handle)
@@ -70,7 +70,7 @@ class Generation:
     async def wait(self, seconds: float | None = None) -> bool:
         """Until something came, which is then in `choices`. False: nothing did in that time.
 
-        Raises `Refusal` if an answer cannot be completed.
+        Raises `APIError` if an answer cannot be completed.
         """
         try:
             async with asyncio.timeout(seconds):
@@ -82,7 +82,7 @@ class Generation:
             for timed in box.fetch():
                 self._take(i, timed)
         if self.reason == "unread":
-            raise Refusal(408, "the answer was not read in time", code="unread")
+            raise APIError(408, "the answer was not read in time", code="unread")
         if self.reason == "stopped":
             raise _stopped()
         return True
@@ -147,24 +147,24 @@ class Generation:
             raise wrong
 
 
-def _refusal(event: Finished) -> Refusal | None:
+def _refusal(event: Finished) -> APIError | None:
     """What a client is told of an answer that broke off; None for one that came to its end."""
     if event.reason == "error":
         # The rest of a long message is for the log, which has it.
         message = event.message.partition("\n")[0][:_MOST] or "the answer failed"
-        return Refusal(500, message, code="engine_error")
+        return APIError(500, message, code="engine_error")
     if event.reason == "cancelled":
         return _stopped()
     return None
 
 
-def _late() -> Refusal:
+def _late() -> APIError:
     message = "timeout: no token was generated in time, the server is busy"
-    return Refusal(504, message, param="timeout", code="deadline")
+    return APIError(504, message, param="timeout", code="deadline")
 
 
-def _stopped() -> Refusal:
-    return Refusal(503, "the server is shutting down", code="stopped", retry=5)
+def _stopped() -> APIError:
+    return APIError(503, "the server is shutting down", code="stopped", retry=5)
 
 
 async def until_gone(receive: Any) -> None:

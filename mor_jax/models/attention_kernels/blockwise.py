@@ -15,7 +15,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from mor_jax.models.layers.masks import Visibility, visible_keys
+from mor_jax.models.layers.masks import AttentionMask, visible_keys
 from mor_jax.models.layers.remat import keep
 from mor_jax.types import Array, Bool, Float
 
@@ -33,13 +33,13 @@ def blockwise_attention(
     q: Float[Array, "b c h k"],
     k: Float[Array, "b n g k"],
     v: Float[Array, "b n g k"],
-    visible: Visibility,
+    visible: AttentionMask,
 ) -> Float[Array, "b c h k"]:
     """Exact attention; see `attend` for the arguments."""
     return _forward(q, k, v, visible)[0]
 
 
-def _forward(q: Array, k: Array, v: Array, visible: Visibility) -> tuple[Array, tuple]:
+def _forward(q: Array, k: Array, v: Array, visible: AttentionMask) -> tuple[Array, tuple]:
     q_rows, k, v = _to_rows(q, k.shape[2]), k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
     heads = q.shape[2] // k.shape[1]
     outs, sums = [], []
@@ -89,7 +89,7 @@ blockwise_attention.defvjp(_forward, _backward)
 
 
 def _blocks(queries: int, keys: int) -> list[tuple[slice, slice]]:
-    """Blocks of queries, each with the keys that it may see (see `Visibility.q_index`).
+    """Blocks of queries, each with the keys that it may see (see `AttentionMask.q_index`).
 
     Small blocks waste less work above the diagonal, few blocks compile fast: all queries at once
     up to 256, else blocks of 64, or larger where that would make over 8 of them.
@@ -101,7 +101,9 @@ def _blocks(queries: int, keys: int) -> list[tuple[slice, slice]]:
     ]
 
 
-def _mask(visible: Visibility, queries: slice, keys: slice, heads: int) -> Bool[Array, "_ 1 w n"]:
+def _mask(
+    visible: AttentionMask, queries: slice, keys: slice, heads: int
+) -> Bool[Array, "_ 1 w n"]:
     """Visible keys of each row of a block, `heads` rows a query."""
     return jnp.repeat(visible_keys(visible, queries, keys), heads, axis=1)[:, None]
 

@@ -10,7 +10,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from mor_jax.models.layers.masks import Visibility, dense_mask, sees_any
+from mor_jax.models.layers.masks import AttentionMask, dense_mask, sees_any
 from mor_jax.types import Array, Bool, Float
 
 LENGTHS, HEADS = 2, 8
@@ -52,7 +52,7 @@ def cudnn_attention(
     q: Float[Array, "b c h k"],
     k: Float[Array, "b n g k"],
     v: Float[Array, "b n g k"],
-    visible: Visibility,
+    visible: AttentionMask,
 ) -> Float[Array, "b c h k"]:
     """See `attend` for the arguments."""
     sizes = cudnn_sizes(q, k)
@@ -67,7 +67,7 @@ def cudnn_attention(
     return out if alive is None else jnp.where(alive[:, :, None, None], out, 0)
 
 
-def _mask(visible: Visibility, sizes: Sizes, q: Array, k: Array) -> Bool[Array, "_ 1 c n"]:
+def _mask(visible: AttentionMask, sizes: Sizes, q: Array, k: Array) -> Bool[Array, "_ 1 c n"]:
     """The mask of one head, False at padding.
 
     cuDNN adds it as numbers of 16 bits and makes as many for their gradient: 5 bytes a query and

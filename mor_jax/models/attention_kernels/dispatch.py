@@ -12,7 +12,7 @@ from mor_jax.config.parsing import check
 from mor_jax.distributed.mesh import platform
 from mor_jax.models.attention_kernels.blockwise import blockwise_attention
 from mor_jax.models.attention_kernels.cudnn import cudnn_attention, cudnn_obstacle
-from mor_jax.models.layers.masks import Visibility, check_visibility, dense_mask
+from mor_jax.models.layers.masks import AttentionMask, check_visibility, dense_mask
 from mor_jax.types import Array, Float
 
 PATH = "model.attention"
@@ -23,7 +23,7 @@ def attend(
     q: Float[Array, "b c h k"],
     k: Float[Array, "b n g k"],
     v: Float[Array, "b n g k"],
-    visible: Visibility,
+    visible: AttentionMask,
     implementation: Attention = "auto",
 ) -> Float[Array, "b c h k"]:
     """Attention of c queries over n keys; key/value head i serves query heads i*(h/g) onwards.
@@ -77,7 +77,7 @@ def dense_attention(
     q: Float[Array, "b c h k"],
     k: Float[Array, "b n g k"],
     v: Float[Array, "b n g k"],
-    visible: Visibility,
+    visible: AttentionMask,
 ) -> Float[Array, "b c h k"]:
     """The reference: every score at once, softmax written out. See `attend`."""
     b, c, h, width = q.shape

@@ -17,7 +17,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import (
 )
 
 from mor_jax.distributed.collectives import free_spec
-from mor_jax.models.layers.masks import Visibility, sees_any
+from mor_jax.models.layers.masks import AttentionMask, sees_any
 from mor_jax.models.layers.remat import KEPT
 from mor_jax.types import Array, Float, Int
 
@@ -29,7 +29,7 @@ def splash_attention(
     q: Float[Array, "b c h k"],
     k: Float[Array, "b n g k"],
     v: Float[Array, "b n g k"],
-    visible: Visibility,
+    visible: AttentionMask,
     interpret: bool = False,
 ) -> Float[Array, "b c h k"]:
     """See `attend` for the arguments; `interpret` runs the kernel in plain JAX, for tests.
@@ -50,7 +50,7 @@ def splash_attention(
 
 
 def _one_device(
-    q: Array, k: Array, v: Array, visible: Visibility, interpret: bool
+    q: Array, k: Array, v: Array, visible: AttentionMask, interpret: bool
 ) -> Float[Array, "b c h k"]:
     """Lengths are padded at their end to whole blocks: causal order hides padded keys from every
     query, and padded queries are cut off.

@@ -10,7 +10,7 @@ from mor_jax.config import ModelConfig
 from mor_jax.models.decode.attention import Extent, Queue, Softmax, by_list, by_queue
 from mor_jax.models.decode.decoder import Decoder
 from mor_jax.models.decode.layer import Layer, apply
-from mor_jax.models.decode.paged_cache import Cache, Geometry, Pages, Place, write
+from mor_jax.models.decode.paged_cache import Cache, KVCacheSpec, Pages, Place, write
 from mor_jax.models.layers.rope import Rotary
 from mor_jax.types import Array, Bool, Float, Int
 
@@ -22,7 +22,7 @@ _ALWAYS = 127
 
 
 @dataclasses.dataclass(frozen=True)
-class Look:
+class AttentionAccess:
     """How rows use the pages of a pool's layers. place: where theirs go. see: what they read."""
 
     place: Place
@@ -44,7 +44,7 @@ class Rows:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Piece:
+class PrefillChunk:
     """n rows of one sequence, in order, the live ones first or spread. Members as in `Rows`."""
 
     slot: Int[Array, ""]
@@ -52,13 +52,13 @@ class Piece:
     live: Bool[Array, "n"]
 
 
-def through(
+def run_layers(
     cfg: ModelConfig,
     layers: Sequence[Layer],
     pages: Sequence[Pages],
     x: Float[Array, "n d"],
     at: tuple[Rotary, Array | int],
-    look: Look,
+    look: AttentionAccess,
 ) -> tuple[Float[Array, "n d"], tuple[Pages, ...]]:
     """n rows through all `layers`, each with its pages; the rows' entries are written before."""
     written: list[Pages] = []
@@ -73,17 +73,19 @@ def through(
     return x, tuple(written)
 
 
-def all_tokens(geometry: Geometry, lists: Lists, rows: Rows | Piece, chunk: int) -> Look:
+def all_tokens(
+    geometry: KVCacheSpec, lists: Lists, rows: Rows | PrefillChunk, chunk: int
+) -> AttentionAccess:
     """For a list that every token is in, where its index is its position."""
     see = _reader(geometry, lists, jnp.where(rows.live, rows.position + 1, 0), chunk)
     place = _place(geometry, lists, rows.position, rows.live)
-    return Look(place, lambda q, pages: see(Softmax.empty(q), q, pages))
+    return AttentionAccess(place, lambda q, pages: see(Softmax.empty(q), q, pages))
 
 
 def block(
     decoder: Decoder,
     cache: Cache,
-    rows: Rows | Piece,
+    rows: Rows | PrefillChunk,
     x: Float[Array, "n d"],
     at: tuple[Rotary, Int[Array, "n"] | Int[Array, ""]],
     counts: Int[Array, "n"],
@@ -108,18 +110,18 @@ def block(
         own = _own(tables, recursion)
         see = _reader(geometry, own, jnp.where(rows.live, counts + 1, 0), chunk)
         place = _place(geometry, own, counts, rows.live)
-        look = Look(place, lambda q, pages: see(Softmax.empty(q), q, pages))
-    x, pages = through(geometry.cfg, decoder.weights.block, cache.block, x, at, look)
+        look = AttentionAccess(place, lambda q, pages: see(Softmax.empty(q), q, pages))
+    x, pages = run_layers(geometry.cfg, decoder.weights.block, cache.block, x, at, look)
     return x, dataclasses.replace(cache, block=pages, reach=reach)
 
 
 def _updated(
     decoder: Decoder,
     reach: Int[Array, "p t"],
-    rows: Rows | Piece,
+    rows: Rows | PrefillChunk,
     recursion: Int[Array, "n"] | Int[Array, ""],
     counts: Int[Array, "n"],
-) -> Look:
+) -> AttentionAccess:
     """For updated sharing: recursion 0's entries that are not replaced, and the list's own.
 
     reach: holds the rows themselves already.
@@ -133,11 +135,13 @@ def _updated(
     kept = _reader(geometry, tables[..., 0, :], before, chunk, (reach, limit))
     fresh = _reader(geometry, own, later, chunk)
     place = _place(geometry, own, counts, rows.live)
-    return Look(place, lambda q, pages: fresh(kept(Softmax.empty(q), q, pages), q, pages))
+    return AttentionAccess(
+        place, lambda q, pages: fresh(kept(Softmax.empty(q), q, pages), q, pages)
+    )
 
 
 def _reader(
-    geometry: Geometry,
+    geometry: KVCacheSpec,
     lists: Lists,
     lengths: Int[Array, "n"],
     chunk: int,
@@ -155,7 +159,7 @@ def _reader(
     return lambda before, q, pages: by_queue(before, q, pages, queue, reach)
 
 
-def _place(geometry: Geometry, lists: Lists, index: Int[Array, "n"], do: Array) -> Place:
+def _place(geometry: KVCacheSpec, lists: Lists, index: Int[Array, "n"], do: Array) -> Place:
     """Entry `index` of each row's list, for the rows where `do`."""
     each = jnp.broadcast_to(jnp.atleast_2d(lists), (index.shape[0], lists.shape[-1]))
     return Place.of(each, index, geometry.size, do)

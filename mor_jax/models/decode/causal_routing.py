@@ -14,7 +14,7 @@ from mor_jax.types import Array, Bool, Float, Int, Params
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Verdict:
+class RoutingDecision:
     """What the routers say of n rows before a recursion. goes: they enter it. gate: their score."""
 
     goes: Bool[Array, "n"]
@@ -44,7 +44,7 @@ def expert(
     thresholds: Float[Array, "r"],
     x: Float[Array, "n d"],
     r: Int[Array, "n"] | Int[Array, ""],
-) -> Verdict:
+) -> RoutingDecision:
     """Expert-choice before recursion `r`, one for all rows or one for each (paper section 2.2.1).
 
     thresholds: logits from which on a row goes on, of the router that learnt the choice.
@@ -54,7 +54,7 @@ def expert(
     logits = _logits(routers.main, cooled, r, cfg.num_recursions)
     trained = logits if routers.aux is None else _logits(routers.aux, x, r, cfg.num_recursions)
     goes = jnp.array(takes_all(cfg))[r] | (trained >= thresholds[r])
-    return Verdict(goes, expert_score(cfg.router, logits))
+    return RoutingDecision(goes, expert_score(cfg.router, logits))
 
 
 def _logits(router: Router, x: Float[Array, "n d"], r: Array, recursions: int) -> Float[Array, "n"]:

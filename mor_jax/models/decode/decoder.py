@@ -4,7 +4,7 @@ import dataclasses
 
 from mor_jax.config import ModelConfig
 from mor_jax.models.decode.layer import Weights
-from mor_jax.models.decode.paged_cache import Geometry, Tables
+from mor_jax.models.decode.paged_cache import BlockTables, KVCacheSpec
 from mor_jax.types import Array, Float
 
 
@@ -12,9 +12,9 @@ from mor_jax.types import Array, Float
 class Decoder:
     """thresholds: logits from which on expert-choice sends a token on. chunk: pages of a round."""
 
-    geometry: Geometry
+    geometry: KVCacheSpec
     weights: Weights
-    tables: Tables
+    tables: BlockTables
     thresholds: Float[Array, "r"]
     chunk: int
 

@@ -79,7 +79,7 @@ def _layer(stack: Params, i: int, dtype: jnp.dtype) -> Layer:
     )
 
 
-def turns(cfg: ModelConfig, position: Int[Array, "n"]) -> Rotary:
+def rotary_tables(cfg: ModelConfig, position: Int[Array, "n"]) -> Rotary:
     """Rotary tables of n rows."""
     return rotary(position[None], cfg.head_dim, cfg.rope_theta, cfg.rope_scaling)
 

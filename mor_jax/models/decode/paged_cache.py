@@ -47,7 +47,7 @@ class Cache:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Tables:
+class BlockTables:
     """Page numbers of every slot's lists, m pages at most each; none is read past its list's end.
 
     The last slot belongs to nobody: rows that are only there to fill a shape point to it.
@@ -58,7 +58,7 @@ class Tables:
 
 
 @dataclasses.dataclass(frozen=True)
-class Geometry:
+class KVCacheSpec:
     """What a model's cache is made of. size: tokens of a page."""
 
     cfg: ModelConfig

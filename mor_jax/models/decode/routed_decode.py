@@ -14,7 +14,7 @@ from mor_jax.models.decode import causal_routing
 from mor_jax.models.decode.attention import Queue, Softmax, by_queue
 from mor_jax.models.decode.batch import Rows, block
 from mor_jax.models.decode.decoder import Decoder
-from mor_jax.models.decode.layer import apply, norm, turns
+from mor_jax.models.decode.layer import apply, norm, rotary_tables
 from mor_jax.models.decode.paged_cache import Cache, Place, write
 from mor_jax.models.layers.token_gather import where_rows
 from mor_jax.types import Array, Bool, Float, Int
@@ -22,7 +22,7 @@ from mor_jax.types import Array, Bool, Float, Int
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Flight:
+class TokenState:
     """Where n tokens stand between two recursions.
 
     x: residual stream. origin: what token-choice started from (expert-choice: None). gate: score
@@ -40,7 +40,7 @@ class Flight:
     depth: Int[Array, "n"]
 
     @classmethod
-    def empty(cls, cfg: ModelConfig, n: int) -> "Flight":
+    def empty(cls, cfg: ModelConfig, n: int) -> "TokenState":
         """n tokens that are nowhere."""
         x = jnp.zeros((n, cfg.hidden_size), jnp.dtype(cfg.dtype))
         number = jnp.zeros(n, jnp.int32)
@@ -65,11 +65,11 @@ class Entry:
 
 def enter(
     decoder: Decoder, cache: Cache, rows: Rows, token: Int[Array, "n"]
-) -> tuple[Flight, Entry]:
+) -> tuple[TokenState, Entry]:
     """New tokens: embedding, first layer, and the routers' first word."""
     cfg, weights = decoder.cfg, decoder.weights
     x, entry = _end(decoder, cache, rows, weights.embed[token], 0)
-    empty = Flight.empty(cfg, x.shape[0])
+    empty = TokenState.empty(cfg, x.shape[0])
     router = weights.router
     assert router is not None
     if cfg.router.kind == "token":
@@ -99,8 +99,8 @@ def writes_list(
 
 
 def advance(
-    decoder: Decoder, cache: Cache, rows: Rows, flight: Flight, counts: Int[Array, "n"]
-) -> tuple[Flight, Bool[Array, "n"], Cache]:
+    decoder: Decoder, cache: Cache, rows: Rows, flight: TokenState, counts: Int[Array, "n"]
+) -> tuple[TokenState, Bool[Array, "n"], Cache]:
     """Every token once through the block; also which of them leave now, with their final `x`.
 
     counts: entries of the list that each row writes to. Rows that are not live stay as they are.
@@ -108,7 +108,7 @@ def advance(
     cfg = decoder.cfg
     runs = rows.live & needs_block(cfg, flight.taken, flight.recursion)
     does = dataclasses.replace(rows, live=runs)
-    at = (turns(cfg, rows.position), flight.recursion)
+    at = (rotary_tables(cfg, rows.position), flight.recursion)
     y, cache = block(decoder, cache, does, flight.x, at, counts)
     step = _token_step if cfg.router.kind == "token" else _expert_step
     after, leaves = step(decoder, flight, y)
@@ -138,8 +138,8 @@ def store(decoder: Decoder, cache: Cache, rows: Rows, entry: Entry, which: int) 
 
 
 def _expert_step(
-    decoder: Decoder, flight: Flight, y: Float[Array, "n d"]
-) -> tuple[Flight, Bool[Array, "n"]]:
+    decoder: Decoder, flight: TokenState, y: Float[Array, "n d"]
+) -> tuple[TokenState, Bool[Array, "n"]]:
     """x + gate * block(x), then the next recursion's router."""
     cfg = decoder.cfg
     x = jnp.where(flight.taken[:, None], flight.x + weigh(cfg, flight.gate, y), flight.x)
@@ -155,8 +155,8 @@ def _expert_step(
 
 
 def _token_step(
-    decoder: Decoder, flight: Flight, y: Float[Array, "n d"]
-) -> tuple[Flight, Bool[Array, "n"]]:
+    decoder: Decoder, flight: TokenState, y: Float[Array, "n d"]
+) -> tuple[TokenState, Bool[Array, "n"]]:
     """block(x) until the token's own depth, where it leaves as origin + weight * block(x)."""
     assert flight.origin is not None
     leaves = flight.recursion >= flight.last
@@ -192,5 +192,5 @@ def _end(
         seen = by_queue(Softmax.own(q, k, v), q, cache.ends[which], queue)
         return seen.result(x.dtype)
 
-    x = apply(cfg, decoder.weights.ends[which], x, (turns(cfg, rows.position), 0), mix)
+    x = apply(cfg, decoder.weights.ends[which], x, (rotary_tables(cfg, rows.position), 0), mix)
     return x, entries[-1]

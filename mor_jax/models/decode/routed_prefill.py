@@ -11,9 +11,9 @@ import jax
 import jax.numpy as jnp
 
 from mor_jax.models.decode import causal_routing
-from mor_jax.models.decode.batch import Piece, all_tokens, block, through
+from mor_jax.models.decode.batch import PrefillChunk, all_tokens, block, run_layers
 from mor_jax.models.decode.decoder import Decoder
-from mor_jax.models.decode.layer import project, turns
+from mor_jax.models.decode.layer import project, rotary_tables
 from mor_jax.models.decode.paged_cache import Cache, write
 from mor_jax.models.decode.routed_decode import needs_block, weigh, writes_list
 from mor_jax.models.layers.rope import Rotary
@@ -47,7 +47,7 @@ class _Carry:
 def prefill(
     decoder: Decoder,
     cache: Cache,
-    piece: Piece,
+    piece: PrefillChunk,
     token: Int[Array, "n"],
     lists: tuple[Int[Array, "lists"], Int[Array, "lists"]],
     group: int,
@@ -59,14 +59,14 @@ def prefill(
     """
     cfg, weights = decoder.cfg, decoder.weights
     counts, room = lists
-    tables = turns(cfg, piece.position)
+    tables = rotary_tables(cfg, piece.position)
     x = weights.embed[token]
     ends = decoder.geometry.end_layers > 0
     look = None
     if ends:
         of_all = decoder.tables.ends[piece.slot]
         look = all_tokens(decoder.geometry, of_all, piece, decoder.chunk)
-        x, first = through(cfg, weights.ends[:1], cache.ends[:1], x, (tables, 0), look)
+        x, first = run_layers(cfg, weights.ends[:1], cache.ends[:1], x, (tables, 0), look)
         cache = dataclasses.replace(cache, ends=first + cache.ends[1:])
     depth = jnp.zeros(x.shape[0], jnp.int32)
     start = _Carry(cache, x, piece.live, Stored(jnp.array(True), counts, counts, depth))
@@ -93,7 +93,7 @@ def prefill(
 
 def _recursion(
     decoder: Decoder,
-    piece: Piece,
+    piece: PrefillChunk,
     how: tuple[Int[Array, ""], Int[Array, "lists"], int, Int[Array, "n"] | None],
     tables: Rotary,
     carry: _Carry,
@@ -128,7 +128,7 @@ def _recursion(
 
 def _groups(
     decoder: Decoder,
-    piece: Piece,
+    piece: PrefillChunk,
     how: tuple[Int[Array, ""], Int[Array, ""], int, Int[Array, "n"]],
     tables: Rotary,
     carry: _Carry,
@@ -144,7 +144,7 @@ def _groups(
         index = jax.lax.dynamic_slice_in_dim(padded, i * group, group)
         rank = i * group + jnp.arange(group, dtype=jnp.int32)
         live = rank < number
-        rows = Piece(piece.slot, piece.position[index], live)
+        rows = PrefillChunk(piece.slot, piece.position[index], live)
         at = (Rotary(tables.cos[:, index], tables.sin[:, index]), r)
         out, cache = block(decoder, cache, rows, carry.x[index], at, held + rank)
         return y.at[jnp.where(live, index, n)].set(out, mode="drop"), cache

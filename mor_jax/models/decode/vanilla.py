@@ -5,9 +5,9 @@ from collections.abc import Callable
 from typing import Literal, NamedTuple
 
 from mor_jax.config import ModelConfig
-from mor_jax.models.decode.batch import Look, Piece, Rows, all_tokens, through
+from mor_jax.models.decode.batch import AttentionAccess, PrefillChunk, Rows, all_tokens, run_layers
 from mor_jax.models.decode.decoder import Decoder
-from mor_jax.models.decode.layer import apply, norm, project, turns
+from mor_jax.models.decode.layer import apply, norm, project, rotary_tables
 from mor_jax.models.decode.paged_cache import Cache, Pages, write
 from mor_jax.types import Array, Float, Int
 
@@ -39,12 +39,12 @@ def decode(
     return norm(decoder.cfg, x, decoder.weights.norm, 0), cache
 
 
-def prefill(decoder: Decoder, cache: Cache, piece: Piece, token: Int[Array, "n"]) -> Cache:
+def prefill(decoder: Decoder, cache: Cache, piece: PrefillChunk, token: Int[Array, "n"]) -> Cache:
     """Stores n tokens of one sequence, whose predictions nobody asks for."""
     return _run(decoder, cache, piece, token, predicts=False)[1]
 
 
-def _looks(decoder: Decoder, rows: Rows | Piece) -> Callable[[Step], Look]:
+def _looks(decoder: Decoder, rows: Rows | PrefillChunk) -> Callable[[Step], AttentionAccess]:
     geometry, tables, chunk = decoder.geometry, decoder.tables, decoder.chunk
     ends, block = tables.ends[rows.slot], tables.block[rows.slot]
     made = [
@@ -52,7 +52,7 @@ def _looks(decoder: Decoder, rows: Rows | Piece) -> Callable[[Step], Look]:
     ]
     at_ends = all_tokens(geometry, ends, rows, chunk) if geometry.end_layers else None
 
-    def of(step: Step) -> Look:
+    def of(step: Step) -> AttentionAccess:
         return at_ends if step.pool == "ends" else made[step.list]
 
     return of
@@ -61,14 +61,14 @@ def _looks(decoder: Decoder, rows: Rows | Piece) -> Callable[[Step], Look]:
 def _run(
     decoder: Decoder,
     cache: Cache,
-    rows: Rows | Piece,
+    rows: Rows | PrefillChunk,
     token: Int[Array, "n"],
     *,
     predicts: bool = True,
 ) -> tuple[Float[Array, "n d"], Cache]:
     cfg, weights, looks = decoder.cfg, decoder.weights, _looks(decoder, rows)
     x = weights.embed[token]
-    tables = turns(cfg, rows.position)
+    tables = rotary_tables(cfg, rows.position)
     pools = {"ends": list(cache.ends), "block": list(cache.block)}
     way = steps(cfg)
     for step in way:
@@ -82,12 +82,12 @@ def _run(
             pool[step.layer] = write(pool[step.layer], look.place, k, v)
         else:
             here, at = (pool[step.layer],), (tables, step.recursion)
-            x, (pool[step.layer],) = through(cfg, (layer,), here, x, at, look)
+            x, (pool[step.layer],) = run_layers(cfg, (layer,), here, x, at, look)
     kept = dataclasses.replace(cache, ends=tuple(pools["ends"]), block=tuple(pools["block"]))
     return x, kept
 
 
-def _reader(look: Look, pages: Pages) -> Callable[..., Array]:
+def _reader(look: AttentionAccess, pages: Pages) -> Callable[..., Array]:
     def mix(q: Array, k: Array, v: Array) -> Array:
         return look.see(q, pages).result(q.dtype)
 

@@ -13,7 +13,7 @@ from mor_jax.types import Array, Bool, Int
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Visibility:
+class AttentionMask:
     """Query i sees key j where j <= q_index[i] and both stand in the same segment.
 
     q_index: position in the row of keys that each query sits at, strictly ascending over all c
@@ -35,7 +35,7 @@ class Visibility:
         return self.q_index is None and self.q_segments is None
 
 
-def check_visibility(visible: Visibility, queries: int, keys: int) -> None:
+def check_visibility(visible: AttentionMask, queries: int, keys: int) -> None:
     """Raises `ValueError` unless `visible` can describe `queries` (c) against `keys` (n)."""
     if (visible.q_segments is None) != (visible.k_segments is None):
         missing = "q_segments" if visible.q_segments is None else "k_segments"
@@ -54,7 +54,9 @@ def check_visibility(visible: Visibility, queries: int, keys: int) -> None:
         )
 
 
-def visible_keys(visible: Visibility, queries: slice, keys: slice) -> Bool[Array, "_ queries keys"]:
+def visible_keys(
+    visible: AttentionMask, queries: slice, keys: slice
+) -> Bool[Array, "_ queries keys"]:
     """Dense mask of a range of queries against a range of keys.
 
     The leading axis has size 1 where all sequences share the mask, else b.
@@ -70,12 +72,12 @@ def visible_keys(visible: Visibility, queries: slice, keys: slice) -> Bool[Array
     return mask & (visible.q_segments[:, queries, None] == visible.k_segments[:, None, keys])
 
 
-def dense_mask(visible: Visibility, queries: int, keys: int) -> Bool[Array, "_ queries keys"]:
+def dense_mask(visible: AttentionMask, queries: int, keys: int) -> Bool[Array, "_ queries keys"]:
     """All of the mask; its leading axis is 1 or b."""
     return visible_keys(visible, slice(0, queries), slice(0, keys))
 
 
-def sees_any(visible: Visibility) -> Bool[Array, "b c"] | None:
+def sees_any(visible: AttentionMask) -> Bool[Array, "b c"] | None:
     """Queries with at least one visible key; `None` where that is every one of them."""
     if visible.q_segments is None or visible.k_segments is None:
         return None

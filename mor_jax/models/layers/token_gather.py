@@ -16,7 +16,7 @@ from mor_jax.types import Array, Bool, Int
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Rows:
+class TokenGather:
     """c distinct rows of n: `index` of each slot, and for each row its `slot`, if `chosen`.
 
     valid: False marks filler slots, which are read but never put back; None: there are none.
@@ -27,24 +27,26 @@ class Rows:
     chosen: Bool[Array, "b n"]
 
     @classmethod
-    def of(cls, index: Int[Array, "b c"], valid: Bool[Array, "b c"] | None, n: int) -> "Rows":
+    def of(
+        cls, index: Int[Array, "b c"], valid: Bool[Array, "b c"] | None, n: int
+    ) -> "TokenGather":
         """From the rows' indices, distinct within a sequence."""
         b, c = index.shape
         order = jnp.broadcast_to(jnp.arange(c, dtype=jnp.int32)[None], (b, c))
-        slot = spread(order, index, n)
-        chosen = spread(jnp.ones((b, c), bool) if valid is None else valid, index, n)
+        slot = scatter_to(order, index, n)
+        chosen = scatter_to(jnp.ones((b, c), bool) if valid is None else valid, index, n)
         return cls(index, slot, chosen)
 
-    def take(self, x: Array) -> Array:
+    def gather(self, x: Array) -> Array:
         """Rows [b n ...] -> slots [b c ...]. Filler slots send no gradient back."""
         return _take(x, self)
 
-    def put(self, x: Array, slots: Array) -> Array:
+    def scatter(self, x: Array, slots: Array) -> Array:
         """x [b n ...] with the chosen rows replaced by their slots [b c ...]."""
         return _put(x, slots, self)
 
 
-def spread(values: Array, index: Int[Array, "b c"], n: int) -> Array:
+def scatter_to(values: Array, index: Int[Array, "b c"], n: int) -> Array:
     """Rows of n zeros with `values` [b c] at `index`, which is distinct within a row.
 
     Mapped over the batch, because a scatter that names its batch axis stays on every device.
@@ -67,36 +69,36 @@ def where_rows(chosen: Bool[Array, "..."], yes: Array, no: Array) -> Array:
 
 
 @jax.custom_vjp
-def _take(x: Array, rows: Rows) -> Array:
+def _take(x: Array, rows: TokenGather) -> Array:
     return _pick(x, rows.index)
 
 
-def _take_fwd(x: Array, rows: Rows) -> tuple[Array, Rows]:
+def _take_fwd(x: Array, rows: TokenGather) -> tuple[Array, TokenGather]:
     return _pick(x, rows.index), rows
 
 
-def _take_bwd(rows: Rows, grad: Array) -> tuple[Array, Rows]:
+def _take_bwd(rows: TokenGather, grad: Array) -> tuple[Array, TokenGather]:
     spread = _pick(grad, rows.slot)
     return where_rows(rows.chosen, spread, jnp.zeros_like(spread)), _no_gradient(rows)
 
 
 @jax.custom_vjp
-def _put(x: Array, slots: Array, rows: Rows) -> Array:
+def _put(x: Array, slots: Array, rows: TokenGather) -> Array:
     return where_rows(rows.chosen, _pick(slots, rows.slot), x)
 
 
-def _put_fwd(x: Array, slots: Array, rows: Rows) -> tuple[Array, Rows]:
+def _put_fwd(x: Array, slots: Array, rows: TokenGather) -> tuple[Array, TokenGather]:
     return _put(x, slots, rows), rows
 
 
-def _put_bwd(rows: Rows, grad: Array) -> tuple[Array, Array, Rows]:
+def _put_bwd(rows: TokenGather, grad: Array) -> tuple[Array, Array, TokenGather]:
     kept = where_rows(rows.chosen, jnp.zeros_like(grad), grad)
     # A filler slot was never put anywhere: its row is not `chosen`, so its gradient is zero.
     replaced = where_rows(rows.chosen, grad, jnp.zeros_like(grad))
     return kept, _pick(replaced, rows.index), _no_gradient(rows)
 
 
-def _no_gradient(rows: Rows) -> Rows:
+def _no_gradient(rows: TokenGather) -> TokenGather:
     return jax.tree.map(lambda leaf: np.zeros(leaf.shape, jax.dtypes.float0), rows)
 
 

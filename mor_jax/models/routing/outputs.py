@@ -49,7 +49,7 @@ class TokenSums:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Visit:
+class RecursionTrace:
     """One recursion as it happened, for parity checks and analysis.
 
     logits: of the candidates (token-choice: of all tokens, for every depth).
@@ -76,7 +76,7 @@ class Routing:
     depth: Int[Array, "b l"]
     expert: ExpertSums | None
     token: TokenSums | None
-    visits: tuple[Visit, ...]
+    visits: tuple[RecursionTrace, ...]
 
 
 def expert_sums(

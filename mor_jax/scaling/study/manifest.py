@@ -15,7 +15,7 @@ from mor_jax.config.old_names import translated, translated_command, translated_
 from mor_jax.config.parsing import changed, check, fail, flat
 from mor_jax.files import write_atomic
 from mor_jax.scaling.study.seal import digest
-from mor_jax.training.resolved_settings import settled
+from mor_jax.training.resolved_settings import resolve_settings
 
 FILE = "manifest.json"
 FORMAT = 1
@@ -97,7 +97,7 @@ class Manifest:
 
     def config(self, run: Run) -> TrainConfig:
         """The complete configuration of a run; capacities that it leaves open are exact."""
-        return settled(TrainConfig.from_dict(self.values(run)), "cpu")
+        return resolve_settings(TrainConfig.from_dict(self.values(run)), "cpu")
 
     def values(self, run: Run) -> dict[str, Any]:
         """The same as nested plain values."""

@@ -38,7 +38,7 @@ _MOST_SEEDS = 1000
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Asked:
+class StudyRequest:
     """What to plan.
 
     sizes: names or widths, see `architectures`. budgets: FLOPs in `unit`. seeds: of every point.
@@ -62,7 +62,7 @@ class Asked:
     speed: float | None = None
 
 
-def make_plan(asked: Asked, folder: Path) -> Manifest:
+def make_plan(asked: StudyRequest, folder: Path) -> Manifest:
     """The manifest of a study; `folder` holds the shipped configurations.
 
     Raises:
@@ -91,7 +91,7 @@ def make_plan(asked: Asked, folder: Path) -> Manifest:
     return assemble(asked.study, asked.unit, rules, code(folder.parent), made)
 
 
-def _points(asked: Asked, model: Model) -> list[Planned]:
+def _points(asked: StudyRequest, model: Model) -> list[Planned]:
     """All runs of a model: every budget and seed, and further seeds where noise is asked for."""
     size, found = model.size, []
     budgets = [b for b in sorted(asked.budgets) if not _named(asked.drop, size, b)]
@@ -104,7 +104,9 @@ def _points(asked: Asked, model: Model) -> list[Planned]:
     return found
 
 
-def _configs(asked: Asked, architectures: Sequence[Architecture], size: str) -> list[TrainConfig]:
+def _configs(
+    asked: StudyRequest, architectures: Sequence[Architecture], size: str
+) -> list[TrainConfig]:
     """One configuration an architecture, all of one depth where the size is a width."""
     values = [found.config(size, asked.overrides).to_dict() for found in architectures]
     if is_width(size):
@@ -128,7 +130,7 @@ def _has_depth(model: dict[str, Any], layers: int) -> bool:
     return middle > 0 and middle % model["num_recursions"] == 0
 
 
-def _check_lists(asked: Asked) -> None:
+def _check_lists(asked: StudyRequest) -> None:
     for name in ("architectures", "sizes", "budgets"):
         check(bool(getattr(asked, name)), name, getattr(asked, name), "is empty", "Name some")
         _distinct(name, getattr(asked, name))
@@ -152,7 +154,7 @@ def _check_lists(asked: Asked) -> None:
         check(known, "drop" if point in asked.drop else "noise", point, rule, fix)
 
 
-def _check_overrides(asked: Asked) -> None:
+def _check_overrides(asked: StudyRequest) -> None:
     decided = dict(_DECIDED)
     if asked.rules.lr is not None:
         decided["optim.lr"] = "--lr"
@@ -194,4 +196,4 @@ def _git(root: Path, *words: str) -> str:
     return done.stdout.strip()
 
 
-__all__ = ["Asked", "Rules", "code", "make_plan"]
+__all__ = ["Rules", "StudyRequest", "code", "make_plan"]

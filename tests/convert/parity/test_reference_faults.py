@@ -23,7 +23,7 @@ from mor_jax.convert.parity.training_run import balancing_sign
 from mor_jax.convert.reference_config import merge_options, model_config
 from mor_jax.convert.state_dict import from_params
 from mor_jax.models.params import unembed
-from mor_jax.models.routing.outputs import Routing, TokenSums, Visit
+from mor_jax.models.routing.outputs import RecursionTrace, Routing, TokenSums
 from mor_jax.models.routing.router import Route
 from mor_jax.types import Batch
 
@@ -125,7 +125,7 @@ def test_a_recording_that_begins_in_the_middle_counts_on(tmp_path):
 
 def visit(scores, index):
     logits = jnp.asarray(scores, jnp.float32)
-    return Visit(logits, logits, None if index is None else jnp.asarray(index), None)
+    return RecursionTrace(logits, logits, None if index is None else jnp.asarray(index), None)
 
 
 def test_ties_of_expert_choice_are_named_with_step_place_and_gap():

@@ -24,7 +24,7 @@ from mor_jax.inference.cli.show import whole_file
 from mor_jax.inference.config import plan
 from mor_jax.inference.engine.engine import Engine, EngineConfig
 from mor_jax.inference.engine.request import Finished, Request
-from mor_jax.inference.load_model import load_served
+from mor_jax.inference.load_model import load_model
 from mor_jax.runtime import exit_codes
 
 MODEL = dataclasses.replace(TINY["expert_cycle"], vocab_size=256, num_layers=2, num_recursions=2)
@@ -41,7 +41,7 @@ def workdir(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def served(workdir):
-    return load_served(workdir)
+    return load_model(workdir)
 
 
 @pytest.fixture(scope="module")

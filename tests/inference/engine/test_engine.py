@@ -11,7 +11,7 @@ from support.tiny import TINY
 
 from mor_jax.inference.config import plan
 from mor_jax.inference.engine.engine import Engine, EngineConfig
-from mor_jax.inference.engine.request import Busy, Finished, Request, Sampling, Stopped
+from mor_jax.inference.engine.request import Busy, Finished, Request, SamplingParams, Stopped
 
 # One shape for most tests: what one of them compiled the others find in the cache.
 SMALL = EngineConfig(slots=4, page=4, piece=8)
@@ -135,7 +135,7 @@ class TestOneEngine:
         assert finished.reason == "deadline"
 
     def test_the_end_of_text_and_stop_tokens_end_an_answer_and_do_not_appear(self, engine):
-        greedy = Sampling(temperature=0.0)
+        greedy = SamplingParams(temperature=0.0)
         free = Request(prompt=(7, 8, 9), max_tokens=20, sampling=greedy, ignore_eos=True)
         tokens, _ = engine.submit(free).result()
         third = tokens[2].id
@@ -148,7 +148,7 @@ class TestOneEngine:
     def test_a_seed_reproduces_and_without_one_answers_differ(self, engine):
         def answer(seed):
             request = Request(
-                prompt=(1, 2, 3), max_tokens=20, sampling=Sampling(seed=seed), ignore_eos=True
+                prompt=(1, 2, 3), max_tokens=20, sampling=SamplingParams(seed=seed), ignore_eos=True
             )
             return [token.id for token in engine.submit(request).result()[0]]
 
@@ -199,7 +199,7 @@ class TestOneEngine:
             ({"prompt": (1, 2.0)}, r"prompt\[1\]=2.0: must be a whole number"),
             ({"max_tokens": 62}, "at most 64 together"),
             ({"max_tokens": 0}, "max_tokens=0"),
-            ({"sampling": Sampling(top_p=0.0)}, "top_p=0.0"),
+            ({"sampling": SamplingParams(top_p=0.0)}, "top_p=0.0"),
         ],
     )
     def test_what_cannot_be_answered_is_refused_when_it_is_submitted(self, engine, change, says):

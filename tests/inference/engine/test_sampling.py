@@ -5,14 +5,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mor_jax.inference.engine.request import MAX_LOGPROBS, Request, Sampling
-from mor_jax.inference.engine.sampling import Before, Settings, Want, sample
+from mor_jax.inference.engine.request import MAX_LOGPROBS, Request, SamplingParams
+from mor_jax.inference.engine.sampling import PenaltyState, SamplingArrays, SamplingFeatures, sample
 
-GREEDY = Sampling(temperature=0.0)
+GREEDY = SamplingParams(temperature=0.0)
 run = jax.jit(sample)
 
 
-def requests(rows: list[Sampling], logprobs: int | None = None) -> list[Request]:
+def requests(rows: list[SamplingParams], logprobs: int | None = None) -> list[Request]:
     return [Request(prompt=(0,), sampling=row, logprobs=logprobs) for row in rows]
 
 
@@ -20,7 +20,7 @@ def drawn(logits, rows, positions=None, before=None, logprobs=None):
     """What `sample` gives for these rows, as NumPy arrays."""
     where = np.arange(len(rows)) if positions is None else positions
     where = jnp.asarray(where, jnp.int32)
-    made = (Settings.of(rows), Want.of(requests(rows, logprobs)))
+    made = (SamplingArrays.of(rows), SamplingFeatures.of(requests(rows, logprobs)))
     settings, want = jax.tree.map(jnp.asarray, made)
     return jax.device_get(run(jnp.asarray(logits), settings, where, want, before))
 
@@ -34,7 +34,7 @@ def softmax(logits):
     return out / out.sum(-1, keepdims=True)
 
 
-def kept(logits: np.ndarray, row: Sampling) -> np.ndarray:
+def kept(logits: np.ndarray, row: SamplingParams) -> np.ndarray:
     """Probabilities of one row's tokens after all cuts, by sorting."""
     share = softmax(logits / row.temperature)
     order = np.argsort(-share, kind="stable")
@@ -48,12 +48,12 @@ def kept(logits: np.ndarray, row: Sampling) -> np.ndarray:
 
 
 CUTS = {
-    "temperature": Sampling(temperature=0.7, seed=1),
-    "hot": Sampling(temperature=3.0, seed=2),
-    "top_k": Sampling(top_k=5, seed=3),
-    "top_p": Sampling(top_p=0.6, seed=4),
-    "min_p": Sampling(min_p=0.2, seed=5),
-    "all": Sampling(temperature=1.3, top_k=12, top_p=0.9, min_p=0.02, seed=6),
+    "temperature": SamplingParams(temperature=0.7, seed=1),
+    "hot": SamplingParams(temperature=3.0, seed=2),
+    "top_k": SamplingParams(top_k=5, seed=3),
+    "top_p": SamplingParams(top_p=0.6, seed=4),
+    "min_p": SamplingParams(min_p=0.2, seed=5),
+    "all": SamplingParams(temperature=1.3, top_k=12, top_p=0.9, min_p=0.02, seed=6),
 }
 
 
@@ -62,8 +62,8 @@ def test_draws_follow_the_distribution_that_sorting_gives(name):
     """20,000 draws of one row: frequencies within five standard errors, nothing that was cut."""
     logits, row, number = random_logits(1, 40, seed=7), CUTS[name], 20_000
     wanted = kept(logits[0], row)
-    want = jax.tree.map(jnp.asarray, Want.of(requests([row])))
-    settings = jax.tree.map(lambda x: jnp.broadcast_to(x, (number,)), Settings.of([row]))
+    want = jax.tree.map(jnp.asarray, SamplingFeatures.of(requests([row])))
+    settings = jax.tree.map(lambda x: jnp.broadcast_to(x, (number,)), SamplingArrays.of([row]))
     rows = jnp.broadcast_to(jnp.asarray(logits), (number, 40))
     token = np.asarray(run(rows, settings, jnp.arange(number), want, None).token)
     share = np.bincount(token, minlength=40) / number
@@ -77,7 +77,7 @@ def test_only_what_the_cuts_keep_is_drawn_in_any_vocabulary(vocabulary):
     rng = np.random.default_rng(vocabulary)
     logits = random_logits(64, vocabulary, seed=vocabulary)
     rows = [
-        Sampling(
+        SamplingParams(
             temperature=float(rng.uniform(0.2, 3)),
             top_k=int(rng.integers(1, 2 * vocabulary + 1)) if i % 2 else None,
             top_p=float(rng.uniform(0.01, 1)) if i % 3 else 1.0,
@@ -94,12 +94,12 @@ def test_only_what_the_cuts_keep_is_drawn_in_any_vocabulary(vocabulary):
 def test_cuts_keep_equal_logits_together_and_the_extremes_are_sound():
     logits = np.tile(np.float32([3, 1, 3, 2, 2, -np.inf]), (400, 1))
     for row, wanted in (
-        (Sampling(top_k=1, seed=0), {0, 2}),
-        (Sampling(top_k=3, seed=0), {0, 2, 3, 4}),
-        (Sampling(top_p=1e-30, seed=0), {0, 2}),
-        (Sampling(min_p=1.0, seed=0), {0, 2}),
-        (Sampling(top_k=10**12, temperature=1e30, seed=0), {0, 1, 2, 3, 4}),
-        (Sampling(temperature=1e-30, seed=0), {0, 2}),
+        (SamplingParams(top_k=1, seed=0), {0, 2}),
+        (SamplingParams(top_k=3, seed=0), {0, 2, 3, 4}),
+        (SamplingParams(top_p=1e-30, seed=0), {0, 2}),
+        (SamplingParams(min_p=1.0, seed=0), {0, 2}),
+        (SamplingParams(top_k=10**12, temperature=1e30, seed=0), {0, 1, 2, 3, 4}),
+        (SamplingParams(temperature=1e-30, seed=0), {0, 2}),
     ):
         assert set(drawn(logits, [row] * 400).token.tolist()) == wanted, row
 
@@ -117,14 +117,16 @@ def test_a_row_depends_on_nothing_beside_it():
 
 def test_seed_and_position_decide_a_draw():
     logits = np.zeros((200, 50), np.float32)
-    first = drawn(logits, [Sampling(seed=9)] * 200).token
-    np.testing.assert_array_equal(first, drawn(logits, [Sampling(seed=9)] * 200).token)
-    other = drawn(logits, [Sampling(seed=10)] * 200).token
-    one = drawn(logits, [Sampling(seed=9)] * 200, positions=[0] * 200).token
+    first = drawn(logits, [SamplingParams(seed=9)] * 200).token
+    np.testing.assert_array_equal(first, drawn(logits, [SamplingParams(seed=9)] * 200).token)
+    other = drawn(logits, [SamplingParams(seed=10)] * 200).token
+    one = drawn(logits, [SamplingParams(seed=9)] * 200, positions=[0] * 200).token
     assert len(set(one.tolist())) == 1 and len(set(first.tolist())) > 30
     assert np.mean(first == other) < 0.1
     # Without one, each row gets its own.
-    assert len(set(drawn(logits, [Sampling()] * 200, positions=[0] * 200).token.tolist())) > 30
+    assert (
+        len(set(drawn(logits, [SamplingParams()] * 200, positions=[0] * 200).token.tolist())) > 30
+    )
 
 
 def test_greedy_takes_the_first_of_the_best():
@@ -140,10 +142,12 @@ def test_penalties():
     logits = np.float32([[2.0, 1.9, -1.0, 0.5, -np.inf]])
     said = jnp.asarray([[2, 0, 1, 0, 1]], jnp.int16)
     heard = jnp.asarray([[False, True, False, False, False]])
-    before = Before(said, heard)
+    before = PenaltyState(said, heard)
 
     def best(**penalties):
-        return int(drawn(logits, [Sampling(temperature=0.0, **penalties)], before=before).token[0])
+        return int(
+            drawn(logits, [SamplingParams(temperature=0.0, **penalties)], before=before).token[0]
+        )
 
     assert best() == 0
     assert best(presence_penalty=0.2) == 1  # 1.8 against 1.9
@@ -156,16 +160,18 @@ def test_penalties():
     # Beyond every scale: no NaN, and what the model rules out stays out.
     for repetition in (1e-300, 1e300):
         assert best(repetition_penalty=repetition) in (0, 3)
-    row = Sampling(presence_penalty=-2.0, frequency_penalty=-2.0, repetition_penalty=1e-30, seed=0)
-    many = Before(jnp.tile(said, (300, 1)), jnp.tile(heard, (300, 1)))
+    row = SamplingParams(
+        presence_penalty=-2.0, frequency_penalty=-2.0, repetition_penalty=1e-30, seed=0
+    )
+    many = PenaltyState(jnp.tile(said, (300, 1)), jnp.tile(heard, (300, 1)))
     assert 4 not in drawn(np.tile(logits, (300, 1)), [row] * 300, before=many).token
 
 
 def test_logprobs_are_those_of_the_model():
     logits = random_logits(4, 300)
     logits[3, 7] = logits[3, 200] = 30.0
-    row = Sampling(temperature=0.3, top_k=3, repetition_penalty=2.0, seed=3)
-    before = Before(jnp.ones((4, 300), jnp.int16), jnp.ones((4, 300), bool))
+    row = SamplingParams(temperature=0.3, top_k=3, repetition_penalty=2.0, seed=3)
+    before = PenaltyState(jnp.ones((4, 300), jnp.int16), jnp.ones((4, 300), bool))
     found = drawn(logits, [row] * 4, before=before, logprobs=5)
     wanted = np.log(softmax(logits))
     np.testing.assert_allclose(found.logprob, wanted[np.arange(4), found.token], atol=1e-5)
@@ -191,24 +197,24 @@ def test_logits_that_are_no_numbers_are_told_and_hurt_nobody_else():
 
 def test_nothing_is_wanted_that_nobody_asked_for():
     def names(*rows, logprobs=None):
-        want = Want.of(requests(list(rows), logprobs))
+        want = SamplingFeatures.of(requests(list(rows), logprobs))
         return {name for name, value in vars(want).items() if value}
 
-    assert names() == names(GREEDY, Sampling(temperature=0.0, top_k=4)) == set()
-    assert names(GREEDY, Sampling()) == {"draws"}
-    assert names(Sampling(top_p=0.9)) == names(Sampling(top_k=3)) == {"draws", "cuts"}
-    assert names(Sampling(temperature=0.0, frequency_penalty=0.1)) == {"penalties"}
+    assert names() == names(GREEDY, SamplingParams(temperature=0.0, top_k=4)) == set()
+    assert names(GREEDY, SamplingParams()) == {"draws"}
+    assert names(SamplingParams(top_p=0.9)) == names(SamplingParams(top_k=3)) == {"draws", "cuts"}
+    assert names(SamplingParams(temperature=0.0, frequency_penalty=0.1)) == {"penalties"}
     assert names(GREEDY, logprobs=0) == {"logprobs"}
     assert names(GREEDY, logprobs=1) == {"logprobs", "alternatives"}
 
 
 def test_one_row_is_filled_like_all():
-    odd = Sampling(top_k=2**40, repetition_penalty=1e300, seed=2**32 - 1)
-    rows = [*CUTS.values(), Sampling(temperature=0.0, seed=0), odd]
-    for name, values in vars(Settings.of(rows)).items():
+    odd = SamplingParams(top_k=2**40, repetition_penalty=1e300, seed=2**32 - 1)
+    rows = [*CUTS.values(), SamplingParams(temperature=0.0, seed=0), odd]
+    for name, values in vars(SamplingArrays.of(rows)).items():
         assert np.all(np.isfinite(values)), name
         for value, row in zip(values, rows, strict=True):
-            one = Settings.row(row)[name]
+            one = SamplingArrays.row(row)[name]
             assert (value, values.dtype) == (one, one.dtype)
-    assert Settings.row(odd, seed=5)["seed"] == 5
-    assert np.all(Settings.greedy(3).temperature == 0)
+    assert SamplingArrays.row(odd, seed=5)["seed"] == 5
+    assert np.all(SamplingArrays.greedy(3).temperature == 0)

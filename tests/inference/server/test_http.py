@@ -12,7 +12,7 @@ from support.engines import paused
 from support.http_server import idle, run, serving
 from support.patience import PATIENCE, until
 
-from mor_jax.inference.engine.request import Request, Sampling
+from mor_jax.inference.engine.request import Request, SamplingParams
 from mor_jax.inference.engine.sequence import Sequence
 
 LONG = {"prompt": "a", "max_tokens": 500, "ignore_eos": True}
@@ -28,7 +28,7 @@ def client(server):
 def expected(engine, prompt: bytes, seed=5, **settings):
     """What the engine itself answers: text, tokens, end."""
     asked = {"max_tokens": 8, "ignore_eos": True} | settings
-    request = Request(prompt=tuple(prompt), sampling=Sampling(seed=seed), **asked)
+    request = Request(prompt=tuple(prompt), sampling=SamplingParams(seed=seed), **asked)
     tokens, finished = engine.submit(request).result()
     return "".join(token.text for token in tokens) + finished.text, tokens, finished
 

@@ -9,9 +9,9 @@ from openai.resources.chat.completions import Completions as ChatCompletions
 from openai.resources.completions import Completions
 from openai.types.chat import ChatCompletionMessage
 
-from mor_jax.inference.engine.request import Sampling
+from mor_jax.inference.engine.request import SamplingParams
 from mor_jax.inference.server import schemas
-from mor_jax.inference.server.errors import Refusal
+from mor_jax.inference.server.errors import APIError
 from mor_jax.inference.server.fields import parse_object
 from mor_jax.inference.server.limits import Limits
 from mor_jax.inference.server.startup import read_keys
@@ -45,7 +45,7 @@ USER = {"role": "user", "content": "hi"}
     ids=lambda body: repr(body[:20]),
 )
 def test_bodies_that_are_no_json_object(body):
-    with pytest.raises(Refusal) as caught:
+    with pytest.raises(APIError) as caught:
         parse_object(body)
     assert (caught.value.status, caught.value.code) == (400, "not_json")
     # What was sent is not sent back in length.
@@ -82,7 +82,7 @@ CASES = [(name, value) for name, values in COMPLETIONS.items() for value in valu
 
 @pytest.mark.parametrize(("name", "value"), CASES, ids=lambda value: str(value)[:20])
 def test_completions_that_are_refused(name, value):
-    with pytest.raises(Refusal) as caught:
+    with pytest.raises(APIError) as caught:
         schemas.completion({"prompt": "a", name: value}, LIMITS)
     assert caught.value.status == 400
     assert caught.value.param is not None and caught.value.param.startswith(name)
@@ -116,7 +116,7 @@ CASES = [(name, value) for name, values in CHATS.items() for value in values]
 
 @pytest.mark.parametrize(("name", "value"), CASES, ids=lambda value: str(value)[:20])
 def test_chats_that_are_refused(name, value):
-    with pytest.raises(Refusal) as caught:
+    with pytest.raises(APIError) as caught:
         schemas.chat({"messages": [USER], name: value}, LIMITS)
     assert caught.value.status == 400
     assert caught.value.param is not None and caught.value.param.startswith(name)
@@ -126,7 +126,7 @@ def test_what_asks_for_nothing_is_accepted():
     nothing = {"tools": [], "response_format": {"type": "text"}, "logit_bias": None, "n": None}
     harmless = {"user": "me", "metadata": {"a": "b"}, "store": False, "tool_choice": "none"}
     asked = schemas.chat({"messages": [USER], "top_k": -1} | nothing | harmless, LIMITS)
-    assert asked.options.sampling == Sampling()
+    assert asked.options.sampling == SamplingParams()
     assert (asked.options.n, asked.options.max_tokens, asked.options.logprobs) == (1, None, None)
 
 
@@ -144,7 +144,7 @@ def test_every_parameter_of_openais_client_is_known(kind):
             assert read(base | {name: None}, LIMITS) == read(base, LIMITS), name
         try:
             read(base | {name: object()}, LIMITS)
-        except (Refusal, TypeError) as error:
+        except (APIError, TypeError) as error:
             assert "unknown setting" not in str(error), name
     assert read(base | {"whatever": None}, LIMITS) == read(base, LIMITS)
 
@@ -174,7 +174,7 @@ def test_answers_come_back_as_clients_keep_them():
     for dumped in (*dumps, dumps[0] | {"reasoning_content": "", "provider_fields": {}}):
         asked = schemas.chat({"messages": [USER, dumped, USER]}, LIMITS)
         assert asked.messages[1] == {"role": "assistant", "content": "hi"}
-    with pytest.raises(Refusal, match="reasoning_content='so'"):
+    with pytest.raises(APIError, match="reasoning_content='so'"):
         schemas.chat({"messages": [USER | {"reasoning_content": "so"}]}, LIMITS)
 
 
@@ -186,7 +186,7 @@ def test_all_that_can_be_asked_for():
     asked = schemas.completion(body, LIMITS)
     assert asked.prompts == ((1, 2), (3,))
     # Seeds of 64 bits are folded to the engine's 32.
-    assert asked.options.sampling == Sampling(seed=2**32 - 1, **sampling)
+    assert asked.options.sampling == SamplingParams(seed=2**32 - 1, **sampling)
     assert (asked.options.stop, asked.options.stop_tokens) == (("a", "b"), (3,))
     assert (asked.options.timeout, asked.options.ignore_eos) == (2.0, True)
     parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]

@@ -15,12 +15,12 @@ from support.engines import paused
 from support.http_server import engine_of, idle, run, serving
 from support.patience import PATIENCE, until
 
-from mor_jax.inference.engine.request import Finished, Request, Sampling
+from mor_jax.inference.engine.request import Finished, Request, SamplingParams
 from mor_jax.inference.server import api_server as http_server
 from mor_jax.inference.server.input_processor import Prepared
 from mor_jax.inference.server.limits import Limits
 from mor_jax.inference.server.metrics import Measures
-from mor_jax.inference.server.output_processor import Choice, TextForm
+from mor_jax.inference.server.output_processor import Choice, CompletionFormatter
 from mor_jax.inference.server.responses import Answer
 from mor_jax.inference.server.serving import Generation
 
@@ -133,7 +133,9 @@ def test_clients_that_come_back_as_told_are_answered(engine, going):
     with serving(engine, Limits(keep_alive=0.05)) as server:
         done = run(crowd(server.url))
     tokens, finished = engine.submit(
-        Request(prompt=tuple(b"Once"), max_tokens=8, sampling=Sampling(seed=5), ignore_eos=True)
+        Request(
+            prompt=tuple(b"Once"), max_tokens=8, sampling=SamplingParams(seed=5), ignore_eos=True
+        )
     ).result()
     assert done.choices[0].text == "".join(token.text for token in tokens) + finished.text
     statuses, addresses = zip(*seen, strict=True)
@@ -260,7 +262,7 @@ def test_a_stream_whose_tokens_have_no_text_is_not_silent():
     async def receive():
         await asyncio.Event().wait()
 
-    form = TextForm(lambda token: b"", None, False)
+    form = CompletionFormatter(lambda token: b"", None, False)
     prepared = Prepared(
         form=form, requests=(), echoes=(), prompts=(1,), stream=True, include_usage=False
     )

@@ -9,11 +9,11 @@ from support.http_server import run
 from mor_jax.inference.engine.request import Finished, Token
 from mor_jax.inference.server.input_processor import Prepared
 from mor_jax.inference.server.json_encoding import encode, parts
-from mor_jax.inference.server.output_processor import ChatForm, Choice, TextForm
+from mor_jax.inference.server.output_processor import ChatForm, Choice, CompletionFormatter
 from mor_jax.inference.server.responses import Answer
 
 TOP = tuple((number, -1.0 - number) for number in range(20))
-FORMS = {"text": TextForm, "chat": ChatForm}
+FORMS = {"text": CompletionFormatter, "chat": ChatForm}
 
 
 def value():

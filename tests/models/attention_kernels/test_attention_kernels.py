@@ -15,7 +15,7 @@ from mor_jax.models.attention_kernels import dispatch
 from mor_jax.models.attention_kernels.blockwise import blockwise_attention
 from mor_jax.models.attention_kernels.dispatch import attend, best_implementation, dense_attention
 from mor_jax.models.attention_kernels.splash import splash_attention
-from mor_jax.models.layers.masks import Visibility
+from mor_jax.models.layers.masks import AttentionMask
 
 KERNELS = {
     "blockwise": blockwise_attention,
@@ -44,7 +44,7 @@ def arrays(case: str, dtype=jnp.float32):
     if segments is not None and index is not None:
         chosen = np.take_along_axis(segments, index, 1)
     ids = [None if x is None else jnp.asarray(x, jnp.int32) for x in (index, chosen, segments)]
-    return (q, k, v), grad, Visibility(*ids)
+    return (q, k, v), grad, AttentionMask(*ids)
 
 
 def with_gradients(kernel, inputs, visible, grad):
@@ -58,7 +58,7 @@ def with_gradients(kernel, inputs, visible, grad):
     return run(inputs, visible, grad)
 
 
-def by_hand(inputs, visible: Visibility) -> np.ndarray:
+def by_hand(inputs, visible: AttentionMask) -> np.ndarray:
     """Attention as the definition states it, one query at a time, in NumPy float64."""
     q, k, v = (np.asarray(x, np.float64) for x in inputs)
     (b, c, h, width), shared = q.shape, q.shape[2] // k.shape[2]
@@ -115,7 +115,7 @@ def test_bfloat16_stays_near_float32(kernel):
 @pytest.mark.parametrize("kernel", ["dense", *KERNELS])
 def test_a_query_that_sees_nothing_gets_zeros_and_sends_none(kernel):
     inputs, grad, visible = arrays("gathered_documents")
-    lost = Visibility(visible.q_index, visible.q_segments.at[:, ::3].set(9), visible.k_segments)
+    lost = AttentionMask(visible.q_index, visible.q_segments.at[:, ::3].set(9), visible.k_segments)
     out, d_q, *others = with_gradients(KERNELS.get(kernel, dense_attention), inputs, lost, grad)
     assert not np.any(out[:, ::3]) and not np.any(d_q[:, ::3])
     assert np.all(np.any(out[:, 1::3], axis=(2, 3)))
@@ -156,7 +156,7 @@ def test_rows_and_heads_may_be_cut_over_devices(kernel):
 
 def test_a_repeated_index_in_filler_slots_stays_finite():
     inputs, grad, visible = arrays("gathered_documents")
-    clipped = Visibility(
+    clipped = AttentionMask(
         visible.q_index.at[:, 60:].set(149), visible.q_segments, visible.k_segments
     )
     for kernel in KERNELS.values():
@@ -190,9 +190,9 @@ def test_kernels_are_refused_off_their_devices(kernel, where):
 @pytest.mark.parametrize(
     ("queries", "visible", "message"),
     [
-        (3, Visibility(), "as many queries as keys, got 3 and 4"),
-        (4, Visibility(None, jnp.ones((1, 4), jnp.int32)), r"k_segments=None: .*both or none"),
-        (5, Visibility(jnp.arange(5, dtype=jnp.int32)[None]), "queries=5: more than the 4 keys"),
+        (3, AttentionMask(), "as many queries as keys, got 3 and 4"),
+        (4, AttentionMask(None, jnp.ones((1, 4), jnp.int32)), r"k_segments=None: .*both or none"),
+        (5, AttentionMask(jnp.arange(5, dtype=jnp.int32)[None]), "queries=5: more than the 4 keys"),
     ],
 )
 def test_a_misfit_is_explained(queries, visible, message):

@@ -18,7 +18,7 @@ from mor_jax.config import RouterConfig
 from mor_jax.models.attention_kernels import cudnn, dispatch
 from mor_jax.models.attention_kernels.cudnn import cudnn_attention, cudnn_sizes
 from mor_jax.models.attention_kernels.dispatch import attend, best_implementation, dense_attention
-from mor_jax.models.layers.masks import Visibility
+from mor_jax.models.layers.masks import AttentionMask
 from mor_jax.models.params import abstract_params, forward
 from mor_jax.models.routing.router import Route, capacity_counts
 from mor_jax.planning import gpu_targets
@@ -82,7 +82,7 @@ def test_kernel_and_padding_by_shape(shape):
 )
 def test_what_cannot_be_padded_is_refused_where_cudnn_is_asked_for(gpu, q, words):
     with pytest.raises(ValueError, match=rf"model\.attention='cudnn': .*{words}"):
-        attend(q, q, q, Visibility(), "cudnn")
+        attend(q, q, q, AttentionMask(), "cudnn")
 
 
 def cut(case: str, c: int, n: int, width: int):
@@ -96,7 +96,7 @@ def cut(case: str, c: int, n: int, width: int):
     if segments is not None:
         segments = segments[:, :n].at[:, -3:].set(0)
         chosen = segments if index is None else jnp.take_along_axis(segments, index, 1)
-    seen = Visibility(index, chosen, segments)
+    seen = AttentionMask(index, chosen, segments)
     return (q[:, :c], k[:, :n], v[:, :n]), grad[:, :c], seen
 
 
@@ -127,12 +127,12 @@ def test_whatever_fits_is_not_copied(monkeypatch):
     monkeypatch.setattr(cudnn.jnp, "pad", lambda *x: pytest.fail("padded"))
     monkeypatch.setattr(jax.nn, "dot_product_attention", refusing)
     q = jnp.ones((1, 4, 2, 8), jnp.bfloat16)
-    assert cudnn_attention(q, q, q, Visibility()).shape == q.shape
+    assert cudnn_attention(q, q, q, AttentionMask()).shape == q.shape
 
 
 def test_a_query_that_sees_nothing_gets_zeros(gpu):
     (q, k, v), _, visible = cut("gathered_documents", 27, 41, 8)
-    lost = Visibility(visible.q_index, visible.q_segments.at[:, ::3].set(9), visible.k_segments)
+    lost = AttentionMask(visible.q_index, visible.q_segments.at[:, ::3].set(9), visible.k_segments)
     out = attend(*(x.astype(jnp.bfloat16) for x in (q, k, v)), lost, "cudnn")
     assert not np.any(out[:, ::3]) and np.any(out[:, 1])
 

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mor_jax.models.layers.token_gather import Rows
+from mor_jax.models.layers.token_gather import TokenGather
 
 INDEX = jnp.asarray([[1, 3, 4], [0, 2, 5]], jnp.int32)
 VALID = jnp.asarray([[True, True, True], [True, False, True]])
@@ -12,10 +12,10 @@ X = jnp.asarray(np.random.default_rng(0).normal(size=(2, 6, 2)), jnp.float32)
 
 
 def test_rows_are_taken_and_put_back_where_they_were():
-    rows = Rows.of(INDEX, VALID, 6)
-    taken = rows.take(X)
+    rows = TokenGather.of(INDEX, VALID, 6)
+    taken = rows.gather(X)
     np.testing.assert_array_equal(taken[1], X[1, np.array([0, 2, 5])])
-    put = np.array(rows.put(X, taken + 100))
+    put = np.array(rows.scatter(X, taken + 100))
     want = np.array(X)
     want[0, [1, 3, 4]] += 100
     # Slot 1 of the second row is a filler: read, but never put back.
@@ -25,13 +25,13 @@ def test_rows_are_taken_and_put_back_where_they_were():
 
 
 def test_gradients_equal_those_of_indexing():
-    rows, weights = Rows.of(INDEX, VALID, 6), jnp.cos(jnp.arange(24.0)).reshape(2, 6, 2)
+    rows, weights = TokenGather.of(INDEX, VALID, 6), jnp.cos(jnp.arange(24.0)).reshape(2, 6, 2)
     batch = jnp.arange(2)[:, None]
     # Fillers point nowhere: indices beyond the row are dropped.
     aim = jnp.where(VALID, INDEX, 6)
 
     def ours(x):
-        return jnp.sum(weights * rows.put(x * x, jnp.sin(rows.take(x))))
+        return jnp.sum(weights * rows.scatter(x * x, jnp.sin(rows.gather(x))))
 
     def plain(x):
         taken = x.at[batch, aim].get(mode="fill", fill_value=0)
@@ -43,6 +43,6 @@ def test_gradients_equal_those_of_indexing():
 
 
 def test_without_fillers_every_slot_counts():
-    rows = Rows.of(INDEX, None, 6)
+    rows = TokenGather.of(INDEX, None, 6)
     assert rows.chosen.sum(axis=1).tolist() == [3, 3]
-    np.testing.assert_array_equal(rows.put(X, rows.take(X)), X)
+    np.testing.assert_array_equal(rows.scatter(X, rows.gather(X)), X)
