@@ -32,7 +32,7 @@ import jax
 import numpy as np
 import timing
 
-from mor_jax.checkpoint.checkpointer import Checkpoints
+from mor_jax.checkpoint.checkpointer import Checkpointer
 from mor_jax.config import TrainConfig
 from mor_jax.distributed import mesh as sharding
 from mor_jax.models.params import abstract_params, logical_axes
@@ -191,7 +191,7 @@ def final_arrays(workdir: Path) -> dict[str, bytes]:
     cfg = TrainConfig.from_dict(json.loads((workdir / "config.json").read_text()))
     mesh = sharding.make_mesh(cfg.mesh, jax.devices()[:1])
     placement = sharding.param_shardings(mesh, logical_axes(cfg.model), abstract_params(cfg.model))
-    with Checkpoints(workdir, cfg.checkpoint) as checkpoints:
+    with Checkpointer(workdir, cfg.checkpoint) as checkpoints:
         state = checkpoints.restore(fields(abstract_state(cfg, mesh, placement))).state
     leaves = jax.tree_util.tree_leaves_with_path(state)
     return {jax.tree_util.keystr(path): np.asarray(leaf).tobytes() for path, leaf in leaves}

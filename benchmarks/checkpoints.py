@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import timing
 from absl import logging
 
-from mor_jax.checkpoint.checkpointer import Checkpoints
+from mor_jax.checkpoint.checkpointer import Checkpointer
 from mor_jax.config import CheckpointConfig
 from mor_jax.runtime.host_memory import keep_freed_memory
 
@@ -52,7 +52,7 @@ def measure(parameters: int, layout: str, rounds: int) -> dict:
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), state)
     waits, saves, restores = [], [], []
     with tempfile.TemporaryDirectory() as directory:
-        with Checkpoints(
+        with Checkpointer(
             directory, CheckpointConfig(max_to_keep=1), merged=LAYOUTS[layout]
         ) as store:
             for step in range(1, rounds + 2):
@@ -88,7 +88,7 @@ def memory_over(saves: int, parameters: int) -> list[int]:
     state, found = state_of(parameters), []
     with (
         tempfile.TemporaryDirectory() as directory,
-        Checkpoints(directory, CheckpointConfig(max_to_keep=2)) as store,
+        Checkpointer(directory, CheckpointConfig(max_to_keep=2)) as store,
     ):
         for step in range(1, saves + 1):
             store.save(step, state, step, {})

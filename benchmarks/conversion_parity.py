@@ -30,7 +30,7 @@ import transformers
 import yaml
 from transformers import AutoModelForCausalLM
 
-from mor_jax.checkpoint.lazy_arrays import Lazy, nested
+from mor_jax.checkpoint.lazy_arrays import LazyArrays, nested
 from mor_jax.config import ModelConfig
 from mor_jax.convert.exports import ExportOptions, export
 from mor_jax.convert.imports import ImportOptions, import_run
@@ -141,7 +141,7 @@ def ties(state: dict[str, torch.Tensor]) -> set[frozenset[str]]:
     return {frozenset(group) for group in groups.values()}
 
 
-def same_arrays(left: Lazy, right: Lazy) -> bool:
+def same_arrays(left: LazyArrays, right: LazyArrays) -> bool:
     """Same paths and bits."""
     same = (np.array_equal(left.read(name), right.read(name)) for name in left.specs)
     return left.specs.keys() == right.specs.keys() and all(same)

@@ -193,8 +193,8 @@ def make(size: str, folder: Path) -> None:
     import jax
     import numpy as np
 
-    from mor_jax.checkpoint.checkpointer import Checkpoints
-    from mor_jax.checkpoint.lazy_arrays import Lazy, Spec, nested
+    from mor_jax.checkpoint.checkpointer import Checkpointer
+    from mor_jax.checkpoint.lazy_arrays import ArraySpec, LazyArrays, nested
     from mor_jax.checkpoint.run_dir import claim_workdir
     from mor_jax.convert.names import array_shapes, entries
 
@@ -206,9 +206,11 @@ def make(size: str, folder: Path) -> None:
     def draw(name: str):
         return jax.device_put(rng.standard_normal(shapes[name], np.float32) * np.float32(0.02))
 
-    params = nested(Lazy("random", {name: Spec(shape) for name, shape in shapes.items()}, draw))
+    params = nested(
+        LazyArrays("random", {name: ArraySpec(shape) for name, shape in shapes.items()}, draw)
+    )
     claim_workdir(folder, cfg)
-    with Checkpoints(folder, cfg.checkpoint) as checkpoints:
+    with Checkpointer(folder, cfg.checkpoint) as checkpoints:
         checkpoints.save(1, {"params": params, "step": jax.numpy.int32(1)}, 0, cfg.to_dict())
 
 

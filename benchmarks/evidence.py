@@ -23,7 +23,7 @@ from evidencing.report import report
 from evidencing.variants import MAIN
 
 from mor_jax.runtime import exit_codes
-from mor_jax.scaling.runs.local import Event, Local, StudyStopped, run_local
+from mor_jax.scaling.runs.local import Event, LocalOptions, StudyStopped, run_local
 from mor_jax.scaling.runs.points import RESULTS, read_points
 from mor_jax.scaling.study.manifest import Manifest, read, write
 
@@ -43,7 +43,7 @@ def parse_args() -> argparse.Namespace:
 
 def train(study: str, manifest: Manifest, jobs: int) -> dict[str, str]:
     """Runs what is left to run; returns what failed."""
-    how = Local(train=ROOT / "launch" / "train.py", jobs=jobs)
+    how = LocalOptions(train=ROOT / "launch" / "train.py", jobs=jobs)
 
     def tell(event: Event) -> None:
         print(f"{event.kind} {event.run.name}: {event.text}", file=sys.stderr, flush=True)

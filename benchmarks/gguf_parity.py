@@ -31,7 +31,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mor_jax.checkpoint.lazy_arrays import nested
 from mor_jax.convert.import_gguf import import_gguf
-from mor_jax.convert.imported import Imported
+from mor_jax.convert.imported import ImportedModel
 from mor_jax.convert.parity.compare import by_magnitude
 from mor_jax.data import Tokenizer, load_tokenizer
 from mor_jax.models.params import forward, unembed
@@ -63,7 +63,7 @@ def texts_of(repository: Path) -> list[str]:
     return TEXTS + lines[::10]
 
 
-def logits_of(imported: Imported, params: Params, ids: np.ndarray) -> np.ndarray:
+def logits_of(imported: ImportedModel, params: Params, ids: np.ndarray) -> np.ndarray:
     """Our float32 logits [b l v]."""
 
     @jax.jit
@@ -74,7 +74,9 @@ def logits_of(imported: Imported, params: Params, ids: np.ndarray) -> np.ndarray
     return np.asarray(run(params, jnp.asarray(ids, jnp.int32)))
 
 
-def completion(imported: Imported, params: Params, prompt: np.ndarray, number: int) -> np.ndarray:
+def completion(
+    imported: ImportedModel, params: Params, prompt: np.ndarray, number: int
+) -> np.ndarray:
     """The likeliest token, `number` times."""
 
     @jax.jit

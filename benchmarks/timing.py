@@ -20,7 +20,7 @@ import numpy as np
 
 from mor_jax.config import TrainConfig
 from mor_jax.models.params import init_params, new_state
-from mor_jax.models.routing.router import capacity_counts
+from mor_jax.models.routing.router import capacity_tokens
 from mor_jax.runtime.host_memory import keep_freed_memory
 from mor_jax.runtime.platform import skip_absent
 from mor_jax.training.compiled_step import jitted_steps
@@ -64,7 +64,7 @@ class Trainer:
         params = params if change is None else change(params)
         optimizer = make_optimizer(cfg.optim, cfg.steps, params)
         self.state = new_state(params, optimizer.init(params))
-        step = jitted_steps(cfg)(capacity_counts(cfg.model, cfg.seq_len))
+        step = jitted_steps(cfg)(capacity_tokens(cfg.model, cfg.seq_len))
         self._compiled = step.lower(self.state, self.batch).compile()
         self.temp_bytes = self._compiled.memory_analysis().temp_size_in_bytes
 

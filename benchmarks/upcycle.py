@@ -37,12 +37,12 @@ from mor_jax import data
 from mor_jax.checkpoint.lazy_arrays import nested
 from mor_jax.config import DataConfig, EvalConfig, ModelConfig, OptimConfig, TrainConfig
 from mor_jax.convert.import_gguf import import_gguf
-from mor_jax.convert.imported import Imported
+from mor_jax.convert.imported import ImportedModel
 from mor_jax.convert.init_strategies import STRATEGIES
-from mor_jax.convert.upcycle import Upcycling, upcycle, upcycled_config
+from mor_jax.convert.upcycle import UpcycleOptions, upcycle, upcycled_config
 from mor_jax.models.param_count import unique_parameters
 from mor_jax.models.params import init_params
-from mor_jax.models.routing.router import capacity_counts
+from mor_jax.models.routing.router import capacity_tokens
 from mor_jax.runtime.host_memory import keep_freed_memory
 from mor_jax.training.compiled_step import first_state, jitted_steps
 from mor_jax.training.evaluator import Evaluator
@@ -51,24 +51,24 @@ from mor_jax.types import Params
 FAMILIES = {"none": "recursive", "expert": "expert-choice MoR"}
 
 
-def starts(imported: Imported, recursions: int) -> Iterator[tuple[str, str, ModelConfig]]:
+def starts(imported: ImportedModel, recursions: int) -> Iterator[tuple[str, str, ModelConfig]]:
     """(family, start, configuration) of every row of the table, the plain model first."""
     yield "plain", "pretrained", imported.cfg
     for routing, family in FAMILIES.items():
-        wish = Upcycling(recursions=recursions, routing=routing)
+        wish = UpcycleOptions(recursions=recursions, routing=routing)
         cfg = upcycled_config(imported.cfg, wish)
         for init in (*STRATEGIES, "random weights"):
             yield family, init, cfg
 
 
-def weights(imported: Imported, family: str, start: str, cfg: ModelConfig) -> Params:
+def weights(imported: ImportedModel, family: str, start: str, cfg: ModelConfig) -> Params:
     """Parameters of one of `starts`."""
     if start == "random weights":
         return jax.jit(partial(init_params, cfg, 0))()
     params = imported.params
     if family != "plain":
         routing = next(kind for kind, name in FAMILIES.items() if name == family)
-        wish = Upcycling(recursions=cfg.num_recursions, routing=routing, init=start)
+        wish = UpcycleOptions(recursions=cfg.num_recursions, routing=routing, init=start)
         params = upcycle(imported.cfg, cfg, params, wish)
     return jax.tree.map(jnp.asarray, nested(params))
 
@@ -77,13 +77,13 @@ def measure(cfg: TrainConfig, params: Params, tokenizer: data.Tokenizer) -> dict
     """Held-out losses before and after `cfg.steps` steps, and how long a step took."""
     heldout = data.Layout(length=cfg.seq_len, batch_size=cfg.eval.batch_size)
     evaluator = Evaluator.of(
-        cfg, data.heldout_batches(cfg.data, tokenizer, heldout, cfg.eval.batches)
+        cfg, data.validation_batches(cfg.data, tokenizer, heldout, cfg.eval.batches)
     )
     before = evaluator(params)
     # Donated by the first step: nothing may hold on to them.
     state = first_state(cfg, params)
     del params
-    step = jitted_steps(cfg)(capacity_counts(cfg.model, cfg.seq_len))
+    step = jitted_steps(cfg)(capacity_tokens(cfg.model, cfg.seq_len))
     layout = data.Layout(length=cfg.seq_len, batch_size=cfg.batch_size)
     batches = data.train_batches(cfg.data, tokenizer, layout, seed=0)
     seconds, losses = [], []
@@ -123,7 +123,7 @@ def config(model: ModelConfig, folder: Path, args: argparse.Namespace) -> TrainC
     return cfg
 
 
-def write_files(folder: Path, imported: Imported) -> None:
+def write_files(folder: Path, imported: ImportedModel) -> None:
     """Text and tokenizer, as a run reads them."""
     for name in ("text", "tokenizer"):
         (folder / name).mkdir()

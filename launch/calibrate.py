@@ -48,7 +48,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     try:
         option_names.check_filled(options, "name", "workdir")
-        aim = calibrate.Aim(
+        aim = calibrate.CalibrationTarget(
             shares=_numbers(options.shares), depth=options.mean_depth, points=_points(options)
         )
         found = load_run(options.workdir, options.step)

@@ -55,13 +55,13 @@ def main(argv: list[str] | None = None) -> int:
 def _once(options: argparse.Namespace, others: list[str]) -> None:
     from mor_jax.checkpoint.load_weights import load_run
     from mor_jax.evaluation.plot import check_path, draw
-    from mor_jax.evaluation.results import Records
+    from mor_jax.evaluation.results import EvalLog
 
     if options.figure:
         check_path(options.figure)
     found = load_run(options.workdir, options.step)
     questions = _questions(options, others, found.cfg)
-    records = Records(options.output, questions.told()) if options.output else None
+    records = EvalLog(options.output, questions.result()) if options.output else None
     answer = questions(found)
     # First of all: a full disk takes no result away.
     print(json.dumps(answer.to_dict()) if options.json else "\n".join(answer.lines()), flush=True)
@@ -74,13 +74,15 @@ def _once(options: argparse.Namespace, others: list[str]) -> None:
 def _watch(options: argparse.Namespace, others: list[str]) -> None:
     from mor_jax.checkpoint import run_dir
     from mor_jax.evaluation.eval_runner import line
-    from mor_jax.evaluation.results import FILE, Records
-    from mor_jax.evaluation.watch_checkpoints import Watch
+    from mor_jax.evaluation.results import FILE, EvalLog
+    from mor_jax.evaluation.watch_checkpoints import CheckpointWatcher
 
-    path = run_dir.resolved(options.workdir)
+    path = run_dir.resolved_path(options.workdir)
     questions = _questions(options, others, run_dir.read_config(path))
-    records = Records(options.output or path / FILE, questions.told())
-    watch = Watch(path, records, poll=30.0 if options.poll is None else options.poll, told=_note)
+    records = EvalLog(options.output or path / FILE, questions.result())
+    watch = CheckpointWatcher(
+        path, records, poll=30.0 if options.poll is None else options.poll, told=_note
+    )
     for record in watch(lambda found: questions(found).record()):
         print(json.dumps(record) if options.json else line(record), flush=True)
 

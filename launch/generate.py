@@ -48,10 +48,10 @@ def _generate(typed: argparse.Namespace) -> int:
 
     from mor_jax.config.parsing import size
     from mor_jax.inference.cli.generate import Options, generate
-    from mor_jax.inference.cli.prompts import ANSWER, Wishes
+    from mor_jax.inference.cli.prompts import ANSWER, PromptSettings
     from mor_jax.inference.engine.request import Stopped
 
-    given, settings = dict(vars(typed)), Wishes.__dataclass_fields__
+    given, settings = dict(vars(typed)), PromptSettings.__dataclass_fields__
     wishes = {name: given.pop(name) for name in settings}
     prompts, cache = tuple(given.pop("prompt")), given.pop("cache")
     try:
@@ -59,7 +59,7 @@ def _generate(typed: argparse.Namespace) -> int:
         options = Options(
             **given,
             prompts=prompts,
-            wishes=Wishes(**{**wishes, "stop": tuple(wishes["stop"])}),
+            wishes=PromptSettings(**{**wishes, "stop": tuple(wishes["stop"])}),
             cache_bytes=None if cache is None else size("cache", cache),
         )
         console = Console(highlight=False, markup=False, emoji=False)

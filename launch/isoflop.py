@@ -144,10 +144,10 @@ def _run(options: argparse.Namespace, rest: list[str]) -> int:
 
 
 def _locally(options: argparse.Namespace, manifest: Any, settings: list[str]) -> int:
-    from mor_jax.scaling.runs.local import Local, StudyStopped, run_local
+    from mor_jax.scaling.runs.local import LocalOptions, StudyStopped, run_local
     from mor_jax.scaling.runs.watch import Watch
 
-    how = Local(
+    how = LocalOptions(
         train=ROOT / "launch" / "train.py",
         jobs=options.jobs,
         retries=options.retries,

@@ -71,7 +71,7 @@ def _plans() -> list:
     from mor_jax.planning.build import make_plan
     from mor_jax.planning.fitting import try_others
     from mor_jax.planning.report import TooLarge
-    from mor_jax.planning.variants import siblings
+    from mor_jax.planning.variants import sibling_variants
 
     topology = parse_topology(_TOPOLOGY.value)
     configs = [_CONFIG.value]
@@ -79,7 +79,7 @@ def _plans() -> list:
         flag = flags.FLAGS["config"]
         file, _, choices = config_flags.get_config_filename(flag).partition(":")
         overrides = config_flags.get_override_values(flag)
-        configs = siblings(choices, Path(file).resolve().parent, overrides)
+        configs = sibling_variants(choices, Path(file).resolve().parent, overrides)
     plans = []
     for values in configs:
         cfg = TrainConfig.from_dict(values.to_dict())

@@ -66,7 +66,7 @@ def _serve(options: argparse.Namespace) -> int:
     from mor_jax.inference.engine.engine import Engine, EngineConfig
     from mor_jax.inference.load_model import load_model
     from mor_jax.inference.server.api_server import Server, address, bind, run
-    from mor_jax.inference.server.app import Api
+    from mor_jax.inference.server.app import ApiApp
     from mor_jax.inference.server.startup import announce, log_to_stderr, read_keys
 
     limits = _limits(options)
@@ -91,7 +91,7 @@ def _serve(options: argparse.Namespace) -> int:
         recursions=options.recursions,
     )
     with Engine(served, cfg) as engine:
-        api = Api(engine, limits, keys)
+        api = ApiApp(engine, limits, keys)
         url = address(bound)
         ready = functools.partial(announce, engine, url, api.chats, len(keys))
         return run(Server(api, engine, limits, ready), bound)

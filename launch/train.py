@@ -9,7 +9,7 @@ from typing import NoReturn
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-from mor_jax.runtime.preemption import Diverged, ImmediateExit, Signals, Stopped, StoppedAtOnce
+from mor_jax.runtime.preemption import Diverged, ImmediateExit, Signals, Stopped, StoppedEarly
 
 _SIGNALS = Signals()
 if __name__ == "__main__":
@@ -62,7 +62,7 @@ def main(_: list[str]) -> None:
         initialize.shutdown()
     except Stopped as stopped:
         print(f"stopped: {stopped}", file=sys.stderr)
-        if not isinstance(stopped, StoppedAtOnce):
+        if not isinstance(stopped, StoppedEarly):
             initialize.shutdown()
         _leave("", stopped.code)
     except Diverged as diverged:
@@ -75,7 +75,7 @@ def main(_: list[str]) -> None:
     except (ValueError, WriteFailed) as error:
         told = option_names.as_typed(error, option_names.flags_given())
         print(f"error: {told}", file=sys.stderr, flush=True)
-        initialize.linger()
+        initialize.wait_for_others()
         _leave("", exit_codes.of(error))
 
 

@@ -14,17 +14,17 @@ from gpu_compiling.matrix import ENGINE, Case, config
 from mor_jax.config import TrainConfig
 from mor_jax.data.tokenizers.load import load_tokenizer
 from mor_jax.distributed import mesh as sharding
-from mor_jax.inference.config import EngineConfig, plan
-from mor_jax.inference.engine.batch_state import Held, Slots
+from mor_jax.inference.config import EngineConfig, plan_cache
+from mor_jax.inference.engine.batch_state import BatchState, SequenceBlocks
 from mor_jax.inference.engine.model_runner import CHUNK_TOKENS, GROUP_TOKENS
 from mor_jax.inference.engine.sampling import SamplingFeatures
-from mor_jax.inference.engine.step_functions import Prompt, Step, StepFunctions
+from mor_jax.inference.engine.step_functions import DecodeInput, PrefillInput, StepFunctions
 from mor_jax.inference.load_model import LoadedModel, expected_shares
 from mor_jax.models.decode.layer import Weights
 from mor_jax.models.decode.paged_cache import BlockTables
 from mor_jax.models.flops import flops
 from mor_jax.models.params import abstract_params
-from mor_jax.models.routing.router import capacity_counts
+from mor_jax.models.routing.router import capacity_tokens
 from mor_jax.planning import aot
 from mor_jax.planning.aot import parse_topology
 from mor_jax.planning.gpu_targets import TARGETS, gpu_devices
@@ -50,7 +50,7 @@ def compiled(case: Case) -> dict[str, Any]:
     text, stats = program.as_text() or "", program.memory_analysis()
     fresh = stats.output_size_in_bytes - stats.alias_size_in_bytes
     return {
-        "capacities": capacity_counts(cfg.model, cfg.seq_len),
+        "capacities": capacity_tokens(cfg.model, cfg.seq_len),
         "arguments": stats.argument_size_in_bytes,
         "temporaries": stats.temp_size_in_bytes,
         "peak": stats.argument_size_in_bytes + fresh + stats.temp_size_in_bytes,
@@ -81,7 +81,7 @@ def _model(case: Case, cfg: TrainConfig, mesh: Mesh) -> jax.stages.Lowered:
     """The train step, or an evaluation of one batch."""
     state, batch = aot.abstract(cfg, mesh)
     if case.program == "train":
-        return compiled_step.jitted_steps(cfg)(capacity_counts(cfg.model, cfg.seq_len)).lower(
+        return compiled_step.jitted_steps(cfg)(capacity_tokens(cfg.model, cfg.seq_len)).lower(
             state, batch
         )
     step = jax.jit(partial(eval_step, cfg), static_argnums=2)
@@ -91,7 +91,7 @@ def _model(case: Case, cfg: TrainConfig, mesh: Mesh) -> jax.stages.Lowered:
 def _engine(case: Case, cfg: TrainConfig, mesh: Mesh) -> jax.stages.Lowered:
     """A tick of full slots, or a piece of a prompt, as `serve.runner` has them on a GPU."""
     engine = EngineConfig(slots=SLOTS, cache_bytes=2**32, dtype="bfloat16", piece=PIECE, page=PAGE)
-    made = plan(_served(cfg), engine)
+    made = plan_cache(_served(cfg), engine)
     model = made.geometry.cfg
     chunk = CHUNK_TOKENS.get("gpu", 16384) // PAGE
     group = GROUP_TOKENS.get("gpu", PIECE)
@@ -100,7 +100,7 @@ def _engine(case: Case, cfg: TrainConfig, mesh: Mesh) -> jax.stages.Lowered:
     ).compiled()
 
     def arguments() -> tuple[Any, ...]:
-        slots = Slots.empty(made.geometry, made.slots)
+        slots = BatchState.empty(made.geometry, made.slots)
         return slots, made.geometry.cache(made.end_pages, made.block_pages)
 
     slots, cache = jax.eval_shape(arguments)
@@ -111,7 +111,7 @@ def _engine(case: Case, cfg: TrainConfig, mesh: Mesh) -> jax.stages.Lowered:
     placed = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(np.shape(x), x.dtype, sharding=where), given
     )
-    return (programs.tick if case.program == "decode" else programs.prefill).lower(*placed)
+    return (programs.decode_step if case.program == "decode" else programs.prefill).lower(*placed)
 
 
 def _served(cfg: TrainConfig) -> LoadedModel:
@@ -130,18 +130,20 @@ def _served(cfg: TrainConfig) -> LoadedModel:
     )
 
 
-def _held(made: Any) -> Held:
+def _held(made: Any) -> SequenceBlocks:
     rows, lists, most = made.slots + 1, made.geometry.lists, -(-made.max_length // PAGE)
 
     def whole(*shape: int) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, np.int32)
 
-    return Held(BlockTables(whole(rows, most), whole(rows, lists, most)), whole(rows, lists))
+    return SequenceBlocks(
+        BlockTables(whole(rows, most), whole(rows, lists, most)), whole(rows, lists)
+    )
 
 
-def _step(rows: int) -> Step:
-    return Step(np.zeros(rows, np.int32), np.zeros(rows, bool), SamplingFeatures.of([]))
+def _step(rows: int) -> DecodeInput:
+    return DecodeInput(np.zeros(rows, np.int32), np.zeros(rows, bool), SamplingFeatures.of([]))
 
 
-def _prompt() -> Prompt:
-    return Prompt(np.int32(0), np.int32(0), np.int32(0), np.zeros(PIECE, np.int32))
+def _prompt() -> PrefillInput:
+    return PrefillInput(np.int32(0), np.int32(0), np.int32(0), np.zeros(PIECE, np.int32))

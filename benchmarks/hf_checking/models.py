@@ -9,12 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
-from mor_jax.checkpoint.lazy_arrays import flatten, held
+from mor_jax.checkpoint.lazy_arrays import flatten, from_arrays
 from mor_jax.config import ModelConfig, RopeScaling, RouterConfig, TrainConfig
 from mor_jax.convert.exports import ExportOptions, export
 from mor_jax.convert.run_source import RunSource
 from mor_jax.models.params import forward, init_params, unembed
-from mor_jax.models.routing.router import Route, capacity_counts
+from mor_jax.models.routing.router import Route, capacity_tokens
 from mor_jax.training.losses import batch_counts
 from mor_jax.training.train_step import loss_fn
 from mor_jax.types import IGNORE, Batch, Params
@@ -79,7 +79,7 @@ def write(name: str, folder: Path) -> Path:
         path=epath.Path(folder) / f"{name}-run",
         cfg=TrainConfig(model=cfg, seq_len=LENGTH),
         step=0,
-        params=held(dict(flatten(params))),
+        params=from_arrays(dict(flatten(params))),
         tokenizer=None,
         source=None,
         evaluated={},
@@ -133,7 +133,7 @@ def _losses(cfg: ModelConfig, params: Params, rows: np.ndarray) -> np.ndarray:
     targets = np.concatenate([rows[:, 1:], np.full((len(rows), 1), IGNORE)], axis=1)
     batch = Batch(jnp.asarray(rows, jnp.int32), jnp.asarray(targets, jnp.int32))
     run = TrainConfig(model=cfg, batch_size=TRAIN[0], seq_len=TRAIN[1])
-    counts = batch_counts(cfg, batch, capacity_counts(cfg, TRAIN[1]))
+    counts = batch_counts(cfg, batch, capacity_tokens(cfg, TRAIN[1]))
 
     @jax.jit
     def step(params: Params):

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import jax.numpy as jnp
 import numpy as np
 
-from mor_jax.calibration.calibrator import Calibrator, Text
+from mor_jax.calibration.calibrator import CalibrationText, Calibrator
 from mor_jax.config import ModelConfig, TrainConfig
 from mor_jax.data.tokenizers.base import Tokenizer
 from mor_jax.inference.calibration_targets import trained_shares
@@ -25,7 +25,7 @@ def random_served(name: str, cfg: ModelConfig, tokenizer: Tokenizer, seed: int =
     params, thresholds = init_params(cfg, seed), None
     if cfg.router.kind != "none":
         run = TrainConfig(model=cfg, seq_len=_LENGTH, batch_size=_ROWS)
-        text = Text("random tokens", tuple(_random(cfg)), ())
+        text = CalibrationText("random tokens", tuple(_random(cfg)), ())
         thresholds = Calibrator(run, params, text).thresholds(trained_shares(cfg))
     return LoadedModel(
         name=name,

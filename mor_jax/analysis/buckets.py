@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from mor_jax.analysis.observe import Observed, Pass
+from mor_jax.analysis.observe import RoutingPass, RoutingRecord
 from mor_jax.analysis.output import number
 
 POSITIONS = 16
@@ -26,7 +26,7 @@ class Buckets:
     names: Sequence[str]
     extra: Sequence[dict[str, Any]]
 
-    def records(self, routing: str, one: Pass, recursions: int) -> list[dict[str, Any]]:
+    def records(self, routing: str, one: RoutingPass, recursions: int) -> list[dict[str, Any]]:
         """A record a group that has tokens: how many, mean depth, shares by depth, losses."""
         size, known = len(self.names), self.label >= 0
         label, depth = self.label[known], one.depth[known].astype(np.int64)
@@ -62,7 +62,7 @@ def _means(label: np.ndarray, values: np.ndarray, size: int) -> np.ndarray:
         return total / np.bincount(label[fine], minlength=size)
 
 
-def by_position(observed: Observed) -> Buckets:
+def by_position(observed: RoutingRecord) -> Buckets:
     """16 equal stretches of the row, fewer in shorter rows."""
     length = observed.rows.length
     edges = np.unique(np.linspace(0, length, min(POSITIONS, length) + 1).astype(int))
@@ -73,14 +73,14 @@ def by_position(observed: Observed) -> Buckets:
     return Buckets("position", label, names, extra)
 
 
-def by_token(observed: Observed, texts: dict[int, str]) -> Buckets:
+def by_token(observed: RoutingRecord, texts: dict[int, str]) -> Buckets:
     """Each token number. texts: what people see of it."""
     kinds, label = np.unique(observed.token, return_inverse=True)
     names = [texts[kind] for kind in kinds.tolist()]
     return Buckets("token", label, names, [{"token": kind} for kind in kinds.tolist()])
 
 
-def by_loss(observed: Observed, one: Pass, which: str) -> Buckets:
+def by_loss(observed: RoutingRecord, one: RoutingPass, which: str) -> Buckets:
     """Tenths of equally many tokens by `loss` (of the token) or `ahead` (of the next one)."""
     values = getattr(one, which)
     fine = np.isfinite(values)
@@ -100,7 +100,7 @@ def by_loss(observed: Observed, one: Pass, which: str) -> Buckets:
     )
 
 
-def by_frequency(observed: Observed, share: np.ndarray) -> Buckets:
+def by_frequency(observed: RoutingRecord, share: np.ndarray) -> Buckets:
     """Kinds of tokens in order of frequency, each group about a tenth of the training text.
 
     A kind is not divided, so common ones may fill groups of their own. Those that the training text

@@ -7,9 +7,9 @@ from typing import Any
 
 from mor_jax.analysis import maps, recursions, statistics
 from mor_jax.analysis.observe import Model, observe, routed_model
-from mor_jax.analysis.output import Place
+from mor_jax.analysis.output import AnalysisOutput
 from mor_jax.analysis.parts_of_speech import check_tagger
-from mor_jax.analysis.reading import Rows, Wanted, read, utf8
+from mor_jax.analysis.reading import TextRequest, TokenBatches, read, utf8
 from mor_jax.checkpoint.load_weights import RunWeights, load_run
 from mor_jax.config.parsing import check
 
@@ -45,13 +45,13 @@ def run(given: Given, stdin: Stdin) -> Result:
     return commands[given["command"]](found, given, stdin)
 
 
-def _wanted(given: Given) -> Wanted:
+def _wanted(given: Given) -> TextRequest:
     names = ("text", "prompt", "tokens", "length", "window", "batch_size")
     sources = None if given["source"] is None else tuple(given["source"])
-    return Wanted(sources=sources, **{name: given[name] for name in names})
+    return TextRequest(sources=sources, **{name: given[name] for name in names})
 
 
-def _place(found: RunWeights, given: Given, rows: Rows) -> Place:
+def _place(found: RunWeights, given: Given, rows: TokenBatches) -> AnalysisOutput:
     """Where the answer goes, and the question: all but where it goes and how it is told.
 
     Raises `ValueError` where it may not go, before there is one.
@@ -63,10 +63,10 @@ def _place(found: RunWeights, given: Given, rows: Rows) -> Place:
     }
     asked |= {"workdir": str(found.path), "step": found.step, "digest": rows.digest}
     default = f"{given['command']}-{found.step}"
-    return Place.of(given["output"], asked, default, given["overwrite"])
+    return AnalysisOutput.of(given["output"], asked, default, given["overwrite"])
 
 
-def _head(model: object, rows: Rows, notes: tuple[str, ...] = ()) -> list[str]:
+def _head(model: object, rows: TokenBatches, notes: tuple[str, ...] = ()) -> list[str]:
     told = f"{rows.name}: {rows.tokens:,} tokens in rows of {rows.length}"
     return [str(model), told, *(f"  {note}" for note in (*rows.notes, *notes))]
 
@@ -75,7 +75,7 @@ def _map(found: RunWeights, given: Given, stdin: Stdin) -> Result:
     model: Model = routed_model(found, given["calibration"], given["recursions"])
     rows = read(model.cfg, model.tokenizer, _wanted(given), stdin)
     place = _place(found, given, rows)
-    made = maps.make(observe(model, rows))
+    made = maps.make_map(observe(model, rows))
     files = place.write(made.facts(), made.files())
     return Result(_head(model, rows, model.notes), made.lines(), made.facts(), files)
 
@@ -95,7 +95,7 @@ def _statistics(found: RunWeights, given: Given, stdin: Stdin) -> Result:
 
 
 def _depth(found: RunWeights, given: Given, stdin: Stdin) -> Result:
-    model = recursions.shallow(found, given["calibration"], numbers(given["recursions"]))
+    model = recursions.truncate_model(found, given["calibration"], numbers(given["recursions"]))
     rows = read(model.cfg, model.tokenizer, _wanted(given), stdin)
     place = _place(found, given, rows)
     text = found.cfg.eval.prompt

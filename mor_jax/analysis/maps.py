@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from mor_jax.analysis.observe import ROUTINGS, Observed, scores
+from mor_jax.analysis.observe import ROUTINGS, RoutingRecord, scores
 from mor_jax.analysis.output import Write, json_lines, number
 from mor_jax.analysis.page import Page, Token
 from mor_jax.inference.token_bytes import token_bytes
@@ -21,14 +21,14 @@ END = "‖"
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Map:
+class DepthMap:
     """What every token of `observed` did.
 
     pieces: what is shown of each, "" inside a character, a sign and a new line where a document
     ends. records: as docs/analysis.md describes them.
     """
 
-    observed: Observed
+    observed: RoutingRecord
     pieces: list[str]
     records: list[dict[str, Any]]
 
@@ -106,16 +106,16 @@ class Map:
         return pieces
 
 
-def make(observed: Observed) -> Map:
+def make_map(observed: RoutingRecord) -> DepthMap:
     """The map of what was observed."""
     pieces = plain_text(observed)
     records = _records(observed, pieces)
     for place in np.flatnonzero(observed.token == observed.model.tokenizer.eos_id):
         pieces[place] = f"{END}\n"
-    return Map(observed, pieces, records)
+    return DepthMap(observed, pieces, records)
 
 
-def plain_text(observed: Observed) -> list[str]:
+def plain_text(observed: RoutingRecord) -> list[str]:
     """The text that each token adds, none where a document ends."""
     decode, pieces = observed.model.tokenizer.decode, []
     for start, end in stretches(observed):
@@ -125,13 +125,13 @@ def plain_text(observed: Observed) -> list[str]:
     return pieces
 
 
-def stretches(observed: Observed) -> list[tuple[int, int]]:
+def stretches(observed: RoutingRecord) -> list[tuple[int, int]]:
     """Where connected text begins and ends: rows of a source, or all of one text."""
     starts = [0] if observed.rows.joined else observed.row_starts().tolist()
     return list(zip(starts, [*starts[1:], len(observed.token)], strict=True))
 
 
-def _records(observed: Observed, pieces: Sequence[str]) -> list[dict[str, Any]]:
+def _records(observed: RoutingRecord, pieces: Sequence[str]) -> list[dict[str, Any]]:
     """A record a token; docs/analysis.md describes the fields."""
     raw, cfg = token_bytes(observed.model.tokenizer), observed.model.model
     score = {mode: scores(cfg, one.logits) for mode, one in observed.passes.items()}

@@ -8,14 +8,14 @@ import numpy as np
 
 from mor_jax import data
 from mor_jax.analysis.passes import compiled
-from mor_jax.analysis.reading import Rows
+from mor_jax.analysis.reading import TokenBatches
 from mor_jax.checkpoint.load_weights import RunWeights
 from mor_jax.config import ModelConfig, TrainConfig
 from mor_jax.config.parsing import fail
 from mor_jax.data.tokenizers.base import Tokenizer
 from mor_jax.inference.calibration_file import load
 from mor_jax.inference.config import compute_config
-from mor_jax.inference.load_model import check_finite, is_causal, ready
+from mor_jax.inference.load_model import check_finite, is_causal, prepare_model
 from mor_jax.types import Params
 
 ROUTINGS = {"causal": "causal", "topk": "top-k"}
@@ -72,7 +72,7 @@ def routed_model(
     tokenizer = data.load_tokenizer(found.cfg.data.tokenizer)
     params = found.params()
     check_finite(params, str(found))
-    model, params, thresholds, _ = ready(found.cfg.model, params, calibrated, recursions)
+    model, params, thresholds, _ = prepare_model(found.cfg.model, params, calibrated, recursions)
     # Rounding moves logits: the dtype is the one that calibrations are made in.
     model = compute_config(model, None)
     modes, notes = ("causal", "topk"), ()
@@ -111,7 +111,7 @@ def check_routed(found: RunWeights) -> None:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Pass:
+class RoutingPass:
     """One routing. depth: int16 [n]. ahead, loss: of the next token from here, and of this token
     itself from the one before, nats, float32 [n], NaN where there is none. logits, main: as in
     `Seen`, float32 [r n]."""
@@ -124,18 +124,18 @@ class Pass:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
-class Observed:
+class RoutingRecord:
     """All tokens that count, in order. token, row, position: int32 [n]; passes: by routing."""
 
     model: Model
-    rows: Rows
+    rows: TokenBatches
     token: np.ndarray
     row: np.ndarray
     position: np.ndarray
-    passes: dict[str, Pass]
+    passes: dict[str, RoutingPass]
 
     @property
-    def first(self) -> Pass:
+    def first(self) -> RoutingPass:
         """Under the routing that generation uses, where the model has it."""
         return self.passes[self.model.modes[0]]
 
@@ -144,7 +144,7 @@ class Observed:
         return np.flatnonzero(np.append(True, np.diff(self.row) != 0))
 
 
-def observe(model: Model, rows: Rows) -> Observed:
+def observe(model: Model, rows: TokenBatches) -> RoutingRecord:
     """Runs the rows through the model, batch by batch; a few dozen bytes are kept of each token."""
     run = compiled(model.model, model.modes)
     given = None if model.thresholds is None else jnp.asarray(model.thresholds, jnp.float32)
@@ -164,7 +164,7 @@ def observe(model: Model, rows: Rows) -> Observed:
             kept += [one.logits[:, *where]] + ([] if one.main is None else [one.main[:, *where]])
             found[mode].append(kept)
     made = {mode: _joined(parts, rows.joined) for mode, parts in found.items()}
-    return Observed(
+    return RoutingRecord(
         model=model,
         rows=rows,
         token=np.concatenate(token),
@@ -174,13 +174,13 @@ def observe(model: Model, rows: Rows) -> Observed:
     )
 
 
-def _joined(parts: list[list[np.ndarray]], joined: bool) -> Pass:
+def _joined(parts: list[list[np.ndarray]], joined: bool) -> RoutingPass:
     each = [np.concatenate(part, axis=-1) for part in zip(*parts, strict=True)]
     depth, ahead, loss, logits = each[:4]
     if joined:
         # In one text the end of a window predicts the first token of the next.
         loss = np.append(np.float32(np.nan), ahead[:-1])
-    return Pass(
+    return RoutingPass(
         depth=depth, ahead=ahead, loss=loss, logits=logits, main=each[4] if each[4:] else None
     )
 

@@ -17,7 +17,7 @@ Write = str | Callable[[Path], None]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Place:
+class AnalysisOutput:
     """Where an analysis goes.
 
     path: its directory. asked: what it depends on; the same question replaces its older answer.
@@ -31,7 +31,7 @@ class Place:
     @classmethod
     def of(
         cls, output: str | None, asked: Mapping[str, Any], default: str, overwrite: bool
-    ) -> "Place":
+    ) -> "AnalysisOutput":
         """At `output`, or at `<workdir>/analysis/<default>`; asked["workdir"] is the run's.
 
         Raises `ValueError` where that is no local path, or something else is there.

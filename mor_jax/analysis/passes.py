@@ -21,7 +21,7 @@ _LOGITS = 2**24
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Seen:
+class RoutedOutput:
     """One pass, token by token.
 
     depth: recursions that the token went through. ahead: loss of predicting the next token from
@@ -39,7 +39,7 @@ class Seen:
 
 def passes(
     cfg: ModelConfig, modes: tuple[str, ...], params: Params, batch: Batch, thresholds: Array | None
-) -> dict[str, Seen]:
+) -> dict[str, RoutedOutput]:
     """One pass for each routing of `modes` (`causal`, `topk`); traceable, shapes are static.
 
     thresholds: float32 [r], of causal routing of expert-choice; None: 0.
@@ -54,7 +54,7 @@ def compiled(cfg: ModelConfig, modes: tuple[str, ...]) -> CheckedFunction:
     return CheckedFunction(partial(passes, cfg, modes), "batch_size")
 
 
-def _pass(cfg: ModelConfig, route: Route, params: Params, batch: Batch) -> Seen:
+def _pass(cfg: ModelConfig, route: Route, params: Params, batch: Batch) -> RoutedOutput:
     out = forward(cfg, params, batch, route)
     assert out.routing is not None
     (rows, _), table = batch.targets.shape, logits_table(cfg, params)
@@ -63,7 +63,7 @@ def _pass(cfg: ModelConfig, route: Route, params: Params, batch: Batch) -> Seen:
     ahead = jnp.where(batch.targets == IGNORE, jnp.nan, ahead)
     decisive, main = _on_the_row(out.routing, batch)
     two = cfg.router.kind == "expert" and cfg.router.causal_routing == "aux_router"
-    return Seen(out.routing.depth, ahead, decisive, main if two else None)
+    return RoutedOutput(out.routing.depth, ahead, decisive, main if two else None)
 
 
 def _on_the_row(

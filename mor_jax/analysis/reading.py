@@ -19,7 +19,7 @@ MOST_TOKENS = 2**23
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Wanted:
+class TextRequest:
     """Which text to analyse; nothing given: the held-out part of the run's own.
 
     text: a file, "-" for the standard input. prompt: a text itself. sources: all of these, written
@@ -53,7 +53,7 @@ class Wanted:
 
 
 @dataclasses.dataclass(frozen=True)
-class Rows:
+class TokenBatches:
     """Rows to analyse, in batches of one shape.
 
     name: for people. batches: NumPy. fresh: for each, the tokens [b l] that count; the others are
@@ -87,8 +87,8 @@ class Rows:
 
 
 def read(
-    cfg: TrainConfig, tokenizer: Tokenizer, wanted: Wanted, stdin: Callable[[], bytes]
-) -> Rows:
+    cfg: TrainConfig, tokenizer: Tokenizer, wanted: TextRequest, stdin: Callable[[], bytes]
+) -> TokenBatches:
     """The rows of what is `wanted`.
 
     cfg: of the run. stdin: reads all of the standard input.
@@ -129,7 +129,7 @@ def read(
     parts = list(_windows(tokens, length, batch_size))
     batches = [Batch(row, target) for row, target, _ in parts]
     called = "the standard input" if name == "-" else name
-    return Rows(called, batches, [fresh for _, _, fresh in parts], True, tuple(notes))
+    return TokenBatches(called, batches, [fresh for _, _, fresh in parts], True, tuple(notes))
 
 
 def utf8(setting: str, text: str, fix: str) -> str:
@@ -176,7 +176,9 @@ def _windows(
         yield tokens[at], following[at], fresh
 
 
-def _of_sources(cfg: TrainConfig, tokenizer: Tokenizer, wanted: Wanted, length: int) -> Rows:
+def _of_sources(
+    cfg: TrainConfig, tokenizer: Tokenizer, wanted: TextRequest, length: int
+) -> TokenBatches:
     text, split = cfg.data, "heldout"
     if wanted.sources is not None:
         text, split = dataclasses.replace(text, sources=wanted.sources, weights=None), "all"
@@ -185,7 +187,7 @@ def _of_sources(cfg: TrainConfig, tokenizer: Tokenizer, wanted: Wanted, length: 
     rows = wanted.tokens // length
     size = min(wanted.batch_size or cfg.eval.batch_size, rows)
     layout = data.Layout(length=length, batch_size=size)
-    batches = data.heldout_batches(text, tokenizer, layout, -(-rows // size), split, 1)
+    batches = data.validation_batches(text, tokenizer, layout, -(-rows // size), split, 1)
     fresh, left = [], rows
     for batch in batches:
         here = np.any(batch.targets != IGNORE, axis=1)
@@ -201,4 +203,4 @@ def _of_sources(cfg: TrainConfig, tokenizer: Tokenizer, wanted: Wanted, length: 
     elif left == 0:
         told = f"{rows:,} rows of {length} tokens, spread over the text (--tokens={wanted.tokens})"
         notes = (told,)
-    return Rows(name, batches, fresh, False, notes)
+    return TokenBatches(name, batches, fresh, False, notes)

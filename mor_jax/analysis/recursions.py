@@ -11,7 +11,7 @@ from mor_jax import data
 from mor_jax.analysis.figures import recursion_figure
 from mor_jax.analysis.observe import ROUTINGS
 from mor_jax.analysis.output import Write, json_lines, number
-from mor_jax.analysis.reading import Rows
+from mor_jax.analysis.reading import TokenBatches
 from mor_jax.checkpoint.load_weights import RunWeights
 from mor_jax.config import TrainConfig
 from mor_jax.config.parsing import check
@@ -20,7 +20,7 @@ from mor_jax.inference.calibration_file import Calibration, load
 from mor_jax.inference.config import EngineConfig, compute_config
 from mor_jax.inference.engine.engine import Engine
 from mor_jax.inference.engine.request import Request, SamplingParams
-from mor_jax.inference.load_model import LoadedModel, check_finite, is_causal, ready
+from mor_jax.inference.load_model import LoadedModel, check_finite, is_causal, prepare_model
 from mor_jax.models.flops import flops
 from mor_jax.runtime.free_memory import CheckedFunction
 from mor_jax.training.evaluator import Evaluator
@@ -74,7 +74,7 @@ class TruncatedModel:
 
     def at(self, recursions: int) -> LoadedModel:
         """The model that runs so many recursions. Raises `ValueError` if it cannot."""
-        model, params, thresholds, shares = ready(
+        model, params, thresholds, shares = prepare_model(
             self.cfg.model, self.params, self.calibration, recursions
         )
         return LoadedModel(
@@ -91,7 +91,7 @@ class TruncatedModel:
         )
 
 
-def shallow(
+def truncate_model(
     found: RunWeights, calibration: str | None, wanted: Sequence[int] | None
 ) -> TruncatedModel:
     """The weights `found`, for the numbers of recursions `wanted`.
@@ -143,7 +143,7 @@ def shallow(
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Scaling:
+class DepthScaling:
     """What came of it. records: as docs/analysis.md describes them."""
 
     model: TruncatedModel
@@ -196,7 +196,7 @@ def _printable(line: str) -> str:
     return "".join(char if char.isprintable() or char == "\t" else "\ufffd" for char in line)
 
 
-def measure(model: TruncatedModel, rows: Rows, sample: Sample) -> Scaling:
+def measure(model: TruncatedModel, rows: TokenBatches, sample: Sample) -> DepthScaling:
     """Losses and samples with every number of recursions. Raises `ValueError` for a bad sample."""
     prompt = tuple(model.tokenizer.encode(sample.text).tolist())
     rule = "must not be negative; 0 is for no sample"
@@ -215,10 +215,10 @@ def measure(model: TruncatedModel, rows: Rows, sample: Sample) -> Scaling:
         records += _losses(model, served, rows)
         if wanted:
             samples.append(_sample(served, request, sample.text))
-    return Scaling(model, records + samples)
+    return DepthScaling(model, records + samples)
 
 
-def _losses(model: TruncatedModel, served: LoadedModel, rows: Rows) -> list[Record]:
+def _losses(model: TruncatedModel, served: LoadedModel, rows: TokenBatches) -> list[Record]:
     """A record a routing."""
     cfg = dataclasses.replace(model.cfg, model=served.cfg, seq_len=rows.length)
     found = _evaluator(cfg, rows, served.thresholds)(served.params)
@@ -248,7 +248,9 @@ def _losses(model: TruncatedModel, served: LoadedModel, rows: Rows) -> list[Reco
     return records
 
 
-def _evaluator(cfg: TrainConfig, rows: Rows, thresholds: tuple[float, ...] | None) -> Evaluator:
+def _evaluator(
+    cfg: TrainConfig, rows: TokenBatches, thresholds: tuple[float, ...] | None
+) -> Evaluator:
     def step(params: Params, batch: Batch, mode: str) -> Any:
         return eval_step(cfg, params, batch, mode, thresholds)
 
@@ -256,7 +258,7 @@ def _evaluator(cfg: TrainConfig, rows: Rows, thresholds: tuple[float, ...] | Non
     return Evaluator(cfg, _counted(rows), lambda *given: program(*given[:2], mode=given[2]))
 
 
-def _counted(rows: Rows) -> list[Batch]:
+def _counted(rows: TokenBatches) -> list[Batch]:
     """The batches with targets only where tokens count."""
     pairs = zip(rows.batches, rows.fresh, strict=True)
     return [

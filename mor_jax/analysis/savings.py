@@ -5,12 +5,12 @@ from typing import Any
 
 import numpy as np
 
-from mor_jax.analysis.observe import Observed
+from mor_jax.analysis.observe import RoutingRecord
 from mor_jax.analysis.output import number
 from mor_jax.models.flops import flops, kv_bytes
 
 
-def saving_records(observed: Observed) -> list[dict[str, Any]]:
+def saving_records(observed: RoutingRecord) -> list[dict[str, Any]]:
     """For each routing: entries and bytes of the KV cache a token, and FLOPs of a forward pass.
 
     entry: keys and values of one token in one layer. Dense: every token at every effective layer.
@@ -43,7 +43,7 @@ def saving_records(observed: Observed) -> list[dict[str, Any]]:
     return records
 
 
-def dead_records(observed: Observed, min_count: int) -> list[dict[str, Any]]:
+def dead_records(observed: RoutingRecord, min_count: int) -> list[dict[str, Any]]:
     """For each routing: what recursions never take.
 
     tokens: share of tokens that no recursion takes (depth 0). positions: share of places in the

@@ -4,7 +4,7 @@ from typing import Any
 
 import numpy as np
 
-from mor_jax.analysis.observe import Model, Observed, Pass, scores
+from mor_jax.analysis.observe import Model, RoutingPass, RoutingRecord, scores
 from mor_jax.analysis.output import number
 from mor_jax.inference.calibration_targets import takes_all
 
@@ -13,7 +13,7 @@ CLEAR = (0.1, 0.9)
 """Scores between these are called undecided."""
 
 
-def score_records(observed: Observed) -> list[dict[str, Any]]:
+def score_records(observed: RoutingRecord) -> list[dict[str, Any]]:
     """A record for each recursion: how scores of those that top-k routing chose are spread.
 
     Token-choice: a record a depth; "chosen" are the tokens that took it.
@@ -75,7 +75,7 @@ def auroc(yes: np.ndarray, no: np.ndarray) -> float:
     return float((below + at_most).mean() / (2 * len(no)))
 
 
-def agreement_records(observed: Observed) -> list[dict[str, Any]]:
+def agreement_records(observed: RoutingRecord) -> list[dict[str, Any]]:
     """For each recursion whether both routings send the same tokens on; none without both.
 
     states `topk`: both rules on the candidates that top-k routing had there. states `own`: two
@@ -120,7 +120,7 @@ def agreement(causal: np.ndarray, topk: np.ndarray) -> dict[str, Any]:
     }
 
 
-def choice_records(observed: Observed) -> list[dict[str, Any]]:
+def choice_records(observed: RoutingRecord) -> list[dict[str, Any]]:
     """Token-choice: share of tokens that choose each depth, and how even that is; else none.
 
     max_violation: the largest share over the mean share, less 1. entropy: of the shares, over that
@@ -141,6 +141,6 @@ def choice_records(observed: Observed) -> list[dict[str, Any]]:
         "entropy": number(abs(entropy)),
     }
     if "topk" in observed.passes:
-        short: Pass = observed.passes["topk"]
+        short: RoutingPass = observed.passes["topk"]
         record["overflow"] = number((short.depth < choice + 1).mean())
     return [record]

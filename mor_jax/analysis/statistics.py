@@ -10,7 +10,7 @@ from mor_jax.analysis import maps, tables
 from mor_jax.analysis.buckets import Buckets, by_frequency, by_loss, by_position, by_token
 from mor_jax.analysis.figures import depth_figure, score_figure
 from mor_jax.analysis.frequency import token_shares
-from mor_jax.analysis.observe import ROUTINGS, Observed
+from mor_jax.analysis.observe import ROUTINGS, RoutingRecord
 from mor_jax.analysis.output import Write, json_lines
 from mor_jax.analysis.parts_of_speech import CLASSES, tagged, token_classes
 from mor_jax.analysis.savings import dead_records, saving_records
@@ -24,7 +24,7 @@ Record = dict[str, Any]
 class Statistics:
     """Records of everything, as docs/analysis.md describes them. notes: what is left out."""
 
-    observed: Observed
+    observed: RoutingRecord
     records: list[Record]
     min_count: int
     notes: tuple[str, ...] = ()
@@ -81,7 +81,7 @@ def _unique(names: Any) -> list[str]:
     return list(dict.fromkeys(names))
 
 
-def measure(observed: Observed, min_count: int, pos: bool) -> Statistics:
+def measure(observed: RoutingRecord, min_count: int, pos: bool) -> Statistics:
     """All statistics. min_count: occurrences below which a kind of token is not judged.
 
     pos: parts of speech as well. Raises `ValueError` if their tagger is missing.
@@ -105,7 +105,7 @@ def measure(observed: Observed, min_count: int, pos: bool) -> Statistics:
     return Statistics(observed, records, min_count, tuple(notes))
 
 
-def _routing_records(observed: Observed) -> list[Record]:
+def _routing_records(observed: RoutingRecord) -> list[Record]:
     """Everything as one group."""
     label = np.zeros(len(observed.token), int)
     everything = Buckets("routing", label, ["all tokens"], [{}])
@@ -113,7 +113,7 @@ def _routing_records(observed: Observed) -> list[Record]:
     return [r for mode, one in observed.passes.items() for r in everything.records(mode, one, nr)]
 
 
-def _texts(observed: Observed) -> dict[int, str]:
+def _texts(observed: RoutingRecord) -> dict[int, str]:
     """What people see of each kind of token: its text, or its bytes where it is no text."""
     raw = token_bytes(observed.model.tokenizer)
     texts = {}
@@ -127,7 +127,7 @@ def _texts(observed: Observed) -> dict[int, str]:
     return texts
 
 
-def _by_part_of_speech(observed: Observed) -> Buckets:
+def _by_part_of_speech(observed: RoutingRecord) -> Buckets:
     pieces, label = maps.plain_text(observed), []
     for start, end in maps.stretches(observed):
         here = pieces[start:end]

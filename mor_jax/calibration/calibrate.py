@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from mor_jax.calibration.calibrator import Calibrator, Point, Text
+from mor_jax.calibration.calibrator import CalibrationPoint, CalibrationText, Calibrator
 from mor_jax.checkpoint.load_weights import RunWeights
 from mor_jax.config import ModelConfig
 from mor_jax.config.parsing import check
@@ -34,7 +34,7 @@ _MOST_POINTS = 1000
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Aim:
+class CalibrationTarget:
     """What to calibrate for: shares of all tokens, or a mean depth, else what training aimed at.
 
     points: depths of a curve to measure besides; None: no curve.
@@ -52,7 +52,7 @@ class Aim:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Measured:
+class CalibrationResult:
     """A calibration, and what was measured: it, and the curve if one was asked for, deepest first.
 
     length: tokens of a row.
@@ -60,7 +60,7 @@ class Measured:
 
     found: RunWeights
     calibration: Calibration
-    points: tuple[Point, ...]
+    points: tuple[CalibrationPoint, ...]
     length: int
 
     def to_dict(self) -> dict[str, Any]:
@@ -94,7 +94,7 @@ class Measured:
         return told
 
 
-def calibrate(found: RunWeights, asked: EvalRequest, aim: Aim) -> Measured:
+def calibrate(found: RunWeights, asked: EvalRequest, aim: CalibrationTarget) -> CalibrationResult:
     """Calibrates the weights `found`; nothing is written.
 
     asked: the text, its rows and batches (for each half), and recursions other than trained.
@@ -113,7 +113,7 @@ def calibrate(found: RunWeights, asked: EvalRequest, aim: Aim) -> Measured:
     Calibrator.check(model)
     wanted = wanted_shares(model, aim.shares, aim.depth)
     cfg = dataclasses.replace(cfg, model=model)
-    text = Text.read(cfg, "heldout" if asked.sources is None else "all")
+    text = CalibrationText.read(cfg, "heldout" if asked.sources is None else "all")
     calibrator = Calibrator(cfg, params, text)
     point = calibrator.calibrated(MADE, wanted)
     calibration = Calibration(
@@ -130,10 +130,12 @@ def calibrate(found: RunWeights, asked: EvalRequest, aim: Aim) -> Measured:
     )
     points = (point, *_curve(calibrator, model, aim.points)) if aim.points else (point,)
     ordered = tuple(sorted(points, key=lambda point: point.depth, reverse=True))
-    return Measured(found=found, calibration=calibration, points=ordered, length=cfg.seq_len)
+    return CalibrationResult(
+        found=found, calibration=calibration, points=ordered, length=cfg.seq_len
+    )
 
 
-def _curve(calibrator: Calibrator, model: ModelConfig, points: int) -> Iterator[Point]:
+def _curve(calibrator: Calibrator, model: ModelConfig, points: int) -> Iterator[CalibrationPoint]:
     """`points` depths from the least to all recursions, and other ways to run the model."""
     lowest, highest = sum(takes_all(model)), model.num_recursions
     for depth in np.linspace(lowest, highest, points):
@@ -155,7 +157,7 @@ def check_name(found: RunWeights, name: str) -> None:
     check(not there, "name", str(path), rule, "Give another --name, such as 'fast' or FILE.json")
 
 
-def write(measured: Measured, name: str) -> list[epath.Path]:
+def write(measured: CalibrationResult, name: str) -> list[epath.Path]:
     """Writes the calibration `name` (or a file), and beside it the curve with its picture.
 
     Returns the files. Raises `ValueError` where they cannot be written.

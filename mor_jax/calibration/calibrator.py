@@ -27,7 +27,7 @@ from mor_jax.types import IGNORE, Array, Batch, Bool, Float, Params
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Point:
+class CalibrationPoint:
     """One way to run a model, and what it gives on text that it was not calibrated on.
 
     name: for people. wanted: shares asked for, where it was calibrated. shares: found, of all
@@ -50,7 +50,7 @@ class Point:
 
 
 @dataclasses.dataclass(frozen=True)
-class Text:
+class CalibrationText:
     """Rows in batches of one size: half to calibrate on, half to measure on. name: for people."""
 
     name: str
@@ -58,7 +58,7 @@ class Text:
     unseen: tuple[Batch, ...]
 
     @classmethod
-    def read(cls, cfg: TrainConfig, split: str) -> "Text":
+    def read(cls, cfg: TrainConfig, split: str) -> "CalibrationText":
         """Takes `cfg.eval.batches` batches for each half, fewer where there is not enough text.
 
         split: `heldout` or `all` of the sources. Rows alternate between the halves. Raises
@@ -67,7 +67,7 @@ class Text:
         tokenizer = data.load_tokenizer(cfg.data.tokenizer)
         data.check_vocabulary(tokenizer, cfg.model.vocab_size)
         layout = data.Layout(length=cfg.seq_len, batch_size=cfg.eval.batch_size)
-        read = data.heldout_batches(cfg.data, tokenizer, layout, 2 * cfg.eval.batches, split, 1)
+        read = data.validation_batches(cfg.data, tokenizer, layout, 2 * cfg.eval.batches, split, 1)
         rows = jax.tree.map(lambda *parts: np.concatenate(parts), *read)
         # A last batch is filled up with rows without targets.
         whole = np.flatnonzero(np.any(rows.targets != IGNORE, axis=1))
@@ -106,7 +106,7 @@ class Calibrator:
         ok = cfg.router.kind != "none" and not all(takes_all(cfg))
         check(ok, "model.router.kind", cfg.router.kind, rule, fix)
 
-    def __init__(self, cfg: TrainConfig, params: Params, text: Text):
+    def __init__(self, cfg: TrainConfig, params: Params, text: CalibrationText):
         if cfg.model.router.kind == "token":
             model, params = with_depth_bias(cfg.model, params, (0.0,) * cfg.model.num_recursions)
             cfg = dataclasses.replace(cfg, model=model)
@@ -122,7 +122,7 @@ class Calibrator:
         # Grids ask for the same first thresholds again and again.
         self._known: dict[tuple[float, ...], tuple[np.ndarray, int]] = {}
 
-    def calibrated(self, name: str, wanted: Sequence[float]) -> Point:
+    def calibrated(self, name: str, wanted: Sequence[float]) -> CalibrationPoint:
         """The thresholds, or biases, that give `wanted` shares on the text to calibrate on."""
         wanted = tuple(wanted)
         if self._cfg.model.router.kind == "token":
@@ -134,11 +134,11 @@ class Calibrator:
         point = self._point(name, "causal", self._params, thresholds)
         return dataclasses.replace(point, wanted=wanted, thresholds=thresholds)
 
-    def uncalibrated(self) -> Point:
+    def uncalibrated(self) -> CalibrationPoint:
         """Causal routing as it is without a calibration."""
         return self._point("uncalibrated", "causal", self._params)
 
-    def training_rule(self) -> Point:
+    def training_rule(self) -> CalibrationPoint:
         """Top-k over whole rows, which looks at later tokens: no generation can do it."""
         return self._point(self.TRAINING_RULE, "topk", self._params)
 
@@ -181,7 +181,7 @@ class Calibrator:
 
     def _point(
         self, name: str, mode: str, params: Params, thresholds: tuple[float, ...] | None = None
-    ) -> Point:
+    ) -> CalibrationPoint:
         # Always an array, so that with and without thresholds are one program; 0 is the default.
         given = jnp.asarray(thresholds or (0.0,) * self._cfg.model.num_recursions, jnp.float32)
         sums = [self._evaluate(params, batch, given, mode=mode) for batch in self._text.unseen]
@@ -190,7 +190,7 @@ class Calibrator:
         # Share with a depth of at least r + 1.
         shares = tuple(float(counts[r:].sum() / counts.sum()) for r in range(1, len(counts)))
         loss = float(total["ce"] / total["targets"])
-        return Point(name=name, loss=loss, shares=shares, work=self._work(shares))
+        return CalibrationPoint(name=name, loss=loss, shares=shares, work=self._work(shares))
 
     def _work(self, shares: tuple[float, ...]) -> float:
         model, length = self._cfg.model, self._cfg.seq_len

@@ -22,7 +22,7 @@ from etils import epath
 from jax.experimental import multihost_utils
 
 from mor_jax.checkpoint import manifest
-from mor_jax.checkpoint.partial_restore import Parts
+from mor_jax.checkpoint.partial_restore import PartialRestore
 from mor_jax.config import CheckpointConfig
 
 DIRECTORY = "checkpoints"
@@ -73,7 +73,7 @@ def complete_steps(workdir: epath.PathLike) -> list[int]:
     return sorted(int(path.name) for path in steps if not (path / INCOMPLETE).exists())
 
 
-class Checkpoints:
+class Checkpointer:
     """The checkpoints of one run. Every process of the run makes one and calls it alike.
 
     Saving goes on in the background, one step at a time; a failure there is raised by the next
@@ -93,7 +93,7 @@ class Checkpoints:
         # While the step compiles there is time for it.
         self._thread.submit(_orbax)
 
-    def __enter__(self) -> "Checkpoints":
+    def __enter__(self) -> "Checkpointer":
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -218,9 +218,9 @@ class Checkpoints:
             wanted = {"params": jax.tree.map(_placed, abstract)}
             return _orbax().load(path / "arrays", wanted)["params"]
 
-    def parts(self, step: int) -> Parts:
+    def parts(self, step: int) -> PartialRestore:
         """Reads parameters of a checkpoint layer by layer. As with `parameters`, see `facts`."""
-        return Parts(self._path(step) / "arrays")
+        return PartialRestore(self._path(step) / "arrays")
 
     def _path(self, step: int) -> epath.Path:
         return step_directory(self._workdir, step)

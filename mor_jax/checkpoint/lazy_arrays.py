@@ -1,7 +1,7 @@
 """Named arrays that are read one at a time: what every conversion reads from and writes from.
 
 A conversion never holds a model. Files, checkpoints and the views that rename or rearrange are all
-`Lazy`: their names, shapes and dtypes are known at once, their values come when asked for.
+`LazyArrays`: their names, shapes and dtypes are known at once, their values come when asked for.
 """
 
 import collections
@@ -17,7 +17,7 @@ _READERS = 2
 
 
 @dataclasses.dataclass(frozen=True)
-class Spec:
+class ArraySpec:
     """Shape of an array, and the dtype that it is stored in (`float32`, `bfloat16`, `Q4_1`)."""
 
     shape: tuple[int, ...]
@@ -25,7 +25,7 @@ class Spec:
 
 
 @dataclasses.dataclass(frozen=True)
-class Lazy:
+class LazyArrays:
     """Named arrays.
 
     where: file or directory that they come from, for messages. specs: by name, in the order to
@@ -35,7 +35,7 @@ class Lazy:
     """
 
     where: str
-    specs: Mapping[str, Spec]
+    specs: Mapping[str, ArraySpec]
     reader: Callable[[str], np.ndarray]
     slicer: Callable[[str, tuple[int, ...]], np.ndarray] | None = None
 
@@ -44,7 +44,7 @@ class Lazy:
         return self.reader(name)
 
 
-def ahead(arrays: Lazy, names: Sequence[str]) -> Iterator[tuple[str, np.ndarray]]:
+def ahead(arrays: LazyArrays, names: Sequence[str]) -> Iterator[tuple[str, np.ndarray]]:
     """(name, values) in the order of `names`; the next ones are read meanwhile.
 
     Holds up to three arrays beside the one that was given out last.
@@ -65,17 +65,17 @@ def ahead(arrays: Lazy, names: Sequence[str]) -> Iterator[tuple[str, np.ndarray]
                 value.cancel()
 
 
-def held(arrays: Mapping[str, Any], where: str = "memory") -> Lazy:
+def from_arrays(arrays: Mapping[str, Any], where: str = "memory") -> LazyArrays:
     """Arrays that are in memory already (anything that `numpy.asarray` takes)."""
-    specs = {name: Spec(np.shape(value)) for name, value in arrays.items()}
+    specs = {name: ArraySpec(np.shape(value)) for name, value in arrays.items()}
 
     def part(name: str, index: tuple[int, ...]) -> np.ndarray:
         return np.asarray(arrays[name], np.float32)[index]
 
-    return Lazy(where, specs, lambda name: part(name, ()), part)
+    return LazyArrays(where, specs, lambda name: part(name, ()), part)
 
 
-def nested(arrays: Lazy) -> dict[str, Any]:
+def nested(arrays: LazyArrays) -> dict[str, Any]:
     """All of it, as nested dictionaries along the dots of the names."""
     tree: dict[str, Any] = {}
     for name in arrays.specs:

@@ -10,7 +10,7 @@ import jax
 from etils import epath
 
 from mor_jax.checkpoint import pretrained, run_dir
-from mor_jax.checkpoint.checkpointer import Checkpoints, any_complete, complete_steps
+from mor_jax.checkpoint.checkpointer import Checkpointer, any_complete, complete_steps
 from mor_jax.config import CheckpointConfig, TrainConfig
 from mor_jax.config.parsing import check
 from mor_jax.models.params import abstract_params
@@ -64,7 +64,7 @@ class RunWeights:
             abstract = jax.tree.map(_with, abstract, shardings)
         if self.step == 0:
             return pretrained.load(self.path, abstract)
-        checkpoints = Checkpoints(self.path, CheckpointConfig())
+        checkpoints = Checkpointer(self.path, CheckpointConfig())
         try:
             return checkpoints.parameters(abstract, self.step)
         finally:
@@ -82,7 +82,7 @@ def load_run(
     Raises:
         ValueError: no run is there, it has no weights yet, none are good, or not those of `step`.
     """
-    path = run_dir.resolved(directory)
+    path = run_dir.resolved_path(directory)
     cfg = run_dir.read_config(path)
     given = pretrained.present(path)
     if given and step in (None, 0) and not any_complete(path):
@@ -97,7 +97,7 @@ def _facts(path: epath.Path, step: int | None, sums: bool = True) -> dict[str, A
     there = complete_steps(path)
     rule = f"there is no complete checkpoint of this step in {path}; complete are {there or 'none'}"
     check(step is None or step in there, "step", step, rule, "Leave it out for the newest")
-    checkpoints = Checkpoints(path, CheckpointConfig())
+    checkpoints = Checkpointer(path, CheckpointConfig())
     try:
         return checkpoints.facts(step, sums=sums)
     finally:

@@ -14,7 +14,7 @@ from etils import epath
 from mor_jax.config.parsing import fail
 
 
-class Parts:
+class PartialRestore:
     """Reads from the `arrays` directory of one checkpoint; several threads may."""
 
     def __init__(self, arrays: epath.Path):

@@ -18,7 +18,7 @@ from safetensors.numpy import save as pack
 from safetensors.numpy import save_file
 
 from mor_jax.checkpoint import manifest
-from mor_jax.checkpoint.lazy_arrays import Lazy
+from mor_jax.checkpoint.lazy_arrays import LazyArrays
 from mor_jax.config import ModelConfig
 from mor_jax.config.parsing import check, fail
 from mor_jax.models.params import abstract_params, paths
@@ -31,7 +31,7 @@ _FIX = "Import the weights again, into a new directory"
 
 
 def write(
-    workdir: epath.PathLike, cfg: ModelConfig, params: Lazy, source: dict[str, Any]
+    workdir: epath.PathLike, cfg: ModelConfig, params: LazyArrays, source: dict[str, Any]
 ) -> epath.Path:
     """Writes `params`, one array in memory at a time; returns `<workdir>/initial`.
 

@@ -21,7 +21,7 @@ import jax
 from etils import epath
 
 from mor_jax.checkpoint import checkpointer, pretrained
-from mor_jax.checkpoint.run_lock import Held, RunLock
+from mor_jax.checkpoint.run_lock import RunLock, RunLocked
 from mor_jax.config import TrainConfig, old_names
 from mor_jax.config.parsing import check, fail, flat
 from mor_jax.files import LockHeld, lock, this_process, write_atomic
@@ -90,7 +90,7 @@ _MULTIPLE = "model.router.capacity_multiple"
 _LATER = ("model.rope_scaling", _MULTIPLE)
 
 
-def resolved(directory: epath.PathLike) -> epath.Path:
+def resolved_path(directory: epath.PathLike) -> epath.Path:
     """The absolute path of a local directory; that of an object store as it is."""
     text, fix = str(directory), "Give a directory, such as runs/mor"
     check(bool(text) and "\0" not in text, "workdir", text, "is no name of a directory", fix)
@@ -136,10 +136,10 @@ def check_workdir(
         raise ValueError(f"workdir={path}: is a file, a run needs a directory. Choose another")
     if {entry.name for entry in path.iterdir()} <= _EARLY:
         return None
-    differing = _differences(_read(path), plain(cfg))
+    differing = _differences(_read(path), to_plain(cfg))
     if unused := pretrained.present(path) and not checkpointer.any_complete(path):
         differing = [change for change in differing if _is_meaning(change.setting)]
-    refused = [change for change in differing if not within(change.setting, allow)]
+    refused = [change for change in differing if not is_within(change.setting, allow)]
     if refused:
         raise _refusal(path, refused, unused)
     return differing
@@ -150,13 +150,13 @@ def read_values(workdir: epath.PathLike) -> dict[str, Any] | None:
 
     Raises `ValueError` if it is damaged or another program's.
     """
-    path = resolved(workdir)
+    path = resolved_path(workdir)
     return _read(path) if (path / CONFIG_FILE).exists() else None
 
 
 def read_config(workdir: epath.PathLike) -> TrainConfig:
     """The configuration of the run in `workdir`. Raises `ValueError` if there is none."""
-    path = resolved(workdir)
+    path = resolved_path(workdir)
     rule = f"is not the directory of a run: it has no {CONFIG_FILE}"
     fix = "Give the --workdir of a training run or of an import"
     check((path / CONFIG_FILE).exists(), "workdir", str(path), rule, fix)
@@ -164,7 +164,7 @@ def read_config(workdir: epath.PathLike) -> TrainConfig:
 
 
 def _is_meaning(setting: str) -> bool:
-    return within(setting, _MEANING) and not within(setting, _RECIPE)
+    return is_within(setting, _MEANING) and not is_within(setting, _RECIPE)
 
 
 def _refusal(path: epath.Path, refused: Sequence[Change], unused: bool) -> ValueError:
@@ -174,7 +174,7 @@ def _refusal(path: epath.Path, refused: Sequence[Change], unused: bool) -> Value
     if unused:
         held, end = "imported weights of another model", ""
         giver = f"take them from there with --config=configs/from_workdir.py:{path}"
-    free = [change.setting for change in refused if not within(change.setting, _SHAPES)]
+    free = [change.setting for change in refused if not is_within(change.setting, _SHAPES)]
     # Whoever allows a change of shapes is refused later, by the checkpoint.
     meant = f", name those meant in --allow_changes={','.join(free)}" if free else ""
     return ValueError(
@@ -193,14 +193,14 @@ def claim_workdir(
     try:
         path.mkdir(parents=True, exist_ok=True)
         if jax.process_index() == 0:
-            write_atomic(path / CONFIG_FILE, json.dumps(plain(cfg), indent=2) + "\n")
+            write_atomic(path / CONFIG_FILE, json.dumps(to_plain(cfg), indent=2) + "\n")
     except OSError as error:
         raise _not_writable(path, error) from error
     return changes
 
 
 @contextlib.contextmanager
-def hold(workdir: epath.PathLike) -> Iterator[Callable[[], None]]:
+def lock_run_dir(workdir: epath.PathLike) -> Iterator[Callable[[], None]]:
     """Keeps `workdir` for this job inside the block; makes it, and takes it back if unclaimed.
 
     Gives what takes it back, for a process that ends without leaving the block.
@@ -216,7 +216,7 @@ def hold(workdir: epath.PathLike) -> Iterator[Callable[[], None]]:
         with contextlib.ExitStack() as stack:
             try:
                 stack.enter_context(RunLock(path / LOCK_FILE, this_process()))
-            except Held as held:
+            except RunLocked as held:
                 raise _in_use(path, str(held)) from held
             yield _nothing
     else:
@@ -285,7 +285,7 @@ def _not_writable(path: epath.Path, why: object) -> ValueError:
     return ValueError(f"workdir={path}: cannot be written: {why}. Choose another --workdir")
 
 
-def plain(cfg: TrainConfig) -> dict[str, Any]:
+def to_plain(cfg: TrainConfig) -> dict[str, Any]:
     """The configuration as JSON gives it back: tuples become lists."""
     return json.loads(json.dumps(cfg.to_dict()))
 
@@ -307,13 +307,13 @@ def _read(path: epath.Path) -> dict[str, Any]:
 
 def differences(old: TrainConfig, new: TrainConfig) -> list[Change]:
     """What of `new` differs from `old`, but for what every run may change."""
-    return _differences(plain(old), plain(new))
+    return _differences(to_plain(old), to_plain(new))
 
 
 def _differences(old: dict[str, Any], new: dict[str, Any]) -> list[Change]:
     before, after = flat(old), flat(new)
-    defaults = flat(plain(TrainConfig()))
-    before = {key: value for key, value in defaults.items() if within(key, _LATER)} | before
+    defaults = flat(to_plain(TrainConfig()))
+    before = {key: value for key, value in defaults.items() if is_within(key, _LATER)} | before
     for side in (before, after):
         # Where nobody wrote it out, capacities were not rounded.
         side[_MULTIPLE] = side.get(_MULTIPLE) or 1
@@ -330,15 +330,15 @@ def is_free(setting: str) -> bool:
     return any(setting == name or (name[-1] == "." and setting.startswith(name)) for name in _FREE)
 
 
-def within(setting: str, names: Sequence[str]) -> bool:
+def is_within(setting: str, names: Sequence[str]) -> bool:
     """Whether `setting` is one of `names` or in one of the groups that they name."""
     return any(setting == name or setting.startswith(f"{name}.") for name in names)
 
 
 def _check_names(allow: Sequence[str], cfg: TrainConfig) -> None:
-    settings = flat(plain(cfg))
+    settings = flat(to_plain(cfg))
     for name in allow:
-        if not any(within(setting, [name]) for setting in settings):
+        if not any(is_within(setting, [name]) for setting in settings):
             if told := old_names.answer(name):
                 raise ValueError(f"allow_changes={name}: is no setting. {told}")
             near = difflib.get_close_matches(name, settings, n=1, cutoff=0.0)[0]

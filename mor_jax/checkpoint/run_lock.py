@@ -22,7 +22,7 @@ _MISSED = 4
 """Signs of life that must be missing before a holder counts as gone."""
 
 
-class Held(Exception):
+class RunLocked(Exception):
     """Somebody else holds the file; the text says who."""
 
 
@@ -61,19 +61,19 @@ class RunLock:
             if now is None:
                 return
             if now and now != first:
-                raise Held(str(now.get("owner")))
+                raise RunLocked(str(now.get("owner")))
 
     def _check(self) -> None:
         now = self._read()
         if now and now.get("id") != self._id:
-            raise Held(str(now.get("owner")))
+            raise RunLocked(str(now.get("owner")))
 
     def _renew(self) -> None:
         while not self._ended.wait(self._every):
             try:
                 self._check()
                 self._write()
-            except Held as other:
+            except RunLocked as other:
                 # This process was out for so long that it was taken for dead.
                 print(f"error: {self._file.parent}: {other} took it over", file=sys.stderr)
                 sys.stderr.flush()

@@ -9,13 +9,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from mor_jax.checkpoint.lazy_arrays import Lazy
+from mor_jax.checkpoint.lazy_arrays import LazyArrays
 from mor_jax.config.parsing import check
 from mor_jax.convert.card import model_card
 from mor_jax.convert.directory import PathLike, absolute, check_target, fresh_directory
 from mor_jax.convert.export_config import llama_config, mor_config, reference_options
 from mor_jax.convert.modeling_file import MODELING, modeling_text
-from mor_jax.convert.names import Entry, entries, llama_entries, mor_entries
+from mor_jax.convert.names import TensorName, entries, llama_entries, mor_entries
 from mor_jax.convert.run_source import RunSource
 from mor_jax.convert.shards import DEFAULT_SHARD, DTYPES, Dtype, write_shards
 from mor_jax.convert.tokenizers.export import special_ids, tokenizer_files
@@ -48,7 +48,7 @@ class ExportOptions:
 
 
 @dataclasses.dataclass(frozen=True)
-class Exported:
+class ExportResult:
     """What was written. stored: numbers in its files. size: bytes of all files."""
 
     output: Path
@@ -58,7 +58,7 @@ class Exported:
     seconds: float
 
 
-def export(run: RunSource, target: Target, options: ExportOptions) -> Exported:
+def export(run: RunSource, target: Target, options: ExportOptions) -> ExportResult:
     """Writes `run` for `target`; the directory is complete or absent.
 
     Memory: one array of the model and one shard.
@@ -89,7 +89,7 @@ def export(run: RunSource, target: Target, options: ExportOptions) -> Exported:
         size = sum(file.stat().st_size for file in draft.rglob("*") if file.is_file())
         files = tuple(sorted(str(file.relative_to(draft)) for file in draft.rglob("*")))
     output = absolute(options.output)
-    return Exported(output, files, stored, size, time.perf_counter() - start)
+    return ExportResult(output, files, stored, size, time.perf_counter() - start)
 
 
 def _hf(run: RunSource, options: ExportOptions, draft: Path) -> int:
@@ -160,7 +160,7 @@ def _reference_run(run: RunSource, options: ExportOptions, blocks: dict[str, Any
     }
 
 
-def _tensors(run: RunSource, table: Sequence[Entry]) -> Lazy:
+def _tensors(run: RunSource, table: Sequence[TensorName]) -> LazyArrays:
     return as_tensors(run.cfg.model, table, run.params)
 
 
@@ -180,7 +180,7 @@ def _write_json(path: Path, values: dict[str, Any]) -> None:
     path.write_text(json.dumps(values, indent=2) + "\n")
 
 
-def _count(tensors: Lazy) -> int:
+def _count(tensors: LazyArrays) -> int:
     return sum(math.prod(spec.shape) for spec in tensors.specs.values())
 
 

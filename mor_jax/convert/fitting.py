@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from mor_jax.checkpoint.lazy_arrays import Lazy
+from mor_jax.checkpoint.lazy_arrays import LazyArrays
 from mor_jax.config.parsing import check, fail
 from mor_jax.convert.names import EMBEDDING
 
@@ -22,7 +22,7 @@ _AXES = {
 }
 
 
-def check_sizes(hf: Mapping[str, Any], tensors: Lazy, where: str) -> None:
+def check_sizes(hf: Mapping[str, Any], tensors: LazyArrays, where: str) -> None:
     """Raises `ValueError` naming the first size of `hf` that all its tensors contradict.
 
     Tensors that differ among themselves are left to the list of those that do not fit.

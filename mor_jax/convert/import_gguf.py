@@ -9,15 +9,15 @@ import re
 
 import numpy as np
 
-from mor_jax.checkpoint.lazy_arrays import Lazy
+from mor_jax.checkpoint.lazy_arrays import LazyArrays
 from mor_jax.config import ModelConfig, RopeScaling
 from mor_jax.config.parsing import check, fail
 from mor_jax.convert.fitting import check_layers
-from mor_jax.convert.imported import Imported, check_tokenizer, facts_of
+from mor_jax.convert.imported import ImportedModel, check_tokenizer, facts_of
 from mor_jax.convert.names import EMBEDDING, HEAD, llama_entries
 from mor_jax.convert.sources import Weights
 from mor_jax.convert.sources.gguf_file import Metadata, open_gguf
-from mor_jax.convert.sources.hub import located
+from mor_jax.convert.sources.hub import locate_model
 from mor_jax.convert.tokenizers.gguf import tokenizer_files
 from mor_jax.convert.views import as_params
 
@@ -53,7 +53,7 @@ _NEUTRAL = {
 }
 
 
-def import_gguf(path: str, tokenizer: bool = True) -> Imported:
+def import_gguf(path: str, tokenizer: bool = True) -> ImportedModel:
     """The model in the GGUF file `path`, or of the hub: `owner/name/FILE.gguf`.
 
     tokenizer: whether the one inside the file is wanted.
@@ -62,7 +62,7 @@ def import_gguf(path: str, tokenizer: bool = True) -> Imported:
         ValueError: a damaged file, another architecture, settings that our models do not have,
             tensors that do not fit, or a tokenizer that cannot be rebuilt exactly.
     """
-    file = located(path)
+    file = locate_model(path)
     rule = "is a directory; a model is one file of those in it"
     check(not file.is_dir(), "path", path, rule, "Give the path of a .gguf file")
     raw, fields = open_gguf(file, "llama")
@@ -78,10 +78,10 @@ def import_gguf(path: str, tokenizer: bool = True) -> Imported:
         notes = ("weights were quantized in the file; these are its numbers, not the original's",)
     weights = Weights(raw, "GGUF", notes)
     name = fields.get("general.name", str)
-    return Imported(cfg, params, files, facts_of(weights, architecture="llama", name=name))
+    return ImportedModel(cfg, params, files, facts_of(weights, architecture="llama", name=name))
 
 
-def _config(raw: Lazy, fields: Metadata) -> ModelConfig:
+def _config(raw: LazyArrays, fields: Metadata) -> ModelConfig:
     for key, neutral in _NEUTRAL.items():
         value = fields.get(f"llama.{key}", type(neutral), neutral)
         rule = f"our models compute as with {neutral}"
@@ -142,7 +142,7 @@ def _shortest(value: float) -> float:
     return float(str(np.float32(value)))
 
 
-def _scaling(raw: Lazy, fields: Metadata, head_dim: int, theta: float) -> RopeScaling:
+def _scaling(raw: LazyArrays, fields: Metadata, head_dim: int, theta: float) -> RopeScaling:
     key = "llama.rope.scaling.type"
     kind = fields.get(key, str, "none")
     factor = fields.get("llama.rope.scale_linear", float, 1.0)
@@ -158,7 +158,7 @@ def _scaling(raw: Lazy, fields: Metadata, head_dim: int, theta: float) -> RopeSc
     return RopeScaling(rope_type="linear", factor=_shortest(factor))
 
 
-def _llama3(raw: Lazy, fields: Metadata, head_dim: int, theta: float) -> RopeScaling:
+def _llama3(raw: LazyArrays, fields: Metadata, head_dim: int, theta: float) -> RopeScaling:
     """Scaling whose divisors of the frequencies the file holds, one for each channel pair."""
     divisors = np.asarray(raw.read(ROPE_FACTORS), np.float64)
     check(divisors.shape == (head_dim // 2,), ROPE_FACTORS, divisors.shape, "has no such shape", "")
@@ -180,7 +180,7 @@ def _llama3(raw: Lazy, fields: Metadata, head_dim: int, theta: float) -> RopeSca
     )
 
 
-def _renamed(raw: Lazy, cfg: ModelConfig) -> Lazy:
+def _renamed(raw: LazyArrays, cfg: ModelConfig) -> LazyArrays:
     """Names and row order of Hugging Face. Unknown names stay as they are, to be told as such."""
     names = {_hf_name(name): name for name in raw.specs if name != ROPE_FACTORS}
     turned = {"self_attn.q_proj.weight": cfg.num_heads, "self_attn.k_proj.weight": cfg.num_kv_heads}
@@ -190,7 +190,7 @@ def _renamed(raw: Lazy, cfg: ModelConfig) -> Lazy:
         heads = turned.get(".".join(name.split(".")[-3:]))
         return values if heads is None else _halves(values, heads)
 
-    return Lazy(raw.where, {hf: raw.specs[name] for hf, name in names.items()}, read)
+    return LazyArrays(raw.where, {hf: raw.specs[name] for hf, name in names.items()}, read)
 
 
 def _hf_name(name: str) -> str:

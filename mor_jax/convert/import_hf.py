@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from mor_jax.checkpoint.lazy_arrays import Lazy
+from mor_jax.checkpoint.lazy_arrays import LazyArrays
 from mor_jax.config import ModelConfig
 from mor_jax.convert.fitting import check_layers, check_sizes
 from mor_jax.convert.hf_config import (
@@ -21,14 +21,14 @@ from mor_jax.convert.hf_config import (
     read_config,
     remarks,
 )
-from mor_jax.convert.imported import Imported, facts_of, tokenizer_beside
-from mor_jax.convert.names import EMBEDDING, HEAD, Entry, llama_entries, mor_entries
+from mor_jax.convert.imported import ImportedModel, facts_of, tokenizer_beside
+from mor_jax.convert.names import EMBEDDING, HEAD, TensorName, llama_entries, mor_entries
 from mor_jax.convert.sources import check_readable, open_weights
-from mor_jax.convert.sources.hub import located
+from mor_jax.convert.sources.hub import locate_model
 from mor_jax.convert.views import as_params
 
 
-def import_hf(path: str, weights: str | None = None, tokenizer: bool = True) -> Imported:
+def import_hf(path: str, weights: str | None = None, tokenizer: bool = True) -> ImportedModel:
     """The model in directory `path`, or of the hub's repository `owner/name[@revision]`.
 
     weights: where the tensors lie, if not beside config.json: a file or a directory, such as one
@@ -38,7 +38,7 @@ def import_hf(path: str, weights: str | None = None, tokenizer: bool = True) -> 
         ValueError: no model, another architecture than Llama or ours, options that we do not have,
             or tensors that do not make the model that config.json describes.
     """
-    place = located(path)
+    place = locate_model(path)
     directory = place if place.is_dir() else place.parent
     check_readable(place)
     hf = read_config(directory)
@@ -55,7 +55,7 @@ def import_hf(path: str, weights: str | None = None, tokenizer: bool = True) -> 
         notes = (*notes, told)
     facts = facts_of(found, architecture=hf.get("model_type", "llama"), notes=notes)
     files = tokenizer_beside(directory, cfg.vocab_size) if tokenizer else None
-    return Imported(cfg, params, files, facts)
+    return ImportedModel(cfg, params, files, facts)
 
 
 def _weights(path: str, directory: Path) -> Path:
@@ -65,8 +65,8 @@ def _weights(path: str, directory: Path) -> Path:
 
 
 def _model(
-    hf: Mapping[str, Any], where: str, tied: bool, tensors: Lazy
-) -> tuple[ModelConfig, Sequence[Entry]]:
+    hf: Mapping[str, Any], where: str, tied: bool, tensors: LazyArrays
+) -> tuple[ModelConfig, Sequence[TensorName]]:
     ours = hf.get("model_type") == "mor"
     cfg = (mor_config if ours else llama_config)(hf, where, tied=tied)
     check_sizes(hf, tensors, where)
@@ -77,7 +77,9 @@ def _model(
     return cfg, (mor_entries if ours else llama_entries)(cfg)
 
 
-def are_tied(tensors: Lazy, hf: Mapping[str, Any], where: str) -> tuple[bool, tuple[str, ...]]:
+def are_tied(
+    tensors: LazyArrays, hf: Mapping[str, Any], where: str
+) -> tuple[bool, tuple[str, ...]]:
     """Whether the unembedding repeats the embedding, and a note where config.json says otherwise.
 
     The tensors decide where both are there; without an unembedding it is as config.json says.

@@ -15,17 +15,17 @@ from mor_jax.config.parsing import check, fail
 from mor_jax.convert.fitting import check_stored
 from mor_jax.convert.hf_config import CONFIG, read_config
 from mor_jax.convert.import_hf import are_tied
-from mor_jax.convert.imported import Imported, facts_of, tokenizer_beside
+from mor_jax.convert.imported import ImportedModel, facts_of, tokenizer_beside
 from mor_jax.convert.names import entries
 from mor_jax.convert.reference_config import DEFAULTS, merge_options, model_config
 from mor_jax.convert.sources import open_weights
-from mor_jax.convert.sources.hub import located
+from mor_jax.convert.sources.hub import locate_model
 from mor_jax.convert.views import as_params
 
 _BASE, _CHANGES = "model_name_or_path", "model_config"
 
 
-def import_reference(path: str, reference_config: str, tokenizer: bool = True) -> Imported:
+def import_reference(path: str, reference_config: str, tokenizer: bool = True) -> ImportedModel:
     """The model at `path`, trained by the paper authors' code with the YAML `reference_config`.
 
     path: the directory of a checkpoint, or the file with its tensors. The Llama's config.json is
@@ -55,7 +55,7 @@ def import_reference(path: str, reference_config: str, tokenizer: bool = True) -
     tried = (tokenizer_beside(place, cfg.vocab_size) for place in places if tokenizer)
     files = next((files for files in tried if files is not None), None)
     facts = facts_of(found, architecture="reference", notes=notes, name=settings.get("name"))
-    return Imported(cfg, params, files, facts)
+    return ImportedModel(cfg, params, files, facts)
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -106,6 +106,6 @@ def _shape_of(beside: Path, settings: Mapping[str, Any], yaml_file: Path) -> Pat
         if (place / CONFIG).is_file():
             return place
     try:
-        return located(str(base), weights=False)
+        return locate_model(str(base), weights=False)
     except ValueError as error:
         raise ValueError(f"{yaml_file}: {_BASE}: {error}. Or: {fix}") from error

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mor_jax.checkpoint.lazy_arrays import Lazy
+from mor_jax.checkpoint.lazy_arrays import LazyArrays
 from mor_jax.config import ModelConfig
 from mor_jax.config.optional_import import need
 from mor_jax.config.parsing import check, fail
@@ -17,7 +17,7 @@ from mor_jax.data.tokenizers.load import files_beside
 
 
 @dataclasses.dataclass(frozen=True)
-class Imported:
+class ImportedModel:
     """A foreign model.
 
     cfg: in float32. params: our parameters by dotted path. tokenizer: its files by name, None
@@ -25,12 +25,12 @@ class Imported:
     """
 
     cfg: ModelConfig
-    params: Lazy
+    params: LazyArrays
     tokenizer: Mapping[str, bytes] | None
     facts: Mapping[str, Any]
 
 
-def facts_of(weights: Weights, tensors: Lazy | None = None, **more: Any) -> dict[str, Any]:
+def facts_of(weights: Weights, tensors: LazyArrays | None = None, **more: Any) -> dict[str, Any]:
     """The report's lines on a source: where, format, tensors by stored dtype, notes, and `more`."""
     specs = (tensors or weights.tensors).specs
     stored = Counter(spec.dtype for spec in specs.values())

@@ -13,11 +13,11 @@ from typing import Any, Literal, get_args
 from mor_jax import data
 from mor_jax.checkpoint import pretrained
 from mor_jax.checkpoint import run_dir as workdir
-from mor_jax.checkpoint.lazy_arrays import Lazy
+from mor_jax.checkpoint.lazy_arrays import LazyArrays
 from mor_jax.config import DataConfig, EvalConfig, ModelConfig, OptimConfig, TrainConfig
 from mor_jax.config.parsing import check
 from mor_jax.convert.directory import PathLike, absolute, check_target, fresh_directory
-from mor_jax.convert.imported import Imported
+from mor_jax.convert.imported import ImportedModel
 from mor_jax.convert.upcycle import parse_upcycle, upcycle, upcycle_notes, upcycled_config
 
 Origin = Literal["hf", "reference", "gguf"]
@@ -45,7 +45,7 @@ class ImportOptions:
 
 
 @dataclasses.dataclass(frozen=True)
-class Written:
+class ImportResult:
     """What an import made. stored: parameters. facts: of the source. notes: for the reader."""
 
     workdir: Path
@@ -56,7 +56,7 @@ class Written:
     seconds: float
 
 
-def import_run(origin: Origin, source: str, options: ImportOptions) -> Written:
+def import_run(origin: Origin, source: str, options: ImportOptions) -> ImportResult:
     """Reads `source` and makes a run of it; the directory is complete or absent.
 
     Memory: one array of our model and one tensor of theirs.
@@ -90,10 +90,10 @@ def import_run(origin: Origin, source: str, options: ImportOptions) -> Written:
             (draft / TOKENIZER).mkdir(exist_ok=True)
             (draft / TOKENIZER / file).write_bytes(content)
         pretrained.write(draft, cfg.model, params, facts)
-        text = json.dumps(workdir.plain(cfg), indent=2) + "\n"
+        text = json.dumps(workdir.to_plain(cfg), indent=2) + "\n"
         (draft / workdir.CONFIG_FILE).write_text(text)
     stored = sum(math.prod(spec.shape) for spec in params.specs.values())
-    return Written(target, cfg, stored, facts, tuple(notes), time.perf_counter() - start)
+    return ImportResult(target, cfg, stored, facts, tuple(notes), time.perf_counter() - start)
 
 
 def run_config(model: ModelConfig, tokenizer: str) -> TrainConfig:
@@ -114,7 +114,7 @@ def run_config(model: ModelConfig, tokenizer: str) -> TrainConfig:
     return cfg
 
 
-def _readers(options: ImportOptions) -> dict[Origin, Callable[[str], Imported]]:
+def _readers(options: ImportOptions) -> dict[Origin, Callable[[str], ImportedModel]]:
     # The libraries of the origins that are not asked for stay unread.
     from mor_jax.convert import import_gguf, import_hf, import_reference
 
@@ -141,7 +141,7 @@ def _only_yaml(source: str) -> str:
     return found[0]
 
 
-def _upcycled(imported: Imported, text: str) -> tuple[ModelConfig, Lazy, list[str]]:
+def _upcycled(imported: ImportedModel, text: str) -> tuple[ModelConfig, LazyArrays, list[str]]:
     wish = parse_upcycle(text)
     model = upcycled_config(imported.cfg, wish)
     params = upcycle(imported.cfg, model, imported.params, wish)

@@ -10,7 +10,7 @@ from typing import Literal, get_args
 
 import numpy as np
 
-from mor_jax.checkpoint.lazy_arrays import Lazy, Spec
+from mor_jax.checkpoint.lazy_arrays import ArraySpec, LazyArrays
 from mor_jax.config import ModelConfig, Sharing
 from mor_jax.config.parsing import check
 from mor_jax.convert.views import parts
@@ -96,7 +96,7 @@ def _pick(strategy: Strategy, low: int, high: int, depth: int, seed: int) -> tup
     return _spread(low, high, depth)
 
 
-def share_layers(plain: Lazy, cfg: ModelConfig, selection: Selection) -> Lazy:
+def share_layers(plain: LazyArrays, cfg: ModelConfig, selection: Selection) -> LazyArrays:
     """Parameters of the recursive model `cfg`, without routers, from those of a plain model.
 
     plain: arrays by dotted path, among them the stacks `layers.*`. What is made of one stack
@@ -111,15 +111,15 @@ def share_layers(plain: Lazy, cfg: ModelConfig, selection: Selection) -> Lazy:
     fix = f"Set layers={made}, sharing and recursions as in the selection"
     check(made == cfg.num_layers, "layers", cfg.num_layers, rule, fix)
     part = parts(plain)
-    specs: dict[str, Spec] = {}
+    specs: dict[str, ArraySpec] = {}
     places: dict[str, tuple[str, list[tuple[int, ...]]]] = {}
     for name, spec in plain.specs.items():
         stack, _, leaf = name.partition(".")
         if stack != "layers":
-            specs[name] = Spec(spec.shape)
+            specs[name] = ArraySpec(spec.shape)
             continue
         for new, sources, leading in _stacks(cfg, selection, leaf):
-            specs[f"{new}.{leaf}"] = Spec((*leading, *spec.shape[1:]))
+            specs[f"{new}.{leaf}"] = ArraySpec((*leading, *spec.shape[1:]))
             places[f"{new}.{leaf}"] = name, sources
 
     def read(name: str) -> np.ndarray:
@@ -129,7 +129,7 @@ def share_layers(plain: Lazy, cfg: ModelConfig, selection: Selection) -> Lazy:
         means = [_mean([part(stack, (layer,)) for layer in layers]) for layers in sources]
         return np.stack(means).reshape(specs[name].shape)
 
-    return Lazy(plain.where, specs, read)
+    return LazyArrays(plain.where, specs, read)
 
 
 def _stacks(

@@ -41,7 +41,7 @@ def modeling_version() -> str:
 
 
 @dataclasses.dataclass(frozen=True)
-class Refreshed:
+class RefreshResult:
     """What became of an export's modelling file.
 
     before, after: its versions, in words. changed: whether it was replaced. kept: where an edited
@@ -55,7 +55,7 @@ class Refreshed:
     kept: Path | None = None
 
 
-def refresh(path: PathLike, *, force: bool = False) -> Refreshed:
+def refresh(path: PathLike, *, force: bool = False) -> RefreshResult:
     """Gives an export the modelling file of today; weights and settings stay as they are.
 
     The file is the old one or the new one at any time. force: also one that was edited, which is
@@ -74,10 +74,10 @@ def refresh(path: PathLike, *, force: bool = False) -> Refreshed:
     check(not target.is_dir(), "path", str(target), rule, "Move the directory away")
     if not target.is_file():
         _write(target, new)
-        return Refreshed(place, "no file at all", after, True)
+        return RefreshResult(place, "no file at all", after, True)
     old = _read(target)
     if old == new:
-        return Refreshed(place, after, after, False)
+        return RefreshResult(place, after, after, False)
     before, edited = _version(old), _is_edited(old)
     if not force:
         rule = "was changed after the export, and would lose the changes"
@@ -91,7 +91,7 @@ def refresh(path: PathLike, *, force: bool = False) -> Refreshed:
         kept = target.with_name(f"modeling_mor-edited-{_sum(old)[:8]}.py")
         replace_file(kept, target.read_bytes())
     _write(target, new)
-    return Refreshed(place, before, after, True, kept)
+    return RefreshResult(place, before, after, True, kept)
 
 
 def _write(target: Path, text: str) -> None:

@@ -50,7 +50,7 @@ ROUTERS = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Entry:
+class TensorName:
     """One tensor of a state dict.
 
     path, index: the array of our tree and the place on its leading (stacked) axes.
@@ -65,7 +65,7 @@ class Entry:
     canonical: str
 
     @classmethod
-    def own(cls, name: str, path: str, index: tuple[int, ...], pattern: str) -> "Entry":
+    def own(cls, name: str, path: str, index: tuple[int, ...], pattern: str) -> "TensorName":
         """A tensor that repeats no other."""
         return cls(name, path, index, pattern, name)
 
@@ -75,7 +75,7 @@ class Entry:
         return self.canonical != self.name
 
 
-def entries(cfg: ModelConfig) -> tuple[Entry, ...]:
+def entries(cfg: ModelConfig) -> tuple[TensorName, ...]:
     """Every tensor of the state dict of a model, aliases included, in the model's order."""
     rows = []
     for layer in _layers(cfg):
@@ -83,7 +83,7 @@ def entries(cfg: ModelConfig) -> tuple[Entry, ...]:
     return _with_ends(cfg, [*rows, *_router_entries(cfg)])
 
 
-def mor_entries(cfg: ModelConfig) -> tuple[Entry, ...]:
+def mor_entries(cfg: ModelConfig) -> tuple[TensorName, ...]:
     """The tensors of our own Hugging Face export: each weight once, under the name of its place.
 
     A tied unembedding is listed as an alias: it may be there, and need not.
@@ -97,11 +97,11 @@ def mor_entries(cfg: ModelConfig) -> tuple[Entry, ...]:
             for r in range(cfg.num_recursions) if apart and suffix in NORMS else [None]:
                 name = suffix if r is None else suffix.replace(".weight", f".{r}.weight")
                 index = (slot,) if r is None else (slot, r)
-                rows.append(Entry.own(prefix + name, f"{stack}.{path}", index, pattern))
+                rows.append(TensorName.own(prefix + name, f"{stack}.{path}", index, pattern))
     return _with_ends(cfg, [*rows, *_mor_routers(cfg)])
 
 
-def llama_entries(cfg: ModelConfig) -> tuple[Entry, ...]:
+def llama_entries(cfg: ModelConfig) -> tuple[TensorName, ...]:
     """The tensors of the plain Llama that computes the same; recursions are written out.
 
     Shared weights stand there once for each layer that uses them: nothing but a tied unembedding
@@ -118,16 +118,16 @@ def llama_entries(cfg: ModelConfig) -> tuple[Entry, ...]:
     rows = []
     for layer in _layers(cfg):
         for row in _layer_entries(cfg, layer):
-            rows.append(Entry.own(row.name, row.path, row.index, row.pattern))
+            rows.append(TensorName.own(row.name, row.path, row.index, row.pattern))
     return _with_ends(cfg, rows)
 
 
-def _with_ends(cfg: ModelConfig, rows: list[Entry]) -> tuple[Entry, ...]:
-    first = Entry.own(EMBEDDING, "embed.weight", (), "v d -> v d")
-    norm = Entry.own("model.norm.weight", "norm.scale", (), "d -> d")
-    head = Entry.own(HEAD, "head.weight", (), "v d -> v d")
+def _with_ends(cfg: ModelConfig, rows: list[TensorName]) -> tuple[TensorName, ...]:
+    first = TensorName.own(EMBEDDING, "embed.weight", (), "v d -> v d")
+    norm = TensorName.own("model.norm.weight", "norm.scale", (), "d -> d")
+    head = TensorName.own(HEAD, "head.weight", (), "v d -> v d")
     if cfg.tie_embeddings:
-        head = Entry(HEAD, "embed.weight", (), "v d -> v d", EMBEDDING)
+        head = TensorName(HEAD, "embed.weight", (), "v d -> v d", EMBEDDING)
     return (first, *rows, norm, head)
 
 
@@ -182,15 +182,15 @@ def _token_stage(cfg: ModelConfig) -> str:
     return "model.layers.1." if cfg.is_middle else "model.layers."
 
 
-def _layer_entries(cfg: ModelConfig, layer: _Layer) -> Iterator[Entry]:
+def _layer_entries(cfg: ModelConfig, layer: _Layer) -> Iterator[TensorName]:
     for suffix, (path, pattern) in (ATTENTION | MLP | NORMS).items():
         index, canonical = (layer.slot,), layer.first + suffix
         if suffix in NORMS and layer.recursion is not None and not cfg.share_norms:
             index, canonical = (layer.slot, layer.recursion), layer.prefix + suffix
-        yield Entry(layer.prefix + suffix, f"{layer.stack}.{path}", index, pattern, canonical)
+        yield TensorName(layer.prefix + suffix, f"{layer.stack}.{path}", index, pattern, canonical)
 
 
-def _router_entries(cfg: ModelConfig) -> Iterator[Entry]:
+def _router_entries(cfg: ModelConfig) -> Iterator[TensorName]:
     router, before = cfg.router, int(cfg.is_middle)
     if router.kind == "none":
         return
@@ -204,22 +204,22 @@ def _router_entries(cfg: ModelConfig) -> Iterator[Entry]:
         for network, ours in networks.items():
             for suffix, (leaf, pattern) in ROUTERS[router.kind, router.arch].items():
                 name = f"{prefix}{network}.{suffix}"
-                yield Entry(name, f"router.{ours}.{leaf}", index, pattern, name)
+                yield TensorName(name, f"router.{ours}.{leaf}", index, pattern, name)
     if router.kind == "token" and router.load_balancing == "loss_free":
         name = f"{_token_stage(cfg)}router_bias"
-        yield Entry(name, "router.bias", (), "r -> r", name)
+        yield TensorName(name, "router.bias", (), "r -> r", name)
 
 
-def _mor_routers(cfg: ModelConfig) -> Iterator[Entry]:
+def _mor_routers(cfg: ModelConfig) -> Iterator[TensorName]:
     router = cfg.router
     if router.kind == "none":
         return
     rows = ROUTERS[router.kind, router.arch].items()
     if router.kind == "token":
         for suffix, (leaf, pattern) in rows:
-            yield Entry.own(f"model.router.{suffix}", f"router.main.{leaf}", (), pattern)
+            yield TensorName.own(f"model.router.{suffix}", f"router.main.{leaf}", (), pattern)
         if router.load_balancing == "loss_free":
-            yield Entry.own("model.router_bias", "router.bias", (), "r -> r")
+            yield TensorName.own("model.router_bias", "router.bias", (), "r -> r")
         return
     networks = {"routers": "main"} | (
         {"aux_routers": "aux"} if router.causal_routing == "aux_router" else {}
@@ -228,7 +228,7 @@ def _mor_routers(cfg: ModelConfig) -> Iterator[Entry]:
         for r in range(cfg.num_recursions):
             for suffix, (leaf, pattern) in rows:
                 name = f"model.{network}.{r}.{suffix}"
-                yield Entry.own(name, f"router.{ours}.{leaf}", (r,), pattern)
+                yield TensorName.own(name, f"router.{ours}.{leaf}", (r,), pattern)
 
 
 def sizes(cfg: ModelConfig) -> dict[str, int]:
@@ -245,12 +245,12 @@ def sizes(cfg: ModelConfig) -> dict[str, int]:
     }
 
 
-def torch_shape(cfg: ModelConfig, entry: Entry) -> tuple[int, ...]:
+def torch_shape(cfg: ModelConfig, entry: TensorName) -> tuple[int, ...]:
     """Shape of the tensor in the state dict (torch layout)."""
     return _shape(cfg, entry.pattern.split("->")[0])
 
 
-def place_shape(cfg: ModelConfig, entry: Entry) -> tuple[int, ...]:
+def place_shape(cfg: ModelConfig, entry: TensorName) -> tuple[int, ...]:
     """Shape of the tensor's place in our array, without the leading axes of a stack."""
     return _shape(cfg, entry.pattern.split("->")[1])
 
@@ -261,7 +261,7 @@ def _shape(cfg: ModelConfig, side: str) -> tuple[int, ...]:
     return tuple(math.prod(letters[x] for x in (group or axis).split()) for group, axis in axes)
 
 
-def array_shapes(cfg: ModelConfig, table: Sequence[Entry]) -> dict[str, tuple[int, ...]]:
+def array_shapes(cfg: ModelConfig, table: Sequence[TensorName]) -> dict[str, tuple[int, ...]]:
     """Shape of every array of our tree, by path, in the order of `table`."""
     places: dict[str, list[tuple[int, ...]]] = {}
     inner: dict[str, tuple[int, ...]] = {}

@@ -12,8 +12,8 @@ from etils import epath
 
 from mor_jax import data
 from mor_jax.checkpoint import pretrained
-from mor_jax.checkpoint.checkpointer import Checkpoints
-from mor_jax.checkpoint.lazy_arrays import Lazy, Spec
+from mor_jax.checkpoint.checkpointer import Checkpointer
+from mor_jax.checkpoint.lazy_arrays import ArraySpec, LazyArrays
 from mor_jax.checkpoint.load_weights import load_run
 from mor_jax.config import CheckpointConfig, TrainConfig
 from mor_jax.config.parsing import check
@@ -35,7 +35,7 @@ class RunSource:
     path: epath.Path
     cfg: TrainConfig
     step: int
-    params: Lazy
+    params: LazyArrays
     tokenizer: data.Tokenizer | None
     source: dict[str, Any] | None
     evaluated: dict[str, Any]
@@ -53,12 +53,12 @@ def open_run(directory: epath.PathLike, step: int | None = None) -> RunSource:
     cfg, path = found.cfg, found.path
     part = partial(pretrained.array, path)
     if found.step:
-        checkpoints = Checkpoints(path, CheckpointConfig())
+        checkpoints = Checkpointer(path, CheckpointConfig())
         part = checkpoints.parts(found.step).read
         checkpoints.close()
     shapes = array_shapes(cfg.model, entries(cfg.model))
-    specs = {name: Spec(shape) for name, shape in shapes.items()}
-    params = Lazy(str(found), specs, part, part)
+    specs = {name: ArraySpec(shape) for name, shape in shapes.items()}
+    params = LazyArrays(str(found), specs, part, part)
     tokenizer = None
     if found.step or found.source is None or found.source.get("tokenizer"):
         tokenizer = data.load_tokenizer(_place(path, cfg.data.tokenizer))

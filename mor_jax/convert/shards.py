@@ -13,7 +13,7 @@ from typing import Any, Literal, get_args
 import jax.numpy as jnp
 import numpy as np
 
-from mor_jax.checkpoint.lazy_arrays import Lazy, ahead
+from mor_jax.checkpoint.lazy_arrays import LazyArrays, ahead
 from mor_jax.config.parsing import check
 from mor_jax.files import fsync
 
@@ -29,7 +29,7 @@ _CODES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 
 
 def write_shards(
-    directory: Path, tensors: Lazy, dtype: Dtype = "float32", shard_bytes: int = DEFAULT_SHARD
+    directory: Path, tensors: LazyArrays, dtype: Dtype = "float32", shard_bytes: int = DEFAULT_SHARD
 ) -> list[str]:
     """Writes `tensors`, in their order, to files of at most `shard_bytes`; returns their names.
 
@@ -55,7 +55,7 @@ def write_shards(
     return files
 
 
-def _write(path: Path, tensors: Lazy, names: list[str], dtype: Dtype) -> None:
+def _write(path: Path, tensors: LazyArrays, names: list[str], dtype: Dtype) -> None:
     """One safetensors file: the header's length in 8 bytes, the header as JSON, the values.
 
     The library writes only what is in memory all at one time: a shard, gathered first and written
@@ -77,7 +77,7 @@ def _write(path: Path, tensors: Lazy, names: list[str], dtype: Dtype) -> None:
             file.write(narrow(value, dtype, name).reshape(-1).view(np.uint8).data)
 
 
-def plan_shards(tensors: Lazy, itemsize: int, shard_bytes: int) -> Iterator[list[str]]:
+def plan_shards(tensors: LazyArrays, itemsize: int, shard_bytes: int) -> Iterator[list[str]]:
     """Names of each shard's tensors, in their order."""
     rule = "must be at least a megabyte"
     check(shard_bytes >= 10**6, "max_shard_size", shard_bytes, rule, "Try 2GB")
@@ -106,7 +106,7 @@ def narrow(value: np.ndarray, dtype: Dtype, name: str) -> np.ndarray:
 
 
 def _write_index(
-    directory: Path, tensors: Lazy, shards: dict[str, list[str]], dtype: Dtype
+    directory: Path, tensors: LazyArrays, shards: dict[str, list[str]], dtype: Dtype
 ) -> None:
     itemsize = np.dtype(_NUMPY[dtype]).itemsize
     total = sum(math.prod(spec.shape) for spec in tensors.specs.values()) * itemsize

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from mor_jax.checkpoint.lazy_arrays import flatten, held, nested
+from mor_jax.checkpoint.lazy_arrays import flatten, from_arrays, nested
 from mor_jax.config import ModelConfig
 from mor_jax.convert.names import entries
 from mor_jax.convert.views import as_params, as_tensors
@@ -20,7 +20,7 @@ def to_params(cfg: ModelConfig, state: Mapping[str, Any]) -> Params:
     Raises:
         ValueError: see `views.as_params`.
     """
-    return nested(as_params(cfg, entries(cfg), held(state, "state dict")))
+    return nested(as_params(cfg, entries(cfg), from_arrays(state, "state dict")))
 
 
 def from_params(cfg: ModelConfig, params: Params, *, aliases: bool = True) -> dict[str, np.ndarray]:
@@ -33,7 +33,7 @@ def from_params(cfg: ModelConfig, params: Params, *, aliases: bool = True) -> di
         ValueError: see `views.as_tensors`.
     """
     table = entries(cfg)
-    tensors = as_tensors(cfg, table, held(dict(flatten(params)), "parameters"))
+    tensors = as_tensors(cfg, table, from_arrays(dict(flatten(params)), "parameters"))
     unique = {name: tensors.read(name) for name in tensors.specs}
     listed = [entry for entry in table if aliases or not entry.is_alias]
     return {entry.name: unique[entry.canonical] for entry in listed}

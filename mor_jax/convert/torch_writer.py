@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from mor_jax.checkpoint.lazy_arrays import Lazy, ahead
+from mor_jax.checkpoint.lazy_arrays import LazyArrays, ahead
 from mor_jax.config.optional_import import need
 from mor_jax.config.parsing import check
 from mor_jax.convert.shards import Dtype, narrow
@@ -30,7 +30,10 @@ _STORAGES = {"float32": "FloatStorage", "bfloat16": "BFloat16Storage", "float16"
 
 
 def write_torch(
-    path: Path, tensors: Lazy, aliases: Mapping[str, str] | None = None, dtype: Dtype = "float32"
+    path: Path,
+    tensors: LazyArrays,
+    aliases: Mapping[str, str] | None = None,
+    dtype: Dtype = "float32",
 ) -> None:
     """Writes a state dict to `path`, for `torch.load(path, weights_only=True)`.
 

@@ -12,7 +12,7 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
-from mor_jax.checkpoint.lazy_arrays import Lazy, Spec
+from mor_jax.checkpoint.lazy_arrays import ArraySpec, LazyArrays
 from mor_jax.config import KVMode, ModelConfig, RouterConfig, Sharing
 from mor_jax.config.parsing import check, fail
 from mor_jax.convert.init_strategies import (
@@ -35,7 +35,7 @@ ROUTERS: dict[Routing, RouterConfig] = {
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Upcycling:
+class UpcycleOptions:
     """What a plain model is to become.
 
     init: where shared layers come from, one of `STRATEGIES`. seed: of the strategy `random` and of
@@ -51,8 +51,8 @@ class Upcycling:
     seed: int = 0
 
 
-def parse_upcycle(text: str) -> Upcycling:
-    """`recursions=3,sharing=middle_cycle,init=stepwise` and so on, keys as in `Upcycling`.
+def parse_upcycle(text: str) -> UpcycleOptions:
+    """`recursions=3,sharing=middle_cycle,init=stepwise` and so on, keys as in `UpcycleOptions`.
 
     Raises:
         ValueError: an unknown key or choice, a key given twice, or no `recursions`.
@@ -68,10 +68,10 @@ def parse_upcycle(text: str) -> Upcycling:
         found[key] = _KEYS[key](f"upcycle.{key}", value)
     example = "Try 'recursions=3,sharing=middle_cycle,init=stepwise'"
     check("recursions" in found, "upcycle", text, "does not say how many recursions", example)
-    return Upcycling(**found)
+    return UpcycleOptions(**found)
 
 
-def upcycled_config(plain: ModelConfig, wish: Upcycling) -> ModelConfig:
+def upcycled_config(plain: ModelConfig, wish: UpcycleOptions) -> ModelConfig:
     """The configuration that `plain` is upcycled to.
 
     Raises:
@@ -92,24 +92,26 @@ def upcycled_config(plain: ModelConfig, wish: Upcycling) -> ModelConfig:
     return cfg
 
 
-def upcycle(plain: ModelConfig, cfg: ModelConfig, params: Lazy, wish: Upcycling) -> Lazy:
+def upcycle(
+    plain: ModelConfig, cfg: ModelConfig, params: LazyArrays, wish: UpcycleOptions
+) -> LazyArrays:
     """Parameters of `cfg`, which is `upcycled_config(plain, wish)`, from those of `plain`.
 
     Routers are drawn as in a fresh model, N(0, init_std^2) and zeros for a bias, from `wish.seed`.
     """
     shared = share_layers(params, cfg, _selection(plain, wish))
     shapes = array_shapes(cfg, mor_entries(cfg))
-    routers = {name: Spec(shape) for name, shape in shapes.items() if name not in shared.specs}
+    routers = {name: ArraySpec(shape) for name, shape in shapes.items() if name not in shared.specs}
 
     def read(name: str) -> np.ndarray:
         if name in routers:
             return _fresh(name, routers[name].shape, cfg.init_std, wish.seed)
         return shared.read(name)
 
-    return Lazy(params.where, {**shared.specs, **routers}, read)
+    return LazyArrays(params.where, {**shared.specs, **routers}, read)
 
 
-def upcycle_notes(plain: ModelConfig, wish: Upcycling) -> list[str]:
+def upcycle_notes(plain: ModelConfig, wish: UpcycleOptions) -> list[str]:
     """What a reader should know of it: layers that do not fit, layers that were taken."""
     chosen = _selection(plain, wish)
     ends = " and the first and the last by themselves" if chosen.ends else ""
@@ -129,7 +131,7 @@ def upcycle_notes(plain: ModelConfig, wish: Upcycling) -> list[str]:
     return notes
 
 
-def _selection(plain: ModelConfig, wish: Upcycling) -> Selection:
+def _selection(plain: ModelConfig, wish: UpcycleOptions) -> Selection:
     return select_layers(wish.sharing, plain.num_layers, wish.recursions, wish.init, wish.seed)
 
 
@@ -179,4 +181,11 @@ _KEYS: dict[str, Callable[[str, str], Any]] = {
 }
 
 
-__all__ = ["ROUTERS", "Upcycling", "parse_upcycle", "upcycle", "upcycle_notes", "upcycled_config"]
+__all__ = [
+    "ROUTERS",
+    "UpcycleOptions",
+    "parse_upcycle",
+    "upcycle",
+    "upcycle_notes",
+    "upcycled_config",
+]

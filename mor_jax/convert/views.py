@@ -13,10 +13,10 @@ from collections.abc import Callable, Collection, Sequence
 import numpy as np
 from einops import rearrange
 
-from mor_jax.checkpoint.lazy_arrays import Lazy, Spec
+from mor_jax.checkpoint.lazy_arrays import ArraySpec, LazyArrays
 from mor_jax.config import ModelConfig
 from mor_jax.config.parsing import fail
-from mor_jax.convert.names import HEAD, Entry, array_shapes, sizes, torch_shape
+from mor_jax.convert.names import HEAD, TensorName, array_shapes, sizes, torch_shape
 from mor_jax.models.param_count import unique_parameters
 
 # Buffers that older checkpoints carry and that follow from the configuration.
@@ -29,7 +29,7 @@ _ROWS = 16
 """Rows turned at one time: so many cache lines stay in reach while columns are written."""
 
 
-def as_params(cfg: ModelConfig, table: Sequence[Entry], tensors: Lazy) -> Lazy:
+def as_params(cfg: ModelConfig, table: Sequence[TensorName], tensors: LazyArrays) -> LazyArrays:
     """Tensors in torch layout, named as in `table` -> arrays of our tree by dotted path, float32.
 
     A shared weight may appear under any or all of its names; reading it compares the copies.
@@ -40,11 +40,11 @@ def as_params(cfg: ModelConfig, table: Sequence[Entry], tensors: Lazy) -> Lazy:
             are not finite.
     """
     _check_fit(cfg, table, tensors)
-    places: dict[str, dict[tuple[int, ...], list[Entry]]] = {}
+    places: dict[str, dict[tuple[int, ...], list[TensorName]]] = {}
     for entry in table:
         if entry.name in tensors.specs:
             places.setdefault(entry.path, {}).setdefault(entry.index, []).append(entry)
-    specs = {path: Spec(shape) for path, shape in array_shapes(cfg, table).items()}
+    specs = {path: ArraySpec(shape) for path, shape in array_shapes(cfg, table).items()}
     _check_count(cfg, specs)
 
     def part(path: str, index: tuple[int, ...]) -> np.ndarray:
@@ -61,10 +61,10 @@ def as_params(cfg: ModelConfig, table: Sequence[Entry], tensors: Lazy) -> Lazy:
             turn(part(path, index), out[index])
         return out
 
-    return Lazy(tensors.where, specs, read, part)
+    return LazyArrays(tensors.where, specs, read, part)
 
 
-def as_tensors(cfg: ModelConfig, table: Sequence[Entry], params: Lazy) -> Lazy:
+def as_tensors(cfg: ModelConfig, table: Sequence[TensorName], params: LazyArrays) -> LazyArrays:
     """Arrays of our tree by dotted path -> tensors in torch layout, named as in `table`.
 
     Aliases are left out. Tensors of one array follow each other: read in that order, every array
@@ -78,7 +78,7 @@ def as_tensors(cfg: ModelConfig, table: Sequence[Entry], params: Lazy) -> Lazy:
     lines = [
         f"  {path}: {_shown(params, path)}, expected {shapes.get(path, 'no such parameter')}"
         for path in [*shapes, *(path for path in params.specs if path not in shapes)]
-        if path not in shapes or params.specs.get(path, Spec(())).shape != shapes[path]
+        if path not in shapes or params.specs.get(path, ArraySpec(())).shape != shapes[path]
     ]
     _raise_list(params.where, "does not hold the parameters of this configuration", lines)
     rows = {entry.name: entry for entry in table if not entry.is_alias}
@@ -95,10 +95,12 @@ def as_tensors(cfg: ModelConfig, table: Sequence[Entry], params: Lazy) -> Lazy:
         turn(place, rearrange(out, f"{left} -> {right}", **_axes(cfg, entry)))
         return out
 
-    return Lazy(params.where, {name: Spec(torch_shape(cfg, rows[name])) for name in names}, read)
+    return LazyArrays(
+        params.where, {name: ArraySpec(torch_shape(cfg, rows[name])) for name in names}, read
+    )
 
 
-def parts(params: Lazy) -> Callable[[str, tuple[int, ...]], np.ndarray]:
+def parts(params: LazyArrays) -> Callable[[str, tuple[int, ...]], np.ndarray]:
     """(name, index of the leading axes) -> that part of an array.
 
     Of arrays that can only be read whole the last one stays, for its next part.
@@ -106,7 +108,7 @@ def parts(params: Lazy) -> Callable[[str, tuple[int, ...]], np.ndarray]:
     return params.slicer or _whole_first(params)
 
 
-def _whole_first(params: Lazy) -> Callable[[str, tuple[int, ...]], np.ndarray]:
+def _whole_first(params: LazyArrays) -> Callable[[str, tuple[int, ...]], np.ndarray]:
     held: dict[str, np.ndarray] = {}
     lock = threading.Lock()
 
@@ -121,7 +123,7 @@ def _whole_first(params: Lazy) -> Callable[[str, tuple[int, ...]], np.ndarray]:
     return part
 
 
-def _axes(cfg: ModelConfig, entry: Entry) -> dict[str, int]:
+def _axes(cfg: ModelConfig, entry: TensorName) -> dict[str, int]:
     return {letter: size for letter, size in sizes(cfg).items() if letter in entry.pattern}
 
 
@@ -150,10 +152,10 @@ def _merged(*views: np.ndarray) -> tuple[np.ndarray, ...]:
     return views
 
 
-def _check_fit(cfg: ModelConfig, table: Sequence[Entry], tensors: Lazy) -> None:
+def _check_fit(cfg: ModelConfig, table: Sequence[TensorName], tensors: LazyArrays) -> None:
     known = {entry.name: entry for entry in table}
     lines: list[str] = []
-    lacking: dict[str, list[Entry]] = {}
+    lacking: dict[str, list[TensorName]] = {}
     for entry in table:
         lacking.setdefault(entry.canonical, []).append(entry)
     for canonical, group in lacking.items():
@@ -188,11 +190,11 @@ def _raise_list(where: str, told: str, lines: list[str]) -> None:
         raise ValueError(f"{where}: {told}:\n{listed}\n{fix}")
 
 
-def _ours(entry: Entry) -> str:
+def _ours(entry: TensorName) -> str:
     return f"our {entry.path}{list(entry.index) if entry.index else ''}"
 
 
-def _shown(params: Lazy, path: str) -> str:
+def _shown(params: LazyArrays, path: str) -> str:
     return str(params.specs[path].shape) if path in params.specs else "missing"
 
 
@@ -206,7 +208,7 @@ def _check_finite(where: str, name: str, value: np.ndarray) -> None:
 
 
 def _check_copy(
-    where: str, copy: Entry, first: Entry, values: tuple[np.ndarray, np.ndarray]
+    where: str, copy: TensorName, first: TensorName, values: tuple[np.ndarray, np.ndarray]
 ) -> None:
     if np.array_equal(*values):
         return
@@ -225,7 +227,7 @@ def _check_copy(
     fail(copy.name, f"max difference {np.max(np.abs(values[0] - values[1])):.3g}", rule, fix)
 
 
-def _check_count(cfg: ModelConfig, specs: dict[str, Spec]) -> None:
+def _check_count(cfg: ModelConfig, specs: dict[str, ArraySpec]) -> None:
     # Weight sharing that silently came apart would show here first.
     count = sum(int(np.prod(spec.shape)) for spec in specs.values())
     assert count == unique_parameters(cfg), (count, unique_parameters(cfg))

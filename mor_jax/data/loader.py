@@ -15,11 +15,11 @@ import numpy as np
 
 from mor_jax.config import DataConfig
 from mor_jax.config.parsing import check
-from mor_jax.data.position import Course, Jump, Place, ahead, first_place
+from mor_jax.data.position import DataPosition, Jump, RowOrder, ahead, first_position
 from mor_jax.data.shards.reader import open_shards
 from mor_jax.data.sources.documents import Documents, open_documents
 from mor_jax.data.streams.mixture import shares_of
-from mor_jax.data.streams.packing import Row, Rows, spread
+from mor_jax.data.streams.packing import PackedSequences, Row, rows_per_host
 from mor_jax.data.streams.token_streams import TokenStream, tokenize
 from mor_jax.data.tokenizers.base import Tokenizer
 from mor_jax.types import IGNORE, Batch
@@ -67,9 +67,11 @@ def open_streams(cfg: DataConfig, tokenizer: Tokenizer, split: str) -> list[Toke
     return streams
 
 
-def _open_rows(cfg: DataConfig, tokenizer: Tokenizer, split: str, length: int) -> list[Rows]:
+def _open_rows(
+    cfg: DataConfig, tokenizer: Tokenizer, split: str, length: int
+) -> list[PackedSequences]:
     streams = open_streams(cfg, tokenizer, split)
-    return [Rows(stream, length, cfg.document_mask) for stream in streams]
+    return [PackedSequences(stream, length, cfg.document_mask) for stream in streams]
 
 
 def open_corpus(
@@ -93,14 +95,14 @@ def fingerprint(cfg: DataConfig, tokenizer: Tokenizer) -> str:
     return hashlib.sha256(repr((texts, tokenizer.fingerprint, order)).encode()).hexdigest()[:32]
 
 
-def place_of(cfg: DataConfig, tokenizer: Tokenizer, *, length: int, seed: int) -> Place:
+def position_of(cfg: DataConfig, tokenizer: Tokenizer, *, length: int, seed: int) -> DataPosition:
     """The beginning of a run with this data. Raises `ValueError`, see docs/data.md."""
     pairs = [open_streams(cfg, tokenizer, split) for split in ("train", "heldout")]
     texts = [
         hashlib.sha256(repr([train.fingerprint, heldout.fingerprint]).encode()).hexdigest()[:32]
         for train, heldout in zip(*pairs, strict=True)
     ]
-    return first_place(cfg, texts, tokenizer.fingerprint, length=length, seed=seed)
+    return first_position(cfg, texts, tokenizer.fingerprint, length=length, seed=seed)
 
 
 def _weights(cfg: DataConfig) -> tuple[float, ...]:
@@ -172,7 +174,7 @@ def train_batches(
     layout: Layout,
     *,
     seed: int,
-    start: int | Place = 0,
+    start: int | DataPosition = 0,
     jumps: Sequence[Jump] = (),
 ) -> TrainBatches:
     """Training batches from row `start` on, NumPy int32 [layout.host_rows, length].
@@ -187,7 +189,7 @@ def train_batches(
     if isinstance(start, int):
         check(start >= 0, "start", start, "is the number of a row", "Count rows from 0")
         # Texts matter to those that compare two places.
-        place = first_place(cfg, [""] * len(cfg.sources), "", length=layout.length, seed=seed)
+        place = first_position(cfg, [""] * len(cfg.sources), "", length=layout.length, seed=seed)
         place = dataclasses.replace(place, row=start)
     else:
         place = start
@@ -199,7 +201,7 @@ def train_batches(
             own = np.random.SeedSequence((cfg.seed, seed, order)).generate_state(1)[0]
             part = part.shuffle(seed=int(own))
         parts.append(part.repeat())
-    mixed = grain.MapDataset.select_from_datasets(parts, Course(place, jumps))
+    mixed = grain.MapDataset.select_from_datasets(parts, RowOrder(place, jumps))
     batches = mixed.batch(layout.host_rows)[layout.host :: layout.hosts]
     ahead = grain.ReadOptions(num_threads=min(cfg.prefetch, 1), prefetch_buffer_size=cfg.prefetch)
     iterable = batches.to_iter_dataset(ahead)
@@ -222,7 +224,7 @@ def _in_workers(batches: "grain.IterDataset", cfg: DataConfig) -> "grain.IterDat
     return batches.mp_prefetch(options)
 
 
-def heldout_batches(
+def validation_batches(
     cfg: DataConfig,
     tokenizer: Tokenizer,
     layout: Layout,
@@ -251,10 +253,10 @@ def heldout_batches(
     return made
 
 
-def heldout_sources(
+def validation_sources(
     cfg: DataConfig, tokenizer: Tokenizer, layout: Layout, batches: int, split: str = "heldout"
 ) -> np.ndarray:
-    """For each row of `heldout_batches`, in order: number of its source, int64; repetitions at the
+    """For each row of `validation_batches`, in order: number of its source, int64; repetitions at the
     end have none."""
     chosen = [source for source, *_ in _heldout_rows(cfg, tokenizer, layout, batches, split)]
     return np.array(chosen[: batches * layout.batch_size])
@@ -262,7 +264,7 @@ def heldout_sources(
 
 def _heldout_rows(
     cfg: DataConfig, tokenizer: Tokenizer, layout: Layout, batches: int, split: str
-) -> list[tuple[int, Rows, int]]:
+) -> list[tuple[int, PackedSequences, int]]:
     """Every row that was chosen: number of its source, the source's rows, its place in them."""
     check(batches > 0, "batches", batches, "must be greater than 0", "Try 1")
     sources = _open_rows(cfg, tokenizer, split, layout.length)
@@ -271,11 +273,11 @@ def _heldout_rows(
     return [
         (number, rows, int(i))
         for number, (rows, count) in enumerate(zip(sources, wanted, strict=True))
-        for i in spread(len(rows), int(count))
+        for i in rows_per_host(len(rows), int(count))
     ]
 
 
-def _chosen_row(chosen: list[tuple[Rows, int]], i: int) -> Row:
+def _chosen_row(chosen: list[tuple[PackedSequences, int]], i: int) -> Row:
     # Past the end: a repetition without targets.
     rows, number = chosen[i if i < len(chosen) else (i - len(chosen)) % len(chosen)]
     row = rows[number]

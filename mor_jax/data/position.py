@@ -22,7 +22,7 @@ _TEXT = ("data.tokenizer", "data.validation_fraction", "data.text_key")
 
 
 @dataclasses.dataclass(frozen=True)
-class Reading:
+class SourcePosition:
     """How one source is read.
 
     source: as configured. text: hash of its tokens, "" where an earlier version did not note it.
@@ -38,7 +38,7 @@ class Reading:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Place:
+class DataPosition:
     """A point between two rows.
 
     row: rows of the run before it. since: row at which the present mixture began. readings: its
@@ -47,9 +47,9 @@ class Place:
 
     row: int
     since: int
-    readings: tuple[Reading, ...]
+    readings: tuple[SourcePosition, ...]
     weights: tuple[float, ...]
-    left: tuple[Reading, ...] = ()
+    left: tuple[SourcePosition, ...] = ()
 
     def notes(self) -> dict[str, Any]:
         """What a checkpoint holds of it beside the row, as JSON values."""
@@ -58,7 +58,7 @@ class Place:
         return made
 
     @classmethod
-    def of(cls, row: int, notes: dict[str, Any] | None, config: dict[str, Any]) -> "Place":
+    def of(cls, row: int, notes: dict[str, Any] | None, config: dict[str, Any]) -> "DataPosition":
         """From what a checkpoint holds. notes: None in those of earlier versions, which read all
         of a run in one mixture. config: the run's configuration then."""
         if notes is not None:
@@ -75,11 +75,13 @@ class Place:
         return cls(
             row=row,
             since=0,
-            readings=tuple(Reading(source, "", known, i) for i, source in enumerate(sources)),
+            readings=tuple(
+                SourcePosition(source, "", known, i) for i, source in enumerate(sources)
+            ),
             weights=tuple(config["data"]["weights"] or (1.0,) * len(sources)),
         )
 
-    def read(self) -> list[Reading]:
+    def read(self) -> list[SourcePosition]:
         """The sources, those that were left last, with all rows that were read of each in
         `first`."""
         counts = Mixture(self.weights).counts(self.row - self.since)
@@ -92,13 +94,13 @@ class Place:
         ]
 
 
-def _reading(values: dict[str, Any]) -> Reading:
-    return Reading(**values | {"settings": translated_paths(values["settings"])})
+def _reading(values: dict[str, Any]) -> SourcePosition:
+    return SourcePosition(**values | {"settings": translated_paths(values["settings"])})
 
 
-def first_place(
+def first_position(
     cfg: DataConfig, texts: Sequence[str], tokenizer: str, *, length: int, seed: int
-) -> Place:
+) -> DataPosition:
     """The beginning of a new run. texts: hashes of the sources' tokens. tokenizer: its hash."""
     weights = cfg.weights or (1.0,) * len(cfg.sources)
     known = {
@@ -111,11 +113,11 @@ def first_place(
         "data.text_key": cfg.text_key,
     }
     pairs = zip(cfg.sources, texts, strict=True)
-    readings = tuple(Reading(*pair, known, i) for i, pair in enumerate(pairs))
-    return Place(row=0, since=0, readings=readings, weights=tuple(weights))
+    readings = tuple(SourcePosition(*pair, known, i) for i, pair in enumerate(pairs))
+    return DataPosition(row=0, since=0, readings=readings, weights=tuple(weights))
 
 
-def carried_over(old: Place, new: Place, jumps: Sequence[Jump] = ()) -> Place:
+def carried_over(old: DataPosition, new: DataPosition, jumps: Sequence[Jump] = ()) -> DataPosition:
     """The place `old` of a run under changed settings, whose beginning is `new`.
 
     A source that was read goes on at its next row, also in another mixture and after it was left
@@ -154,17 +156,17 @@ def carried_over(old: Place, new: Place, jumps: Sequence[Jump] = ()) -> Place:
     return dataclasses.replace(new, row=old.row, since=old.row, readings=tuple(readings), left=rest)
 
 
-def _same_source(now: Reading, known: dict[int, Reading]) -> int | None:
+def _same_source(now: SourcePosition, known: dict[int, SourcePosition]) -> int | None:
     """Which of `known` is the source of `now`: by its text, else by its name; None for none."""
 
-    def alike(was: Reading) -> int:
+    def alike(was: SourcePosition) -> int:
         return 2 * (now.text == was.text) + (now.source == was.source)
 
     best = max(known, key=lambda index: (alike(known[index]), -index), default=None)
     return best if best is not None and alike(known[best]) else None
 
 
-def _check_rows(now: Reading, was: Reading) -> None:
+def _check_rows(now: SourcePosition, was: SourcePosition) -> None:
     """Raises `ValueError` unless the rows of a source are the same and in the same order."""
     before, after = was.settings, now.settings
     another = "start another run from its weights (launch/convert.py export, import)"
@@ -202,13 +204,13 @@ def ahead(row: int, count: int, jumps: Sequence[Jump] = ()) -> int:
     return row + count
 
 
-class Course:
+class RowOrder:
     """Maps the number of a row, counted from a place on, to (source, number of the row in it).
 
     jumps: rows that are left out and not counted.
     """
 
-    def __init__(self, place: Place, jumps: Sequence[Jump] = ()) -> None:
+    def __init__(self, place: DataPosition, jumps: Sequence[Jump] = ()) -> None:
         self._mixture = Mixture(place.weights)
         self._place, self._jumps = place, tuple(jumps)
         self._first = [reading.first for reading in place.readings]
@@ -222,4 +224,12 @@ class Course:
         return source, self._first[source] + number
 
 
-__all__ = ["Course", "Jump", "Place", "Reading", "ahead", "carried_over", "first_place"]
+__all__ = [
+    "DataPosition",
+    "Jump",
+    "RowOrder",
+    "SourcePosition",
+    "ahead",
+    "carried_over",
+    "first_position",
+]

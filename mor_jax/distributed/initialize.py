@@ -82,7 +82,7 @@ def shutdown() -> None:
         jax.distributed.shutdown()
 
 
-def linger() -> None:
+def wait_for_others() -> None:
     """Lets the others speak before a process with an error ends; nothing if it was not joined.
 
     Process 0 hosts JAX's coordinator: its end aborts the others, in the middle of saying the same.
@@ -91,7 +91,7 @@ def linger() -> None:
         time.sleep(_LINGER)
 
 
-def asked_processes() -> int | None:
+def requested_processes() -> int | None:
     """The number of processes that this one was told of; None if it was found out."""
     return _asked
 
@@ -198,4 +198,12 @@ def _is_loopback(address: str) -> bool:
     return address == "localhost" or address == "::1" or address.startswith("127.")
 
 
-__all__ = ["HEARTBEAT", "WAIT", "asked_processes", "free_port", "initialize", "linger", "shutdown"]
+__all__ = [
+    "HEARTBEAT",
+    "WAIT",
+    "free_port",
+    "initialize",
+    "requested_processes",
+    "shutdown",
+    "wait_for_others",
+]

@@ -14,7 +14,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from mor_jax.config.parsing import flat
-from mor_jax.distributed.initialize import asked_processes
+from mor_jax.distributed.initialize import requested_processes
 
 _MOST = 12
 """Differences that a message lists."""
@@ -34,7 +34,7 @@ def agree_on_start(config: dict[str, Any], code: dict[str, str] | None = None) -
         return
     _check_device_counts()
     mine = {**(code or code_version()), "device": jax.devices()[0].device_kind}
-    launch = {"--processes": asked_processes()}
+    launch = {"--processes": requested_processes()}
     plain = json.loads(json.dumps(config))
     everyone = gather({"launch": launch, "code": mine, "config": plain})
     fixes = {

@@ -23,7 +23,7 @@ class Tasks:
 
 
 @dataclasses.dataclass(frozen=True)
-class Answer:
+class EvalResult:
     """What was found of one checkpoint. tasks: as `lm_eval.simple_evaluate` returns it."""
 
     found: RunWeights
@@ -79,7 +79,7 @@ class EvalRunner:
 
             self._harness = command.prepare(tasks.names, tasks.options, tasks.batch_size)
 
-    def __call__(self, found: RunWeights) -> Answer:
+    def __call__(self, found: RunWeights) -> EvalResult:
         """Raises `ValueError` if the weights cannot be evaluated as asked."""
         if self._text is not None and found.cfg != self._cfg:
             # The run went on with other settings.
@@ -90,9 +90,9 @@ class EvalRunner:
             given = {name: getattr(self._asked, name) for name in ("calibration", "recursions")}
             given = {name: value for name, value in given.items() if value is not None}
             tasks = self._harness({"path": str(found.path), "step": found.step, **given})
-        return Answer(found, text, tasks)
+        return EvalResult(found, text, tasks)
 
-    def told(self) -> dict[str, Any]:
+    def result(self) -> dict[str, Any]:
         """What is asked, as JSON values: tells answers apart in one file."""
         made = dataclasses.asdict(self._asked)
         made["text"] = self._text is not None

@@ -20,7 +20,7 @@ from mor_jax.evaluation.byte_spans import TextBytes
 from mor_jax.evaluation.eval_config import EvalRequest, config_for
 from mor_jax.evaluation.loss_sums import position_starts, row_sums, total
 from mor_jax.inference.calibration_file import load
-from mor_jax.inference.load_model import ready
+from mor_jax.inference.load_model import prepare_model
 from mor_jax.models.params import abstract_params, logical_axes
 from mor_jax.runtime.free_memory import CheckedFunction
 from mor_jax.training.evaluator import modes
@@ -78,8 +78,8 @@ class TextEvaluation:
         data.check_vocabulary(tokenizer, cfg.model.vocab_size)
         layout = data.Layout(length=cfg.seq_len, batch_size=cfg.eval.batch_size)
         given = (cfg.data, tokenizer, layout, cfg.eval.batches, asked.split)
-        self._batches = data.heldout_batches(*given, sharding.row_devices(self._mesh))
-        self._sources = data.heldout_sources(*given)
+        self._batches = data.validation_batches(*given, sharding.row_devices(self._mesh))
+        self._sources = data.validation_sources(*given)
         self._bytes = TextBytes(tokenizer)
         self._step = functools.lru_cache(maxsize=4)(self._program)
 
@@ -89,7 +89,9 @@ class TextEvaluation:
         calibration = None if asked.calibration is None else load(found, asked.calibration)
         axes, shapes = logical_axes(cfg.model), abstract_params(cfg.model)
         params = found.params(sharding.param_shardings(mesh, axes, shapes))
-        model, params, thresholds, _ = ready(cfg.model, params, calibration, asked.recursions)
+        model, params, thresholds, _ = prepare_model(
+            cfg.model, params, calibration, asked.recursions
+        )
         cfg = dataclasses.replace(cfg, model=model)
         where = sharding.batch_sharding(mesh)
         step, sums = self._step(cfg, thresholds), {}

@@ -16,7 +16,7 @@ FILE = "evaluations.jsonl"
 """In the run's directory."""
 
 
-class Records:
+class EvalLog:
     """Lines of `step`, `time` (seconds since 1970), `asked` and what was found.
 
     A line is written whole or, if the process is killed meanwhile, does not count.

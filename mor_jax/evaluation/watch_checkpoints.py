@@ -11,12 +11,12 @@ from mor_jax.checkpoint.checkpointer import complete_steps
 from mor_jax.checkpoint.load_weights import RunWeights, load_run
 from mor_jax.checkpoint.run_status import TrainerStatus
 from mor_jax.config.parsing import check
-from mor_jax.evaluation.results import Records
+from mor_jax.evaluation.results import EvalLog
 
 Evaluate = Callable[[RunWeights], Mapping[str, Any]]
 
 
-class Watch:
+class CheckpointWatcher:
     """Every checkpoint once, the oldest first: those that are there, then each new one.
 
     Steps in the file of records are not done again. The run may delete a checkpoint meanwhile; it
@@ -27,7 +27,7 @@ class Watch:
     def __init__(
         self,
         directory: epath.PathLike,
-        records: Records,
+        records: EvalLog,
         *,
         poll: float = 30.0,
         told: Callable[[str], None] = print,
@@ -39,7 +39,7 @@ class Watch:
         """
         self.poll = poll
         check(0 < poll <= 86400, "poll", poll, "must be seconds in (0, 86400]", "Try 30")
-        self._path = run_dir.resolved(directory)
+        self._path = run_dir.resolved_path(directory)
         run_dir.read_config(self._path)
         self._records, self._told, self._wait = records, told, wait
         self._trainer = TrainerStatus(self._path)

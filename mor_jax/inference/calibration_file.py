@@ -109,7 +109,7 @@ def path_of(directory: epath.PathLike, name: str) -> epath.Path:
     check(name != "", "name", name, "must not be empty", "Try 'fast'")
     if name.endswith(".json") or "/" in name:
         return epath.Path(name).expanduser()
-    return run_dir.resolved(directory) / DIRECTORY / f"{name}.json"
+    return run_dir.resolved_path(directory) / DIRECTORY / f"{name}.json"
 
 
 def save(path: epath.Path, calibration: Calibration) -> None:

@@ -8,7 +8,7 @@ import numpy as np
 from mor_jax.config import ModelConfig
 from mor_jax.config.parsing import check, fail
 from mor_jax.inference.calibration_file import ALWAYS, NEVER
-from mor_jax.models.routing.router import capacity_counts
+from mor_jax.models.routing.router import capacity_tokens
 
 _ROUNDS = 200
 
@@ -21,7 +21,7 @@ def trained_shares(cfg: ModelConfig) -> tuple[float, ...]:
     if (cfg.router.capacity_multiple or 1) == 1:
         return cfg.router.shares(nr)
     # Rounded up, here by the longest row: how long those of training were is not known.
-    return tuple(count / cfg.max_seq_len for count in capacity_counts(cfg, cfg.max_seq_len))
+    return tuple(count / cfg.max_seq_len for count in capacity_tokens(cfg, cfg.max_seq_len))
 
 
 def takes_all(cfg: ModelConfig) -> tuple[bool, ...]:

@@ -57,7 +57,7 @@ class EngineConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
+class CachePlan:
     """What an engine holds. share: of a sequence's tokens that each list is given room for.
 
     max_length: of prompt and answer. One sequence of so many tokens has room in the cache even if
@@ -116,7 +116,7 @@ def compute_config(cfg: ModelConfig, dtype: str | None) -> ModelConfig:
     return dataclasses.replace(cfg, dtype=dtype)
 
 
-def plan(served: LoadedModel, cfg: EngineConfig) -> Plan:
+def plan_cache(served: LoadedModel, cfg: EngineConfig) -> CachePlan:
     """Slots and pages for a model.
 
     Raises:
@@ -135,7 +135,7 @@ def plan(served: LoadedModel, cfg: EngineConfig) -> Plan:
         1.0 if geometry.holds_all(number) else min(1.0, served.shares[number] * (1 + cfg.slack))
         for number in range(geometry.lists)
     )
-    full = Plan(geometry, cfg.slots or 32, 0, 0, longest, share)
+    full = CachePlan(geometry, cfg.slots or 32, 0, 0, longest, share)
     budget = _budget(full, cfg)
     held = _held(full, budget)
     rule = f"the cache of {budget:,} bytes holds {held} tokens that take every recursion"
@@ -149,7 +149,7 @@ def plan(served: LoadedModel, cfg: EngineConfig) -> Plan:
     )
 
 
-def _budget(full: Plan, cfg: EngineConfig) -> int:
+def _budget(full: CachePlan, cfg: EngineConfig) -> int:
     """Bytes for keys and values. Raises `ValueError` if they are too few, or not there."""
     free = free_bytes()
     if cfg.cache_bytes is None:
@@ -166,7 +166,7 @@ def _budget(full: Plan, cfg: EngineConfig) -> int:
     return budget
 
 
-def _slots(full: Plan, cfg: EngineConfig, budget: int) -> int:
+def _slots(full: CachePlan, cfg: EngineConfig, budget: int) -> int:
     """Sequences that decode together. Raises `ValueError` if memory cannot hold so many rows."""
     if cfg.slots is None:
         return max(
@@ -182,13 +182,13 @@ def _slots(full: Plan, cfg: EngineConfig, budget: int) -> int:
     return cfg.slots
 
 
-def _held(full: Plan, budget: int) -> int:
+def _held(full: CachePlan, budget: int) -> int:
     """Tokens of one sequence that have room whatever their depths, at most `full.max_length`."""
     pages = budget // full.deepest_bytes(1)
     return min(full.max_length, pages * full.geometry.size)
 
 
-def _split(full: Plan, budget: int, held: int) -> tuple[int, int]:
+def _split(full: CachePlan, budget: int, held: int) -> tuple[int, int]:
     """Pages of the two pools: at the ends, and in the block.
 
     In the proportion that sequences of full length use them in, but not fewer than one sequence of

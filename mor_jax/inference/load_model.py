@@ -75,7 +75,7 @@ def load_model(
     data.check_vocabulary(tokenizer, found.cfg.model.vocab_size)
     params = found.params()
     check_finite(params, str(found))
-    cfg, params, thresholds, shares = ready(found.cfg.model, params, calibrated, recursions)
+    cfg, params, thresholds, shares = prepare_model(found.cfg.model, params, calibrated, recursions)
     beside = _files(tokenizer)
     return LoadedModel(
         name=f"{found.path.name}-{found.step}" if found.step else found.path.name,
@@ -128,7 +128,7 @@ def expected_shares(cfg: ModelConfig) -> tuple[float, ...]:
     return routed_shares(cfg, cfg.max_seq_len)
 
 
-def ready(
+def prepare_model(
     cfg: ModelConfig, params: Params, calibration: Calibration | None, recursions: int | None
 ) -> tuple[ModelConfig, Params, tuple[float, ...] | None, tuple[float, ...]]:
     """Model, parameters, thresholds and expected shares at the depth that is asked for.
@@ -213,5 +213,5 @@ __all__ = [
     "expected_shares",
     "is_causal",
     "load_model",
-    "ready",
+    "prepare_model",
 ]

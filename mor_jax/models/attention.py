@@ -15,7 +15,7 @@ from mor_jax.config import ModelConfig
 from mor_jax.models.attention_kernels.dispatch import attend
 from mor_jax.models.layers.basic import Axes, normal, param
 from mor_jax.models.layers.masks import AttentionMask
-from mor_jax.models.layers.remat import keep
+from mor_jax.models.layers.remat import save_output
 from mor_jax.models.layers.rope import Rotary, apply_rope
 from mor_jax.models.layers.token_gather import TokenGather
 from mor_jax.types import Array, Bool, Float, Int
@@ -80,7 +80,7 @@ class Attention(nnx.Module):
         """Keys and values of normalised tokens `x`."""
         k = jnp.einsum("bnd,dgk->bngk", x, self.k[...].astype(x.dtype))
         v = jnp.einsum("bnd,dgk->bngk", x, self.v[...].astype(x.dtype))
-        return KeyValue(keep(apply_rope(k, scope.rotary)), keep(v))
+        return KeyValue(save_output(apply_rope(k, scope.rotary)), save_output(v))
 
     def __call__(
         self,
@@ -95,9 +95,9 @@ class Attention(nnx.Module):
         row: the scope of that whole row; only read when `shared` is given.
         """
         q = jnp.einsum("bcd,dhk->bchk", x, self.q[...].astype(x.dtype))
-        q = keep(apply_rope(q, scope.rotary))
+        q = save_output(apply_rope(q, scope.rotary))
         kv = self.keys_values(x, scope) if shared is None else shared
-        visible = visibility(scope, None if shared is None else row)
+        visible = attention_mask(scope, None if shared is None else row)
         out = attend(q, kv.k, kv.v, visible, self.implementation)
         return jnp.einsum("bchk,hkd->bcd", out, self.o[...].astype(x.dtype)), kv
 
@@ -116,7 +116,7 @@ def _pairs(old: KeyValue, new: KeyValue):
     return zip((old.k, old.v), (new.k, new.v), strict=True)
 
 
-def visibility(scope: SequenceContext, row: SequenceContext | None) -> AttentionMask:
+def attention_mask(scope: SequenceContext, row: SequenceContext | None) -> AttentionMask:
     """Who sees whom: gathered tokens among themselves, or (given `row`) against the whole row.
 
     Gathered tokens keep their order, so among themselves plain causal order is the right one;

@@ -14,8 +14,8 @@ from mor_jax.config import ModelConfig
 from mor_jax.distributed.collectives import all_gather_param, constrain, row_axes
 from mor_jax.models.attention import Attention, KeyValue, SequenceContext
 from mor_jax.models.layers.basic import Axes, RMSNorm, SwiGLU
-from mor_jax.models.layers.remat import keep as kept_by_remat
 from mor_jax.models.layers.remat import layer_input, remat
+from mor_jax.models.layers.remat import save_output as kept_by_remat
 from mor_jax.types import Array, Float
 
 Keep = tuple[Literal["kv", "outputs"], ...]

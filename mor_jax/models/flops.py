@@ -25,7 +25,7 @@ from mor_jax.models.param_count import (
     scorers,
     unique_parameters,
 )
-from mor_jax.models.routing.router import capacity_counts
+from mor_jax.models.routing.router import capacity_tokens
 
 _ITEMSIZE = {"bfloat16": 2, "float32": 4}
 
@@ -111,7 +111,7 @@ class ByteReport:
 def routed_shares(cfg: ModelConfig, length: int) -> tuple[float, ...]:
     """Share of a row's tokens that each recursion takes, 0 .. 1, before any step is run.
 
-    Expert-choice: `capacity_counts` over the length. Token-choice: (Nr - r) / Nr, what perfectly
+    Expert-choice: `capacity_tokens` over the length. Token-choice: (Nr - r) / Nr, what perfectly
     balanced depths give. Unrouted models: 1.
     """
     if cfg.router.kind == "token":
@@ -127,7 +127,7 @@ def computed_shares(cfg: ModelConfig, length: int) -> tuple[float, ...]:
     They equal the routed shares but for token-choice, which without a capacity factor makes room
     for all tokens at every recursion.
     """
-    return tuple(count / length for count in capacity_counts(cfg, length))
+    return tuple(count / length for count in capacity_tokens(cfg, length))
 
 
 def flops(cfg: ModelConfig, length: int, shares: tuple[float, ...] | None = None) -> FlopReport:

@@ -23,7 +23,7 @@ from mor_jax.models.routing.outputs import (
 from mor_jax.models.routing.router import (
     Route,
     Routers,
-    capacity_counts,
+    capacity_tokens,
     expert_score,
     select,
     token_score,
@@ -39,26 +39,26 @@ class ActiveTokens:
     index, valid: as in `Scope`.
     """
 
-    rows: TokenGather | None = None
+    gathered: TokenGather | None = None
     index: Int[Array, "b c"] | None = None
     valid: Bool[Array, "b c"] | None = None
 
     def gather(self, above: Array) -> Array:
         """Tokens of the level above -> tokens of this one."""
-        return above if self.rows is None else self.rows.gather(above)
+        return above if self.gathered is None else self.gathered.gather(above)
 
     def scatter(self, above: Array, here: Array) -> Array:
         """The level above with the tokens of this one replaced."""
-        return here if self.rows is None else self.rows.scatter(above, here)
+        return here if self.gathered is None else self.gathered.scatter(above, here)
 
-    def below(
+    def next(
         self, index: Int[Array, "b c"], valid: Bool[Array, "b c"] | None, candidates: int
     ) -> "ActiveTokens":
         """The level of the slots `index` of this one."""
         row = index if self.index is None else jnp.take_along_axis(self.index, index, axis=1)
         return ActiveTokens(TokenGather.of(index, valid, candidates), row, valid)
 
-    def same(self) -> "ActiveTokens":
+    def all_of(self) -> "ActiveTokens":
         """The next level when everybody goes on."""
         return ActiveTokens(None, self.index, self.valid)
 
@@ -82,7 +82,7 @@ class RecursionContext:
         """Room at each recursion; causal routing has room for all, whoever passes."""
         if self.route.mode == "causal":
             return (length,) * self.cfg.num_recursions
-        return self.route.counts or capacity_counts(self.cfg, length)
+        return self.route.counts or capacity_tokens(self.cfg, length)
 
     def block(
         self,
@@ -225,14 +225,14 @@ def _choose(
     takes_all = stage.cfg.router.shares(stage.cfg.num_recursions)[recursion] == 1.0
     if takes_all if causal else count == n:
         here = jnp.ones(score.shape, bool) if eligible is None else eligible
-        return level.same(), here
+        return level.all_of(), here
     if causal:
         thresholds = stage.route.thresholds
         passing = trained >= (0.0 if thresholds is None else thresholds[recursion])
         eligible = passing if eligible is None else passing & eligible
     index, valid = select(score, count, eligible, not stage.shares_kv)
-    chosen = level.below(index, valid, n)
-    return chosen, chosen.rows.chosen
+    chosen = level.next(index, valid, n)
+    return chosen, chosen.gathered.chosen
 
 
 def depth_choice(stage: RecursionContext, weights: Float[Array, "b l r"]) -> Int[Array, "b l"]:
@@ -261,13 +261,13 @@ def _admit(
     (choice, gate), (recursion, count) = tokens, step
     nobody = jnp.zeros((), jnp.float32)
     if recursion == 0 and count == choice.shape[1]:
-        return level.same(), nobody
+        return level.all_of(), nobody
     wanted = choice >= recursion
     if level.valid is not None:
         wanted = wanted & level.valid
     index, valid = select(gate, count, wanted, not stage.shares_kv)
     lost = jnp.sum(wanted, dtype=jnp.float32) - jnp.sum(valid, dtype=jnp.float32)
-    return level.below(index, valid, choice.shape[1]), lost
+    return level.next(index, valid, choice.shape[1]), lost
 
 
 def _unwind(states: list[Array], levels: list[ActiveTokens]) -> Array:

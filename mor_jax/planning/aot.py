@@ -28,7 +28,7 @@ from mor_jax.config import TrainConfig
 from mor_jax.config.parsing import check, fail
 from mor_jax.distributed import mesh as sharding
 from mor_jax.models.params import abstract_params, logical_axes
-from mor_jax.models.routing.router import capacity_counts
+from mor_jax.models.routing.router import capacity_tokens
 from mor_jax.runtime.hardware import CHIPS, Chip
 from mor_jax.training import compiled_step
 
@@ -193,7 +193,7 @@ def abstract(cfg: TrainConfig, mesh: Mesh) -> tuple[Any, Any]:
 
 
 @dataclasses.dataclass(frozen=True)
-class Program:
+class CompiledProgram:
     """A compiled step. text: its optimised HLO. largest: bytes and types of its temporaries, the
     largest first, types that share a place together; empty where the compiler does not say."""
 
@@ -202,14 +202,14 @@ class Program:
     largest: tuple[tuple[int, str], ...] = ()
 
 
-def compile_step(cfg: TrainConfig, mesh: Mesh) -> Program:
+def compile_step(cfg: TrainConfig, mesh: Mesh) -> CompiledProgram:
     """The train step of the end of a run, when capacities are final.
 
     Raises:
         OutOfMemory: it does not fit the devices.
     """
     state, batch = abstract(cfg, mesh)
-    step = compiled_step.jitted_steps(cfg)(capacity_counts(cfg.model, cfg.seq_len))
+    step = compiled_step.jitted_steps(cfg)(capacity_tokens(cfg.model, cfg.seq_len))
     tpu = mesh.devices.flat[0].platform == "tpu"
     try:
         with jax.set_mesh(mesh), tempfile.TemporaryDirectory() as folder:
@@ -224,12 +224,12 @@ def compile_step(cfg: TrainConfig, mesh: Mesh) -> Program:
         raise found from error
 
 
-def _read(compiled: jax.stages.Compiled, folder: Path) -> Program:
+def _read(compiled: jax.stages.Compiled, folder: Path) -> CompiledProgram:
     texts = sorted(folder.glob("*.after_optimizations.txt"))
     reports = sorted(folder.glob("*.after_optimizations-memory-usage-report.txt"))
     text = texts[-1].read_text() if texts else compiled.as_text()
     largest = tuple(temporaries(reports[-1].read_text())) if reports else ()
-    return Program(compiled, text or "", largest)
+    return CompiledProgram(compiled, text or "", largest)
 
 
 _PLACE = re.compile(r"^[^;]*;\s*([\d.]+)([KMGT]?)i?B;[^;]*;[^;]*;\s*(.*)$", re.MULTILINE)

@@ -15,11 +15,18 @@ from mor_jax.models.flops import activation_bytes, flops
 from mor_jax.models.param_count import unique_parameters
 from mor_jax.models.params import abstract_params, logical_axes
 from mor_jax.planning import aot
-from mor_jax.planning.aot import OutOfMemory, Program, Topology
+from mor_jax.planning.aot import CompiledProgram, OutOfMemory, Topology
 from mor_jax.planning.hlo.collectives import Collective, Network, Tally, tally
 from mor_jax.planning.hlo.memory import Traffic, traffic
 from mor_jax.planning.hlo.text import parse_module
-from mor_jax.planning.report import Exchange, Gathered, Memory, Plan, Times, TooLarge
+from mor_jax.planning.report import (
+    AllGatherCost,
+    CollectiveCost,
+    MemoryUse,
+    Plan,
+    StepTimes,
+    TooLarge,
+)
 from mor_jax.training.resolved_settings import resolve_settings
 from mor_jax.training.train_step import shares_once
 
@@ -172,7 +179,9 @@ def _activations(cfg: TrainConfig, mesh: Mesh) -> int:
     return int(activation_bytes(cfg.model, cfg.seq_len) * rows * cfg.seq_len)
 
 
-def _memory(cfg: TrainConfig, topology: Topology, mesh: Mesh, program: Program) -> Memory:
+def _memory(
+    cfg: TrainConfig, topology: Topology, mesh: Mesh, program: CompiledProgram
+) -> MemoryUse:
     stats = program.compiled.memory_analysis()
     parameters, optimizer, batch = _by_shapes(cfg, mesh)
     here = topology.platform == "tpu"
@@ -180,7 +189,7 @@ def _memory(cfg: TrainConfig, topology: Topology, mesh: Mesh, program: Program) 
     fresh = stats.output_size_in_bytes - stats.alias_size_in_bytes
     logits = 4 * cfg.model.vocab_size // mesh.shape["tensor"] * (cfg.loss_chunk_size or cfg.seq_len)
     rows = cfg.batch_size // cfg.grad_accum_steps // _row_parts(mesh)
-    return Memory(
+    return MemoryUse(
         parameters=parameters,
         optimizer=optimizer,
         batch=batch,
@@ -225,12 +234,12 @@ def _what(one: Collective) -> str:
     return SCOPES[scope] + (", gradients" if scope.startswith("scatter") else "")
 
 
-def _exchanges(found: Tally) -> tuple[Exchange, ...]:
+def _exchanges(found: Tally) -> tuple[CollectiveCost, ...]:
     rows = []
     for key, part in found.grouped(lambda one: f"{one.kind}|{_what(one)}").items():
         kind, what = key.split("|")
         rows.append(
-            Exchange(
+            CollectiveCost(
                 kind=kind, what=what, count=part.count, inside=part.inside, between=part.between
             )
         )
@@ -254,7 +263,7 @@ def _split(cfg: TrainConfig) -> tuple[Any, Any]:
     )
 
 
-def _gathered(cfg: TrainConfig, mesh: Mesh, found: Tally) -> tuple[Gathered, ...]:
+def _gathered(cfg: TrainConfig, mesh: Mesh, found: Tally) -> tuple[AllGatherCost, ...]:
     """Times that each class of parameters is gathered, from the bytes of its all-gathers.
 
     Nothing where the program does not say what its exchanges are for.
@@ -273,15 +282,15 @@ def _gathered(cfg: TrainConfig, mesh: Mesh, found: Tally) -> tuple[Gathered, ...
             if _scope(one).startswith("gather") and _what(one) == what:
                 way = "backward" if "transpose(" in one.op_name else "forward"
                 times[way] += one.bytes * runs / once
-        rows.append(Gathered(what=what, **times))
+        rows.append(AllGatherCost(what=what, **times))
     return tuple(rows)
 
 
-def _times(topology: Topology, hardware: float, moved: Traffic | None, found: Tally) -> Times:
+def _times(topology: Topology, hardware: float, moved: Traffic | None, found: Tally) -> StepTimes:
     chip = topology.chip
     links, outside = chip.interconnect, chip.data_centre
     between = found.between / outside if outside else None
-    return Times(
+    return StepTimes(
         matrix=hardware / chip.peak,
         memory=None if moved is None else moved.bytes / chip.bandwidth,
         # What is published counts both directions; a chip receives over one of them.

@@ -5,7 +5,7 @@ from typing import Any
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Memory:
+class MemoryUse:
     """Bytes on one chip.
 
     parameters, optimizer, batch: by shapes. arguments: all three as the compiled program holds
@@ -39,7 +39,7 @@ class Memory:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Exchange:
+class CollectiveCost:
     """One row of the network's table.
 
     kind: such as all-gather. what: what is exchanged, as far as the program says. count: operations
@@ -54,7 +54,7 @@ class Exchange:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Gathered:
+class AllGatherCost:
     """How often parameters of one class go through an all-gather in a step.
 
     what: `shared block` or `other parameters`. forward, backward: times, 1.0 for every one of them
@@ -67,7 +67,7 @@ class Gathered:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Times:
+class StepTimes:
     """Seconds that one step would take if only one thing took time; None where a peak is unknown.
 
     matrix: the FLOPs that the program executes, at the peak of the matrix units. memory: traffic
@@ -115,13 +115,13 @@ class Plan:
     mesh: dict[str, int]
     settings: dict[str, Any]
     parameters: int
-    memory: Memory
-    exchanges: tuple[Exchange, ...]
-    gathered: tuple[Gathered, ...]
+    memory: MemoryUse
+    exchanges: tuple[CollectiveCost, ...]
+    gathered: tuple[AllGatherCost, ...]
     model_flops: float
     hardware_flops: float
     memory_traffic: float | None
-    times: Times
+    times: StepTimes
     mfu: float
     tokens: int
     budget: float

@@ -13,7 +13,7 @@ _TAKES = {
 }
 
 
-def siblings(choices: str, folder: Path, overrides: dict[str, Any]) -> list[Any]:
+def sibling_variants(choices: str, folder: Path, overrides: dict[str, Any]) -> list[Any]:
     """The configurations vanilla, recursive and mor of `folder`, with the same settings.
 
     choices: what stands behind the colon of --config=FILE:...; each takes those that it knows.

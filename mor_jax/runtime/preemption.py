@@ -33,7 +33,7 @@ class Stopped(RuntimeError):
     code = exit_codes.STOPPED
 
 
-class StoppedAtOnce(Stopped):
+class StoppedEarly(Stopped):
     """Ended where there was nothing to save, without asking other processes of the run."""
 
 
@@ -81,7 +81,7 @@ class Signals:
         """Has `call(reason)` made, from any thread, when the process ends under its main thread."""
         self._last_words.append(call)
 
-    def look(self) -> None:
+    def check(self) -> None:
         """Raises `ImmediateExit` if a signal was noted and there is nothing to save."""
         if self.number and self.nothing_new:
             raise ImmediateExit(
@@ -90,7 +90,7 @@ class Signals:
 
     def something_new(self) -> None:
         """Checks once more; from here on there is something to save. Raises `ImmediateExit`."""
-        self.look()
+        self.check()
         self.nothing_new = ""
 
     def __enter__(self) -> "Signals":
@@ -161,4 +161,4 @@ class Signals:
             call(message)
 
 
-__all__ = ["KINDS", "Diverged", "ImmediateExit", "Signals", "Stopped", "StoppedAtOnce"]
+__all__ = ["KINDS", "Diverged", "ImmediateExit", "Signals", "Stopped", "StoppedEarly"]

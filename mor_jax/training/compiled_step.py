@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 from mor_jax.config import TrainConfig
 from mor_jax.distributed import mesh as sharding
 from mor_jax.models.params import TrainState, abstract_params, init_params, new_state
-from mor_jax.models.routing.router import capacity_counts
+from mor_jax.models.routing.router import capacity_tokens
 from mor_jax.training.optimizer import make_optimizer
 from mor_jax.training.train_step import StepSpec, train_step
 from mor_jax.types import Batch, Params
@@ -82,7 +82,7 @@ class CompiledSteps:
 
     def prepare(self, step: int) -> "concurrent.futures.Future[Step]":
         """Starts compiling what `step` needs, unless that was done before."""
-        kept = capacity_counts(self._cfg.model, self._cfg.seq_len, step)
+        kept = capacity_tokens(self._cfg.model, self._cfg.seq_len, step)
         if kept not in self._made:
             made = self._made[kept] = concurrent.futures.Future()
             # No daemon: an interpreter that ends while one compiles takes the process down with it.

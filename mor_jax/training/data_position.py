@@ -20,9 +20,9 @@ _SAME = ("num_workers", "prefetch")
 """Settings of `data` that change no row."""
 
 
-def carried_place(
-    facts: Mapping[str, Any], cfg: TrainConfig, place: data.Place, fingerprint: str
-) -> data.Place:
+def resumed_position(
+    facts: Mapping[str, Any], cfg: TrainConfig, place: data.DataPosition, fingerprint: str
+) -> data.DataPosition:
     """Where the run of a checkpoint is in its data, under the settings `cfg`.
 
     facts: position, config and extra of the checkpoint. place: the beginning of the data of `cfg`;
@@ -37,7 +37,7 @@ def carried_place(
         # Earlier versions noted one hash of all that the rows depend on.
         manifest.check_data(facts, fingerprint)
     jumps = [(first, end) for first, end in extra.get("jumps", ())]
-    return data.carried_over(data.Place.of(facts["position"], notes, config), place, jumps)
+    return data.carried_over(data.DataPosition.of(facts["position"], notes, config), place, jumps)
 
 
 def check_state(facts: Mapping[str, Any], cfg: TrainConfig, state: Mapping[str, Any]) -> None:
@@ -81,4 +81,4 @@ def _plain(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
 
 
-__all__ = ["carried_place", "check_state", "newest"]
+__all__ = ["check_state", "newest", "resumed_position"]

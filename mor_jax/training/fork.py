@@ -15,7 +15,7 @@ import numpy as np
 from etils import epath
 
 from mor_jax.checkpoint import run_dir
-from mor_jax.checkpoint.checkpointer import INCOMPLETE, Checkpoints, any_complete, step_directory
+from mor_jax.checkpoint.checkpointer import INCOMPLETE, Checkpointer, any_complete, step_directory
 from mor_jax.config import CheckpointConfig, TrainConfig
 from mor_jax.config.parsing import check, fail
 from mor_jax.files import read_json_lines, write_atomic
@@ -40,7 +40,7 @@ class Fork:
         rule = "must be the directory of a run and one of its steps"
         ok = bool(at and source) and step.isdecimal()
         check(ok, "branch", text, rule, "Write it like runs/mor@1200")
-        return cls(run_dir.resolved(source), int(step))
+        return cls(run_dir.resolved_path(source), int(step))
 
     def __str__(self) -> str:
         """As `parse` takes it."""
@@ -108,14 +108,14 @@ def _check(cfg: TrainConfig, branch: Fork, allow: Sequence[str]) -> dict[str, An
     there = (branch.source / run_dir.CONFIG_FILE).exists()
     fix = "Name the --workdir of a training run"
     check(there, "branch", str(branch), f"there is no run in {branch.source}", fix)
-    checkpoints = Checkpoints(branch.source, CheckpointConfig())
+    checkpoints = Checkpointer(branch.source, CheckpointConfig())
     try:
         facts = checkpoints.facts(branch.step)
     finally:
         checkpoints.close()
     source = TrainConfig.from_dict(facts["config"])
     changed = run_dir.differences(source, cfg)
-    refused = [c for c in changed if not run_dir.within(c.setting, (*_END, *allow))]
+    refused = [c for c in changed if not run_dir.is_within(c.setting, (*_END, *allow))]
     if refused:
         listed = "".join(f"\n  {key}: {old} there, {new} now" for key, old, new in refused)
         fix = "Make them alike, or name those meant in --allow_changes"

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 import jax
 from rich.console import Console
 
-from mor_jax.checkpoint.checkpointer import Checkpoints
-from mor_jax.data import Jump, Place
+from mor_jax.checkpoint.checkpointer import Checkpointer
+from mor_jax.data import DataPosition, Jump
 from mor_jax.distributed.heartbeat import PeerMonitor
 from mor_jax.distributed.stop_consensus import StopConsensus
 from mor_jax.models.flops import flops
@@ -38,7 +38,7 @@ _A_BATCH = 1.0
 class RunServices:
     """What a run writes to and listens to, beside its metrics."""
 
-    checkpoints: Checkpoints
+    checkpoints: Checkpointer
     events: Events
     signals: Signals
     agreement: StopConsensus
@@ -56,32 +56,32 @@ class ResumePoint:
     """
 
     state: TrainState
-    place: Place
-    jumps: tuple[Jump, ...] = ()
+    place: DataPosition
+    skipped_ranges: tuple[Jump, ...] = ()
     rolled_back: bool = False
     bad: tuple[int, ...] = ()
-    owes: bool = False
+    eval_pending: bool = False
 
     def notes(self) -> dict[str, Any]:
         """What a checkpoint has to remember beside state and position."""
         return {
             "data": self.place.notes(),
-            "jumps": [list(jump) for jump in self.jumps],
+            "jumps": [list(jump) for jump in self.skipped_ranges],
             "rolled_back": self.rolled_back,
             "bad": list(self.bad),
-            "owes_evaluation": self.owes,
+            "owes_evaluation": self.eval_pending,
         }
 
     @classmethod
-    def of(cls, state: TrainState, place: Place, notes: dict[str, Any]) -> "ResumePoint":
+    def of(cls, state: TrainState, place: DataPosition, notes: dict[str, Any]) -> "ResumePoint":
         """From what a checkpoint gave back. place: in the data as it is now."""
         return cls(
             state=state,
             place=place,
-            jumps=tuple((first, end) for first, end in notes.get("jumps", ())),
+            skipped_ranges=tuple((first, end) for first, end in notes.get("jumps", ())),
             rolled_back=notes.get("rolled_back", False),
             bad=tuple(notes.get("bad", ())),
-            owes=notes.get("owes_evaluation", False),
+            eval_pending=notes.get("owes_evaluation", False),
         )
 
 
@@ -94,7 +94,7 @@ class TrainResult:
     meter: Meter
 
 
-class TooManySkipped(Exception):
+class SkippedTooMany(Exception):
     """As many steps in a row as may be were not finite. bad: their first rows. step: the last."""
 
     def __init__(self, step: int, bad: tuple[int, ...]):
@@ -118,7 +118,7 @@ class Loop:
         self._owed = False
 
     def __call__(self) -> TrainResult:
-        """Raises `Stopped` after a signal, `TooManySkipped` when steps keep being skipped."""
+        """Raises `Stopped` after a signal, `SkippedTooMany` when steps keep being skipped."""
         cfg, run = self._run.cfg, self._run
         with (
             jax.set_mesh(run.mesh),
@@ -127,7 +127,7 @@ class Loop:
                 cfg.log,
                 config=cfg.to_dict(),
                 start_step=self._first,
-                again="eval/" if self._start.owes else None,
+                again="eval/" if self._start.eval_pending else None,
             ) as metrics,
             Progress(cfg.steps, self._meter, console=_console()) as progress,
             Profile(run.path, cfg.profile) as profile,
@@ -135,7 +135,7 @@ class Loop:
             self._metrics, self._progress = metrics, progress
             self._desk.signals.on_leaving(lambda _: progress.__exit__())
             self._desk.events.restart_clock()
-            if self._start.owes and (caught := self._evaluate(self._first)):
+            if self._start.eval_pending and (caught := self._evaluate(self._first)):
                 self._stop(self._first, caught)
             for step in range(self._first + 1, cfg.steps + 1):
                 if not self._compiled(step):
@@ -183,7 +183,7 @@ class Loop:
                 with contextlib.suppress(concurrent.futures.TimeoutError):
                     made.exception(_A_BATCH)
                     return True
-                self._desk.signals.look()
+                self._desk.signals.check()
                 # Several processes would have to agree; they wait for their compilers instead.
                 saveable = step > self._first + 1 and jax.process_count() == 1
                 if saveable and self._desk.signals.number:
@@ -216,7 +216,7 @@ class Loop:
             f"step {record.step}, row {position} on: loss or gradient not finite, update skipped"
         )
         if record.values["skipped_in_a_row"] >= self._run.cfg.optim.max_skipped_steps:
-            raise TooManySkipped(record.step, tuple(self._bad))
+            raise SkippedTooMany(record.step, tuple(self._bad))
 
     def _to_evaluate(self, step: int) -> bool:
         cfg = self._run.cfg
@@ -283,7 +283,7 @@ class Loop:
             return
         self._owed = False
         start = dataclasses.replace(
-            self._start, bad=tuple(self._bad), owes=bool(caught) and self._to_evaluate(step)
+            self._start, bad=tuple(self._bad), eval_pending=bool(caught) and self._to_evaluate(step)
         )
         extra = {"fingerprint": self._run.fingerprint} | start.notes()
         self._desk.hosts.phase(f"save of step {step}")
@@ -326,4 +326,4 @@ def _meter(run: "Run") -> Meter:
     )
 
 
-__all__ = ["Loop", "ResumePoint", "RunServices", "TooManySkipped", "TrainResult", "fields"]
+__all__ = ["Loop", "ResumePoint", "RunServices", "SkippedTooMany", "TrainResult", "fields"]

@@ -20,7 +20,7 @@ _TOKEN = 8
 """Bytes of a token and its target, int32."""
 
 
-def check_room(cfg: TrainConfig, mesh: Mesh, state: TrainState, free: int | None = None) -> None:
+def check_memory(cfg: TrainConfig, mesh: Mesh, state: TrainState, free: int | None = None) -> None:
     """Raises `ValueError`, naming the setting, for a state or for rows that cannot fit.
 
     state: shapes with shardings. free: bytes on each device, or on the host of CPUs; by default as
@@ -51,4 +51,4 @@ def _bytes(leaf: Any) -> int:
     return math.prod(shape) * leaf.dtype.itemsize
 
 
-__all__ = ["check_room"]
+__all__ = ["check_memory"]

@@ -24,7 +24,7 @@ from mor_jax.distributed.mesh import param_specs, spec_of
 from mor_jax.models.param_count import layer_weights
 from mor_jax.models.params import TrainState, forward, gather, logical_axes, logits_table
 from mor_jax.models.routing.outputs import Routing
-from mor_jax.models.routing.router import Route, capacity_counts
+from mor_jax.models.routing.router import Route, capacity_tokens
 from mor_jax.training.losses import Counts, TextSums, batch_counts, router_losses, text_loss
 from mor_jax.training.optimizer import global_norms, schedule
 from mor_jax.types import Array, Batch, Float, Params
@@ -50,7 +50,7 @@ def train_step(spec: StepSpec, state: TrainState, batch: Batch) -> tuple[TrainSt
     A loss or gradient that is not finite changes nothing but the counters of skipped steps.
     """
     cfg = spec.cfg
-    kept = spec.kept or capacity_counts(cfg.model, cfg.seq_len)
+    kept = spec.kept or capacity_tokens(cfg.model, cfg.seq_len)
     metrics, grads = gradients(cfg, state.params, batch, state.step + 1, kept)
     norms = global_norms(grads)
     ok = jnp.isfinite(metrics["loss"]) & jnp.isfinite(norms.main) & jnp.isfinite(norms.aux)
@@ -172,7 +172,7 @@ def eval_step(
         out = forward(cfg.model, full, batch, route)
         table = logits_table(cfg.model, full)
         _, sums = text_loss(out.hidden, table, batch.targets, cfg.loss_chunk_size)
-        counts = batch_counts(cfg.model, batch, capacity_counts(cfg.model, batch.tokens.shape[1]))
+        counts = batch_counts(cfg.model, batch, capacity_tokens(cfg.model, batch.tokens.shape[1]))
         metrics = {"ce": sums.ce, "correct": sums.correct, "targets": counts.targets}
         if out.routing is not None:
             metrics["depth_count"] = _depth_counts(cfg, out.routing, batch)

@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 
 from mor_jax import data
 from mor_jax.checkpoint import pretrained, run_dir
-from mor_jax.checkpoint.checkpointer import Checkpoints, DiskFull, any_complete
+from mor_jax.checkpoint.checkpointer import Checkpointer, DiskFull, any_complete
 from mor_jax.config import TrainConfig
 from mor_jax.config.parsing import check
 from mor_jax.distributed import mesh as sharding
@@ -33,14 +33,14 @@ from mor_jax.observability.event_log import FILE, Events, read
 from mor_jax.observability.goodput import goodput
 from mor_jax.runtime.compilation_cache import kept_in
 from mor_jax.runtime.host_memory import keep_freed_memory
-from mor_jax.runtime.preemption import Diverged, ImmediateExit, Signals, Stopped, StoppedAtOnce
+from mor_jax.runtime.preemption import Diverged, ImmediateExit, Signals, Stopped, StoppedEarly
 from mor_jax.training.batch_iterator import BatchIterator
 from mor_jax.training.compiled_step import CompiledSteps, abstract_state, first_state, fresh_state
-from mor_jax.training.data_position import carried_place, check_state, newest
+from mor_jax.training.data_position import check_state, newest, resumed_position
 from mor_jax.training.evaluator import Evaluator
 from mor_jax.training.fork import Fork, begin, check_begun
-from mor_jax.training.loop import Loop, ResumePoint, RunServices, TooManySkipped, fields
-from mor_jax.training.memory_check import check_room
+from mor_jax.training.loop import Loop, ResumePoint, RunServices, SkippedTooMany, fields
+from mor_jax.training.memory_check import check_memory
 from mor_jax.training.report import finish
 from mor_jax.training.resolved_settings import resolve_settings_in
 from mor_jax.types import Batch
@@ -61,7 +61,7 @@ class Run:
     tokenizer: data.Tokenizer
     evaluator: Evaluator
     fingerprint: str
-    beginning: data.Place
+    beginning: data.DataPosition
     abstract: TrainState
     steps: CompiledSteps
 
@@ -73,7 +73,7 @@ class Run:
         """This host's rows of the training batches from where `start` is on."""
         cfg, place = self.cfg, start.place
         layout = _layout(self.mesh, cfg, cfg.batch_size)
-        options: dict[str, Any] = {"seed": cfg.seed, "start": place, "jumps": start.jumps}
+        options: dict[str, Any] = {"seed": cfg.seed, "start": place, "jumps": start.skipped_ranges}
         return data.train_batches(cfg.data, self.tokenizer, layout, **options)
 
 
@@ -103,14 +103,14 @@ def fit(
     with signals or Signals() as signals:
         signals.looks = True
         try:
-            path = run_dir.resolved(directory)
+            path = run_dir.resolved_path(directory)
             _prepare(cfg)
             places = [path] if branch is None else [path, branch.source]
             cfg = _everywhere(partial(resolve_settings_in, places, cfg, sharding.platform()))
-            signals.look()
+            signals.check()
             _fit(cfg, path, allow_changes, signals, branch)
         except ImmediateExit as left:
-            raise StoppedAtOnce(f"{left}. The same command starts it again") from None
+            raise StoppedEarly(f"{left}. The same command starts it again") from None
         finally:
             signals.looks = False
 
@@ -125,7 +125,7 @@ def _prepare(cfg: TrainConfig) -> None:
 
 def _begin(run: Run, allow: Sequence[str], branch: Fork) -> None:
     def fits(facts: dict[str, Any]) -> None:
-        carried_place(facts, run.cfg, run.beginning, run.fingerprint)
+        resumed_position(facts, run.cfg, run.beginning, run.fingerprint)
 
     if jax.process_index() == 0:
         begin(run.path, run.cfg, branch, allow, fits)
@@ -140,23 +140,23 @@ def _fit(
 ) -> None:
     changes = _everywhere(lambda: run_dir.check_workdir(path, cfg, allow)) or []
     with contextlib.ExitStack() as stack:
-        undo = _everywhere(lambda: stack.enter_context(run_dir.hold(path)))
+        undo = _everywhere(lambda: stack.enter_context(run_dir.lock_run_dir(path)))
         signals.on_leaving(lambda _: undo())
         cache = stack.enter_context(kept_in(path, cfg.compilation_cache))
         hosts = stack.enter_context(PeerMonitor(path, cfg.hosts.heartbeat_timeout))
         signals.on_leaving(hosts.stopped)
         try:
             hosts.phase("assembling")
-            run = _assemble(cfg, path, signals.look)
+            run = _assemble(cfg, path, signals.check)
             if branch is not None:
                 _everywhere(partial(_begin, run, allow, branch))
             _everywhere(partial(_check_initial, run))
             _everywhere(partial(_check_newest, run))
-            signals.look()
+            signals.check()
             if jax.process_index() == 0:
                 run_dir.claim_workdir(path, cfg, allow)
             events = stack.enter_context(Events(path, signals.since))
-            checkpoints = stack.enter_context(Checkpoints(path, cfg.checkpoint))
+            checkpoints = stack.enter_context(Checkpointer(path, cfg.checkpoint))
             agreement = StopConsensus(run.mesh)
             desk = RunServices(
                 checkpoints=checkpoints,
@@ -203,7 +203,7 @@ def _work(run: Run, desk: RunServices, changes: Sequence[run_dir.Change]) -> Non
     _open_log(run, desk.events, changes)
     try:
         start = _start(run, desk, changes)
-        desk.signals.look()
+        desk.signals.check()
         _train(run, desk, start)
     finally:
         desk.events.flush()
@@ -233,7 +233,7 @@ def _train(run: Run, desk: RunServices, start: ResumePoint) -> None:
             try:
                 trained = Loop(run, desk, start, feed)()
                 break
-            except TooManySkipped as skipped:
+            except SkippedTooMany as skipped:
                 problem = skipped
         start = _roll_back(run, desk, start, problem)
     with desk.events.timed("finish"):
@@ -251,7 +251,7 @@ def _assemble(cfg: TrainConfig, path: epath.Path, look: Callable[[], None]) -> R
     check_remat(cfg.model.remat)
     placement = sharding.param_shardings(mesh, logical_axes(cfg.model), abstract_params(cfg.model))
     abstract = abstract_state(cfg, mesh, placement)
-    check_room(cfg, mesh, abstract)
+    check_memory(cfg, mesh, abstract)
     steps = CompiledSteps(cfg, mesh, abstract)
     if cfg.model.router.capacity_warmup_steps == 0:
         steps.prepare(1)
@@ -261,11 +261,11 @@ def _assemble(cfg: TrainConfig, path: epath.Path, look: Callable[[], None]) -> R
     look()
     layout = _layout(mesh, cfg, cfg.eval.batch_size)
     given, multiple = (cfg.data, tokenizer, layout, cfg.eval.batches), sharding.row_devices(mesh)
-    heldout = data.heldout_batches(*given, multiple=multiple)
+    heldout = data.validation_batches(*given, multiple=multiple)
     evaluator = Evaluator.of(cfg, [place(mesh, batch) for batch in heldout])
     look()
     fingerprint = data.fingerprint(cfg.data, tokenizer)
-    beginning = data.place_of(cfg.data, tokenizer, length=cfg.seq_len, seed=cfg.seed)
+    beginning = data.position_of(cfg.data, tokenizer, length=cfg.seq_len, seed=cfg.seed)
     return Run(cfg, path, mesh, tokenizer, evaluator, fingerprint, beginning, abstract, steps)
 
 
@@ -302,7 +302,7 @@ def _from(run: Run, desk: RunServices, step: int | None) -> ResumePoint:
         return ResumePoint(state=_new_state(run, desk), place=run.beginning)
     with desk.events.timed("restore", step=step):
         restored = desk.checkpoints.restore(fields(run.abstract), step)
-    there = carried_place(restored._asdict(), run.cfg, run.beginning, run.fingerprint)
+    there = resumed_position(restored._asdict(), run.cfg, run.beginning, run.fingerprint)
     return ResumePoint.of(TrainState(**restored.state), there, restored.extra)
 
 
@@ -311,7 +311,7 @@ def _check_newest(run: Run) -> None:
     facts = newest(run.path)
     if facts is not None:
         check_state(facts, run.cfg, fields(run.abstract))
-        carried_place(facts, run.cfg, run.beginning, run.fingerprint)
+        resumed_position(facts, run.cfg, run.beginning, run.fingerprint)
 
 
 def _check_initial(run: Run) -> None:
@@ -339,11 +339,14 @@ def _new_state(run: Run, desk: RunServices) -> TrainState:
 
 
 def _roll_back(
-    run: Run, desk: RunServices, start: ResumePoint, problem: TooManySkipped
+    run: Run, desk: RunServices, start: ResumePoint, problem: SkippedTooMany
 ) -> ResumePoint:
     """A start before the skipped steps, without their rows; `Diverged` the second time."""
     most, first_bad = len(problem.bad), problem.step - len(problem.bad) + 1
-    jump = (min(problem.bad), data.ahead(max(problem.bad), run.cfg.batch_size, start.jumps))
+    jump = (
+        min(problem.bad),
+        data.ahead(max(problem.bad), run.cfg.batch_size, start.skipped_ranges),
+    )
     told = (
         f"optim.max_skipped_steps={run.cfg.optim.max_skipped_steps}: the loss or gradient was not "
         f"finite in {most} steps in a row, {first_bad} to {problem.step}, rows "
@@ -366,7 +369,9 @@ def _roll_back(
     if jax.process_index() == 0:
         print(f"{told}: going back to step {step or 0}, then on without these rows", flush=True)
     state = dataclasses.replace(back.state, skipped_in_a_row=back.state.skipped_in_a_row * 0)
-    return ResumePoint(state=state, place=back.place, jumps=(*back.jumps, jump), rolled_back=True)
+    return ResumePoint(
+        state=state, place=back.place, skipped_ranges=(*back.skipped_ranges, jump), rolled_back=True
+    )
 
 
 __all__ = ["Diverged", "Run", "Stopped", "fit", "place"]

@@ -13,14 +13,14 @@ from support.tiny import TINY, train_config
 
 from mor_jax.analysis import recursions, statistics
 from mor_jax.analysis.observe import observe, routed_model
-from mor_jax.analysis.output import FILE, Place
-from mor_jax.analysis.reading import Wanted, read
+from mor_jax.analysis.output import FILE, AnalysisOutput
+from mor_jax.analysis.reading import TextRequest, read
 from mor_jax.checkpoint import pretrained
-from mor_jax.checkpoint.lazy_arrays import flatten, held
+from mor_jax.checkpoint.lazy_arrays import flatten, from_arrays
 from mor_jax.checkpoint.load_weights import load_run
 from mor_jax.checkpoint.run_dir import claim_workdir
 from mor_jax.config import DataConfig, EvalConfig
-from mor_jax.models.routing.router import capacity_counts
+from mor_jax.models.routing.router import capacity_tokens
 from mor_jax.training.evaluator import token_depths
 
 ONE_BLOCK = {"vocab_size": 256, "num_layers": 3}
@@ -50,14 +50,16 @@ def runs(tmp_path_factory):
         (root / name).mkdir()
         claim_workdir(root / name, cfg)
         params = random_params(model, 1)
-        pretrained.write(root / name, model, held(dict(flatten(params))), {"from": "a/model"})
+        pretrained.write(
+            root / name, model, from_arrays(dict(flatten(params))), {"from": "a/model"}
+        )
     return root
 
 
 @pytest.fixture(scope="module")
 def observed(runs):
     model = routed_model(load_run(runs / "expert"))
-    return observe(model, read(model.cfg, model.tokenizer, Wanted(tokens=128), lambda: b""))
+    return observe(model, read(model.cfg, model.tokenizer, TextRequest(tokens=128), lambda: b""))
 
 
 def run(capsys, *given):
@@ -76,7 +78,7 @@ def test_what_is_observed_is_what_the_model_does(observed):
     wanted = token_depths(cfg, model.params, row)
     np.testing.assert_array_equal(observed.passes["causal"].depth[:16], wanted)
     topk = observed.passes["topk"]
-    for r, count in enumerate(capacity_counts(cfg, 16)):
+    for r, count in enumerate(capacity_tokens(cfg, 16)):
         assert ((topk.depth > r).reshape(-1, 16).sum(axis=1) == count).all()
     for one in observed.passes.values():
         for r, logits in enumerate(one.logits):
@@ -176,15 +178,15 @@ def test_map(runs, tmp_path, capsys):
 
 def test_only_what_an_analysis_made_is_replaced(tmp_path):
     asked = {"workdir": "runs/a", "tokens": 3}
-    place = Place.of(str(tmp_path / "map"), asked, "map", False)
+    place = AnalysisOutput.of(str(tmp_path / "map"), asked, "map", False)
     place.write({}, {"map.html": "page", "map.png": lambda path: path.write_bytes(b"png")})
-    Place.of(str(tmp_path / "map"), asked, "map", False).write({}, {"map.html": "again"})
+    AnalysisOutput.of(str(tmp_path / "map"), asked, "map", False).write({}, {"map.html": "again"})
     assert (tmp_path / "map" / "map.html").read_text() == "again"
     for name, what in (("notes.md", "added"), ("map.html", "changed")):
         (tmp_path / "map" / name).write_text("my own")
         for overwrite in (False, True):
             with pytest.raises(ValueError, match=rf"no analysis made: .*{name} \({what}\)"):
-                Place.of(str(tmp_path / "map"), asked, "map", overwrite)
+                AnalysisOutput.of(str(tmp_path / "map"), asked, "map", overwrite)
         with pytest.raises(ValueError, match=name):
             place.write({}, {"map.html": "once more"})
         assert (tmp_path / "map" / name).read_text() == "my own"
@@ -229,8 +231,8 @@ def test_depth_at_test_time(runs, observed, tmp_path, capsys):
 
 
 def test_a_sample_comes_from_the_engine(runs):
-    model = recursions.shallow(load_run(runs / "recursive"), None, (1,))
-    rows = read(model.cfg, model.tokenizer, Wanted(prompt="abcdefgh"), lambda: b"")
+    model = recursions.truncate_model(load_run(runs / "recursive"), None, (1,))
+    rows = read(model.cfg, model.tokenizer, TextRequest(prompt="abcdefgh"), lambda: b"")
     sample = recursions.Sample(text="ab", max_tokens=3)
     records = recursions.measure(model, rows, sample).of("sample")
     assert [len(record["tokens"]) for record in records] == [3]
@@ -269,4 +271,4 @@ def test_without_a_causal_router_top_k_remains(runs, tmp_path):
     blind = dataclasses.replace(found, cfg=dataclasses.replace(found.cfg, model=model))
     made = routed_model(blind)
     assert made.modes == ("topk",) and "launch/calibrate.py" in made.notes[0]
-    assert recursions.shallow(blind, None, (1,)).routings == ("topk",)
+    assert recursions.truncate_model(blind, None, (1,)).routings == ("topk",)

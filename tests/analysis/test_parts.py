@@ -12,9 +12,9 @@ from support.tiny import TINY, train_config
 from mor_jax import data
 from mor_jax.analysis import parts_of_speech, separation
 from mor_jax.analysis.frequency import token_shares
-from mor_jax.analysis.output import FILE, Place, json_lines
+from mor_jax.analysis.output import FILE, AnalysisOutput, json_lines
 from mor_jax.analysis.page import Page, Token
-from mor_jax.analysis.reading import Wanted, read
+from mor_jax.analysis.reading import TextRequest, read
 from mor_jax.config import DataConfig
 from mor_jax.types import IGNORE
 
@@ -33,7 +33,7 @@ def cfg(tmp_path_factory):
 
 
 def given(cfg, stdin=b"", **wanted):
-    return read(cfg, BYTES, Wanted(**wanted), lambda: stdin)
+    return read(cfg, BYTES, TextRequest(**wanted), lambda: stdin)
 
 
 def test_a_text_is_one_row(cfg):
@@ -193,7 +193,7 @@ def asked(tmp_path, **more):
 
 
 def test_an_analysis_is_whole_or_not_there(tmp_path):
-    place = Place.of(None, asked(tmp_path), "map-3", False)
+    place = AnalysisOutput.of(None, asked(tmp_path), "map-3", False)
     paths = place.write(
         {"tokens": 2}, {"a.jsonl": json_lines([{"é": 1}]), "b": lambda p: p.write_text("x")}
     )
@@ -215,17 +215,17 @@ def test_an_analysis_is_whole_or_not_there(tmp_path):
 
 def test_what_is_no_analysis_of_this_run_is_not_replaced(tmp_path):
     here = str(tmp_path / "out")
-    Place.of(here, asked(tmp_path), "", False).write({}, {})
+    AnalysisOutput.of(here, asked(tmp_path), "", False).write({}, {})
     with pytest.raises(ValueError, match=r"another analysis \(prompt differ\).*--overwrite"):
-        Place.of(here, asked(tmp_path, prompt="b"), "", False)
-    Place.of(here, asked(tmp_path, prompt="b"), "", True)
+        AnalysisOutput.of(here, asked(tmp_path, prompt="b"), "", False)
+    AnalysisOutput.of(here, asked(tmp_path, prompt="b"), "", True)
     with pytest.raises(ValueError, match=r"holds an analysis of .*run; it is not replaced"):
-        Place.of(here, {"workdir": "another"}, "", True)
+        AnalysisOutput.of(here, {"workdir": "another"}, "", True)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "notes").touch()
     with pytest.raises(ValueError, match="holds no analysis"):
-        Place.of(str(tmp_path / "mine"), asked(tmp_path), "", True)
+        AnalysisOutput.of(str(tmp_path / "mine"), asked(tmp_path), "", True)
     with pytest.raises(ValueError, match="is a file"):
-        Place.of(str(tmp_path / "mine" / "notes"), asked(tmp_path), "", True)
+        AnalysisOutput.of(str(tmp_path / "mine" / "notes"), asked(tmp_path), "", True)
     with pytest.raises(ValueError, match="must be a local directory"):
-        Place.of(None, {"workdir": "gs://bucket/run"}, "map-1", False)
+        AnalysisOutput.of(None, {"workdir": "gs://bucket/run"}, "map-1", False)

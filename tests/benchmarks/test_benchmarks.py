@@ -19,8 +19,8 @@ import step_time
 import timing
 import upcycle
 
-from mor_jax.checkpoint.lazy_arrays import flatten, held
-from mor_jax.convert.imported import Imported
+from mor_jax.checkpoint.lazy_arrays import flatten, from_arrays
+from mor_jax.convert.imported import ImportedModel
 from mor_jax.convert.init_strategies import STRATEGIES
 from mor_jax.models.flops import computed_shares, flops
 from mor_jax.models.params import abstract_params
@@ -64,7 +64,7 @@ def test_a_report_is_printed_and_appended(tmp_path, monkeypatch, capsys):
 
 def test_upcycling_starts_from_every_strategy_beside_the_plain_and_the_random():
     plain = dataclasses.replace(train_config("plain").model, num_layers=8)
-    imported = Imported(plain, held(dict(flatten(random_params(plain)))), None, {})
+    imported = ImportedModel(plain, from_arrays(dict(flatten(random_params(plain)))), None, {})
     found = list(upcycle.starts(imported, 3))
     assert [name for _, name, _ in found[1:7]] == [*STRATEGIES, "random weights"]
     assert {cfg.router.kind for _, _, cfg in found[7:]} == {"expert"} and len(found) == 13

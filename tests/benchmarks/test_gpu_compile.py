@@ -14,7 +14,7 @@ import timing
 from gpu_compiling import matrix, report
 from gpu_compiling.matrix import Case, config
 
-from mor_jax.models.routing.router import capacity_counts
+from mor_jax.models.routing.router import capacity_tokens
 
 DONE = {
     "capacities": [2048, 1408, 768],
@@ -38,7 +38,7 @@ def test_every_case_has_a_run_with_whole_tiles():
     made = {case: config(case) for case in cases if case.program in ("train", "topk")}
     for case, cfg in made.items():
         assert cfg.batch_size == case.rows * case.devices and cfg.model.remat == "full"
-        last = capacity_counts(cfg.model, cfg.seq_len)[-1]
+        last = capacity_tokens(cfg.model, cfg.seq_len)[-1]
         if cfg.model.router.kind == "expert" and case.multiple is None:
             assert last % 32 == 0, case
     by_multiple = [made[case].model.router.capacity_multiple for case in matrix.multiples()[:4]]

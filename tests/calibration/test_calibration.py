@@ -11,7 +11,7 @@ from support.seeded import random_params
 from support.served_runs import of_bytes, with_router, write_run
 from support.tiny import TINY, batch, train_config
 
-from mor_jax.calibration.calibrator import Calibrator, Text
+from mor_jax.calibration.calibrator import CalibrationText, Calibrator
 from mor_jax.inference import calibration_targets
 
 EXPERT = TINY["expert"]
@@ -79,7 +79,9 @@ def test_the_shares_are_those_wanted_on_the_text_itself(name):
     segments = jnp.broadcast_to(jnp.repeat(jnp.array([1, 2, 0]), jnp.array([30, 20, 14])), (8, 64))
     rows = dataclasses.replace(rows, segments=segments)
     cfg = dataclasses.replace(cfg, seq_len=64)
-    calibrator = Calibrator(cfg, random_params(cfg.model, 3), Text("it", (rows,), (rows,)))
+    calibrator = Calibrator(
+        cfg, random_params(cfg.model, 3), CalibrationText("it", (rows,), (rows,))
+    )
     for wanted in ((1.0, 0.8, 0.3), (1.0, 1.0, 1.0), (1.0, 0.5, 0.0)):
         point = calibrator.calibrated("wanted", wanted)
         np.testing.assert_allclose(point.shares, wanted, atol=0.0051)

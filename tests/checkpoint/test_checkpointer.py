@@ -16,7 +16,7 @@ import pytest
 from support.patience import PATIENCE
 
 from mor_jax.checkpoint import checkpointer, manifest
-from mor_jax.checkpoint.checkpointer import Checkpoints, DiskFull, WriteFailed
+from mor_jax.checkpoint.checkpointer import Checkpointer, DiskFull, WriteFailed
 from mor_jax.config import CheckpointConfig
 
 CFG = CheckpointConfig(max_to_keep=2)
@@ -41,7 +41,7 @@ def state():
 
 @pytest.fixture
 def store(tmp_path):
-    with Checkpoints(tmp_path, CFG) as store:
+    with Checkpointer(tmp_path, CFG) as store:
         yield store
 
 
@@ -81,7 +81,7 @@ def test_restores_bits_dtypes_position_and_configuration(store, state):
 
 def test_a_new_process_finds_the_newest(store, state, tmp_path):
     save(store, state, 5, 10)
-    with Checkpoints(tmp_path, CFG) as again:
+    with Checkpointer(tmp_path, CFG) as again:
         assert again.latest_valid() == 10
         assert again.restore(abstract(state), step=5).position == 50
 
@@ -253,7 +253,7 @@ def test_a_killed_save_is_neither_used_nor_called_damaged(store, state, tmp_path
 def test_a_damaged_step_is_written_anew(store, state, tmp_path):
     save(store, state, 5, 10)
     flip(directory(tmp_path, 10))
-    with Checkpoints(tmp_path, CFG) as again:
+    with Checkpointer(tmp_path, CFG) as again:
         assert again.restore(abstract(state)).step == 5
         save(again, state, 10)
         assert again.latest_valid() == 10
@@ -261,7 +261,7 @@ def test_a_damaged_step_is_written_anew(store, state, tmp_path):
 
 def test_what_is_newer_than_the_run_goes(store, state, tmp_path):
     save(store, state, 5, 10)
-    with Checkpoints(tmp_path, CFG) as again:
+    with Checkpointer(tmp_path, CFG) as again:
         again.restore(abstract(state), step=5)
         save(again, state, 7)
         assert again.latest_valid() == 7
@@ -269,7 +269,7 @@ def test_what_is_newer_than_the_run_goes(store, state, tmp_path):
 
 def test_keeps_the_newest_and_every_hundredth(tmp_path, state):
     cfg = CheckpointConfig(max_to_keep=2, keep_period=100)
-    with Checkpoints(tmp_path, cfg) as store:
+    with Checkpointer(tmp_path, cfg) as store:
         save(store, state, 50, 100, 150, 200, 250, 300)
     left = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
     assert left == ["00000100", "00000200", "00000250", "00000300"]
@@ -279,7 +279,7 @@ def test_the_step_just_saved_or_restored_is_not_written_again(store, state, tmp_
     save(store, state, 5)
     written = (directory(tmp_path, 5) / "manifest.json").stat().st_mtime_ns
     save(store, state, 5)
-    with Checkpoints(tmp_path, CFG) as again:
+    with Checkpointer(tmp_path, CFG) as again:
         again.restore(abstract(state))
         save(again, state, 5)
     assert (directory(tmp_path, 5) / "manifest.json").stat().st_mtime_ns == written
@@ -388,7 +388,7 @@ def resident():
 def test_fifty_saves_leave_the_memory_of_the_host_as_it_was(tmp_path):
     # 4 MiB a save: held back even once in four saves, they would be seen.
     state = {"params": {"w": jax.random.normal(jax.random.key(0), (1024, 1024))}}
-    with Checkpoints(tmp_path, CFG) as store:
+    with Checkpointer(tmp_path, CFG) as store:
         save(store, state, *range(1, 11))
         before = resident()
         save(store, state, *range(11, 61))

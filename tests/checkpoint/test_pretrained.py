@@ -10,7 +10,7 @@ from support.seeded import random_params
 from support.tiny import TINY
 
 from mor_jax.checkpoint import pretrained
-from mor_jax.checkpoint.lazy_arrays import Lazy, flatten, held
+from mor_jax.checkpoint.lazy_arrays import LazyArrays, flatten, from_arrays
 from mor_jax.config import MeshConfig
 from mor_jax.distributed import mesh as sharding
 from mor_jax.models.params import abstract_params, logical_axes
@@ -20,7 +20,7 @@ SOURCE = {"format": "safetensors", "from": "a/model"}
 
 
 def arrays(cfg=CFG):
-    return held(dict(flatten(random_params(cfg))))
+    return from_arrays(dict(flatten(random_params(cfg))))
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +90,7 @@ def test_one_array_is_held_at_a_time(tmp_path):
         alive.append(weakref.ref(value))
         return value
 
-    pretrained.write(tmp_path, CFG, Lazy("here", held(plain).specs, read), SOURCE)
+    pretrained.write(tmp_path, CFG, LazyArrays("here", from_arrays(plain).specs, read), SOURCE)
     assert len(alive) == len(plain)
 
 
@@ -110,7 +110,7 @@ def test_weights_of_another_model_are_listed_and_nothing_is_written(tmp_path):
     del given["norm.scale"]
     given["embed.weight"] = given["embed.weight"][:5]
     with pytest.raises(ValueError) as error:
-        pretrained.write(tmp_path, CFG, held(given, "model.gguf"), SOURCE)
+        pretrained.write(tmp_path, CFG, from_arrays(given, "model.gguf"), SOURCE)
     for line in (
         "model.gguf: holds another model's weights",
         "embed.weight: float32[5, 32] there, float32[64, 32] in the model",

@@ -11,7 +11,13 @@ from pathlib import Path
 
 import pytest
 
-from mor_jax.checkpoint.run_dir import Change, check_workdir, claim_workdir, hold, resolved
+from mor_jax.checkpoint.run_dir import (
+    Change,
+    check_workdir,
+    claim_workdir,
+    lock_run_dir,
+    resolved_path,
+)
 from mor_jax.config import LogConfig, MeshConfig, ModelConfig, RouterConfig, TrainConfig
 
 MODEL = ModelConfig(
@@ -109,7 +115,7 @@ def test_a_directory_of_something_else_is_refused_unharmed(tmp_path, name, text,
 def test_what_cannot_be_a_directory_is_refused_in_one_line(name, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match=message) as error:
-        resolved(name)
+        resolved_path(name)
     assert "\n" not in str(error.value) and not list(tmp_path.iterdir())
 
 
@@ -173,14 +179,14 @@ def test_a_directory_is_held_by_one_process_until_it_ends_however_it_ends(tmp_pa
         assert holder.stdout is not None and holder.stdout.readline() == "held\n"
         host = os.uname().nodename
         message = rf"workdir={tmp_path}: process {holder.pid} on {host} is training in it\. .*stop"
-        with pytest.raises(ValueError, match=message), hold(tmp_path):
+        with pytest.raises(ValueError, match=message), lock_run_dir(tmp_path):
             pass
     finally:
         holder.send_signal(signal.SIGKILL)
         holder.wait()
-    with hold(tmp_path):
+    with lock_run_dir(tmp_path):
         # The same process cannot hold it twice either.
-        with pytest.raises(ValueError, match=f"process {os.getpid()} "), hold(tmp_path):
+        with pytest.raises(ValueError, match=f"process {os.getpid()} "), lock_run_dir(tmp_path):
             pass
         claim_workdir(tmp_path, CFG)
     assert check_workdir(tmp_path, CFG) == []
@@ -188,7 +194,7 @@ def test_a_directory_is_held_by_one_process_until_it_ends_however_it_ends(tmp_pa
 
 def test_an_unclaimed_directory_is_taken_back_and_a_killed_start_leaves_it_free(tmp_path):
     run = tmp_path / "a" / "run"
-    with pytest.raises(RuntimeError), hold(run):
+    with pytest.raises(RuntimeError), lock_run_dir(run):
         (run / "compilation_cache").mkdir()
         (run / "compilation_cache" / "entry-cache").write_text("")
         raise RuntimeError
@@ -199,7 +205,7 @@ def test_an_unclaimed_directory_is_taken_back_and_a_killed_start_leaves_it_free(
     (run / "compilation_cache").mkdir()
     assert check_workdir(run, CFG) is None
     (run / "compilation_cache" / "entry-cache").write_text("somebody's")
-    with pytest.raises(RuntimeError), hold(run):
+    with pytest.raises(RuntimeError), lock_run_dir(run):
         raise RuntimeError
     assert (run / "compilation_cache" / "entry-cache").read_text() == "somebody's"
 

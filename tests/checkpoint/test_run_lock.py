@@ -12,7 +12,7 @@ from etils import epath
 from support.patience import PATIENCE
 
 from mor_jax.checkpoint import run_dir, run_lock
-from mor_jax.checkpoint.run_lock import Held, RunLock
+from mor_jax.checkpoint.run_lock import RunLock, RunLocked
 
 ROOT = Path(__file__).parents[2]
 
@@ -25,7 +25,7 @@ def test_a_second_one_is_refused_while_the_first_lives_and_not_after(tmp_path, m
         clock = SimpleNamespace(monotonic=lambda: 0.0, sleep=lambda _: time.sleep(0.01))
         with monkeypatch.context() as patch:
             patch.setattr(run_lock, "time", clock)
-            with pytest.raises(Held, match="process 1 on here"), RunLock(file, "another"):
+            with pytest.raises(RunLocked, match="process 1 on here"), RunLock(file, "another"):
                 pass
         assert json.loads(file.read_text())["owner"] == "process 1 on here"
     assert not file.exists()
@@ -42,7 +42,7 @@ def test_a_file_that_is_just_being_written_is_no_sign_of_death(tmp_path, monkeyp
         file.write_text(json.dumps({"owner": "the living", "id": "0", "counter": 8}))
 
     monkeypatch.setattr(run_lock, "time", SimpleNamespace(monotonic=time.monotonic, sleep=written))
-    with pytest.raises(Held, match="the living"), RunLock(file, "another"):
+    with pytest.raises(RunLocked, match="the living"), RunLock(file, "another"):
         pass
 
 
@@ -93,13 +93,13 @@ def test_an_object_store_is_held_by_a_lease(monkeypatch):
             asked.append(str(file))
 
         def __enter__(self):
-            raise Held("process 7 on there")
+            raise RunLocked("process 7 on there")
 
         def __exit__(self, *_):
             pass
 
     monkeypatch.setattr(run_dir, "RunLock", Busy)
     message = r"workdir=gs://bucket/run: process 7 on there is training in it"
-    with pytest.raises(ValueError, match=message), run_dir.hold("gs://bucket/run"):
+    with pytest.raises(ValueError, match=message), run_dir.lock_run_dir("gs://bucket/run"):
         pass
     assert asked == ["gs://bucket/run/lock"]

@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 
 from mor_jax.config.parsing import fail
 from mor_jax.evaluation import plot
-from mor_jax.evaluation.results import Records
+from mor_jax.evaluation.results import EvalLog
 from mor_jax.files import write_atomic
 from mor_jax.runtime import exit_codes
 
@@ -43,7 +43,7 @@ def test_no_draft_and_no_empty_file_stay(full, tmp_path):
     with pytest.raises(OSError, match="No space"):
         write_atomic(epath.Path(tmp_path / "config.json"), "{}")
     with pytest.raises(ValueError, match=r"output=.*No space"):
-        Records(tmp_path / "a.jsonl", {"text": "x"}).append(1, {"loss": 2.0})
+        EvalLog(tmp_path / "a.jsonl", {"text": "x"}).append(1, {"loss": 2.0})
     values = {"by_position": [], "workdir": "run", "step": 1, "text": "x"}
     with pytest.raises(ValueError, match=r"figure=.*No space"):
         plot.draw(values, tmp_path / "a.png")
@@ -54,5 +54,5 @@ def test_what_was_there_stays_as_it_was(full, tmp_path):
     kept = tmp_path / "a.jsonl"
     kept.write_text('{"step": 1, "asked": {}}\n')
     with pytest.raises(ValueError, match="No space"):
-        Records(kept, {"text": "x"}).append(2, {"loss": 2.0})
+        EvalLog(kept, {"text": "x"}).append(2, {"loss": 2.0})
     assert kept.read_text().startswith('{"step": 1, "asked": {}}\n')

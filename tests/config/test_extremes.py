@@ -11,7 +11,7 @@ from mor_jax.config.parsing import LARGEST, changed, flat
 from mor_jax.distributed import mesh as sharding
 from mor_jax.models.params import abstract_params, logical_axes
 from mor_jax.training.compiled_step import abstract_state
-from mor_jax.training.memory_check import check_room
+from mor_jax.training.memory_check import check_memory
 
 EXPERT_RUN = TrainConfig.from_dict({"model": EXPERT}).to_dict()
 TOKEN_RUN = TrainConfig.from_dict({"model": merge(EXPERT, {"router": TOKEN_ROUTER})}).to_dict()
@@ -136,10 +136,10 @@ def test_what_cannot_fit_is_refused_before_it_is_compiled(path, value, message):
     placement = sharding.param_shardings(mesh, logical_axes(cfg.model), shapes)
     state = abstract_state(cfg, mesh, placement)
     if message is None:
-        check_room(cfg, mesh, state, free=2**30)
+        check_memory(cfg, mesh, state, free=2**30)
         return
     with pytest.raises(ValueError, match=message) as error:
-        check_room(cfg, mesh, state, free=64 * 2**30)
+        check_memory(cfg, mesh, state, free=64 * 2**30)
     assert "\n" not in str(error.value)
 
 
@@ -150,5 +150,5 @@ def test_a_state_that_is_cut_is_counted_in_its_parts():
     placement = sharding.param_shardings(mesh, logical_axes(cfg.model), abstract_params(cfg.model))
     state = abstract_state(cfg, mesh, placement)
     with pytest.raises(ValueError, match="parameters"):
-        check_room(cfg, mesh, state, free=10**6)
-    check_room(cfg, mesh, state, free=10**10)
+        check_memory(cfg, mesh, state, free=10**6)
+    check_memory(cfg, mesh, state, free=10**10)

@@ -35,10 +35,10 @@ def test_every_new_name_is_a_setting_and_no_old_one_is():
 
 def test_what_was_recorded_under_old_names_is_the_same_configuration():
     cfg = TrainConfig.from_dict(mor.get_config("size=360m,routing=token").to_dict())
-    before = old(run_dir.plain(cfg))
+    before = old(run_dir.to_plain(cfg))
     assert "length" in before and "width" in before["model"]
     assert TrainConfig.from_dict(old_names.translated(before)) == cfg
-    assert old_names.translated_paths(flat(before)) == flat(run_dir.plain(cfg))
+    assert old_names.translated_paths(flat(before)) == flat(run_dir.to_plain(cfg))
 
 
 def test_a_name_given_twice_is_refused():
@@ -48,7 +48,7 @@ def test_a_name_given_twice_is_refused():
 
 @pytest.mark.parametrize("name", SETTINGS)
 def test_an_old_name_in_a_configuration_is_answered_with_the_new_one(name):
-    values = run_dir.plain(TrainConfig())
+    values = run_dir.to_plain(TrainConfig())
     with pytest.raises(ValueError) as error:
         TrainConfig.from_dict(changed(values, {name: 1}))
     assert str(error.value) == f"{name}=1: is no setting. It is called {SETTINGS[name]} now"

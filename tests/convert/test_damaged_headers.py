@@ -17,7 +17,7 @@ from test_import_gguf import WORDS, tensors_of
 from test_import_gguf import write as write_gguf
 from test_import_hf import LLAMA3, PLAIN
 
-from mor_jax.checkpoint.lazy_arrays import flatten, held
+from mor_jax.checkpoint.lazy_arrays import flatten, from_arrays
 from mor_jax.convert.export_config import llama_config, mor_config
 from mor_jax.convert.import_gguf import import_gguf
 from mor_jax.convert.import_hf import import_hf
@@ -97,7 +97,7 @@ def test_heads_of_gguf_files(tmp_path):
 def test_configurations(kind, tmp_path):
     cfg = PLAIN if kind == "llama" else TINY["expert"]
     table, config = (llama_entries, llama_config) if kind == "llama" else (mor_entries, mor_config)
-    view = as_tensors(cfg, table(cfg), held(dict(flatten(random_params(cfg)))))
+    view = as_tensors(cfg, table(cfg), from_arrays(dict(flatten(random_params(cfg)))))
     tensors = {name: np.array(view.read(name)) for name in view.specs}
     save_file(tensors, tmp_path / "model.safetensors")
     told = config(cfg) | {"rope_scaling": LLAMA3}

@@ -16,8 +16,8 @@ from support.run_directories import STEP, model, trained
 from support.tiny import TINY
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from mor_jax.checkpoint.checkpointer import Checkpoints
-from mor_jax.checkpoint.lazy_arrays import flatten, held
+from mor_jax.checkpoint.checkpointer import Checkpointer
+from mor_jax.checkpoint.lazy_arrays import flatten, from_arrays
 from mor_jax.config import CheckpointConfig, parsing
 from mor_jax.convert.exports import ExportOptions, export
 from mor_jax.convert.imports import ImportOptions, import_run
@@ -124,7 +124,7 @@ def test_the_references_checkpoint_leads_back_to_the_same_model(tmp_path, name):
 
 def test_shards_have_an_index_and_load_as_one(tmp_path):
     arrays = {name: np.full((300, 400), i, np.float32) for i, name in enumerate("abcdefg")}
-    files = write_shards(tmp_path, held(arrays), "float32", 10**6)
+    files = write_shards(tmp_path, from_arrays(arrays), "float32", 10**6)
     assert len(files) == 4
     index = json.loads((tmp_path / INDEX).read_text())
     assert index["metadata"]["total_size"] == 7 * 300 * 400 * 4
@@ -132,7 +132,7 @@ def test_shards_have_an_index_and_load_as_one(tmp_path):
         read = load_file(tmp_path / index["weight_map"][name])[name]
         np.testing.assert_array_equal(read, value)
     with pytest.raises(ValueError, match="max_shard_size"):
-        write_shards(tmp_path, held(arrays), "float32", 10**5)
+        write_shards(tmp_path, from_arrays(arrays), "float32", 10**5)
 
 
 @pytest.mark.parametrize(("text", "size"), [("2GB", 2 * 10**9), ("1.5 mb", 1500000), ("7", 7)])
@@ -187,7 +187,7 @@ def test_weights_that_are_not_finite_are_not_exported(tmp_path):
 
 def test_damaged_checkpoints_are_passed_over_or_named(tmp_path):
     params = trained(tmp_path / "run", "plain")
-    with Checkpoints(tmp_path / "run", CheckpointConfig()) as checkpoints:
+    with Checkpointer(tmp_path / "run", CheckpointConfig()) as checkpoints:
         config = json.loads((tmp_path / "run" / "config.json").read_text())
         checkpoints.save(8, {"params": params, "step": jnp.int32(8)}, 0, config)
     assert open_run(tmp_path / "run").step == 8

@@ -18,7 +18,7 @@ from support.tiny import TINY
 from tokenizers import decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM
 
-from mor_jax.checkpoint.lazy_arrays import flatten, held, nested
+from mor_jax.checkpoint.lazy_arrays import flatten, from_arrays, nested
 from mor_jax.config import RopeScaling
 from mor_jax.convert.import_gguf import import_gguf
 from mor_jax.convert.names import llama_entries
@@ -67,7 +67,7 @@ def interleaved(rows, heads):
 
 def tensors_of(cfg):
     """The weights of `random_params(cfg)` as a GGUF file has them."""
-    view = as_tensors(cfg, llama_entries(cfg), held(dict(flatten(random_params(cfg)))))
+    view = as_tensors(cfg, llama_entries(cfg), from_arrays(dict(flatten(random_params(cfg)))))
     found = {}
     for name in view.specs:
         array = np.array(view.read(name))

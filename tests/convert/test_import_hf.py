@@ -16,7 +16,7 @@ from support.seeded import random_params
 from support.tiny import TINY
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from mor_jax.checkpoint.lazy_arrays import flatten, held, nested
+from mor_jax.checkpoint.lazy_arrays import flatten, from_arrays, nested
 from mor_jax.config import RopeScaling
 from mor_jax.convert.export_config import llama_config as exported_llama
 from mor_jax.convert.export_config import mor_config as exported_mor
@@ -43,7 +43,9 @@ SIZES = {
 
 def write(folder, cfg=PLAIN, hf=None, table=None, **changes):
     """The plain model `cfg` in `folder`, as safetensors; `changes` are tensors or None."""
-    view = as_tensors(cfg, (table or llama_entries)(cfg), held(dict(flatten(random_params(cfg)))))
+    view = as_tensors(
+        cfg, (table or llama_entries)(cfg), from_arrays(dict(flatten(random_params(cfg))))
+    )
     tensors = {name: torch.from_numpy(np.array(view.read(name))) for name in view.specs}
     tensors = {name: t for name, t in (tensors | changes).items() if t is not None}
     save_file(tensors, folder / "model.safetensors")
@@ -127,7 +129,7 @@ def test_half_precision_torch_files_and_other_places_of_weights(tmp_path):
     folder, other = tmp_path / "hf", tmp_path / "state.pt"
     folder.mkdir()
     write(folder)
-    view = as_tensors(PLAIN, llama_entries(PLAIN), held(dict(flatten(random_params(PLAIN)))))
+    view = as_tensors(PLAIN, llama_entries(PLAIN), from_arrays(dict(flatten(random_params(PLAIN)))))
     write_torch(folder / "pytorch_model.bin", view, {HEAD: EMBEDDING}, "bfloat16")
     (folder / "model.safetensors").rename(tmp_path / "weights.safetensors")
     rounded = jax.tree.map(

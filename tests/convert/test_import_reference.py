@@ -10,7 +10,7 @@ import yaml
 from support.seeded import random_params
 from support.tiny import TINY
 
-from mor_jax.checkpoint.lazy_arrays import flatten, held
+from mor_jax.checkpoint.lazy_arrays import flatten, from_arrays
 from mor_jax.convert.export_config import llama_config, reference_options
 from mor_jax.convert.import_reference import import_reference
 from mor_jax.convert.names import HEAD, entries
@@ -26,7 +26,7 @@ def write(folder, cfg, config=True, **options):
     checkpoint = folder / "checkpoint-8"
     checkpoint.mkdir(exist_ok=True)
     rows = entries(cfg)
-    view = as_tensors(cfg, rows, held(dict(flatten(random_params(cfg)))))
+    view = as_tensors(cfg, rows, from_arrays(dict(flatten(random_params(cfg)))))
     aliases = {row.name: row.canonical for row in rows if row.is_alias}
     write_torch(checkpoint / "pytorch_model.bin", view, aliases)
     if config:
@@ -129,7 +129,7 @@ def test_a_yaml_of_another_model_lists_what_does_not_fit(tmp_path):
     _, file = write(tmp_path, TINY["token"])
     write_torch(
         tmp_path / "checkpoint-8" / "pytorch_model.bin",
-        as_tensors(EXPERT, entries(EXPERT), held(dict(flatten(random_params(EXPERT))))),
+        as_tensors(EXPERT, entries(EXPERT), from_arrays(dict(flatten(random_params(EXPERT))))),
     )
     with pytest.raises(ValueError) as error:
         import_reference(checkpoint, file)

@@ -7,7 +7,7 @@ import pytest
 from support.seeded import random_params
 from support.tiny import TINY
 
-from mor_jax.checkpoint.lazy_arrays import flatten, held, nested
+from mor_jax.checkpoint.lazy_arrays import flatten, from_arrays, nested
 from mor_jax.convert.init_strategies import STRATEGIES, select_layers, share_layers
 from mor_jax.models.params import paths
 
@@ -16,7 +16,7 @@ PLAIN = dataclasses.replace(TINY["plain"], num_layers=6)
 
 def shared(plain, cfg, selection):
     """The tree that is made of the tree of a plain model."""
-    return nested(share_layers(held(dict(flatten(plain))), cfg, selection))
+    return nested(share_layers(from_arrays(dict(flatten(plain))), cfg, selection))
 
 
 def test_random_draws_differ_by_seed_and_are_sorted_and_distinct():

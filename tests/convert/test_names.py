@@ -9,7 +9,7 @@ import pytest
 from support.seeded import random_params
 from support.tiny import TINY
 
-from mor_jax.checkpoint.lazy_arrays import Lazy, flatten, held
+from mor_jax.checkpoint.lazy_arrays import LazyArrays, flatten, from_arrays
 from mor_jax.convert.names import EMBEDDING, HEAD, entries, llama_entries, mor_entries
 from mor_jax.convert.state_dict import from_params, to_params
 from mor_jax.convert.views import as_params, as_tensors, turn
@@ -176,7 +176,7 @@ def test_parameter_tree_with_too_many_recursions_is_refused():
 def test_names_of_the_export_hold_each_weight_once_and_lead_back(name):
     cfg, params = TINY[name], dict(flatten(random_params(TINY[name])))
     table = mor_entries(cfg)
-    tensors = as_tensors(cfg, table, held(params))
+    tensors = as_tensors(cfg, table, from_arrays(params))
     stored = sum(np.prod(spec.shape, dtype=int) for spec in tensors.specs.values())
     assert stored == unique_parameters(cfg)
     back = as_params(cfg, table, tensors)
@@ -193,7 +193,7 @@ def test_names_of_a_plain_export_are_those_of_the_reference():
 @pytest.mark.parametrize("name", ["sequence", "middle_cycle", "middle_cycle_norms"])
 def test_unrolled_names_repeat_what_the_reference_ties(name):
     cfg, params = TINY[name], random_params(TINY[name])
-    written = as_tensors(cfg, llama_entries(cfg), held(dict(flatten(params))))
+    written = as_tensors(cfg, llama_entries(cfg), from_arrays(dict(flatten(params))))
     tied = from_params(cfg, params)
     assert written.specs.keys() == tied.keys() - {HEAD}
     assert all(np.array_equal(written.read(key), tied[key]) for key in written.specs)
@@ -209,13 +209,13 @@ def test_what_no_llama_computes_is_not_unrolled(name, why):
 
 def test_arrays_are_read_once_and_one_at_a_time():
     cfg = TINY["expert"]
-    params, reads = held(dict(flatten(random_params(cfg)))), []
+    params, reads = from_arrays(dict(flatten(random_params(cfg)))), []
 
     def read(path):
         reads.append(path)
         return params.read(path)
 
-    tensors = as_tensors(cfg, mor_entries(cfg), Lazy("here", params.specs, read))
+    tensors = as_tensors(cfg, mor_entries(cfg), LazyArrays("here", params.specs, read))
     for name in tensors.specs:
         tensors.read(name)
     assert sorted(reads) == sorted(params.specs)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from mor_jax.checkpoint.lazy_arrays import Lazy, Spec, held
+from mor_jax.checkpoint.lazy_arrays import ArraySpec, LazyArrays, from_arrays
 from mor_jax.convert.torch_writer import ALIGNMENT, write_torch
 
 RNG = np.random.default_rng(0)
@@ -24,7 +24,7 @@ ARRAYS = {
 @pytest.mark.parametrize("mmap", [True, False])
 def test_torch_loads_what_was_written(dtype, mmap, tmp_path):
     path = tmp_path / "pytorch_model.bin"
-    write_torch(path, held(ARRAYS), {"head.weight": "embed.weight"}, dtype)
+    write_torch(path, from_arrays(ARRAYS), {"head.weight": "embed.weight"}, dtype)
     state = torch.load(path, weights_only=True, mmap=mmap)
     assert list(state) == [*ARRAYS, "head.weight"]
     narrow = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16, "float16": np.float16}[dtype]
@@ -41,7 +41,7 @@ def test_the_archive_is_sound_and_a_module_takes_it(tmp_path):
     path = tmp_path / "model.bin"
     linear = torch.nn.Linear(4, 3)
     arrays = {name: tensor.numpy() for name, tensor in linear.state_dict().items()}
-    write_torch(path, held(arrays))
+    write_torch(path, from_arrays(arrays))
     assert zipfile.ZipFile(path).testzip() is None
     other = torch.nn.Linear(4, 3)
     other.load_state_dict(torch.load(path, weights_only=True))
@@ -58,8 +58,8 @@ def test_one_tensor_is_held_at_a_time(tmp_path):
         asked.append(name)
         return np.full((2, 3), len(asked), np.float32)
 
-    specs = {name: Spec((2, 3)) for name in "abc"}
-    write_torch(tmp_path / "x.bin", Lazy("here", specs, read), {"d": "b"})
+    specs = {name: ArraySpec((2, 3)) for name in "abc"}
+    write_torch(tmp_path / "x.bin", LazyArrays("here", specs, read), {"d": "b"})
     state = torch.load(tmp_path / "x.bin", weights_only=True)
     assert asked == ["a", "b", "c"]
     assert [float(state[name][0, 0]) for name in "abcd"] == [1, 2, 3, 2]
@@ -67,5 +67,5 @@ def test_one_tensor_is_held_at_a_time(tmp_path):
 
 def test_an_alias_of_nothing_is_refused_before_anything_is_written(tmp_path):
     with pytest.raises(ValueError, match=r"aliases=\['head'\]"):
-        write_torch(tmp_path / "x.bin", held(ARRAYS), {"head": "embedding"})
+        write_torch(tmp_path / "x.bin", from_arrays(ARRAYS), {"head": "embedding"})
     assert not list(tmp_path.iterdir())

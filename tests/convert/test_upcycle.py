@@ -11,10 +11,10 @@ import pytest
 from support.seeded import random_params
 from support.tiny import BASE, batch
 
-from mor_jax.checkpoint.lazy_arrays import Lazy, Spec, flatten, held, nested
+from mor_jax.checkpoint.lazy_arrays import ArraySpec, LazyArrays, flatten, from_arrays, nested
 from mor_jax.convert.init_strategies import STRATEGIES, select_layers
 from mor_jax.convert.upcycle import (
-    Upcycling,
+    UpcycleOptions,
     parse_upcycle,
     upcycle,
     upcycle_notes,
@@ -29,7 +29,7 @@ PARAMS = random_params(PLAIN)
 def made(wish, plain=PLAIN, params=PARAMS):
     """Configuration and parameter tree."""
     cfg = upcycled_config(plain, wish)
-    tree = nested(upcycle(plain, cfg, held(dict(flatten(params))), wish))
+    tree = nested(upcycle(plain, cfg, from_arrays(dict(flatten(params))), wish))
     return cfg, jax.tree.map(jnp.asarray, tree)
 
 
@@ -40,7 +40,7 @@ def wishes():
         STRATEGIES,
     ):
         if routing == "none" or not sharing.endswith("sequence"):
-            yield Upcycling(recursions=3, sharing=sharing, routing=routing, init=init)
+            yield UpcycleOptions(recursions=3, sharing=sharing, routing=routing, init=init)
 
 
 def test_every_wish_gives_the_parameters_of_its_model():
@@ -56,7 +56,7 @@ def test_every_wish_gives_the_parameters_of_its_model():
 
 
 def test_one_recursion_computes_what_the_plain_model_does():
-    cfg, params = made(Upcycling(recursions=1, sharing="middle_cycle"))
+    cfg, params = made(UpcycleOptions(recursions=1, sharing="middle_cycle"))
     rows = batch(PLAIN)
     got, wanted = (forward(c, p, rows).hidden for c, p in ((cfg, params), (PLAIN, PARAMS)))
     np.testing.assert_allclose(got, wanted, rtol=1e-5, atol=1e-5)
@@ -64,7 +64,7 @@ def test_one_recursion_computes_what_the_plain_model_does():
 
 @pytest.mark.parametrize("routing", ["expert", "token"])
 def test_routers_are_new_seeded_and_of_the_width_of_a_fresh_model(routing):
-    wish = Upcycling(recursions=3, routing=routing)
+    wish = UpcycleOptions(recursions=3, routing=routing)
     wide = dataclasses.replace(PLAIN, hidden_size=512, init_std=0.02)
     cfg, params = made(wish, wide, random_params(wide))
     again = made(wish, wide, random_params(wide))[1]["router"]
@@ -81,13 +81,13 @@ def test_a_bias_starts_at_zero(monkeypatch):
 
     router = dataclasses.replace(module.ROUTERS["token"], load_balancing="loss_free")
     monkeypatch.setitem(module.ROUTERS, "token", router)
-    _, params = made(Upcycling(recursions=3, routing="token"))
+    _, params = made(UpcycleOptions(recursions=3, routing="token"))
     np.testing.assert_array_equal(params["router"]["bias"], np.zeros(3))
 
 
 def test_layers_that_do_not_fit_are_told():
     plain = dataclasses.replace(PLAIN, num_layers=10)
-    wish = Upcycling(recursions=3, sharing="middle_cycle", routing="expert")
+    wish = UpcycleOptions(recursions=3, sharing="middle_cycle", routing="expert")
     cfg = upcycled_config(plain, wish)
     chosen = select_layers("middle_cycle", 10, 3, "stepwise")
     assert cfg.num_layers == len(chosen.kept) == 8
@@ -107,7 +107,7 @@ def test_options_from_text():
     text = (
         "recursions=2,sharing=cycle,init=average,routing=token,kv=shared,share_norms=false,seed=7"
     )
-    wanted = Upcycling(
+    wanted = UpcycleOptions(
         recursions=2,
         sharing="cycle",
         init="average",
@@ -117,7 +117,7 @@ def test_options_from_text():
         seed=7,
     )
     assert parse_upcycle(text) == wanted
-    assert parse_upcycle("recursions=3") == Upcycling(recursions=3)
+    assert parse_upcycle("recursions=3") == UpcycleOptions(recursions=3)
 
 
 @pytest.mark.parametrize(
@@ -142,7 +142,7 @@ def test_a_wrong_option_names_itself_and_what_is_right(text, message):
 @pytest.mark.parametrize(
     ("plain", "wish", "message"),
     [
-        (upcycled_config(PLAIN, Upcycling(recursions=2)), {}, "only a plain model"),
+        (upcycled_config(PLAIN, UpcycleOptions(recursions=2)), {}, "only a plain model"),
         (PLAIN, {"recursions": 7}, r"layers=8: middle_cycle with recursions=7 needs 2 \+ 7"),
         (PLAIN, {"kv": "shared_update"}, r"upcycle\.kv_mode='shared_update'"),
         (PLAIN, {"sharing": "sequence", "routing": "expert"}, "routed models repeat the whole"),
@@ -150,12 +150,12 @@ def test_a_wrong_option_names_itself_and_what_is_right(text, message):
 )
 def test_impossible_models_are_refused(plain, wish, message):
     with pytest.raises(ValueError, match=message):
-        upcycled_config(plain, Upcycling(**{"recursions": 2, **wish}))
+        upcycled_config(plain, UpcycleOptions(**{"recursions": 2, **wish}))
 
 
 def test_memory_is_that_of_one_array_and_every_stack_is_read_once():
     plain = dataclasses.replace(PLAIN, num_layers=20, intermediate_size=2048, hidden_size=64)
-    wish = Upcycling(recursions=3, init="average")
+    wish = UpcycleOptions(recursions=3, init="average")
     cfg = upcycled_config(plain, wish)
     read = []
     shapes = {name: leaf.shape for name, leaf in flatten(abstract_params(plain))}
@@ -164,7 +164,7 @@ def test_memory_is_that_of_one_array_and_every_stack_is_read_once():
         read.append(name)
         return np.ones(shapes[name], np.float32)
 
-    source = Lazy("x", {name: Spec(shape) for name, shape in shapes.items()}, reader)
+    source = LazyArrays("x", {name: ArraySpec(shape) for name, shape in shapes.items()}, reader)
     params = upcycle(plain, cfg, source, wish)
     largest = 4 * max(np.prod(shape) for shape in shapes.values())
     tracemalloc.start()

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from mor_jax.config import DataConfig
-from mor_jax.data import Layout, fingerprint, heldout_batches, open_corpus, train_batches
+from mor_jax.data import Layout, fingerprint, open_corpus, train_batches, validation_batches
 from mor_jax.data.streams.mixture import CYCLE, Mixture, shares_of
 from mor_jax.types import IGNORE
 
@@ -133,9 +133,9 @@ def test_shares_add_up():
 
 
 def test_heldout_is_fixed_disjoint_and_spread(cfg, byte_tokenizer):
-    one = heldout_batches(cfg, byte_tokenizer, LAYOUT, 3)
+    one = validation_batches(cfg, byte_tokenizer, LAYOUT, 3)
     other_seed = dataclasses.replace(cfg, seed=5)
-    assert_same(one, heldout_batches(other_seed, byte_tokenizer, LAYOUT, 3))
+    assert_same(one, validation_batches(other_seed, byte_tokenizer, LAYOUT, 3))
     assert len(one) == 3
     train = open_corpus(cfg, byte_tokenizer, "train", 16)
     trained = {tuple(train[i]["tokens"].tolist()) for i in range(len(train))}
@@ -147,9 +147,9 @@ def test_heldout_is_fixed_disjoint_and_spread(cfg, byte_tokenizer):
 
 
 def test_heldout_hosts_and_mixture(three, byte_tokenizer):
-    whole = heldout_batches(three, byte_tokenizer, LAYOUT, 4)
+    whole = validation_batches(three, byte_tokenizer, LAYOUT, 4)
     hosts = [
-        heldout_batches(three, byte_tokenizer, dataclasses.replace(LAYOUT, host=h, hosts=2), 4)
+        validation_batches(three, byte_tokenizer, dataclasses.replace(LAYOUT, host=h, hosts=2), 4)
         for h in range(2)
     ]
     for i, batch in enumerate(whole):
@@ -161,7 +161,7 @@ def test_heldout_hosts_and_mixture(three, byte_tokenizer):
 def test_small_heldout_split_fills_the_last_batch_without_targets(cfg, byte_tokenizer):
     rows = len(open_corpus(cfg, byte_tokenizer, "heldout", 100))
     layout = Layout(length=100, batch_size=rows + 3)
-    [batch] = heldout_batches(cfg, byte_tokenizer, layout, 5)
+    [batch] = validation_batches(cfg, byte_tokenizer, layout, 5)
     assert batch.tokens.shape == (rows + 3, 100)
     assert (batch.targets[:rows] != IGNORE).all() and (batch.targets[rows:] == IGNORE).all()
 
@@ -170,11 +170,11 @@ def test_a_batch_larger_than_the_text_has_no_more_rows_than_there_are(cfg, byte_
     rows = len(open_corpus(cfg, byte_tokenizer, "heldout", 100))
     for size, batches in ((10**30, 1), (8 * rows, 10**30)):
         layout = Layout(length=100, batch_size=size)
-        [batch] = heldout_batches(cfg, byte_tokenizer, layout, batches, "heldout", 4)
+        [batch] = validation_batches(cfg, byte_tokenizer, layout, batches, "heldout", 4)
         assert len(batch.tokens) == -(-rows // 4) * 4
         assert (batch.targets[:rows] != IGNORE).all() and (batch.targets[rows:] == IGNORE).all()
     hosts = [dataclasses.replace(layout, host=h, hosts=2) for h in range(2)]
-    parts = [heldout_batches(cfg, byte_tokenizer, h, 9, "heldout", 4)[0].tokens for h in hosts]
+    parts = [validation_batches(cfg, byte_tokenizer, h, 9, "heldout", 4)[0].tokens for h in hosts]
     np.testing.assert_array_equal(np.concatenate(parts), batch.tokens)
 
 

@@ -7,7 +7,7 @@ import json
 import pytest
 
 from mor_jax.config import DataConfig
-from mor_jax.data import Layout, Place, ahead, carried_over, place_of, train_batches
+from mor_jax.data import DataPosition, Layout, ahead, carried_over, position_of, train_batches
 
 LENGTH, SEED = 16, 7
 
@@ -35,11 +35,11 @@ class Run:
 
     def change(self, cfg, length=LENGTH, seed=SEED, jumps=()):
         """A start under these settings."""
-        now = place_of(cfg, self.tokenizer, length=length, seed=seed)
+        now = position_of(cfg, self.tokenizer, length=length, seed=seed)
         if self.place is not None:
             # Through the checkpoint, as JSON.
             notes = json.loads(json.dumps(self.place.notes()))
-            now = carried_over(Place.of(self.place.row, notes, {}), now, jumps)
+            now = carried_over(DataPosition.of(self.place.row, notes, {}), now, jumps)
         self.cfg, self.place, self.jumps, self.seed = cfg, now, jumps, seed
 
     def read(self, count, batch_size=4, hosts=1):
@@ -233,11 +233,11 @@ def test_rows_left_out_ahead_bind_the_mixture(folder, byte_tokenizer):
 def test_a_checkpoint_of_an_earlier_version_names_its_place_by_its_settings(folder, byte_tokenizer):
     cfg = config(folder, weights=(1.0, 3.0))
     config_then = {"seq_len": LENGTH, "seed": SEED, "data": dataclasses.asdict(cfg)}
-    old = Place.of(20, None, json.loads(json.dumps(config_then)))
-    new = place_of(cfg, byte_tokenizer, length=LENGTH, seed=SEED)
+    old = DataPosition.of(20, None, json.loads(json.dumps(config_then)))
+    new = position_of(cfg, byte_tokenizer, length=LENGTH, seed=SEED)
     assert carried_over(old, new) == dataclasses.replace(new, row=20)
     other = dataclasses.replace(cfg, weights=(1.0, 1.0))
-    carried = carried_over(old, place_of(other, byte_tokenizer, length=LENGTH, seed=SEED))
+    carried = carried_over(old, position_of(other, byte_tokenizer, length=LENGTH, seed=SEED))
     assert [reading.first for reading in carried.readings] == [5, 15]
     with pytest.raises(ValueError, match=r"seq_len=32: 5 rows"):
-        carried_over(old, place_of(cfg, byte_tokenizer, length=32, seed=SEED))
+        carried_over(old, position_of(cfg, byte_tokenizer, length=32, seed=SEED))

@@ -16,7 +16,7 @@ from mor_jax.config import MeshConfig, ShardingConfig
 from mor_jax.distributed import collectives
 from mor_jax.distributed.mesh import make_mesh, param_shardings, spec_of, state_shardings
 from mor_jax.models.params import TrainState, abstract_params, logical_axes, new_state
-from mor_jax.models.routing.router import capacity_counts
+from mor_jax.models.routing.router import capacity_tokens
 from mor_jax.planning.hlo.collectives import Network, tally
 from mor_jax.planning.hlo.text import parse_module
 from mor_jax.training.compiled_step import jitted_steps
@@ -58,7 +58,7 @@ def placed_state(cfg, mesh):
 def compiled_step(cfg, mesh):
     """The train step for the mesh, compiled."""
     state, _ = placed_state(cfg, mesh)
-    step = jitted_steps(cfg)(capacity_counts(cfg.model, cfg.seq_len))
+    step = jitted_steps(cfg)(capacity_tokens(cfg.model, cfg.seq_len))
     with jax.set_mesh(mesh):
         return step.lower(state, place(mesh, batch(cfg.model, 8, cfg.seq_len))).compile()
 

@@ -25,11 +25,11 @@ from support.tiny import TINY, train_config
 
 from mor_jax import data
 from mor_jax.checkpoint import pretrained
-from mor_jax.checkpoint.checkpointer import Checkpoints
-from mor_jax.checkpoint.lazy_arrays import flatten, held
+from mor_jax.checkpoint.checkpointer import Checkpointer
+from mor_jax.checkpoint.lazy_arrays import flatten, from_arrays
 from mor_jax.checkpoint.run_dir import claim_workdir
 from mor_jax.config import CheckpointConfig, DataConfig, EvalConfig, LogConfig, MeshConfig
-from mor_jax.data.streams.packing import Rows
+from mor_jax.data.streams.packing import PackedSequences
 from mor_jax.distributed import initialize
 from mor_jax.distributed.data_shard import share_of
 from mor_jax.models.params import abstract_params
@@ -95,7 +95,7 @@ def import_weights(name, corpus, workdir):
     if name == "token":
         cfg = config(name, corpus)
         claim_workdir(workdir, cfg)
-        params = held(dict(flatten(random_params(cfg.model))))
+        params = from_arrays(dict(flatten(random_params(cfg.model))))
         pretrained.write(workdir, cfg.model, params, {"from": "a test"})
 
 
@@ -123,7 +123,7 @@ def alone(corpus, tmp_path_factory):
     """Workdirs of all runs, by one process with eight devices; the rows that each read."""
     folder = tmp_path_factory.mktemp("alone")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Rows, "__getitem__", Rows.__getitem__)
+        patch.setattr(PackedSequences, "__getitem__", PackedSequences.__getitem__)
         rows = record_rows()
         for name in RUNS:
             rows.clear()
@@ -175,7 +175,7 @@ def test_two_processes_start_from_imported_weights(corpus, together):
 @pytest.mark.parametrize("name", ["expert", "token"])
 def test_parameters_that_two_processes_saved_are_read_on_one_device(name, corpus, together):
     cfg = config(name, corpus)
-    with Checkpoints(together / name, cfg.checkpoint) as checkpoints:
+    with Checkpointer(together / name, cfg.checkpoint) as checkpoints:
         params = checkpoints.parameters(abstract_params(cfg.model), STEPS)
     assert all(len(leaf.devices()) == 1 for leaf in jax.tree.leaves(params))
     assert all(np.all(np.isfinite(leaf)) and np.any(leaf) for leaf in jax.tree.leaves(params))
@@ -228,7 +228,7 @@ def test_processes_that_hold_the_same_rows_read_them_both(alone, together):
 def test_the_global_batch_is_the_same_for_any_number_of_hosts(hosts, corpus):
     tokenizer, global_rows = data.load_tokenizer("bytes"), []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Rows, "__getitem__", Rows.__getitem__)
+        patch.setattr(PackedSequences, "__getitem__", PackedSequences.__getitem__)
         read_rows = record_rows()
         for host in range(hosts):
             layout = data.Layout(length=16, batch_size=ROWS, host=host, hosts=hosts)

@@ -17,10 +17,10 @@ from support.tiny import TINY, train_config
 
 from mor_jax import data
 from mor_jax.checkpoint import pretrained
-from mor_jax.checkpoint.checkpointer import Checkpoints
-from mor_jax.checkpoint.lazy_arrays import flatten, held
+from mor_jax.checkpoint.checkpointer import Checkpointer
+from mor_jax.checkpoint.lazy_arrays import flatten, from_arrays
 from mor_jax.checkpoint.load_weights import load_run
-from mor_jax.checkpoint.run_dir import claim_workdir, hold
+from mor_jax.checkpoint.run_dir import claim_workdir, lock_run_dir
 from mor_jax.checkpoint.run_status import TrainerStatus
 from mor_jax.config import CheckpointConfig, DataConfig, EvalConfig, MeshConfig
 from mor_jax.data.tokenizers.train_bpe import train_bpe
@@ -28,8 +28,8 @@ from mor_jax.distributed import mesh as sharding
 from mor_jax.evaluation import EvalRequest, TextEvaluation, evaluate
 from mor_jax.evaluation.byte_spans import TextBytes
 from mor_jax.evaluation.plot import check_path, draw
-from mor_jax.evaluation.results import FILE, Records
-from mor_jax.evaluation.watch_checkpoints import Watch
+from mor_jax.evaluation.results import FILE, EvalLog
+from mor_jax.evaluation.watch_checkpoints import CheckpointWatcher
 from mor_jax.inference.calibration_file import fingerprint, load
 from mor_jax.models.params import abstract_params, logical_axes
 from mor_jax.runtime import exit_codes
@@ -63,7 +63,7 @@ def imported(cfg, tmp_path_factory):
     """Weights to start from, no checkpoint."""
     workdir = tmp_path_factory.mktemp("imported")
     claim_workdir(workdir, cfg)
-    pretrained.write(workdir, MODEL, held(dict(flatten(GIVEN))), {"from": "a/model"})
+    pretrained.write(workdir, MODEL, from_arrays(dict(flatten(GIVEN))), {"from": "a/model"})
     return workdir
 
 
@@ -72,7 +72,7 @@ def trained(cfg, tmp_path_factory):
     """Two checkpoints, the first of other weights; the second with everything that a run keeps."""
     workdir = tmp_path_factory.mktemp("trained")
     claim_workdir(workdir, cfg)
-    with Checkpoints(workdir, CheckpointConfig()) as checkpoints:
+    with Checkpointer(workdir, CheckpointConfig()) as checkpoints:
         for step, params in ((1, GIVEN), (2, TRAINED)):
             state = {"params": params, "opt_state": {"mu": params, "nu": params}}
             checkpoints.save(step, state, 0, cfg.to_dict())
@@ -115,7 +115,7 @@ def test_what_is_not_there_is_refused(imported, trained, tmp_path, cfg):
     with pytest.raises(ValueError, match="holds no checkpoint"):
         load_run(tmp_path / "new")
     with pytest.raises(ValueError, match="is no plain file"):
-        Records("/dev/zero", {})
+        EvalLog("/dev/zero", {})
     with pytest.raises(ValueError, match="fsdp=0: must be greater than 0"):
         evaluate(load_run(trained), EvalRequest(fsdp=0))
 
@@ -124,7 +124,7 @@ def test_evaluation_is_that_of_the_run_itself(trained, cfg):
     found = evaluate(load_run(trained), EvalRequest(fsdp=4))
     tokenizer = data.load_tokenizer("bytes")
     layout = data.Layout(length=cfg.seq_len, batch_size=8)
-    batches = data.heldout_batches(cfg.data, tokenizer, layout, 2)
+    batches = data.validation_batches(cfg.data, tokenizer, layout, 2)
     wanted = Evaluator.of(cfg, batches)(TRAINED)
     for name, value in wanted.items():
         assert found.values[name] == pytest.approx(value, rel=1e-4), name
@@ -209,7 +209,7 @@ def test_every_checkpoint_is_evaluated_once(cfg, tmp_path):
     state = {"params": GIVEN, "opt_state": {"mu": GIVEN}}
 
     def save(*steps):
-        with Checkpoints(tmp_path, CheckpointConfig(max_to_keep=9)) as checkpoints:
+        with Checkpointer(tmp_path, CheckpointConfig(max_to_keep=9)) as checkpoints:
             for step in steps:
                 checkpoints.save(step, state, 0, cfg.to_dict())
 
@@ -219,8 +219,10 @@ def test_every_checkpoint_is_evaluated_once(cfg, tmp_path):
         return {"text": {"checkpoint": checkpoint.step}}
 
     def watched(asked):
-        records = Records(tmp_path / FILE, asked)
-        watch = Watch(tmp_path, records, told=news.append, wait=lambda _: save(cfg.steps))
+        records = EvalLog(tmp_path / FILE, asked)
+        watch = CheckpointWatcher(
+            tmp_path, records, told=news.append, wait=lambda _: save(cfg.steps)
+        )
         return [(record["step"], record["text"]) for record in watch(found)]
 
     save(1, 2)
@@ -237,16 +239,16 @@ def test_every_checkpoint_is_evaluated_once(cfg, tmp_path):
     news.clear()
     found_again = watched({"length": 8})
     assert [step for step, _ in found_again] == [1, 8]
-    assert Records(tmp_path / FILE, {"length": 16}).steps() == {1, 8}
+    assert EvalLog(tmp_path / FILE, {"length": 16}).steps() == {1, 8}
     with pytest.raises(ValueError, match="no record of an evaluation"):
-        Records(tmp_path / "config.json", {})
+        EvalLog(tmp_path / "config.json", {})
 
 
 def test_who_waits_is_told_who_trains(cfg, tmp_path, monkeypatch):
     claim_workdir(tmp_path, cfg)
     trainer = TrainerStatus(tmp_path)
     assert trainer() == ""
-    with hold(tmp_path):
+    with lock_run_dir(tmp_path):
         assert trainer() == f"process {os.getpid()} on {socket.gethostname()}"
     assert trainer() == ""
     # Where there are no locks, a holder writes signs of life.
@@ -259,7 +261,9 @@ def test_who_waits_is_told_who_trains(cfg, tmp_path, monkeypatch):
     assert trainer._by_signs() == ""
     # Told once, and again when it changes.
     found, news = ["", "", "process 1 on a", "process 1 on a", ""], []
-    watch = Watch(tmp_path, Records(tmp_path / FILE, {}), told=news.append, wait=lambda _: None)
+    watch = CheckpointWatcher(
+        tmp_path, EvalLog(tmp_path / FILE, {}), told=news.append, wait=lambda _: None
+    )
     monkeypatch.setattr(watch, "_trainer", lambda: found.pop(0))
     with pytest.raises(IndexError):
         list(watch(lambda checkpoint: {}))

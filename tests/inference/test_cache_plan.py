@@ -6,7 +6,7 @@ import pytest
 from support.engines import served
 from support.tiny import TINY
 
-from mor_jax.inference.config import EngineConfig, plan
+from mor_jax.inference.config import EngineConfig, plan_cache
 
 FEW = EngineConfig(page=4)
 
@@ -14,10 +14,10 @@ FEW = EngineConfig(page=4)
 @pytest.mark.parametrize("name", TINY)
 def test_the_context_is_what_one_sequence_may_need_at_full_depth(name):
     model = served(name)
-    whole = plan(model, FEW)
+    whole = plan_cache(model, FEW)
     page = whole.deepest_bytes(4)
     for budget in (page, page + 1, 2 * page - 1, 3 * page, 16 * page, 100 * page):
-        made = plan(model, dataclasses.replace(FEW, cache_bytes=budget))
+        made = plan_cache(model, dataclasses.replace(FEW, cache_bytes=budget))
         assert made.max_length == min(64, budget // page * 4)
         ends, block = made.deepest_pages(made.max_length)
         assert ends <= made.end_pages and block <= made.block_pages
@@ -34,29 +34,29 @@ def test_without_a_budget_the_context_is_the_models():
     model = served("expert")
     for slots in (1, 2, 32, None):
         for page in (1, 3, 4, 64, 1000):
-            made = plan(model, EngineConfig(slots=slots, page=page))
+            made = plan_cache(model, EngineConfig(slots=slots, page=page))
             assert made.max_length == 64 and made.deepest_pages(64)[1] <= made.block_pages
 
 
 def test_a_context_that_is_asked_for_and_not_held_is_refused():
     model = served("expert")
     cfg = dataclasses.replace(FEW, max_length=40)
-    bytes_of = plan(model, cfg).deepest_bytes
+    bytes_of = plan_cache(model, cfg).deepest_bytes
     enough = dataclasses.replace(cfg, cache_bytes=bytes_of(40))
-    assert plan(model, enough).max_length == 40
+    assert plan_cache(model, enough).max_length == 40
     few = dataclasses.replace(cfg, cache_bytes=bytes_of(40) - 1)
     message = (
         rf"max_length=40: the cache of .* holds 36 tokens .* a cache of {bytes_of(40):,} bytes"
     )
     with pytest.raises(ValueError, match=message):
-        plan(model, few)
+        plan_cache(model, few)
 
 
 def test_as_many_slots_as_are_asked_for_or_an_error():
     model = served("expert")
-    assert plan(model, EngineConfig(slots=300)).slots == 300
-    cfg = EngineConfig(slots=10**12, cache_bytes=plan(model, FEW).cache_bytes)
+    assert plan_cache(model, EngineConfig(slots=300)).slots == 300
+    cfg = EngineConfig(slots=10**12, cache_bytes=plan_cache(model, FEW).cache_bytes)
     with pytest.raises(
         ValueError, match=r"slots=1000000000000: so many rows need .* Use \d+ or less"
     ):
-        plan(model, cfg)
+        plan_cache(model, cfg)

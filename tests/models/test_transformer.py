@@ -14,7 +14,7 @@ from support.tiny import EXPERT, TINY, TOKEN, batch, tokens
 
 from mor_jax.config import RouterConfig
 from mor_jax.models.params import forward, unembed
-from mor_jax.models.routing.router import Route, capacity_counts
+from mor_jax.models.routing.router import Route, capacity_tokens
 from mor_jax.types import Batch
 
 LENGTH, SHORT, CUT = 16, 10, 9
@@ -158,7 +158,7 @@ def test_padding_on_either_side_changes_nothing(name):
 
 @pytest.mark.parametrize("name", ["expert", "expert_kv_update"])
 def test_topk_with_the_capacities_of_a_short_row_ignores_padding(name):
-    rows, kept = packed(), capacity_counts(TINY[name], SHORT)
+    rows, kept = packed(), capacity_tokens(TINY[name], SHORT)
     got = runner(name, Route(counts=kept))(rows)
     alone = Batch(rows.tokens[2:3, :SHORT], rows.targets[2:3, :SHORT])
     want = oracle.run(TINY[name], params_of(name), alone, "topk", kept)

@@ -19,9 +19,9 @@ from mor_jax.models.flops import flops
 from mor_jax.planning import aot, fitting
 from mor_jax.planning.aot import OutOfMemory, out_of_memory, parse_topology
 from mor_jax.planning.build import make_plan
-from mor_jax.planning.report import Exchange, Memory, Plan, Times, TooLarge
+from mor_jax.planning.report import CollectiveCost, MemoryUse, Plan, StepTimes, TooLarge
 from mor_jax.planning.show import compare, show, size
-from mor_jax.planning.variants import siblings
+from mor_jax.planning.variants import sibling_variants
 from mor_jax.runtime.hardware import CHIPS
 
 ROOT = Path(__file__).parents[2]
@@ -287,7 +287,7 @@ SAMPLE = Plan(
     mesh={"slice": 2, "data": 1, "fsdp": 256, "tensor": 1},
     settings={"batch_size": 512, "remat": "full", "gather_shared": None},
     parameters=GB,
-    memory=Memory(
+    memory=MemoryUse(
         parameters=GB,
         optimizer=2 * GB,
         batch=8192,
@@ -299,14 +299,16 @@ SAMPLE = Plan(
         estimate=0,
     ),
     exchanges=(
-        Exchange(kind="all-gather", what="other parameters", count=3, inside=2e9, between=0.0),
-        Exchange(kind="all-reduce", what="all else", count=1, inside=0.0, between=1e9),
+        CollectiveCost(
+            kind="all-gather", what="other parameters", count=3, inside=2e9, between=0.0
+        ),
+        CollectiveCost(kind="all-reduce", what="all else", count=1, inside=0.0, between=1e9),
     ),
     gathered=(),
     model_flops=60e12,
     hardware_flops=80e12,
     memory_traffic=100e9,
-    times=Times(matrix=0.4, memory=0.1, inside=0.01, between=0.3),
+    times=StepTimes(matrix=0.4, memory=0.1, inside=0.01, between=0.3),
     mfu=0.76,
     tokens=10**6,
     budget=216e9,
@@ -337,7 +339,7 @@ def test_a_plan_in_plain_text():
 
 
 def test_the_longest_time_binds_and_unknown_ones_do_not():
-    times = Times(matrix=0.1, memory=None, inside=0.2, between=None)
+    times = StepTimes(matrix=0.1, memory=None, inside=0.2, between=None)
     assert (times.binds, times.step) == ("inside", 0.2)
 
 
@@ -356,7 +358,7 @@ def test_sizes_in_decimal_units():
 
 def test_siblings_take_the_choices_and_settings_that_they_know():
     choices = "size=360m,recursions=2,kv=shared_update,routing=expert"
-    found = siblings(choices, ROOT / "configs", {"model.remat": "full", "mesh.fsdp": 4})
+    found = sibling_variants(choices, ROOT / "configs", {"model.remat": "full", "mesh.fsdp": 4})
     plain, recursive, mor = (TrainConfig.from_dict(values.to_dict()) for values in found)
     assert (
         plain.model.num_recursions,
@@ -367,7 +369,7 @@ def test_siblings_take_the_choices_and_settings_that_they_know():
     assert {cfg.model.hidden_size for cfg in (plain, recursive, mor)} == {960}
     assert {(cfg.model.remat, cfg.mesh.fsdp) for cfg in (plain, recursive, mor)} == {("full", 4)}
     with pytest.raises(ValueError, match=r"vanilla.py, recursive.py and mor.py"):
-        siblings("", ROOT / "docs", {})
+        sibling_variants("", ROOT / "docs", {})
 
 
 # --- The command and the real compiler.

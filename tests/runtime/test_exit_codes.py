@@ -12,11 +12,11 @@ from mor_jax.checkpoint.checkpointer import DiskFull, WriteFailed
 from mor_jax.distributed import initialize
 from mor_jax.distributed.heartbeat import HostLost
 from mor_jax.runtime import exit_codes
-from mor_jax.runtime.preemption import Diverged, Stopped, StoppedAtOnce
+from mor_jax.runtime.preemption import Diverged, Stopped, StoppedEarly
 
 ENDS = [
     (Stopped("SIGTERM: saved"), exit_codes.STOPPED, "stopped: SIGTERM: saved\n", True),
-    (StoppedAtOnce("nothing lost"), exit_codes.STOPPED, "stopped: nothing lost\n", False),
+    (StoppedEarly("nothing lost"), exit_codes.STOPPED, "stopped: nothing lost\n", False),
     (Diverged("again"), exit_codes.DIVERGED, "error: again\n", True),
     # Hosts print their message themselves, also where the main thread hangs.
     (HostLost("process 1"), exit_codes.HOST_LOST, "", False),

@@ -96,11 +96,11 @@ def test_a_signal_is_noted_and_raised_where_the_program_looks():
     assert [signal.getsignal(kind) for kind in KINDS] == before
     with Signals() as signals:
         signals.looks = True
-        signals.look()
+        signals.check()
         os.kill(os.getpid(), signal.SIGINT)
         # Nothing comes up in the middle of other code: the program looks.
         with pytest.raises(ImmediateExit, match="SIGINT: left at once, no step was finished"):
-            signals.look()
+            signals.check()
         with pytest.raises(ImmediateExit):
             signals.something_new()
 

@@ -13,7 +13,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from mor_jax.config import TrainConfig
-from mor_jax.data.streams.packing import Rows
+from mor_jax.data.streams.packing import PackedSequences
 from mor_jax.distributed import initialize
 from mor_jax.training.trainer import fit
 
@@ -21,13 +21,13 @@ from mor_jax.training.trainer import fit
 def record_rows() -> list[tuple[int, int]]:
     """From now on: (rows in the split, number of the row) of every row that is read."""
     read: list[tuple[int, int]] = []
-    real = Rows.__getitem__
+    real = PackedSequences.__getitem__
 
-    def get(self: Rows, index: int):
+    def get(self: PackedSequences, index: int):
         read.append((len(self), int(index)))
         return real(self, index)
 
-    Rows.__getitem__ = get
+    PackedSequences.__getitem__ = get
     return read
 
 

@@ -11,7 +11,7 @@ import torch
 from support.seeded import random_params
 
 import mor_jax.convert.hf
-from mor_jax.checkpoint.lazy_arrays import flatten, held
+from mor_jax.checkpoint.lazy_arrays import flatten, from_arrays
 from mor_jax.config import ModelConfig
 from mor_jax.convert.export_config import mor_config
 from mor_jax.convert.names import mor_entries
@@ -42,7 +42,7 @@ def hf_config(cfg: ModelConfig, **changes) -> Any:
 
 def torch_state(cfg: ModelConfig, params) -> dict[str, torch.Tensor]:
     """Our parameters under the names of the export."""
-    view = as_tensors(cfg, mor_entries(cfg), held(dict(flatten(params))))
+    view = as_tensors(cfg, mor_entries(cfg), from_arrays(dict(flatten(params))))
     return {name: torch.from_numpy(np.array(view.read(name))) for name in view.specs}
 
 

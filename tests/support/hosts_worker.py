@@ -109,7 +109,7 @@ def main() -> None:
         os._exit(lost.code)
     except Exception as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
-        initialize.linger()
+        initialize.wait_for_others()
         os._exit(exit_codes.ERROR)
     initialize.shutdown()
 

@@ -15,7 +15,7 @@ from support.served_runs import of_bytes, write_run
 from mor_jax.inference.engine.engine import Engine, EngineConfig
 from mor_jax.inference.load_model import load_model
 from mor_jax.inference.server.api_server import Server, address, bind
-from mor_jax.inference.server.app import Api
+from mor_jax.inference.server.app import ApiApp
 from mor_jax.inference.server.limits import Limits
 
 MODEL = of_bytes("expert_cycle", max_seq_len=512)
@@ -34,7 +34,7 @@ class Serving:
     """A server that runs. code: its exit code once it has ended."""
 
     url: str
-    api: Api
+    api: ApiApp
     server: Server
     thread: threading.Thread
     engine: Engine
@@ -50,7 +50,7 @@ def serving(engine, limits=None, keys=()):
     """Serves until the end of the block; the engine goes on."""
     limits = limits or Limits()
     bound = bind("127.0.0.1", 0)
-    api = Api(engine, limits, keys)
+    api = ApiApp(engine, limits, keys)
     server = Server(api, engine, limits)
     thread = threading.Thread(target=lambda: server.run(sockets=[bound]), daemon=True)
     running = Serving(address(bound), api, server, thread, engine)

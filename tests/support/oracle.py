@@ -10,7 +10,7 @@ import math
 import numpy as np
 
 from mor_jax.config import ModelConfig
-from mor_jax.models.routing.router import capacity_counts
+from mor_jax.models.routing.router import capacity_tokens
 
 
 @dataclasses.dataclass
@@ -42,7 +42,7 @@ def run(cfg, params, batch, mode="topk", counts=None) -> Result:
         segments = np.asarray(batch.segments)
     if batch.positions is not None:
         positions = np.asarray(batch.positions)
-    row = Row(cfg, segments, positions, mode == "causal", counts or capacity_counts(cfg, length))
+    row = Row(cfg, segments, positions, mode == "causal", counts or capacity_tokens(cfg, length))
     x = params["embed"]["weight"][tokens]
     everyone = np.ones((b, length), bool)
     for name in ("layers", "first"):

@@ -7,7 +7,7 @@ import jax
 from support.seeded import random_params
 from support.tiny import TINY, train_config
 
-from mor_jax.checkpoint.checkpointer import Checkpoints
+from mor_jax.checkpoint.checkpointer import Checkpointer
 from mor_jax.checkpoint.run_dir import claim_workdir
 from mor_jax.config import CheckpointConfig, MeshConfig, ModelConfig
 from mor_jax.distributed import mesh as sharding
@@ -36,6 +36,6 @@ def trained(path, name, *, fsdp=1, change=None):
     evaluated = {"eval/loss_causal": 1.25, "eval/loss_topk": 1.125, "eval/depth_causal": 1.5}
     record = json.dumps({"step": STEP, "time": 0.0, **evaluated})
     (path / "metrics.jsonl").write_text(record + "\n")
-    with Checkpoints(path, CheckpointConfig()) as checkpoints:
+    with Checkpointer(path, CheckpointConfig()) as checkpoints:
         checkpoints.save(STEP, state, 0, cfg.to_dict())
     return params

@@ -6,7 +6,7 @@ from support.seeded import random_params
 from support.tiny import TINY, train_config
 
 from mor_jax.checkpoint import pretrained
-from mor_jax.checkpoint.lazy_arrays import flatten, held
+from mor_jax.checkpoint.lazy_arrays import flatten, from_arrays
 from mor_jax.checkpoint.run_dir import claim_workdir
 from mor_jax.config import DataConfig, EvalConfig
 
@@ -20,7 +20,7 @@ def write_run(workdir, model, *, params=None, seed=1, tokenizer="bytes", sources
     )
     claim_workdir(workdir, cfg)
     params = random_params(model, seed) if params is None else params
-    pretrained.write(workdir, model, held(dict(flatten(params))), {"from": "a/model"})
+    pretrained.write(workdir, model, from_arrays(dict(flatten(params))), {"from": "a/model"})
     return cfg
 
 

@@ -10,8 +10,8 @@ from support.tiny import train_config
 
 from mor_jax import data
 from mor_jax.checkpoint import manifest
-from mor_jax.checkpoint.run_dir import plain
-from mor_jax.training.data_position import carried_place, check_state, newest
+from mor_jax.checkpoint.run_dir import to_plain
+from mor_jax.training.data_position import check_state, newest, resumed_position
 
 
 @pytest.fixture
@@ -27,12 +27,12 @@ def cfg(tmp_path):
 def begun(cfg):
     """Beginning of the data and its hash, as a start has them."""
     tokenizer = data.load_tokenizer("bytes")
-    place = data.place_of(cfg.data, tokenizer, length=cfg.seq_len, seed=cfg.seed)
+    place = data.position_of(cfg.data, tokenizer, length=cfg.seq_len, seed=cfg.seed)
     return place, data.fingerprint(cfg.data, tokenizer)
 
 
 def facts_of(cfg, rows, **extra):
-    return {"step": 5, "position": rows, "config": plain(cfg), "extra": extra}
+    return {"step": 5, "position": rows, "config": to_plain(cfg), "extra": extra}
 
 
 def test_the_checkpoint_decides_not_the_start_before(cfg):
@@ -40,20 +40,20 @@ def test_the_checkpoint_decides_not_the_start_before(cfg):
     # Twenty steps of eight rows; the start with four was killed before it saved.
     facts = facts_of(dataclasses.replace(cfg, batch_size=8), 160, data=place.notes())
     other = dataclasses.replace(cfg, batch_size=4)
-    assert carried_place(facts, other, place, fingerprint).row == 160
+    assert resumed_position(facts, other, place, fingerprint).row == 160
 
 
 def test_data_that_changed_is_refused_with_old_notes_too(cfg):
     place, fingerprint = begun(cfg)
     old = facts_of(cfg, 12, fingerprint=fingerprint)
-    assert carried_place(old, cfg, place, fingerprint) == dataclasses.replace(place, row=12)
+    assert resumed_position(old, cfg, place, fingerprint) == dataclasses.replace(place, row=12)
     faster = dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, num_workers=3, prefetch=7))
-    assert carried_place(old, faster, place, fingerprint).row == 12
+    assert resumed_position(old, faster, place, fingerprint).row == 12
     with pytest.raises(ValueError, match=r"the data changed since step 5 was saved.*position 12"):
-        carried_place(old, cfg, place, "another")
+        resumed_position(old, cfg, place, "another")
     # Under settings that were changed knowingly that hash says nothing: the sources do.
     mixed = dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, weights=(3.0,)))
-    assert carried_place(old, mixed, place, "another").row == 12
+    assert resumed_position(old, mixed, place, "another").row == 12
 
 
 def test_places_counted_in_batches_become_rows(cfg, tmp_path, monkeypatch):
@@ -70,11 +70,11 @@ def test_places_counted_in_batches_become_rows(cfg, tmp_path, monkeypatch):
     assert found["position"] == 160 and found["config"]["batch_size"] == 8
     extra = {"fingerprint": fingerprint, "jumps": [[24, 40]], "bad": [144, 152], "other": [1]}
     assert found["extra"] == extra
-    assert carried_place(found, cfg, place, fingerprint).row == 160
+    assert resumed_position(found, cfg, place, fingerprint).row == 160
     assert newest(epath.Path(tmp_path)) == found
     longer = dataclasses.replace(cfg, seq_len=32)
     with pytest.raises(ValueError, match=r"^seq_len=32: 160 rows of"):
-        carried_place(found, longer, *begun(longer))
+        resumed_position(found, longer, *begun(longer))
     # One that is damaged is passed over; whoever restores says so.
     (step / "manifest.json").write_text("{}")
     assert newest(epath.Path(tmp_path)) is None

@@ -87,7 +87,7 @@ def test_imported_weights_that_nobody_trained_on_take_any(tmp_path):
     # A directory that a conversion made leaves it open where the routers are new.
     claim_workdir(tmp_path, LONG)
     (tmp_path / "initial").mkdir()
-    assert run_dir.initial.present(tmp_path)
+    assert run_dir.pretrained.present(tmp_path)
     cfg = resolve_settings_in([tmp_path], LONG, "cuda")
     assert multiple(cfg) == 128
     assert check_workdir(tmp_path, cfg) == []

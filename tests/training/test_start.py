@@ -11,8 +11,8 @@ from support.tiny import TINY, train_config
 
 from mor_jax import data
 from mor_jax.checkpoint import pretrained
-from mor_jax.checkpoint.checkpointer import Checkpoints
-from mor_jax.checkpoint.lazy_arrays import flatten, held
+from mor_jax.checkpoint.checkpointer import Checkpointer
+from mor_jax.checkpoint.lazy_arrays import flatten, from_arrays
 from mor_jax.checkpoint.run_dir import Change, check_workdir, claim_workdir
 from mor_jax.config import CheckpointConfig, DataConfig, EvalConfig, MeshConfig, OptimConfig
 from mor_jax.models.params import abstract_params
@@ -46,7 +46,7 @@ def cfg(tmp_path_factory):
 def import_into(path, cfg):
     """What an import leaves: the weights, and a configuration with some recipe."""
     claim_workdir(path, dataclasses.replace(cfg, steps=5000, batch_size=64, seq_len=64))
-    params = held(dict(flatten(random_params(cfg.model))))
+    params = from_arrays(dict(flatten(random_params(cfg.model))))
     pretrained.write(path, cfg.model, params, {"from": "a/model"})
     return path
 
@@ -57,7 +57,7 @@ def workdir(cfg, tmp_path):
 
 
 def saved(workdir, step=1):
-    with Checkpoints(workdir, CheckpointConfig()) as checkpoints:
+    with Checkpointer(workdir, CheckpointConfig()) as checkpoints:
         return checkpoints.parameters(abstract_params(MODEL), step)
 
 
@@ -132,7 +132,7 @@ def test_before_the_first_checkpoint_only_what_the_weights_mean_stands_firm(cfg,
     allowed = [Change("model.max_seq_len", "64", "128")]
     assert check_workdir(workdir, longer, ["model.max_seq_len"]) == allowed
     # From the first checkpoint on it is a run like any other.
-    with Checkpoints(workdir, cfg.checkpoint) as checkpoints:
+    with Checkpointer(workdir, cfg.checkpoint) as checkpoints:
         checkpoints.save(1, {"params": PARAMS}, 0, cfg.to_dict())
     with pytest.raises(ValueError, match=r"another configuration:(?s:.)*seed: 0 there, 9 now"):
         check_workdir(workdir, other)

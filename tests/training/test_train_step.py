@@ -14,7 +14,7 @@ from support.seeded import random_params
 from support.tiny import TINY, tokens, train_config
 
 from mor_jax.models.params import forward, new_state, paths
-from mor_jax.models.routing.router import Route, capacity_counts
+from mor_jax.models.routing.router import Route, capacity_tokens
 from mor_jax.training.losses import batch_counts, router_losses
 from mor_jax.training.optimizer import make_optimizer
 from mor_jax.training.train_step import StepSpec, _balanced, train_step
@@ -184,7 +184,7 @@ def test_the_auxiliary_router_is_trained_alone():
     for aux in ("aux_loss", "aux_router"):
         router = dataclasses.replace(TINY["expert"].router, causal_routing=aux)
         cfg = model("expert_aux_router", router=router)
-        batch, kept = rows(0), capacity_counts(cfg, LENGTH)
+        batch, kept = rows(0), capacity_tokens(cfg, LENGTH)
 
         def loss(params, cfg=cfg, batch=batch, kept=kept):
             routing = forward(cfg, params, batch, Route(counts=kept)).routing

@@ -15,7 +15,7 @@ from support.patience import PATIENCE
 from support.tiny import TINY, train_config
 
 from mor_jax import data
-from mor_jax.checkpoint.checkpointer import Checkpoints
+from mor_jax.checkpoint.checkpointer import Checkpointer
 from mor_jax.config import (
     CheckpointConfig,
     DataConfig,
@@ -64,7 +64,7 @@ def routed(corpus):
 
 def saved_state(cfg, directory, step=None):
     """Step of a checkpoint, by default the newest, and its arrays."""
-    with Checkpoints(directory, cfg.checkpoint) as checkpoints:
+    with Checkpointer(directory, cfg.checkpoint) as checkpoints:
         zero = jax.ShapeDtypeStruct((), "int32")
         params = abstract_params(cfg.model)
         abstract = {name: zero for name in ("step", "skipped", "skipped_in_a_row")}
@@ -219,7 +219,7 @@ def test_a_later_program_that_is_being_compiled_is_not_waited_for(whole, tmp_pat
 
 def test_a_signal_inside_a_save_and_clocks_that_jump(whole, tmp_path, monkeypatch):
     cfg, directory = whole
-    real, now, jumps = Checkpoints.save, time.time, itertools.cycle([0, 86400, -86400])
+    real, now, jumps = Checkpointer.save, time.time, itertools.cycle([0, 86400, -86400])
 
     def save(self, step, *args):
         real(self, step, *args)
@@ -227,7 +227,7 @@ def test_a_signal_inside_a_save_and_clocks_that_jump(whole, tmp_path, monkeypatc
             kill_self()
 
     with monkeypatch.context() as patch:
-        patch.setattr(Checkpoints, "save", save)
+        patch.setattr(Checkpointer, "save", save)
         patch.setattr(time, "time", lambda: now() + next(jumps))
         with pytest.raises(Stopped, match=r"SIGTERM: stopped after step 3, saved in"):
             fit(cfg, tmp_path / "run")
@@ -423,7 +423,7 @@ def test_directories_of_others_are_left_alone(corpus, tmp_path):
         fit(cfg, foreign)
     assert [p.name for p in foreign.iterdir()] == ["chapter1.tex"]
     assert (foreign / "chapter1.tex").read_text() == "years of work"
-    trainer.workdir.claim_workdir(tmp_path / "run", dataclasses.replace(cfg, seed=1))
+    trainer.run_dir.claim_workdir(tmp_path / "run", dataclasses.replace(cfg, seed=1))
     with pytest.raises(ValueError, match=r"another configuration:\n  seed: 1 there, 0 now"):
         fit(cfg, tmp_path / "run")
     assert [p.name for p in (tmp_path / "run").iterdir()] == ["config.json"]
@@ -446,5 +446,5 @@ def test_other_batch_sizes_go_on_at_the_next_row(corpus, tmp_path, monkeypatch):
         fit(other, tmp_path / "run", ["batch_size"])
     found = [r["position"] for r in records(tmp_path / "run") if "position" in r]
     assert found == [0, 8, 16, 24, 32, 36, 40]
-    with Checkpoints(tmp_path / "run", cfg.checkpoint) as checkpoints:
+    with Checkpointer(tmp_path / "run", cfg.checkpoint) as checkpoints:
         assert checkpoints.facts()["position"] == 52

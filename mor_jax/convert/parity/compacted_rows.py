@@ -20,7 +20,7 @@ from mor_jax.models.transformer import ModelOutput, Transformer
 from mor_jax.types import Array, Batch, Bool, Float, Int, Params
 
 
-def mistaken(depth: Int[np.ndarray, "b l"]) -> list[tuple[int, int]]:
+def first_compacted(depth: Int[np.ndarray, "b l"]) -> list[tuple[int, int]]:
     """Where the fault shows: (recursion, row), both from 0, for rows that take another's routing.
 
     depth: recursions of each token.
@@ -84,7 +84,7 @@ def _level(active: Bool[Array, "b l"], gate: Float[Array, "b l"]) -> ActiveToken
     """The active tokens of the whole row, in room for all."""
     length = active.shape[1]
     index, valid = select(gate, length, active, fillers_last=True)
-    return ActiveTokens().below(index, valid, length)
+    return ActiveTokens().next(index, valid, length)
 
 
 def _sources(active: Bool[Array, "b l"]) -> Int[Array, "b"]:

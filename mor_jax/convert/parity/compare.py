@@ -11,7 +11,7 @@ from typing import Any, Literal
 import numpy as np
 
 from mor_jax.config import ModelConfig
-from mor_jax.convert.parity.compacted_rows import mistaken
+from mor_jax.convert.parity.compacted_rows import first_compacted
 from mor_jax.convert.parity.ties import Tie, find_ties
 from mor_jax.models.routing.outputs import Routing
 from mor_jax.types import Params
@@ -61,7 +61,7 @@ class Report:
         self.ties += find_ties(cfg, routing, step, None if bias is None else np.asarray(bias))
         if routing.token is not None:
             when = "evaluation" if step is None else f"forward {step}"
-            places = mistaken(np.asarray(routing.depth))
+            places = first_compacted(np.asarray(routing.depth))
             self.mistaken += [f"{when}, row {row}, recursion {r + 1}" for r, row in places]
 
     def add(self, group: Group, what: str, error: float | np.floating) -> None:

@@ -17,7 +17,7 @@ from mor_jax.config import ModelConfig, RouterConfig
 from mor_jax.convert.parity import compacted_rows
 from mor_jax.models.params import forward, logits_table, unembed
 from mor_jax.models.routing.outputs import Routing
-from mor_jax.models.routing.router import Route, capacity_counts
+from mor_jax.models.routing.router import Route, capacity_tokens
 from mor_jax.models.transformer import ModelOutput
 from mor_jax.training.losses import batch_counts, router_losses, text_loss
 from mor_jax.types import Array, Batch, Float, Int, Params
@@ -56,7 +56,7 @@ class Rules:
 
 def rules(cfg: ModelConfig, length: int, step: int, compacted_rows: bool = False) -> Rules:
     """The rules of training forward pass number `step`, from 1."""
-    return Rules(capacity_counts(cfg, length, step), compacted_rows)
+    return Rules(capacity_tokens(cfg, length, step), compacted_rows)
 
 
 def steady(cfg: ModelConfig) -> int:

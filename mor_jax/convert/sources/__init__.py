@@ -3,7 +3,7 @@
 import dataclasses
 from pathlib import Path
 
-from mor_jax.checkpoint.lazy_arrays import Lazy
+from mor_jax.checkpoint.lazy_arrays import LazyArrays
 from mor_jax.config.parsing import check, fail
 from mor_jax.convert.sources.safetensors_files import open_safetensors, open_sharded_safetensors
 from mor_jax.convert.sources.shards import shards_of
@@ -23,7 +23,7 @@ _NAMES = (*(name for one in _SINGLE for name in (one, f"{one}{INDEX}")), "pytorc
 class Weights:
     """Tensors of a foreign checkpoint. format: of the files. notes: what a report should say."""
 
-    tensors: Lazy
+    tensors: LazyArrays
     format: str
     notes: tuple[str, ...] = ()
 

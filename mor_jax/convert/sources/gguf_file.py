@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from mor_jax.checkpoint.lazy_arrays import Lazy, Spec
+from mor_jax.checkpoint.lazy_arrays import ArraySpec, LazyArrays
 from mor_jax.config.optional_import import need
 from mor_jax.config.parsing import check, fail
 from mor_jax.convert.sources import gguf_header
@@ -78,7 +78,7 @@ def _short(value: Any) -> Any:
     return value[:5] if isinstance(value, list | str) else value
 
 
-def open_gguf(path: Path, architecture: str) -> tuple[Lazy, Metadata]:
+def open_gguf(path: Path, architecture: str) -> tuple[LazyArrays, Metadata]:
     """Tensors by the file's own names, axes as NumPy has them (out x in), and its metadata.
 
     architecture: the only one that is read.
@@ -110,7 +110,9 @@ def open_gguf(path: Path, architecture: str) -> tuple[Lazy, Metadata]:
     rule = "holds tensors whose quantization cannot be undone here"
     check(not other, str(path), other[:10], rule, "Take a file of another quantization")
     specs = {
-        name: Spec(tuple(int(size) for size in reversed(tensor.shape)), tensor.tensor_type.name)
+        name: ArraySpec(
+            tuple(int(size) for size in reversed(tensor.shape)), tensor.tensor_type.name
+        )
         for name, tensor in tensors.items()
     }
 
@@ -126,7 +128,7 @@ def open_gguf(path: Path, architecture: str) -> tuple[Lazy, Metadata]:
         values = gguf.dequantize(values, tensor.tensor_type)
         return np.asarray(values, np.float32).reshape(specs[name].shape)
 
-    return Lazy(str(path), specs, read), fields
+    return LazyArrays(str(path), specs, read), fields
 
 
 def _can_undo(gguf: Any, kind: Any) -> bool:

@@ -20,7 +20,7 @@ _SAFE = "*.safetensors"
 _FILES = (".gguf", ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".json")
 
 
-def located(name: str, weights: bool = True) -> Path:
+def locate_model(name: str, weights: bool = True) -> Path:
     """The path `name`, or the local copy of the repository `owner/name[@revision]`.
 
     Only files that an import reads are fetched: configuration, tokenizer and, with `weights`,

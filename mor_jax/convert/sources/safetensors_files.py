@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mor_jax.checkpoint.lazy_arrays import Lazy, Spec
+from mor_jax.checkpoint.lazy_arrays import ArraySpec, LazyArrays
 from mor_jax.config.optional_import import need
 from mor_jax.config.parsing import fail
 from mor_jax.convert.sources.shards import open_shards
@@ -19,7 +19,7 @@ _DTYPES = {
 }
 
 
-def open_safetensors(path: Path) -> Lazy:
+def open_safetensors(path: Path) -> LazyArrays:
     """The tensors of one file. Values are read when asked for, one tensor at a time.
 
     Raises:
@@ -37,7 +37,8 @@ def open_safetensors(path: Path) -> Lazy:
         rule = f"holds tensors that are no plain floats ({', '.join(_DTYPES)})"
         fail(str(path), other[:10], rule, "Take the unquantized files of this model")
     specs = {
-        name: Spec(tuple(row["shape"]), _DTYPES[row["dtype"]][0]) for name, row in header.items()
+        name: ArraySpec(tuple(row["shape"]), _DTYPES[row["dtype"]][0])
+        for name, row in header.items()
     }
 
     def read(name: str) -> np.ndarray:
@@ -49,10 +50,10 @@ def open_safetensors(path: Path) -> Lazy:
             fail(str(path), name, "the file was cut while it was read", "Copy it again")
         return widened(values, spec.dtype).reshape(spec.shape)
 
-    return Lazy(str(path), specs, read)
+    return LazyArrays(str(path), specs, read)
 
 
-def open_sharded_safetensors(index: Path) -> Lazy:
+def open_sharded_safetensors(index: Path) -> LazyArrays:
     """The tensors of all files that `index` (`model.safetensors.index.json`) lists."""
     return open_shards(index, open_safetensors)
 

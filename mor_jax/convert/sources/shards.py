@@ -4,11 +4,11 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
-from mor_jax.checkpoint.lazy_arrays import Lazy
+from mor_jax.checkpoint.lazy_arrays import LazyArrays
 from mor_jax.config.parsing import fail
 
 
-def open_shards(index: Path, open_one: Callable[[Path], Lazy]) -> Lazy:
+def open_shards(index: Path, open_one: Callable[[Path], LazyArrays]) -> LazyArrays:
     """The shards that `index` (`*.index.json`) lists, as one.
 
     Raises:
@@ -37,7 +37,7 @@ def open_shards(index: Path, open_one: Callable[[Path], Lazy]) -> Lazy:
         told = "\n".join(lines[:40])
         raise ValueError(f"{index}: does not describe its shards:\n{told}\nDownload them again")
     specs = {name: shards[file].specs[name] for name, file in places.items()}
-    return Lazy(str(index.parent), specs, lambda name: shards[places[name]].read(name))
+    return LazyArrays(str(index.parent), specs, lambda name: shards[places[name]].read(name))
 
 
 def shards_of(index: Path) -> set[str]:

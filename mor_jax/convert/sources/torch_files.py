@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from mor_jax.checkpoint.lazy_arrays import Lazy, Spec
+from mor_jax.checkpoint.lazy_arrays import ArraySpec, LazyArrays
 from mor_jax.config.optional_import import need
 from mor_jax.config.parsing import check, fail
 from mor_jax.convert.sources.shards import open_shards
@@ -21,7 +21,7 @@ _FLOATS = ("float64", "float32", "float16", "bfloat16")
 _MAPPED_BYTES = 2**28
 
 
-def open_torch(path: Path) -> Lazy:
+def open_torch(path: Path) -> LazyArrays:
     """The tensors of one file, memory-mapped, also where the state dict is one thing among others.
 
     Raises:
@@ -33,21 +33,21 @@ def open_torch(path: Path) -> Lazy:
     other = [f"{name} ({dtype})" for name, dtype in dtypes.items() if dtype not in _FLOATS]
     rule = f"holds tensors that are no plain floats ({', '.join(_FLOATS)})"
     check(not other, str(path), other[:10], rule, "Take the unquantized weights of this model")
-    specs = {n: Spec(tuple(tensor.shape), dtypes[n]) for n, tensor in mapped.tensors.items()}
+    specs = {n: ArraySpec(tuple(tensor.shape), dtypes[n]) for n, tensor in mapped.tensors.items()}
 
     def read(name: str) -> np.ndarray:
         # A copy: a view would let the file's pages in again, whenever it is looked at.
         return mapped.take(name).detach().to(torch.float32, copy=True).numpy()
 
-    return Lazy(str(path), specs, read)
+    return LazyArrays(str(path), specs, read)
 
 
-def open_sharded_torch(index: Path) -> Lazy:
+def open_sharded_torch(index: Path) -> LazyArrays:
     """The tensors of all files that `index` (`pytorch_model.bin.index.json`) lists."""
     return open_shards(index, open_torch)
 
 
-def open_deepspeed(path: Path) -> tuple[Lazy, str, tuple[str, ...]]:
+def open_deepspeed(path: Path) -> tuple[LazyArrays, str, tuple[str, ...]]:
     """A DeepSpeed checkpoint of ZeRO stage 0 to 2: tensors, format and notes.
 
     path: the directory with `latest`, or one of a step.

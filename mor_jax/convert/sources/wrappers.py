@@ -2,7 +2,7 @@
 
 import re
 
-from mor_jax.checkpoint.lazy_arrays import Lazy
+from mor_jax.checkpoint.lazy_arrays import LazyArrays
 from mor_jax.config.parsing import check
 
 # What wrappers leave inside of names; `module.` only counts in front of all of them.
@@ -10,7 +10,7 @@ _INSIDE = re.compile(r"(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_modul
 _IN_FRONT = "module."
 
 
-def unwrapped(tensors: Lazy) -> Lazy:
+def unwrapped(tensors: LazyArrays) -> LazyArrays:
     """The same tensors without wrappers in their names. Raises `ValueError` if two become one."""
     names = {name: _INSIDE.sub("", name) for name in tensors.specs}
     while names and all(name.startswith(_IN_FRONT) for name in names.values()):
@@ -20,4 +20,4 @@ def unwrapped(tensors: Lazy) -> Lazy:
     rule = "names that differ in wrappers of modules only"
     check(not twice, tensors.where, twice[:5], rule, "Save the model that is wrapped, not both")
     specs = {short: tensors.specs[name] for name, short in names.items()}
-    return Lazy(tensors.where, specs, lambda short: tensors.read(found[short]))
+    return LazyArrays(tensors.where, specs, lambda short: tensors.read(found[short]))

@@ -14,7 +14,12 @@ from tokenizers import decoders, models, pre_tokenizers
 
 from mor_jax.config.optional_import import need
 from mor_jax.config.parsing import check, fail
-from mor_jax.convert.tokenizers.sentencepiece import Kind, Pieces, files_of, tokenizer_of
+from mor_jax.convert.tokenizers.sentencepiece import (
+    Kind,
+    SentencePieceVocab,
+    files_of,
+    tokenizer_of,
+)
 from mor_jax.data.tokenizers.base import Tokenizer
 from mor_jax.data.tokenizers.bytes import ByteTokenizer, byte_letters
 from mor_jax.data.tokenizers.load import files_beside
@@ -139,7 +144,7 @@ def _from_sentencepiece(
     for what, there in odd.items():
         if there:
             fail(name, what, "cannot be expressed in a tokenizer.json", fix)
-    pieces = Pieces(
+    pieces = SentencePieceVocab(
         _ALGORITHMS[kind],
         [piece.piece for piece in proto.pieces],
         [piece.score for piece in proto.pieces],

@@ -12,7 +12,13 @@ from tokenizers import decoders, models, pre_tokenizers, processors
 
 from mor_jax.config.parsing import check, fail
 from mor_jax.convert.sources.gguf_file import Metadata
-from mor_jax.convert.tokenizers.sentencepiece import Kind, Pieces, around, files_of, tokenizer_of
+from mor_jax.convert.tokenizers.sentencepiece import (
+    Kind,
+    SentencePieceVocab,
+    around,
+    files_of,
+    tokenizer_of,
+)
 
 _LLAMA3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
@@ -143,7 +149,7 @@ def _sentencepiece(
         where = f"{fields.where}: tokenizer.ggml.scores"
         fail(where, len(scores), "must be as many as there are tokens", "Copy it again")
     return tokenizer_of(
-        Pieces(
+        SentencePieceVocab(
             "bpe",
             texts,
             scores,

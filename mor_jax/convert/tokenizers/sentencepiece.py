@@ -25,7 +25,7 @@ class Kind(IntEnum):
 
 
 @dataclasses.dataclass(frozen=True)
-class Pieces:
+class SentencePieceVocab:
     """A SentencePiece vocabulary: pieces in the order of their numbers, and how text is prepared.
 
     charsmap: its compiled normalisation, empty for none. prefix: a space in front of every text.
@@ -45,7 +45,7 @@ class Pieces:
         return [text for text, kind in zip(self.texts, self.kinds, strict=True) if kind in kinds]
 
 
-def tokenizer_of(pieces: Pieces) -> tokenizers.Tokenizer:
+def tokenizer_of(pieces: SentencePieceVocab) -> tokenizers.Tokenizer:
     """The tokenizer with the same pieces under the same numbers; it adds nothing to texts."""
     tokenizer = tokenizers.Tokenizer(_model(pieces))
     steps: list[Any] = []
@@ -73,7 +73,7 @@ def _special(text: str) -> tokenizers.AddedToken:
     return tokenizers.AddedToken(text, normalized=False, special=True)
 
 
-def _model(pieces: Pieces) -> Any:
+def _model(pieces: SentencePieceVocab) -> Any:
     unknown = pieces.of(Kind.UNKNOWN)
     fallback = len(pieces.of(Kind.BYTE)) == 256
     if pieces.algorithm == "unigram":
@@ -95,7 +95,7 @@ def _model(pieces: Pieces) -> Any:
     )
 
 
-def _merges(pieces: Pieces) -> list[tuple[str, str]]:
+def _merges(pieces: SentencePieceVocab) -> list[tuple[str, str]]:
     """Every way to put a piece together from two others, the best piece first.
 
     SentencePiece joins the two neighbours whose joint piece scores best, whatever they are.

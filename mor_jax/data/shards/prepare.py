@@ -13,11 +13,11 @@ from typing import Any
 
 from mor_jax.config.parsing import check, fail
 from mor_jax.data.shards.prepare_config import PrepareConfig, Progress, Report
-from mor_jax.data.shards.prepare_parts import PARTS, PartWork, clear_partial, to_json
+from mor_jax.data.shards.prepare_parts import PARTS, ShardJob, clear_partial, to_json
 from mor_jax.data.shards.reader import FORMAT, MANIFEST, RECORD_TOKENS, SPLITS
-from mor_jax.data.shards.writer import PARTIAL, write_beside
+from mor_jax.data.shards.writer import PARTIAL, write_file
 from mor_jax.data.sources.documents import Documents, open_documents
-from mor_jax.data.streams.validation_split import is_heldout, text_hash
+from mor_jax.data.streams.validation_split import is_validation, text_hash
 from mor_jax.data.tokenizers.base import Tokenizer
 from mor_jax.data.tokenizers.load import load_tokenizer
 from mor_jax.data.tokenizers.train_bpe import train_bpe
@@ -48,11 +48,11 @@ def prepare(cfg: PrepareConfig, report: Report) -> dict[str, Any]:
             _claim(cfg.output, settings)
             tokenizer = tokenizer or _trained(cfg, sources)
             for name, contents in tokenizer.files().items():
-                write_beside(cfg.output / name, contents)
-            parts = PartWork(cfg, sources, tokenizer, report).run()
+                write_file(cfg.output / name, contents)
+            parts = ShardJob(cfg, sources, tokenizer, report).run()
             _check_splits(cfg, parts)
             manifest = _manifest(settings, tokenizer, parts)
-            write_beside(cfg.output / MANIFEST, to_json(manifest))
+            write_file(cfg.output / MANIFEST, to_json(manifest))
         finally:
             clear_partial(cfg.output)
             if not _written(cfg.output):
@@ -115,7 +115,7 @@ def _claim(output: Path, settings: dict[str, Any]) -> None:
     """Makes the directory, which `_check_ours` found free, ours."""
     path, contents = output / SETTINGS, to_json(settings)
     if not path.exists() or path.read_bytes() != contents:
-        write_beside(path, contents)
+        write_file(path, contents)
     (output / PARTS).mkdir(exist_ok=True)
     clear_partial(output)
 
@@ -149,7 +149,7 @@ def _trained(cfg: PrepareConfig, sources: list[Documents]) -> Tokenizer:
     path = cfg.output / "tokenizer.json"
     if not path.exists():
         texts = _training_texts(sources, cfg.heldout_share)
-        write_beside(path, train_bpe(texts, cfg.train_bpe or 0).encode())
+        write_file(path, train_bpe(texts, cfg.train_bpe or 0).encode())
     return load_tokenizer(str(path), "--tokenizer")
 
 
@@ -157,7 +157,7 @@ def _training_texts(sources: list[Documents], share: float) -> Iterator[str]:
     for source in sources:
         left = BPE_CHARACTERS // len(sources)
         for text in source.read(0):
-            if text and not is_heldout(text_hash(text), share):
+            if text and not is_validation(text_hash(text), share):
                 yield text
                 left -= len(text)
             if left <= 0:

@@ -14,10 +14,10 @@ from typing import Any
 
 from mor_jax.data.shards.prepare_config import PrepareConfig, Progress, Report
 from mor_jax.data.shards.reader import MANIFEST, SPLITS
-from mor_jax.data.shards.writer import PARTIAL, ShardWriter, pair_hash, write_beside
+from mor_jax.data.shards.writer import PARTIAL, ShardWriter, pair_hash, write_file
 from mor_jax.data.sources.documents import Documents
 from mor_jax.data.streams.token_streams import encoded
-from mor_jax.data.streams.validation_split import is_heldout, text_hash
+from mor_jax.data.streams.validation_split import is_validation, text_hash
 from mor_jax.data.tokenizers.base import Tokenizer
 
 PARTS = "parts"
@@ -38,7 +38,7 @@ def clear_partial(output: Path) -> None:
         leftover.unlink()
 
 
-class PartWork:
+class ShardJob:
     """Goes through the sources once, writing the shards that are not there yet."""
 
     def __init__(
@@ -65,7 +65,7 @@ class PartWork:
                 # One pass over the documents serves all shards that follow each other.
                 stream = stream or _Ahead(encoded(self._texts(place), self._tokenizer))
                 part = self._write(len(parts), place, stream)
-                write_beside(path, to_json(part))
+                write_file(path, to_json(part))
             else:
                 stream = None
                 self._progress.kept += 1
@@ -110,7 +110,7 @@ class PartWork:
         for after, text, tokens in documents:
             hashed = text_hash(text)
             part["lowest"] = min(part["lowest"], hashed / 2**64)
-            split = "heldout" if is_heldout(hashed, self._cfg.heldout_share) else "train"
+            split = "heldout" if is_validation(hashed, self._cfg.heldout_share) else "train"
             if split not in writers:
                 stem = f"{split}-{number:05d}"
                 writers[split] = ShardWriter(output, stem, tokenizer.dtype, tokenizer.eos_id)

@@ -32,7 +32,7 @@ class Shard:
 
 
 @contextmanager
-def explained(path: Path) -> Iterator[None]:
+def explain_write_errors(path: Path) -> Iterator[None]:
     """Turns a failure to write `path` into an `OSError` that says what to do about it."""
     try:
         yield
@@ -54,9 +54,9 @@ def pair_hash(*paths: Path) -> str:
     return hashlib.sha256(b"".join(digests)).hexdigest()
 
 
-def write_beside(path: Path, contents: bytes) -> None:
+def write_file(path: Path, contents: bytes) -> None:
     """Writes a whole file so that it is either absent or complete, even after a crash."""
-    with explained(path), new_file(path, path.with_name(path.name + PARTIAL)) as draft:
+    with explain_write_errors(path), new_file(path, path.with_name(path.name + PARTIAL)) as draft:
         draft.write_bytes(contents)
 
 
@@ -75,7 +75,7 @@ class ShardWriter:
         self._waiting_tokens = 0
         self._ends: list[int] = []
         self.tokens = 0
-        with explained(self._path):
+        with explain_write_errors(self._path):
             self._writer = ArrayRecordWriter(str(self._partial), _OPTIONS)
 
     def add(self, tokens: np.ndarray) -> None:
@@ -91,7 +91,7 @@ class ShardWriter:
         if not self._waiting:
             return
         joined = np.concatenate(self._waiting)
-        with explained(self._path):
+        with explain_write_errors(self._path):
             for start in range(0, count, RECORD_TOKENS):
                 self._writer.write(joined[start : min(start + RECORD_TOKENS, count)].tobytes())
         self._waiting = [joined[count:]]
@@ -100,12 +100,12 @@ class ShardWriter:
     def finish(self) -> Shard:
         """Writes what is waiting, renames both files and describes them."""
         self._flush(self._waiting_tokens)
-        with explained(self._path):
+        with explain_write_errors(self._path):
             self._writer.close()
             fsync(self._partial)
         # np.save writes the same bytes for the same array.
         ends = np.array(self._ends, np.int64)
-        with explained(self._ends_path):
+        with explain_write_errors(self._ends_path):
             partial = self._ends_path.with_name(self._ends_path.name + PARTIAL)
             with new_file(self._ends_path, partial) as draft, draft.open("wb") as stream:
                 np.save(stream, ends)

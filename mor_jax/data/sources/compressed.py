@@ -35,7 +35,7 @@ def _zstd() -> Any:
 
 
 @dataclasses.dataclass(frozen=True)
-class Form:
+class Compression:
     """A way to compress. start: of every frame. decoder: of one frame, as in module `bz2`.
 
     padding: whether zeros may follow a frame.
@@ -48,20 +48,22 @@ class Form:
 
 
 FORMS = (
-    Form("gzip", re.compile(rb"\x1f\x8b\x08"), lambda: zlib.decompressobj(wbits=31), True),
+    Compression("gzip", re.compile(rb"\x1f\x8b\x08"), lambda: zlib.decompressobj(wbits=31), True),
     # The second begins a frame of notes for other programs, such as the sizes that pzstd writes.
-    Form("zstd", re.compile(rb"\x28\xb5\x2f\xfd|[\x50-\x5f]\x2a\x4d\x18"), _zstd),
-    Form("xz", re.compile(rb"\xfd7zXZ\x00"), lambda: lzma.LZMADecompressor(lzma.FORMAT_XZ), True),
-    Form("bzip2", re.compile(rb"BZh[1-9](1AY&SY|\x17rE8P\x90)"), bz2.BZ2Decompressor),
+    Compression("zstd", re.compile(rb"\x28\xb5\x2f\xfd|[\x50-\x5f]\x2a\x4d\x18"), _zstd),
+    Compression(
+        "xz", re.compile(rb"\xfd7zXZ\x00"), lambda: lzma.LZMADecompressor(lzma.FORMAT_XZ), True
+    ),
+    Compression("bzip2", re.compile(rb"BZh[1-9](1AY&SY|\x17rE8P\x90)"), bz2.BZ2Decompressor),
 )
 
 
-def form_of(head: bytes) -> Form | None:
+def compression_of(head: bytes) -> Compression | None:
     """How a file that begins with `head` is compressed; None if it is not."""
     return next((form for form in FORMS if form.start.match(head)), None)
 
 
-def plain(stream: Any) -> io.BufferedReader:
+def decompressed(stream: Any) -> io.BufferedReader:
     """The contents of an open binary stream, decompressed if they are compressed.
 
     Closing it closes `stream`. Reading raises `OSError` on damage and on a file that is cut short.
@@ -69,13 +71,13 @@ def plain(stream: Any) -> io.BufferedReader:
     head = b""
     while len(head) < HEAD and (more := stream.read(HEAD - len(head))):
         head += more
-    return io.BufferedReader(_Pieces(stream, head, form_of(head)), _BUFFER)
+    return io.BufferedReader(_Pieces(stream, head, compression_of(head)), _BUFFER)
 
 
 class _Pieces(io.RawIOBase):
     """A stream whose first bytes were read already, decompressed piece by piece."""
 
-    def __init__(self, stream: Any, head: bytes, form: Form | None) -> None:
+    def __init__(self, stream: Any, head: bytes, form: Compression | None) -> None:
         self._stream = stream
         self._rest = head
         self._form = form

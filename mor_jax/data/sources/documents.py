@@ -19,7 +19,7 @@ from mor_jax.config.parsing import check
 from mor_jax.data.sources import file_readers
 from mor_jax.data.sources.directories import kind_of
 from mor_jax.data.sources.files import File, local_file, matching
-from mor_jax.data.sources.findings import Findings
+from mor_jax.data.sources.findings import SkippedRecords
 from mor_jax.data.sources.records import Field
 
 STDLIB_SUFFIXES = frozenset({".py", ".txt", ".rst", ".md", ".html"})
@@ -36,7 +36,7 @@ KINDS = (
 _TABLES = ("csv", "tsv", "xls", "xlsx", "arrow", "feather", "orc", "avro", "sqlite", "h5", "hdf5")
 _OTHER_NAMES = {"json": "jsonl", "ndjson": "jsonl", "txt": "text", "huggingface": "hf"}
 
-Reader = Callable[[int, Findings], Iterator[str]]
+Reader = Callable[[int, SkippedRecords], Iterator[str]]
 """Yields the texts from a document onwards and counts what it leaves out or replaces."""
 
 
@@ -63,7 +63,7 @@ class Documents:
         At the end it is logged, once, what was left out or replaced. Raises `ValueError` on what
         cannot be read as text.
         """
-        found = Findings()
+        found = SkippedRecords()
         yield from self.reader(start, found)
         spec = f"{self.spec} from document {start} on" if start else self.spec
         found.say(self.setting, spec, self._said)

@@ -12,11 +12,13 @@ from typing import Any
 from mor_jax.config.parsing import check, fail
 from mor_jax.data.sources import compressed, object_store
 from mor_jax.data.sources.files import File, lines
-from mor_jax.data.sources.findings import Findings
+from mor_jax.data.sources.findings import SkippedRecords
 from mor_jax.data.sources.records import MARK, Field, check_head, decode, file_text
 
 
-def read_stdlib(files: Sequence[File], field: Field, start: int, found: Findings) -> Iterator[str]:
+def read_stdlib(
+    files: Sequence[File], field: Field, start: int, found: SkippedRecords
+) -> Iterator[str]:
     """Files of the standard library; what is no UTF-8 or holds NUL is an empty document."""
     for file in files[start:]:
         try:
@@ -30,14 +32,18 @@ def read_stdlib(files: Sequence[File], field: Field, start: int, found: Findings
         yield "" if "\0" in text else text
 
 
-def read_text(files: Sequence[File], field: Field, start: int, found: Findings) -> Iterator[str]:
+def read_text(
+    files: Sequence[File], field: Field, start: int, found: SkippedRecords
+) -> Iterator[str]:
     """Whole files."""
     for file in files[start:]:
         raw = b"".join(line for _, line in lines(file))
         yield file_text(raw, file.name, found)
 
 
-def read_jsonl(files: Sequence[File], field: Field, start: int, found: Findings) -> Iterator[str]:
+def read_jsonl(
+    files: Sequence[File], field: Field, start: int, found: SkippedRecords
+) -> Iterator[str]:
     """One document a line, an object each; an empty line is an empty document."""
     numbered = ((file, number, line) for file in files for number, line in lines(file))
     for file, number, line in islice(numbered, start, None):
@@ -82,7 +88,9 @@ def _record(line: bytes, where: str) -> dict[str, Any]:
     return record
 
 
-def read_parquet(files: Sequence[File], field: Field, start: int, found: Findings) -> Iterator[str]:
+def read_parquet(
+    files: Sequence[File], field: Field, start: int, found: SkippedRecords
+) -> Iterator[str]:
     """One document a row, group after group; those before the first wanted are not read."""
     import pyarrow
     from pyarrow import parquet
@@ -113,7 +121,7 @@ def _refuse_parquet(file: File, where: str, error: Exception) -> None:
         why = object_store.reason(error)
         fail("file", where, f"cannot be read ({why})", "Check its permissions")
     with file.random() as opened:
-        form = compressed.form_of(opened.read(compressed.HEAD))
+        form = compressed.compression_of(opened.read(compressed.HEAD))
     if form is not None:
         rule = f"is compressed with {form.name} as a whole, so nothing in it can be found"
         fail("file", where, rule, "Unpack it: parquet compresses what it holds by itself")

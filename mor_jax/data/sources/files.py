@@ -123,7 +123,7 @@ def lines(file: File) -> Iterator[tuple[int, bytes]]:
     """
     number = -1
     try:
-        with compressed.plain(file.stream()) as stream:
+        with compressed.decompressed(file.stream()) as stream:
             number = 0
             for number, line in enumerate(stream, 1):
                 yield number, line

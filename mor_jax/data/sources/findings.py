@@ -17,7 +17,7 @@ class _Count:
     documents: int = 0
 
 
-class Findings:
+class SkippedRecords:
     """Counts of one pass over a source, by what was found."""
 
     def __init__(self) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 from mor_jax.config.optional_import import need
 from mor_jax.config.parsing import check, fail
-from mor_jax.data.sources.findings import Findings
+from mor_jax.data.sources.findings import SkippedRecords
 from mor_jax.data.sources.records import Field
 
 FORMS = "hf:DIR[:SPLIT], hf:NAME[:SPLIT] or hf:NAME:CONFIG:SPLIT"
@@ -24,7 +24,7 @@ Part = tuple[Any, int, int]
 
 def open_rows(
     rest: str, field: Field, setting: str, spec: str
-) -> tuple[str, int, Callable[[int, Findings], Iterator[str]]]:
+) -> tuple[str, int, Callable[[int, SkippedRecords], Iterator[str]]]:
     """Identity, bytes of the text and reader of `DIR[:SPLIT]`, `NAME[:SPLIT]`, `NAME:CONFIG:SPLIT`.
 
     DIR was written by `save_to_disk`; a directory comes before a name on the hub. The split may
@@ -127,7 +127,9 @@ def _parts(library: Any, found: Any, split: str, setting: str, spec: str) -> lis
     return parts
 
 
-def _read(parts: list[Part], field: Field, spec: str, start: int, found: Findings) -> Iterator[str]:
+def _read(
+    parts: list[Part], field: Field, spec: str, start: int, found: SkippedRecords
+) -> Iterator[str]:
     number = start
     for data, first, stop in parts:
         skipped = min(start, stop - first)

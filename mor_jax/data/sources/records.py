@@ -6,7 +6,7 @@ import re
 from typing import Any
 
 from mor_jax.config.parsing import check, fail
-from mor_jax.data.sources.findings import EMPTY, NUL, SURROGATE, Findings
+from mor_jax.data.sources.findings import EMPTY, NUL, SURROGATE, SkippedRecords
 
 MARK = codecs.BOM_UTF8
 _FEWEST = 4
@@ -86,7 +86,7 @@ def decode(raw: bytes, where: str, setting: str = "file") -> str:
         fail(setting, where, rule, "Convert it, such as with iconv -f latin1 -t utf-8")
 
 
-def file_text(raw: bytes, where: str, found: Findings) -> str:
+def file_text(raw: bytes, where: str, found: SkippedRecords) -> str:
     """The text of a whole file. Raises `ValueError` if it is none."""
     check_head(raw[:512], where)
     text = decode(raw.removeprefix(MARK), where)
@@ -112,7 +112,7 @@ class Field:
         fix = "Name the field that holds the text"
         check(self.name in names, self.setting, self.name, rule, fix)
 
-    def text(self, value: Any, where: str, found: Findings) -> str:
+    def text(self, value: Any, where: str, found: SkippedRecords) -> str:
         """What the field of the record at `where` holds, as text; null is empty.
 
         Raises `ValueError` if it is no text or not UTF-8.
@@ -127,7 +127,7 @@ class Field:
         return cleaned(_without_surrogates(value, where, found), where, found)
 
 
-def cleaned(text: str, where: str, found: Findings) -> str:
+def cleaned(text: str, where: str, found: SkippedRecords) -> str:
     """A document without NUL; what was left out is counted, and so are empty documents."""
     if "\0" in text:
         found.add(NUL, where, text.count("\0"))
@@ -137,7 +137,7 @@ def cleaned(text: str, where: str, found: Findings) -> str:
     return text
 
 
-def _without_surrogates(text: str, where: str, found: Findings) -> str:
+def _without_surrogates(text: str, where: str, found: SkippedRecords) -> str:
     """JSON can spell half of a surrogate pair, which no encoding of text can hold."""
     if text.isascii():
         return text

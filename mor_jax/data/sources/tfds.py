@@ -13,7 +13,7 @@ from typing import Any
 
 from mor_jax.config.optional_import import need
 from mor_jax.config.parsing import check, fail
-from mor_jax.data.sources.findings import Findings
+from mor_jax.data.sources.findings import SkippedRecords
 from mor_jax.data.sources.records import Field
 
 # name, version (it starts with a digit) and split (it does not)
@@ -23,7 +23,7 @@ _CRC32C = 0x82F63B78
 
 def open_examples(
     rest: str, field: Field, setting: str, spec: str
-) -> tuple[str, int, Callable[[int, Findings], Iterator[str]]]:
+) -> tuple[str, int, Callable[[int, SkippedRecords], Iterator[str]]]:
     """Identity, bytes and reader of `NAME[:SPLIT]` or `DIR[:SPLIT]`; `train` unless given.
 
     A dataset that is not on this machine is downloaded and prepared by TFDS. Raises `ValueError`
@@ -179,7 +179,7 @@ def _read(
     field: Field,
     spec: str,
     start: int,
-    found: Findings,
+    found: SkippedRecords,
 ) -> Iterator[str]:
     for index, record in enumerate(records(start), start):
         example = features.deserialize_example_np(record)

@@ -8,7 +8,7 @@ from mor_jax.data.streams.token_streams import TokenStream
 Row = dict[str, np.ndarray]
 
 
-class Rows:
+class PackedSequences:
     """All full rows of a stream, by index.
 
     Row i covers positions i * length .. (i+1) * length; its last token is the first of row i + 1,
@@ -47,7 +47,7 @@ class Rows:
         return row
 
 
-def spread(rows: int, count: int) -> np.ndarray:
+def rows_per_host(rows: int, count: int) -> np.ndarray:
     """`count` different row numbers spread evenly over 0 .. rows - 1, ascending; all if fewer."""
     count = min(count, rows)
     return np.arange(count, dtype=np.int64) * rows // max(count, 1)

@@ -14,7 +14,7 @@ import numpy as np
 
 from mor_jax.config.parsing import check
 from mor_jax.data.sources.documents import Documents
-from mor_jax.data.streams.validation_split import heldout_mask, text_hash
+from mor_jax.data.streams.validation_split import text_hash, validation_mask
 from mor_jax.data.tokenizers.base import Tokenizer
 
 Key = TypeVar("Key")
@@ -134,7 +134,7 @@ def tokenize(
         hashes.append(text_hash(text))
     sides = {"all": np.ones(len(arrays), bool)}
     if heldout_share is not None:
-        held = heldout_mask(hashes, heldout_share, documents.setting, documents.spec)
+        held = validation_mask(hashes, heldout_share, documents.setting, documents.spec)
         sides = {"train": ~held, "heldout": held}
     streams = {}
     for split, side in sides.items():

@@ -19,15 +19,15 @@ def text_hash(text: str) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
 
 
-def is_heldout(hashed: int, share: float) -> bool:
+def is_validation(hashed: int, share: float) -> bool:
     """Whether a document with this `text_hash` belongs to the held-out `share` in [0, 1]."""
     return hashed < share * _RANGE
 
 
-def heldout_mask(hashes: Sequence[int], share: float, setting: str, spec: str) -> np.ndarray:
+def validation_mask(hashes: Sequence[int], share: float, setting: str, spec: str) -> np.ndarray:
     """Which of a corpus's documents are held out, bool [documents].
 
-    In a corpus so small that `is_heldout` would leave a side empty, that side gets the document
+    In a corpus so small that `is_validation` would leave a side empty, that side gets the document
     nearest to the limit. Raises `ValueError` if there are not two different documents.
     """
     different = np.unique(np.array(hashes, np.uint64))
@@ -35,6 +35,6 @@ def heldout_mask(hashes: Sequence[int], share: float, setting: str, spec: str) -
     rule += "train on and one to hold out"
     fix = "Add documents, or split the file: each file (text) or record (jsonl, parquet) is one"
     check(len(different) >= 2, setting, spec, rule, fix)
-    wanted = sum(is_heldout(int(h), share) for h in different)
+    wanted = sum(is_validation(int(h), share) for h in different)
     limit = different[min(max(wanted, 1), len(different) - 1) - 1]
     return np.array(hashes, np.uint64) <= limit

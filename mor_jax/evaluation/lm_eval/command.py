@@ -16,7 +16,7 @@ from lm_eval.utils import handle_non_serializable, make_table, setup_logging
 
 from mor_jax.config.parsing import check, fail, parse
 from mor_jax.evaluation.lm_eval import generation, tasks
-from mor_jax.evaluation.lm_eval.model import Settings, rows_of
+from mor_jax.evaluation.lm_eval.model import ModelArgs, rows_of
 
 _SEEDS = ("random_seed", "numpy_random_seed", "torch_random_seed", "fewshot_random_seed")
 
@@ -105,7 +105,7 @@ def configured(
         cfg = EvaluatorConfig.from_cli(given)
     except (OSError, TypeError) as error:
         fail("config", given.config, f"cannot be read ({error})", "Look at the file")
-    parse(Settings, cfg.model_args, "model_args.")
+    parse(ModelArgs, cfg.model_args, "model_args.")
     generation.check_names(cfg.gen_kwargs)
     return cfg
 

@@ -18,7 +18,7 @@ _NEUTRAL = {"num_beams": 1, "num_return_sequences": 1, "use_cache": True, "typic
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Wanted:
+class GenerationRequest:
     """Settings of an answer. stop: texts that end it."""
 
     max_tokens: int
@@ -34,7 +34,9 @@ def check_names(settings: Mapping[str, Any]) -> None:
             fail(f"gen_kwargs.{name}", value, rule, "Leave it out")
 
 
-def wanted(settings: Mapping[str, Any], max_tokens: int, max_length: int) -> Wanted:
+def generation_request(
+    settings: Mapping[str, Any], max_tokens: int, max_length: int
+) -> GenerationRequest:
     """`generation_kwargs` of a task. Without `do_sample` or a temperature the best token is taken.
 
     max_tokens: where none is asked for. max_length: of context and answer. Raises `ValueError` for
@@ -62,7 +64,7 @@ def wanted(settings: Mapping[str, Any], max_tokens: int, max_length: int) -> Wan
     seed = _number(given, "seed", whole=True) if "seed" in given else None
     sampling = SamplingParams(temperature=temperature, seed=seed, **draws)
     sampling.validate("gen_kwargs")
-    return Wanted(max_tokens=number, stop=tuple(filter(None, stop)), sampling=sampling)
+    return GenerationRequest(max_tokens=number, stop=tuple(filter(None, stop)), sampling=sampling)
 
 
 def _number(settings: Mapping[str, Any], name: str, whole: bool = False) -> Any:
@@ -79,7 +81,7 @@ def _number(settings: Mapping[str, Any], name: str, whole: bool = False) -> Any:
 
 
 def requests(
-    contexts: Sequence[Sequence[int]], wishes: Sequence[Wanted], seed: int
+    contexts: Sequence[Sequence[int]], wishes: Sequence[GenerationRequest], seed: int
 ) -> list[Request]:
     """seed: with a request's place it gives its own, where its settings name none."""
     made = []

@@ -36,7 +36,7 @@ _BEGUN = (
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Settings:
+class ModelArgs:
     """`--model_args` besides `path`. None: as the run has it.
 
     step: checkpoint. calibration: name or file of one. recursions: in place of those trained.
@@ -85,7 +85,7 @@ class MorLM(TemplateLM):
         """batch_size: rows; None or `auto`: as many as make 16,384 tokens. device: unread, JAX has
         its own choice. settings: as `Settings`."""
         super().__init__()
-        asked = parse(Settings, settings, "model_args.")
+        asked = parse(ModelArgs, settings, "model_args.")
         self.batch_size = rows_of(batch_size, max_batch_size)
         self.served = _served(path, asked)
         self.settings, self._path = asked, path
@@ -175,7 +175,9 @@ class MorLM(TemplateLM):
         if not requests:
             return []
         wishes = [
-            generation.wanted(request.args[1], self.settings.max_gen_toks, self.max_length)
+            generation.generation_request(
+                request.args[1], self.settings.max_gen_toks, self.max_length
+            )
             for request in requests
         ]
         contexts = [self.tok_encode(request.args[0]) for request in requests]
@@ -290,7 +292,7 @@ def rows_of(batch_size: int | str | None, most: int | None = None) -> int | None
     return int(batch_size)
 
 
-def _served(path: str, asked: Settings) -> LoadedModel:
+def _served(path: str, asked: ModelArgs) -> LoadedModel:
     given: Mapping[str, Any] = {
         name: getattr(asked, name) for name in ("step", "calibration", "recursions")
     }
@@ -298,4 +300,4 @@ def _served(path: str, asked: Settings) -> LoadedModel:
     return dataclasses.replace(served, cfg=compute_config(served.cfg, asked.dtype))
 
 
-__all__ = ["MorLM", "Settings", "rows_of"]
+__all__ = ["ModelArgs", "MorLM", "rows_of"]

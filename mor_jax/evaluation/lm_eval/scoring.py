@@ -54,7 +54,7 @@ class _Row(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Rows:
+class ScoringBatch:
     """A batch: tokens [b l], their number [b], targets of the last w positions but one [b w], and
     alternatives for the last [b k]. int32."""
 
@@ -100,7 +100,7 @@ class Scorer:
         for part, found in waiting:
             yield from _answers(part, found)
 
-    def _batches(self, rows: list[_Row]) -> Iterator[tuple[list[_Row], Rows]]:
+    def _batches(self, rows: list[_Row]) -> Iterator[tuple[list[_Row], ScoringBatch]]:
         """Rows of about the same length together, the longest first."""
         short = [row for row in rows if row.scored < _WINDOW]
         long = [row for row in rows if row.scored >= _WINDOW]
@@ -121,7 +121,7 @@ class Scorer:
         devices = self._mesh.size
         return -(-size // devices) * devices
 
-    def _run(self, rows: Rows) -> Any:
+    def _run(self, rows: ScoringBatch) -> Any:
         chunk = max(1, _LOGITS // (rows.tokens.shape[0] * self._chunk))
         where = sharding.batch_sharding(self._mesh)
         with jax.set_mesh(self._mesh):
@@ -190,7 +190,7 @@ def _bucket(length: int, longest: int) -> int:
     return min(size, longest)
 
 
-def _filled(rows: Sequence[_Row], size: int, length: int, window: int) -> Rows:
+def _filled(rows: Sequence[_Row], size: int, length: int, window: int) -> ScoringBatch:
     tokens = np.zeros((size, length), np.int32)
     lengths = np.ones(size, np.int32)
     targets = np.full((size, window), IGNORE, np.int32)
@@ -201,7 +201,7 @@ def _filled(rows: Sequence[_Row], size: int, length: int, window: int) -> Rows:
         if row.scored:
             targets[i, -1 - row.scored : -1] = row.inputs[-row.scored :]
         last[i, : len(row.last)] = [token for _, token in row.last]
-    return Rows(tokens, lengths, targets, last)
+    return ScoringBatch(tokens, lengths, targets, last)
 
 
 def _answers(rows: Sequence[_Row], found: Any) -> Iterator[tuple[int, Answer]]:

@@ -23,7 +23,7 @@ Arrived = tuple[int, Event, float]
 
 
 @dataclasses.dataclass(kw_only=True, eq=False)
-class Answer:
+class Completion:
     """One answer as it grows.
 
     index: among those to its prompt, from 0. first, last: when its first token and its last event
@@ -88,7 +88,7 @@ class Answer:
 
 def stream(
     engine: Engine, prompts: Sequence[Prompt], ahead: int
-) -> Generator[tuple[Answer, Event], None, None]:
+) -> Generator[tuple[Completion, Event], None, None]:
     """All events of all answers, those of the first answer first, each with its answer.
 
     ahead: answers that the engine has at one time. Those that it has are cancelled when the caller
@@ -101,7 +101,7 @@ def stream(
     numbers = iter(range(len(jobs)))
     try:
         for number, (prompt, index) in enumerate(jobs):
-            answer = Answer(prompt=prompt, index=index)
+            answer = Completion(prompt=prompt, index=index)
             while answer.finished is None:
                 for free in itertools.islice(numbers, ahead - len(at_work)):
                     waiting[free] = []
@@ -139,7 +139,7 @@ class Totals:
     errors: list[str] = dataclasses.field(default_factory=list)
     waits: list[float] = dataclasses.field(default_factory=list)
 
-    def add(self, answer: Answer, event: Event) -> None:
+    def add(self, answer: Completion, event: Event) -> None:
         """Counts the last event of an answer."""
         self.last = max(self.last, answer.last)
         if isinstance(event, Token):

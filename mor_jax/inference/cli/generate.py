@@ -13,9 +13,22 @@ from rich.status import Status
 
 from mor_jax.config.parsing import check, fail
 from mor_jax.inference.cli.answers import Totals, stream
-from mor_jax.inference.cli.prompts import Ask, Prompt, Wishes, from_lines, from_texts, prepare
-from mor_jax.inference.cli.show import JsonLines, Screen, Show, legend, whole_file
-from mor_jax.inference.config import EngineConfig, compute_config, plan
+from mor_jax.inference.cli.prompts import (
+    Prompt,
+    PromptInput,
+    PromptSettings,
+    from_lines,
+    from_texts,
+    prepare,
+)
+from mor_jax.inference.cli.show import (
+    JsonLinesWriter,
+    OutputWriter,
+    TerminalWriter,
+    legend,
+    output_file,
+)
+from mor_jax.inference.config import EngineConfig, compute_config, plan_cache
 from mor_jax.inference.engine.engine import Engine
 from mor_jax.inference.engine.request import Finished
 from mor_jax.inference.load_model import LoadedModel, load_model
@@ -45,7 +58,7 @@ class Options:
     jsonl: str | None = None
     chat: bool = False
     system: str | None = None
-    wishes: Wishes = dataclasses.field(default_factory=Wishes)
+    wishes: PromptSettings = dataclasses.field(default_factory=PromptSettings)
     slots: int | None = None
     cache_bytes: int | None = None
     json: bool = False
@@ -55,7 +68,7 @@ class Options:
     stream: bool | None = None
     depth_colours: bool = False
 
-    def asks(self, stdin: Callable[[], bytes]) -> list[Ask]:
+    def asks(self, stdin: Callable[[], bytes]) -> list[PromptInput]:
         """The prompts, read. Raises `ValueError` where they are none."""
         if self.jsonl is not None and self.prompts:
             fail("jsonl", self.jsonl, "stands beside --prompt", "Give one of the two")
@@ -97,7 +110,7 @@ def generate(options: Options, stdin: Callable[[], bytes], console: Console) -> 
     with contextlib.ExitStack() as stack:
         file = None
         if options.output is not None:
-            file = stack.enter_context(whole_file(Path(options.output), options.overwrite))
+            file = stack.enter_context(output_file(Path(options.output), options.overwrite))
         status = stack.enter_context(_status("loading"))
         served = load_model(
             options.workdir,
@@ -106,11 +119,11 @@ def generate(options: Options, stdin: Callable[[], bytes], console: Console) -> 
             recursions=options.recursions,
         )
         status.update("compiling")
-        context = plan(served, _work(options)).max_length
+        context = plan_cache(served, _work(options)).max_length
         prompts = prepare(asks, served, context)
         if file is not None or options.json or options.jsonl is not None:
             write = functools.partial(print, file=file or console.file, flush=file is None)
-            show: Show = JsonLines(write, served.tokenizer)
+            show: OutputWriter = JsonLinesWriter(write, served.tokenizer)
         else:
             show = _screen(options, served, prompts, console)
         with Engine(served, _settings(options, prompts, context)) as engine:
@@ -140,14 +153,14 @@ def _settings(options: Options, prompts: list[Prompt], context: int) -> EngineCo
 
 def _screen(
     options: Options, served: LoadedModel, prompts: list[Prompt], console: Console
-) -> Screen:
+) -> TerminalWriter:
     rule = "nothing is routed in this model: all tokens have the same depth"
     ok = _recursions(served) is not None or not options.depth_colours
     check(ok, "depth_colours", options.depth_colours, rule, "Leave it out")
     here = console.is_terminal
     if options.depth_colours:
         console.print(legend(served.cfg.num_recursions, console), end="")
-    return Screen(
+    return TerminalWriter(
         console,
         served.tokenizer,
         # A chat's prompt is its template: nobody has written that.
@@ -168,7 +181,7 @@ def _depths(served: LoadedModel, prompt: Prompt) -> np.ndarray:
     return token_depths(cfg, served.params, np.array(prompt.tokens), served.thresholds)
 
 
-def _run(engine: Engine, prompts: list[Prompt], show: Show, status: Status) -> Totals:
+def _run(engine: Engine, prompts: list[Prompt], show: OutputWriter, status: Status) -> Totals:
     totals, current = Totals(), None
     try:
         with contextlib.closing(stream(engine, prompts, 2 * engine.plan.slots)) as events:

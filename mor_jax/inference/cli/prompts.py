@@ -29,7 +29,7 @@ Message = dict[str, str]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Wishes:
+class PromptSettings:
     """Settings of an answer under the names that options and JSON lines give them.
 
     As `Sampling` and `Request` have them. max_tokens: None for `USUAL_TOKENS`, or what room there
@@ -69,7 +69,7 @@ class Wishes:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Ask:
+class PromptInput:
     """One prompt as it was read.
 
     where, settings: what errors call it, and what they write before the name of a setting. id: any
@@ -82,7 +82,7 @@ class Ask:
     id: Any
     prompt: str | tuple[int, ...] = ""
     messages: tuple[Message, ...] = ()
-    wishes: Wishes
+    wishes: PromptSettings
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -96,8 +96,8 @@ class Prompt:
 
 
 def from_texts(
-    texts: Sequence[str], wishes: Wishes, chat: bool = False, system: str | None = None
-) -> list[Ask]:
+    texts: Sequence[str], wishes: PromptSettings, chat: bool = False, system: str | None = None
+) -> list[PromptInput]:
     """Prompts of the command line, numbered from 1; without a seed they share one that is drawn.
 
     chat: each text is the message of a user, after the message `system` if there is one. Raises
@@ -113,7 +113,7 @@ def from_texts(
         _check_text(where, text)
         messages = (*before, {"role": "user", "content": text}) if chat else ()
         asks.append(
-            Ask(
+            PromptInput(
                 where=where,
                 settings=ANSWER,
                 id=number,
@@ -125,7 +125,9 @@ def from_texts(
     return asks
 
 
-def from_lines(lines: Iterable[str | bytes], wishes: Wishes, name: str = "-") -> list[Ask]:
+def from_lines(
+    lines: Iterable[str | bytes], wishes: PromptSettings, name: str = "-"
+) -> list[PromptInput]:
     """Prompts from JSON lines: `{"prompt": TEXT or [TOKEN, ...]}` or `{"messages": [...]}`, each
     with an `id` (default: the line's number) and any settings of `Wishes`, which go first.
 
@@ -141,7 +143,7 @@ def from_lines(lines: Iterable[str | bytes], wishes: Wishes, name: str = "-") ->
     return asks
 
 
-def prepare(asks: Sequence[Ask], served: LoadedModel, max_length: int) -> list[Prompt]:
+def prepare(asks: Sequence[PromptInput], served: LoadedModel, max_length: int) -> list[Prompt]:
     """Tokens and requests of every prompt; an empty text becomes the end of a document.
 
     Raises `ValueError` where the model cannot answer one, or has no chat template.
@@ -161,7 +163,7 @@ def prepare(asks: Sequence[Ask], served: LoadedModel, max_length: int) -> list[P
 
 
 def _prompt(
-    ask: Ask, text: str, tokens: Sequence[int], served: LoadedModel, max_length: int
+    ask: PromptInput, text: str, tokens: Sequence[int], served: LoadedModel, max_length: int
 ) -> Prompt:
     wishes, number = ask.wishes, len(tokens)
     rule = f"has {number} tokens; prompt and answer may hold at most {max_length} together"
@@ -177,14 +179,14 @@ def _prompt(
     return Prompt(id=ask.id, text=text, tokens=tuple(tokens), requests=requests)
 
 
-def _rendered(ask: Ask, template: ChatTemplate) -> tuple[str, tuple[int, ...]]:
+def _rendered(ask: PromptInput, template: ChatTemplate) -> tuple[str, tuple[int, ...]]:
     try:
         return template.render(ask.messages), template.tokens(ask.messages)
     except ValueError as error:
         raise ValueError(f"{ask.where}: {error}") from None
 
 
-def _ask(where: str, number: int, line: str | bytes, wishes: Wishes) -> Ask:
+def _ask(where: str, number: int, line: str | bytes, wishes: PromptSettings) -> PromptInput:
     fix = 'Write one object a line, like {"prompt": "Once upon"}'
     try:
         told = json.loads(line, parse_constant=_no_number)
@@ -201,8 +203,8 @@ def _ask(where: str, number: int, line: str | bytes, wishes: Wishes) -> Ask:
     messages = _read_messages(path, value) if chat else ()
     if isinstance(given.get("stop"), str):
         given["stop"] = [given["stop"]]
-    merged = parse(Wishes, {**dataclasses.asdict(wishes), **given}, f"{where}.")
-    return Ask(
+    merged = parse(PromptSettings, {**dataclasses.asdict(wishes), **given}, f"{where}.")
+    return PromptInput(
         where=where,
         settings=where,
         id=given_id,

@@ -18,7 +18,7 @@ from rich.text import Text
 from mor_jax.config.parsing import check, fail
 from mor_jax.data.tokenizers.base import Tokenizer
 from mor_jax.files import new_file
-from mor_jax.inference.cli.answers import Answer
+from mor_jax.inference.cli.answers import Completion
 from mor_jax.inference.cli.prompts import Prompt
 from mor_jax.inference.detokenizer import token_text
 from mor_jax.inference.engine.request import Token
@@ -30,39 +30,39 @@ _FEW = ("bright_white", "bright_yellow", "bright_red", "bright_magenta", "bright
 
 
 @runtime_checkable
-class Show(Protocol):
+class OutputWriter(Protocol):
     """Is told of answers, one after the other."""
 
-    def begin(self, answer: Answer) -> None:
+    def begin(self, answer: Completion) -> None:
         """An answer begins."""
 
     def add(self, token: Token) -> None:
         """It has another token."""
 
-    def end(self, answer: Answer) -> None:
+    def end(self, answer: Completion) -> None:
         """It is finished."""
 
 
-class JsonLines:
+class JsonLinesWriter:
     """Writes an object for each answer when it is finished."""
 
     def __init__(self, write: Callable[[str], object], tokenizer: Tokenizer) -> None:
         """write: takes a line."""
         self._write, self._tokenizer = write, tokenizer
 
-    def begin(self, answer: Answer) -> None:
+    def begin(self, answer: Completion) -> None:
         """Writes nothing yet."""
 
     def add(self, token: Token) -> None:
         """Writes nothing yet."""
 
-    def end(self, answer: Answer) -> None:
+    def end(self, answer: Completion) -> None:
         """Writes the line."""
         self._write(json.dumps(answer.to_dict(self._tokenizer), ensure_ascii=False))
 
 
 @contextlib.contextmanager
-def whole_file(path: Path, replace: bool) -> Iterator[io.TextIOBase]:
+def output_file(path: Path, replace: bool) -> Iterator[io.TextIOBase]:
     """A text file that appears when the block is left without an error, or not at all.
 
     Raises `ValueError` if it exists (unless `replace`), or cannot be written there.
@@ -96,7 +96,7 @@ def legend(recursions: int, console: Console) -> Text:
     return made.append("\n")
 
 
-class Screen:
+class TerminalWriter:
     """Text for people, or bare text where the console is no terminal."""
 
     def __init__(
@@ -117,7 +117,7 @@ class Screen:
         self._depths = depths
         self._prompt = Text()
 
-    def begin(self, answer: Answer) -> None:
+    def begin(self, answer: Completion) -> None:
         """Shows title and prompt."""
         if self._titles:
             title = f"{answer.prompt.id}"
@@ -134,7 +134,7 @@ class Screen:
         if self._streaming:
             self._token(token)
 
-    def end(self, answer: Answer) -> None:
+    def end(self, answer: Completion) -> None:
         """Shows what is left of an answer, and its log-probabilities if it has any."""
         assert answer.finished is not None
         if not self._streaming:
@@ -174,7 +174,7 @@ class Screen:
         self._console.file.flush()
 
 
-def logprob_lines(answer: Answer, tokenizer: Tokenizer) -> list[str]:
+def logprob_lines(answer: Completion, tokenizer: Tokenizer) -> list[str]:
     """A table: each token, its log-probability (nats) and depth, the likeliest ones with theirs."""
     rows: list[Sequence[str]] = [("token", "logprob", "depth", "likeliest")]
     for token in answer.tokens:

@@ -21,7 +21,7 @@ In a model without routers a token goes all the way at once, so nothing ever fli
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Slots:
+class BatchState:
     """One row a slot, and one more that belongs to nobody.
 
     token, position: the token that is being processed. left: tokens that may still be sampled.
@@ -38,12 +38,12 @@ class Slots:
     counts: Int[Array, "s lists"]
     flight: TokenState | None
     settings: SamplingArrays
-    said: Int[Array, "s v"]
-    heard: Bool[Array, "s v"]
+    output_counts: Int[Array, "s v"]
+    in_prompt: Bool[Array, "s v"]
     ends_text: Bool[Array, "s"]
 
     @classmethod
-    def empty(cls, geometry: KVCacheSpec, number: int) -> "Slots":
+    def empty(cls, geometry: KVCacheSpec, number: int) -> "BatchState":
         """`number` slots and nobody in them."""
         cfg, s = geometry.cfg, number + 1
 
@@ -63,15 +63,15 @@ class Slots:
             counts=jnp.zeros((s, geometry.lists), jnp.int32),
             flight=flight,
             settings=jax.tree.map(jnp.asarray, SamplingArrays.greedy(s)),
-            said=jnp.zeros((s, cfg.vocab_size), jnp.int16),
-            heard=jnp.zeros((s, cfg.vocab_size), bool),
+            output_counts=jnp.zeros((s, cfg.vocab_size), jnp.int16),
+            in_prompt=jnp.zeros((s, cfg.vocab_size), bool),
             ends_text=jnp.zeros(s, bool),
         )
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Held:
+class SequenceBlocks:
     """The pages that the host has given out. room: entries that each list may hold."""
 
     tables: BlockTables
@@ -88,8 +88,8 @@ class Admission:
     position: Int[Array, ""] | np.int32
     left: Int[Array, ""] | np.int32
     settings: dict[str, np.generic | Array]
-    said: Int[Array, "v"] | np.ndarray
-    heard: Bool[Array, "v"] | np.ndarray
+    output_counts: Int[Array, "v"] | np.ndarray
+    in_prompt: Bool[Array, "v"] | np.ndarray
     ends_text: Bool[Array, ""] | np.bool_
 
     @classmethod
@@ -105,13 +105,13 @@ class Admission:
             position=np.int32(len(tokens) - 1),
             left=np.int32(request.max_tokens - len(answer)),
             settings=SamplingArrays.row(request.sampling, seed),
-            said=np.minimum(said, np.iinfo(np.int16).max).astype(np.int16),
-            heard=heard,
+            output_counts=np.minimum(said, np.iinfo(np.int16).max).astype(np.int16),
+            in_prompt=heard,
             ends_text=np.bool_(not request.ignore_eos),
         )
 
 
-def admit(slots: Slots, new: Admission) -> Slots:
+def admit(slots: BatchState, new: Admission) -> BatchState:
     """Starts a sequence, unless its prompt turned out not to be stored whole."""
     at = new.slot
     ready = (slots.filled[at] == new.position) | (new.position == 0)
@@ -131,7 +131,7 @@ def admit(slots: Slots, new: Admission) -> Slots:
         left=slots.left.at[at].set(new.left),
         counts=slots.counts.at[at].set(counts),
         settings=settings,
-        said=slots.said.at[at].set(new.said),
-        heard=slots.heard.at[at].set(new.heard),
+        output_counts=slots.output_counts.at[at].set(new.output_counts),
+        in_prompt=slots.in_prompt.at[at].set(new.in_prompt),
         ends_text=slots.ends_text.at[at].set(new.ends_text),
     )

@@ -15,9 +15,9 @@ import time
 from collections.abc import Callable, Iterator
 
 from mor_jax.config.parsing import check
-from mor_jax.inference.config import EngineConfig, plan
+from mor_jax.inference.config import EngineConfig, plan_cache
 from mor_jax.inference.detokenizer import TextStream
-from mor_jax.inference.engine.model_runner import Runner
+from mor_jax.inference.engine.model_runner import ModelRunner
 from mor_jax.inference.engine.request import Busy, Event, Finished, Request, Stopped, Token
 from mor_jax.inference.engine.sequence import Sequence, Sink
 from mor_jax.inference.engine.statistics import Statistics
@@ -81,10 +81,10 @@ class Engine:
 
     def __init__(self, served: LoadedModel, cfg: EngineConfig | None = None):
         self.served, self.cfg = served, cfg or EngineConfig()
-        self.plan = plan(served, self.cfg)
+        self.plan = plan_cache(served, self.cfg)
         self.max_length = self.plan.max_length
         self.failure: str | None = None
-        self._runner = Runner(served, self.plan, self.cfg.piece)
+        self._runner = ModelRunner(served, self.plan, self.cfg.piece)
         self._incoming: collections.deque[Sequence] = collections.deque()
         self._changed = threading.Condition()
         self._accepts = self._stops = self._cancels = False

@@ -11,15 +11,20 @@ import time
 import jax
 import numpy as np
 
-from mor_jax.inference.config import Plan
+from mor_jax.inference.config import CachePlan
 from mor_jax.inference.engine import step_functions
-from mor_jax.inference.engine.batch_state import Admission, Held, Slots
+from mor_jax.inference.engine.batch_state import Admission, BatchState, SequenceBlocks
 from mor_jax.inference.engine.request import Reason, Request
 from mor_jax.inference.engine.sampling import SamplingFeatures
 from mor_jax.inference.engine.scheduler import Scheduler
 from mor_jax.inference.engine.sequence import Sequence
 from mor_jax.inference.engine.statistics import Counters, Statistics
-from mor_jax.inference.engine.step_functions import Prompt, Step, StepFunctions, StepOutput
+from mor_jax.inference.engine.step_functions import (
+    DecodeInput,
+    PrefillInput,
+    StepFunctions,
+    StepOutput,
+)
 from mor_jax.inference.load_model import LoadedModel
 from mor_jax.models.decode.layer import Weights
 from mor_jax.models.decode.paged_cache import BlockTables
@@ -40,10 +45,10 @@ class _Sent:
     start: int | None = None
 
 
-class Runner:
+class ModelRunner:
     """Model, cache and programs on the device, and the host's plan for them."""
 
-    def __init__(self, served: LoadedModel, plan: Plan, piece: int):
+    def __init__(self, served: LoadedModel, plan: CachePlan, piece: int):
         self.plan, self.counters = plan, Counters()
         self.scheduler = Scheduler(plan, self.counters)
         self.depths = np.zeros(plan.geometry.cfg.num_recursions + 1, np.int64)
@@ -53,7 +58,7 @@ class Runner:
         # Bound to one device: arrays that are not would have every program compiled once more.
         self._device = jax.local_devices()[0]
         weights = jax.jit(lambda params: Weights.of(cfg, params))(served.params)
-        slots = Slots.empty(plan.geometry, plan.slots)
+        slots = BatchState.empty(plan.geometry, plan.slots)
         cache = plan.geometry.cache(plan.end_pages, plan.block_pages)
         self._weights, self._slots, self._cache = jax.device_put(
             (weights, slots, cache), self._device
@@ -62,7 +67,7 @@ class Runner:
         thresholds = served.thresholds or (0.0,) * cfg.num_recursions
         ends = tuple(sorted(served.eos_ids)) or (-2,)
         chunk = max(1, tokens // plan.geometry.size)
-        self._held: Held | None = None
+        self._held: SequenceBlocks | None = None
         self._piece = min(piece, plan.max_length)
         group = GROUP_TOKENS.get(jax.default_backend(), self._piece)
         self._run = StepFunctions(plan.geometry, ends, thresholds, chunk, group).compiled()
@@ -76,9 +81,9 @@ class Runner:
         nobody = self.plan.slots
         for rows in self._row_counts:
             slots = np.full(rows, nobody, np.int32)
-            self._tick(Step(slots, np.zeros(rows, bool), SamplingFeatures.of([])))
+            self._tick(DecodeInput(slots, np.zeros(rows, bool), SamplingFeatures.of([])))
         tokens = np.zeros(self._piece, np.int32)
-        self._store(Prompt(np.int32(nobody), np.int32(0), np.int32(0), tokens))
+        self._store(PrefillInput(np.int32(nobody), np.int32(0), np.int32(0), tokens))
         new = Admission.of(Request(prompt=(0,)), nobody, [], 0, self._vocabulary)
         self._slots = self._run.admit(self._slots, new)
 
@@ -117,7 +122,7 @@ class Runner:
             piece = np.zeros(self._piece, np.int32)
             piece[:number] = tokens[start : start + number]
             slot = np.int32(sequence.slot)
-            answer = self._store(Prompt(slot, np.int32(start), np.int32(number), piece))
+            answer = self._store(PrefillInput(slot, np.int32(start), np.int32(number), piece))
             sent.append(_Sent(answer, [(sequence, sequence.epoch)], start))
             sequence.stored += number
             self.counters.prompt_tokens += number
@@ -139,7 +144,7 @@ class Runner:
                 sequences,
                 SamplingFeatures.of([sequence.request for sequence in sequences]),
             )
-        answer = self._tick(Step(slots, live, self._wants[1]))
+        answer = self._tick(DecodeInput(slots, live, self._wants[1]))
         self.counters.ticks += 1
         self.counters.rows += rows
         return _Sent(answer, [(sequence, sequence.epoch) for sequence in sequences])
@@ -154,22 +159,22 @@ class Runner:
         if sends:
             self._seen_busy = now
 
-    def _tick(self, step: Step) -> StepOutput:
-        run, held = self._run.tick, self._pages()
+    def _tick(self, step: DecodeInput) -> StepOutput:
+        run, held = self._run.decode_step, self._pages()
         self._slots, self._cache, done = run(self._weights, self._slots, self._cache, held, step)
         return done
 
-    def _store(self, piece: Prompt) -> step_functions.Prefilled:
+    def _store(self, piece: PrefillInput) -> step_functions.Prefilled:
         run, held = self._run.prefill, self._pages()
         self._slots, self._cache, done = run(self._weights, self._slots, self._cache, held, piece)
         return done
 
-    def _pages(self) -> Held:
+    def _pages(self) -> SequenceBlocks:
         """The tables on the device. Copies: the host goes on to change its own."""
         pages = self.scheduler.pages
         if self._held is None or pages.changed:
             tables = BlockTables(pages.end_table.copy(), pages.block_table.copy())
-            self._held = jax.device_put(Held(tables, pages.room.copy()), self._device)
+            self._held = jax.device_put(SequenceBlocks(tables, pages.room.copy()), self._device)
             pages.changed = False
         return self._held
 

@@ -137,8 +137,8 @@ class PenaltyState:
     heard: whether it occurs in the prompt.
     """
 
-    said: Int[Array, "b v"]
-    heard: Bool[Array, "b v"]
+    output_counts: Int[Array, "b v"]
+    in_prompt: Bool[Array, "b v"]
 
 
 def sample(
@@ -195,11 +195,11 @@ def sample(
 def _penalise(
     logits: Float[Array, "b v"], settings: SamplingArrays, before: PenaltyState
 ) -> Float[Array, "b v"]:
-    said, repetition = before.said > 0, settings.repetition_penalty[:, None]
+    said, repetition = before.output_counts > 0, settings.repetition_penalty[:, None]
     scaled = jnp.where(logits > 0, logits / repetition, logits * repetition)
-    out = jnp.where(said | before.heard, scaled, logits)
+    out = jnp.where(said | before.in_prompt, scaled, logits)
     out = out - jnp.where(said, settings.presence_penalty[:, None], 0.0)
-    out = out - settings.frequency_penalty[:, None] * before.said.astype(jnp.float32)
+    out = out - settings.frequency_penalty[:, None] * before.output_counts.astype(jnp.float32)
     # -inf stays: a token that the model rules out must not come back.
     return jnp.where(jnp.isneginf(logits), logits, jnp.clip(out, -_LARGE, _LARGE))
 

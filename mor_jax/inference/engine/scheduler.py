@@ -6,8 +6,8 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from mor_jax.inference.config import Plan
-from mor_jax.inference.engine.block_pool import Pages
+from mor_jax.inference.config import CachePlan
+from mor_jax.inference.engine.block_pool import BlockAllocator
 from mor_jax.inference.engine.sequence import Sequence
 from mor_jax.inference.engine.statistics import Counters
 
@@ -23,9 +23,9 @@ class Scheduler:
     youngest sequence gives up its own and is computed again later.
     """
 
-    def __init__(self, plan: Plan, counters: Counters):
+    def __init__(self, plan: CachePlan, counters: Counters):
         self.plan = plan
-        self.pages = Pages(plan)
+        self.pages = BlockAllocator(plan)
         self.counters = counters
         self.waiting: deque[Sequence] = deque()
         self.running: dict[int, Sequence] = {}

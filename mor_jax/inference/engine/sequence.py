@@ -8,7 +8,7 @@ from collections.abc import Callable
 import numpy as np
 
 from mor_jax.inference.detokenizer import TextStream
-from mor_jax.inference.engine.block_pool import Lists
+from mor_jax.inference.engine.block_pool import BlockLists
 from mor_jax.inference.engine.request import Event, Finished, Reason, Request, Token
 
 _log = logging.getLogger(__name__)
@@ -35,7 +35,7 @@ class Sequence:
     born: float = dataclasses.field(default_factory=time.monotonic)
     answer: list[int] = dataclasses.field(default_factory=list)
     slot: int | None = None
-    held: Lists | None = None
+    held: BlockLists | None = None
     stored: int = 0
     decodes: bool = False
     epoch: int = 0

@@ -12,15 +12,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mor_jax.inference.engine.batch_state import ENTERS, FLIES, IDLE, Held, Slots, admit
+from mor_jax.inference.engine.batch_state import (
+    ENTERS,
+    FLIES,
+    IDLE,
+    BatchState,
+    SequenceBlocks,
+    admit,
+)
 from mor_jax.inference.engine.request import MAX_LOGPROBS
 from mor_jax.inference.engine.sampling import PenaltyState, Sampled, SamplingFeatures, sample
 from mor_jax.models.decode import routed_decode, routed_prefill, vanilla
-from mor_jax.models.decode.batch import PrefillChunk, Rows
+from mor_jax.models.decode.batch import DecodeBatch, PrefillChunk
 from mor_jax.models.decode.decoder import Decoder
 from mor_jax.models.decode.layer import Weights, logits
 from mor_jax.models.decode.paged_cache import Cache, KVCacheSpec
-from mor_jax.models.decode.routed_decode import Entry, TokenState
+from mor_jax.models.decode.routed_decode import KVEntry, TokenState
 from mor_jax.models.layers.token_gather import where_rows
 from mor_jax.types import Array, Bool, Float, Int
 
@@ -74,8 +81,8 @@ class _Turned:
     state: Int[Array, "n"]
     flight: TokenState
     goes: Bool[Array, "n"]
-    last: Entry
-    first: Entry
+    last: KVEntry
+    first: KVEntry
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,19 +99,24 @@ class StepFunctions:
     chunk: int
     group: int
 
-    def compiled(self) -> "Compiled":
+    def compiled(self) -> "CompiledFunctions":
         """The jitted programs; slots and cache are given to them for good."""
-        return Compiled(
-            tick=jax.jit(self.decode_step, donate_argnums=(1, 2)),
+        return CompiledFunctions(
+            decode_step=jax.jit(self.decode_step, donate_argnums=(1, 2)),
             prefill=jax.jit(self.prefill, donate_argnums=(1, 2)),
             admit=jax.jit(admit, donate_argnums=0),
         )
 
     def decode_step(
-        self, weights: Weights, slots: Slots, cache: Cache, held: Held, step: "Step"
-    ) -> tuple[Slots, Cache, StepOutput]:
+        self,
+        weights: Weights,
+        slots: BatchState,
+        cache: Cache,
+        held: SequenceBlocks,
+        step: "DecodeInput",
+    ) -> tuple[BatchState, Cache, StepOutput]:
         """One tick of the rows of `step`."""
-        rows = Rows(step.rows, slots.position[step.rows], step.live)
+        rows = DecodeBatch(step.rows, slots.position[step.rows], step.valid)
         if slots.flight is None:
             return self._flat_tick(weights, slots, cache, held, (rows, step.want))
         return self._routed_tick(weights, slots, cache, held, (rows, step.want))
@@ -112,15 +124,15 @@ class StepFunctions:
     def _flat_tick(
         self,
         weights: Weights,
-        slots: Slots,
+        slots: BatchState,
         cache: Cache,
-        held: Held,
-        how: tuple[Rows, SamplingFeatures],
-    ) -> tuple[Slots, Cache, StepOutput]:
+        held: SequenceBlocks,
+        how: tuple[DecodeBatch, SamplingFeatures],
+    ) -> tuple[BatchState, Cache, StepOutput]:
         rows, want = how
         at = rows.slot
-        live = rows.live & (slots.phase[at] == ENTERS)
-        rows = dataclasses.replace(rows, live=live)
+        live = rows.valid & (slots.phase[at] == ENTERS)
+        rows = dataclasses.replace(rows, valid=live)
         decoder = self._decoder(weights, held)
         hidden, cache = vanilla.decode(decoder, cache, rows, slots.token[at])
         sampled, state = self._sample(weights, slots, rows, hidden, want)
@@ -140,17 +152,17 @@ class StepFunctions:
     def _routed_tick(
         self,
         weights: Weights,
-        slots: Slots,
+        slots: BatchState,
         cache: Cache,
-        held: Held,
-        how: tuple[Rows, SamplingFeatures],
-    ) -> tuple[Slots, Cache, StepOutput]:
+        held: SequenceBlocks,
+        how: tuple[DecodeBatch, SamplingFeatures],
+    ) -> tuple[BatchState, Cache, StepOutput]:
         rows, want = how
         at, cfg = rows.slot, self.geometry.cfg
         assert slots.flight is not None
         flight = jax.tree.map(lambda x: x[at], slots.flight)
         decoder = self._decoder(weights, held)
-        flies = rows.live & (slots.phase[at] == FLIES)
+        flies = rows.valid & (slots.phase[at] == FLIES)
         which = self.geometry.list_of(flight.recursion)
         mine = jnp.take_along_axis(slots.counts[at], which[:, None], axis=1)[:, 0]
         room = jnp.take_along_axis(held.room[at], which[:, None], axis=1)[:, 0]
@@ -159,16 +171,16 @@ class StepFunctions:
         waits = adds & (mine >= room)
         moves = flies & ~waits
         useful = moves & runs
-        here = dataclasses.replace(rows, live=moves)
+        here = dataclasses.replace(rows, valid=moves)
         flight, leaves, cache = routed_decode.advance(decoder, cache, here, flight, mine)
         grown = (adds & moves)[:, None] & (jnp.arange(self.geometry.lists)[None] == which[:, None])
         counts = slots.counts[at] + grown
-        enters = rows.live & (slots.phase[at] == ENTERS)
+        enters = rows.valid & (slots.phase[at] == ENTERS)
         depth = flight.depth
         turned = self._turnover(decoder, slots, cache, rows, (leaves, enters, flight, want))
-        left = dataclasses.replace(rows, live=leaves)
+        left = dataclasses.replace(rows, valid=leaves)
         cache = routed_decode.store(decoder, cache, left, turned.last, 1)
-        following = Rows(at, rows.position + leaves, turned.goes)
+        following = DecodeBatch(at, rows.position + leaves, turned.goes)
         cache = routed_decode.store(decoder, cache, following, turned.first, 0)
         ticked = StepOutput(
             sampled=leaves,
@@ -184,9 +196,9 @@ class StepFunctions:
     def _turnover(
         self,
         decoder: Decoder,
-        slots: Slots,
+        slots: BatchState,
         cache: Cache,
-        rows: Rows,
+        rows: DecodeBatch,
         what: tuple[Array, Array, TokenState, SamplingFeatures],
     ) -> _Turned:
         """Last layer, sampling and first layer for the rows that leave or enter.
@@ -199,7 +211,7 @@ class StepFunctions:
         number = jnp.sum(turns, dtype=jnp.int32)
         order = jnp.argsort(~turns, stable=True).astype(jnp.int32)
         sizes = _sizes(n)
-        none = Entry.empty(self.geometry.cfg, n)
+        none = KVEntry.empty(self.geometry.cfg, n)
         unsampled = (_unsampled(n), jnp.zeros(n, jnp.int32))
         nothing = _Turned(*unsampled, flight, jnp.zeros(n, bool), none, none)
 
@@ -207,12 +219,12 @@ class StepFunctions:
             if size == 0:
                 return nothing
             index = order[:size]
-            part = Rows(rows.slot[index], rows.position[index], leaves[index])
+            part = DecodeBatch(rows.slot[index], rows.position[index], leaves[index])
             hidden, last = routed_decode.leave(decoder, cache, part, flight.x[index])
             sampled, state = self._sample(decoder.weights, slots, part, hidden, want)
-            token = jnp.where(part.live, sampled.token, slots.token[part.slot])
-            goes = enters[index] | (part.live & (state == GOES_ON))
-            following = Rows(part.slot, part.position + part.live, goes)
+            token = jnp.where(part.valid, sampled.token, slots.token[part.slot])
+            goes = enters[index] | (part.valid & (state == GOES_ON))
+            following = DecodeBatch(part.slot, part.position + part.valid, goes)
             new, first = routed_decode.enter(decoder, cache, following, jnp.maximum(token, 0))
             old = jax.tree.map(lambda x: x[index], flight)
             new = jax.tree.map(lambda a, b: where_rows(goes, a, b), new, old)
@@ -225,15 +237,15 @@ class StepFunctions:
     def _sample(
         self,
         weights: Weights,
-        slots: Slots,
-        rows: Rows,
+        slots: BatchState,
+        rows: DecodeBatch,
         hidden: Float[Array, "n d"],
         want: SamplingFeatures,
     ) -> tuple[Sampled, Int[Array, "n"]]:
         """A token for each row, and what it means."""
         at = rows.slot
         settings = jax.tree.map(lambda x: x[at], slots.settings)
-        before = PenaltyState(slots.said[at], slots.heard[at])
+        before = PenaltyState(slots.output_counts[at], slots.in_prompt[at])
         scores = logits(weights, hidden)
         sampled = sample(scores, settings, rows.position + 1, want, before)
         over = jnp.any(sampled.token[:, None] == jnp.asarray(self.eos, jnp.int32)[None], axis=1)
@@ -242,17 +254,17 @@ class StepFunctions:
         return sampled, jnp.where(sampled.token < 0, FAILED, state)
 
     def _kept(
-        self, slots: Slots, rows: Rows, ticked: StepOutput, flight: TokenState | None
-    ) -> Slots:
+        self, slots: BatchState, rows: DecodeBatch, ticked: StepOutput, flight: TokenState | None
+    ) -> BatchState:
         """The slots after a tick."""
         at, sampled = rows.slot, ticked.sampled
         resting = FLIES if flight is not None else ENTERS
         entered = sampled | (slots.phase[at] == ENTERS)
-        phase = jnp.where(rows.live & entered, resting, slots.phase[at])
+        phase = jnp.where(rows.valid & entered, resting, slots.phase[at])
         phase = jnp.where(sampled & (ticked.state != GOES_ON), IDLE, phase)
         token = jnp.where(sampled, ticked.drawn.token, slots.token[at])
         # Rows that fill the shape all point to the last slot, whose contents mean nothing.
-        said = slots.said.at[at, jnp.maximum(token, 0)].add(sampled.astype(jnp.int16))
+        said = slots.output_counts.at[at, jnp.maximum(token, 0)].add(sampled.astype(jnp.int16))
         new = dataclasses.replace(
             slots,
             phase=slots.phase.at[at].set(phase),
@@ -260,20 +272,25 @@ class StepFunctions:
             position=slots.position.at[at].add(sampled.astype(jnp.int32)),
             left=slots.left.at[at].add(-sampled.astype(jnp.int32)),
             counts=slots.counts.at[at].set(ticked.counts),
-            said=said,
+            output_counts=said,
         )
         if flight is None or slots.flight is None:
             return new
         moved = jax.tree.map(lambda whole, x: whole.at[at].set(x), slots.flight, flight)
         return dataclasses.replace(new, flight=moved)
 
-    def _decoder(self, weights: Weights, held: Held) -> Decoder:
+    def _decoder(self, weights: Weights, held: SequenceBlocks) -> Decoder:
         thresholds = jnp.asarray(self.thresholds, jnp.float32)
         return Decoder(self.geometry, weights, held.tables, thresholds, self.chunk)
 
     def prefill(
-        self, weights: Weights, slots: Slots, cache: Cache, held: Held, piece: "Prompt"
-    ) -> tuple[Slots, Cache, Prefilled]:
+        self,
+        weights: Weights,
+        slots: BatchState,
+        cache: Cache,
+        held: SequenceBlocks,
+        piece: "PrefillInput",
+    ) -> tuple[BatchState, Cache, Prefilled]:
         """Stores a piece of a prompt; with `start` 0 it is the first one of its sequence."""
         at, n = piece.slot, piece.tokens.shape[0]
         first = piece.start == 0
@@ -303,20 +320,20 @@ class StepFunctions:
         return slots, cache, done
 
     def _flat_prefill(
-        self, decoder: Decoder, cache: Cache, rows: PrefillChunk, piece: "Prompt"
+        self, decoder: Decoder, cache: Cache, rows: PrefillChunk, piece: "PrefillInput"
     ) -> Cache:
         """All layers on groups of the piece's tokens: no more groups than there are tokens for."""
         n = piece.tokens.shape[0]
         group = min(self.group, n)
         if group == n:
             return vanilla.prefill(decoder, cache, rows, piece.tokens)
-        rounds = jnp.where(rows.live[0], (piece.number + group - 1) // group, 0)
+        rounds = jnp.where(rows.valid[0], (piece.number + group - 1) // group, 0)
 
         def cut(x: Array, i: Array) -> Array:
             return jax.lax.dynamic_slice_in_dim(jnp.pad(x, (0, -n % group)), i * group, group)
 
         def store(i: Array, cache: Cache) -> Cache:
-            part = PrefillChunk(rows.slot, cut(rows.position, i), cut(rows.live, i))
+            part = PrefillChunk(rows.slot, cut(rows.position, i), cut(rows.valid, i))
             return vanilla.prefill(decoder, cache, part, cut(piece.tokens, i))
 
         return jax.lax.fori_loop(0, rounds, store, cache)
@@ -324,17 +341,17 @@ class StepFunctions:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Step:
+class DecodeInput:
     """The rows of a tick. rows: their slots, distinct but for fillers. want: what any asks for."""
 
     rows: Int[Array, "n"] | np.ndarray
-    live: Bool[Array, "n"] | np.ndarray
+    valid: Bool[Array, "n"] | np.ndarray
     want: SamplingFeatures
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Prompt:
+class PrefillInput:
     """A piece of a prompt: its slot, its first position, and its `number` first `tokens`."""
 
     slot: Int[Array, ""] | np.int32
@@ -344,10 +361,10 @@ class Prompt:
 
 
 @dataclasses.dataclass(frozen=True)
-class Compiled:
+class CompiledFunctions:
     """`Programs.tick`, `Programs.prefill` and `slots.admit`, jitted."""
 
-    tick: "jax.stages.Wrapped"
+    decode_step: "jax.stages.Wrapped"
     prefill: "jax.stages.Wrapped"
     admit: "jax.stages.Wrapped"
 

@@ -16,7 +16,7 @@ import uvicorn
 
 from mor_jax.config.parsing import check, fail
 from mor_jax.inference.engine.engine import Engine
-from mor_jax.inference.server.app import Api
+from mor_jax.inference.server.app import ApiApp
 from mor_jax.inference.server.connection import bounded
 from mor_jax.inference.server.limits import SEND_BUFFER, Limits
 from mor_jax.runtime import exit_codes
@@ -74,7 +74,7 @@ class Server(uvicorn.Server):
     """
 
     def __init__(
-        self, api: Api, engine: Engine, limits: Limits, ready: Callable[[], None] = lambda: None
+        self, api: ApiApp, engine: Engine, limits: Limits, ready: Callable[[], None] = lambda: None
     ) -> None:
         config = uvicorn.Config(
             api.app,

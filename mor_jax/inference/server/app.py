@@ -12,12 +12,12 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from mor_jax.inference.engine.engine import Engine
 from mor_jax.inference.engine.request import Busy, Stopped
 from mor_jax.inference.server.errors import APIError, of_busy, of_stopped
-from mor_jax.inference.server.event_queue import Mailbox
-from mor_jax.inference.server.input_processor import Prepared, Preparer
+from mor_jax.inference.server.event_queue import EventQueues
+from mor_jax.inference.server.input_processor import InputProcessor, ProcessedInput
 from mor_jax.inference.server.limits import Limits
-from mor_jax.inference.server.metrics import Measures
+from mor_jax.inference.server.metrics import ServerMetrics
 from mor_jax.inference.server.middleware import ENDPOINTS, Middleware, Record
-from mor_jax.inference.server.responses import Answer, send_bytes, send_json
+from mor_jax.inference.server.responses import HTTPResponse, send_bytes, send_json
 from mor_jax.inference.server.serving import Generation
 
 Handler = Callable[[Scope, Receive, Send], object]
@@ -31,7 +31,7 @@ _MOST_RETRY = 30.0
 _NEWEST = 0.05
 
 
-class Api:
+class ApiApp:
     """An engine's HTTP endpoints. `app` is the ASGI application.
 
     draining: why no request is taken any more, "" while they are.
@@ -45,14 +45,14 @@ class Api:
         limits = dataclasses.replace(limits, max_choices=most)
         self._engine, self._limits = engine, limits
         self._served = engine.served
-        self._preparer = Preparer(engine.served, engine.max_length, limits)
+        self._preparer = InputProcessor(engine.served, engine.max_length, limits)
         self._threads = ThreadPoolExecutor(_PREPARING_THREADS, "prepare")
-        self._mailbox: Mailbox | None = None
+        self._mailbox: EventQueues | None = None
         self._generations: set[Generation] = set()
         # Of a text in its slot, in seconds: what a client waits for a place depends on it.
         self._usual: float | None = None
         self.draining = ""
-        self.measures = Measures(engine.statistics, self._served.name)
+        self.measures = ServerMetrics(engine.statistics, self._served.name)
         routes = [
             Route("/v1/completions", _Only("POST", self._completions)),
             Route("/v1/chat/completions", _Only("POST", self._chat)),
@@ -88,7 +88,7 @@ class Api:
         await self._generate(scope, receive, send, self._preparer.chat)
 
     async def _generate(
-        self, scope: Scope, receive: Receive, send: Send, prepare: Callable[[bytes], Prepared]
+        self, scope: Scope, receive: Receive, send: Send, prepare: Callable[[bytes], ProcessedInput]
     ) -> None:
         record: Record = scope["state"]["record"]
         body = await scope["state"]["body"].read(scope)
@@ -98,12 +98,12 @@ class Api:
         prepared = await loop.run_in_executor(self._threads, prepare, body)
         del body
         record.prompt_tokens = sum(prepared.prompts)
-        self._mailbox = self._mailbox or Mailbox(loop)
+        self._mailbox = self._mailbox or EventQueues(loop)
         generation = Generation(self._engine, self._mailbox, self._limits, self.measures)
         self._generations.add(generation)
         try:
             self._submit(generation, prepared.after(time.perf_counter() - arrived))
-            answer = Answer(prepared, generation, record.number, self._served.name)
+            answer = HTTPResponse(prepared, generation, record.number, self._served.name)
             await answer.send(receive, send, self._limits.ping)
             for seconds in generation.worked:
                 usual = seconds if self._usual is None else self._usual
@@ -115,7 +115,7 @@ class Api:
             # Of a request that was turned away, the refusal's own code says more.
             record.reason = generation.reason if generation.reason != "refused" else ""
 
-    def _submit(self, generation: Generation, prepared: Prepared) -> None:
+    def _submit(self, generation: Generation, prepared: ProcessedInput) -> None:
         # It may have come to an end while the prompt was read.
         self._check_open()
         try:

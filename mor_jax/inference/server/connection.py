@@ -33,7 +33,7 @@ class Clock(Protocol):
         """Stops it."""
 
 
-class BoundedProtocol(HttpToolsProtocol):
+class LimitedProtocol(HttpToolsProtocol):
     """HTTP/1.1 with time limits. `bounded` makes a class for uvicorn."""
 
     limits = Limits()
@@ -146,9 +146,9 @@ class BoundedProtocol(HttpToolsProtocol):
             self.transport.abort()
 
 
-def bounded(limits: Limits) -> type[BoundedProtocol]:
+def bounded(limits: Limits) -> type[LimitedProtocol]:
     """The protocol with these limits."""
-    return type("Protocol", (BoundedProtocol,), {"limits": limits})
+    return type("Protocol", (LimitedProtocol,), {"limits": limits})
 
 
 class _Begun:

@@ -50,7 +50,7 @@ class EventQueue:
         self._events.clear()
 
 
-class Mailbox:
+class EventQueues:
     """Carries events of all answers; wakes the event loop once for many."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:

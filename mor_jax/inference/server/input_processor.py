@@ -15,7 +15,7 @@ from mor_jax.inference.server import fields, schemas
 from mor_jax.inference.server.errors import APIError, of_value_error, raise_error, require
 from mor_jax.inference.server.limits import Limits
 from mor_jax.inference.server.output_processor import (
-    ChatForm,
+    ChatFormatter,
     CompletionFormatter,
     ResponseFormatter,
 )
@@ -29,7 +29,7 @@ _SHORTEST = 1e-6
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Prepared:
+class ProcessedInput:
     """A request that is ready for the engine.
 
     requests: one for each answer, all answers of a prompt together. echoes: what comes before each
@@ -43,7 +43,7 @@ class Prepared:
     stream: bool
     include_usage: bool
 
-    def after(self, seconds: float) -> "Prepared":
+    def after(self, seconds: float) -> "ProcessedInput":
         """The same, that long after it arrived: its deadlines are as much nearer.
 
         One that has passed stays in the request, just as short as the engine takes, so that it ends
@@ -58,7 +58,7 @@ class Prepared:
         return dataclasses.replace(self, requests=requests)
 
 
-class Preparer:
+class InputProcessor:
     """Knows the model that is served. `completion` and `chat` raise `APIError`."""
 
     def __init__(self, served: LoadedModel, max_length: int, limits: Limits) -> None:
@@ -74,7 +74,7 @@ class Preparer:
         """Whether there is a chat template."""
         return self._template is not None
 
-    def completion(self, body: bytes) -> Prepared:
+    def completion(self, body: bytes) -> ProcessedInput:
         """A request to /v1/completions."""
         asked = schemas.completion(fields.parse_object(body), self._limits)
         self._check_model(asked.options.model)
@@ -96,7 +96,7 @@ class Preparer:
             self._check_tokens(path, tokens)
         return self._prepared(options, form, dict(zip(asked.paths, prompts, strict=True)), echoes)
 
-    def chat(self, body: bytes) -> Prepared:
+    def chat(self, body: bytes) -> ProcessedInput:
         """A request to /v1/chat/completions."""
         asked = schemas.chat(fields.parse_object(body), self._limits)
         self._check_model(asked.options.model)
@@ -109,7 +109,7 @@ class Preparer:
             raise of_value_error(error) from None
         prompt = prompt or (self._served.tokenizer.eos_id,)
         options = asked.options
-        form = ChatForm(self._token_bytes, options.logprobs, options.depths)
+        form = ChatFormatter(self._token_bytes, options.logprobs, options.depths)
         return self._prepared(options, form, {"messages": prompt}, [""])
 
     def _check_model(self, name: str | None) -> None:
@@ -129,18 +129,18 @@ class Preparer:
 
     def _prepared(
         self,
-        options: schemas.Options,
+        options: schemas.CommonFields,
         form: ResponseFormatter,
         prompts: Mapping[str, tuple[int, ...]],
         echoes: Sequence[str],
-    ) -> Prepared:
+    ) -> ProcessedInput:
         """prompts: tokens by what the request calls them."""
         self._check_tokens("stop_token_ids", options.stop_tokens)
         requests = []
         for path, prompt in prompts.items():
             request = self._request(options, form, prompt, path)
             requests += [_numbered(request, k) for k in range(options.n)]
-        return Prepared(
+        return ProcessedInput(
             form=form,
             requests=tuple(requests),
             echoes=tuple(echo for echo in echoes for _ in range(options.n)),
@@ -150,7 +150,11 @@ class Preparer:
         )
 
     def _request(
-        self, options: schemas.Options, form: ResponseFormatter, prompt: tuple[int, ...], path: str
+        self,
+        options: schemas.CommonFields,
+        form: ResponseFormatter,
+        prompt: tuple[int, ...],
+        path: str,
     ) -> Request:
         # Programs that shorten a conversation until it fits look for these words.
         rule = f"This model's maximum context length is {self._max_length} tokens"
@@ -160,7 +164,7 @@ class Preparer:
             raise APIError(400, f"{rule}. Shorten it", param=path, code=code)
         wanted = options.max_tokens
         if wanted is None:
-            wanted = room if isinstance(form, ChatForm) else min(_COMPLETION_TOKENS, room)
+            wanted = room if isinstance(form, ChatFormatter) else min(_COMPLETION_TOKENS, room)
         if wanted > room:
             message = f"{rule}, and {options.limit}={wanted} asks for more than the rest"
             message += f". Ask for at most {room}"

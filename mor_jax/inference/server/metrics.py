@@ -47,7 +47,7 @@ _GAUGES = {
 }
 
 
-class Measures:
+class ServerMetrics:
     """Counters of the server. `text` adds those of the engine as they are at that moment."""
 
     def __init__(self, statistics: Callable[[], Statistics], version: str) -> None:

@@ -13,7 +13,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from mor_jax.inference.server.errors import APIError
 from mor_jax.inference.server.limits import Limits
-from mor_jax.inference.server.metrics import Measures
+from mor_jax.inference.server.metrics import ServerMetrics
 from mor_jax.inference.server.request_body import Body, bearer
 from mor_jax.inference.server.responses import send_refusal
 
@@ -60,7 +60,7 @@ class Middleware:
         self,
         app: ASGIApp,
         limits: Limits,
-        measures: Measures,
+        measures: ServerMetrics,
         keys: Sequence[bytes],
         ends: Callable[[], bool],
     ) -> None:

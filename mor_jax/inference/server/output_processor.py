@@ -126,7 +126,7 @@ class CompletionFormatter(ResponseFormatter):
             return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw)
 
 
-class ChatForm(ResponseFormatter):
+class ChatFormatter(ResponseFormatter):
     """/v1/chat/completions."""
 
     kind = "chat.completion"

@@ -8,7 +8,7 @@ from typing import Any
 from starlette.types import Message, Receive, Send
 
 from mor_jax.inference.server.errors import APIError
-from mor_jax.inference.server.input_processor import Prepared
+from mor_jax.inference.server.input_processor import ProcessedInput
 from mor_jax.inference.server.json_encoding import encode, parts
 from mor_jax.inference.server.output_processor import usage
 from mor_jax.inference.server.serving import Generation, until_gone
@@ -47,10 +47,12 @@ async def send_refusal(send: Send, refusal: APIError) -> None:
     await send_bytes(send, refusal.status, refusal.headers(), refusal.encoded())
 
 
-class Answer:
+class HTTPResponse:
     """Writes the answer to one request. number: makes its id. model: the served one's name."""
 
-    def __init__(self, prepared: Prepared, generation: Generation, number: str, model: str) -> None:
+    def __init__(
+        self, prepared: ProcessedInput, generation: Generation, number: str, model: str
+    ) -> None:
         self._prepared, self._generation = prepared, generation
         self._form = prepared.form
         self._head = {

@@ -48,7 +48,7 @@ _NEUTRAL_IN_CHATS: dict[str, tuple[Any, ...]] = {
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Options:
+class CommonFields:
     """What both endpoints take. max_tokens: None where left out. limit: its name in the request.
     timeout: seconds; None: the server's own. logprobs: alternatives a token; None: none at all.
     depths: each token's too."""
@@ -69,25 +69,25 @@ class Options:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Completion:
+class CompletionRequest:
     """A request to /v1/completions. paths: of each prompt in the request, such as `prompt[1]`.
     echo: the prompt comes before its answer."""
 
-    options: Options
+    options: CommonFields
     prompts: tuple[Prompt, ...]
     paths: tuple[str, ...]
     echo: bool
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Chat:
+class ChatRequest:
     """A request to /v1/chat/completions. messages: role, content (a text), maybe name."""
 
-    options: Options
+    options: CommonFields
     messages: tuple[dict[str, str], ...]
 
 
-def completion(values: dict[str, Any], limits: Limits) -> Completion:
+def completion(values: dict[str, Any], limits: Limits) -> CompletionRequest:
     """Checks the body of a request to /v1/completions. Raises `APIError`."""
     fields = Fields(values)
     logprobs = fields.integer("logprobs", 0, MAX_LOGPROBS)
@@ -105,10 +105,10 @@ def completion(values: dict[str, Any], limits: Limits) -> Completion:
     # One prompt may stand by itself.
     alone = isinstance(given, str) or type(given[0]) is int
     paths = ("prompt",) if alone else tuple(f"prompt[{i}]" for i in range(len(prompts)))
-    return Completion(options=options, prompts=prompts, paths=paths, echo=echo)
+    return CompletionRequest(options=options, prompts=prompts, paths=paths, echo=echo)
 
 
-def chat(values: dict[str, Any], limits: Limits) -> Chat:
+def chat(values: dict[str, Any], limits: Limits) -> ChatRequest:
     """Checks the body of a request to /v1/chat/completions. Raises `APIError`."""
     fields = Fields(values)
     wanted = fields.flag("logprobs")
@@ -121,10 +121,10 @@ def chat(values: dict[str, Any], limits: Limits) -> Chat:
     messages = _messages(fields.take("messages"))
     fields.end()
     _check_choices(1, options.n, limits)
-    return Chat(options=options, messages=messages)
+    return ChatRequest(options=options, messages=messages)
 
 
-def _options(fields: Fields, logprobs: int | None) -> Options:
+def _options(fields: Fields, logprobs: int | None) -> CommonFields:
     for name in _HARMLESS:
         fields.take(name)
     for name, values in _NEUTRAL.items():
@@ -142,7 +142,7 @@ def _options(fields: Fields, logprobs: int | None) -> Options:
     timeout = fields.number("timeout", 0.0) if fields.take("timeout") is not None else None
     ok = timeout is None or timeout > 0
     require(ok, "timeout", timeout, "must be greater than 0, in seconds", "Leave it out")
-    return Options(
+    return CommonFields(
         model=fields.text("model"),
         n=fields.integer("n", 1, 2**16) or 1,
         stream=stream,

@@ -8,9 +8,9 @@ from typing import Any
 from mor_jax.inference.engine.engine import Engine, Handle
 from mor_jax.inference.engine.request import Finished, Request
 from mor_jax.inference.server.errors import APIError, of_value_error
-from mor_jax.inference.server.event_queue import EventQueue, Mailbox, Timed
+from mor_jax.inference.server.event_queue import EventQueue, EventQueues, Timed
 from mor_jax.inference.server.limits import Limits
-from mor_jax.inference.server.metrics import Measures
+from mor_jax.inference.server.metrics import ServerMetrics
 from mor_jax.inference.server.output_processor import Choice
 
 # Characters of an error of the engine's that a client is shown.
@@ -26,7 +26,9 @@ class Generation:
     reason: why the first answer ended, or what ended all.
     """
 
-    def __init__(self, engine: Engine, mailbox: Mailbox, limits: Limits, measures: Measures):
+    def __init__(
+        self, engine: Engine, mailbox: EventQueues, limits: Limits, measures: ServerMetrics
+    ):
         self._engine, self._mailbox, self._limits = engine, mailbox, limits
         self._measures = measures
         self._woken = asyncio.Event()

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from mor_jax.models.layers.masks import AttentionMask, visible_keys
-from mor_jax.models.layers.remat import keep
+from mor_jax.models.layers.remat import save_output
 from mor_jax.types import Array, Bool, Float
 
 HIDDEN = -1e30
@@ -54,9 +54,9 @@ def _forward(q: Array, k: Array, v: Array, visible: AttentionMask) -> tuple[Arra
         out = _dot("bgwn,bgnk->bgwk", weights.astype(v.dtype), v[:, :, keys])
         outs.append((out / total).astype(q.dtype))
         sums.append((top + jnp.log(total))[..., 0])
-    out = keep(_from_rows(jnp.concatenate(outs, axis=2), q.shape[2]))
-    sums = keep(jnp.concatenate(sums, axis=2))
-    return out, (keep(q_rows), keep(k), keep(v), visible, out, sums)
+    out = save_output(_from_rows(jnp.concatenate(outs, axis=2), q.shape[2]))
+    sums = save_output(jnp.concatenate(sums, axis=2))
+    return out, (save_output(q_rows), save_output(k), save_output(v), visible, out, sums)
 
 
 def _backward(saved: tuple, d_out: Array) -> tuple[Array, Array, Array, None]:

@@ -12,7 +12,7 @@ from mor_jax.config.parsing import check
 from mor_jax.distributed.mesh import platform
 from mor_jax.models.attention_kernels.blockwise import blockwise_attention
 from mor_jax.models.attention_kernels.cudnn import cudnn_attention, cudnn_obstacle
-from mor_jax.models.layers.masks import AttentionMask, check_visibility, dense_mask
+from mor_jax.models.layers.masks import AttentionMask, check_mask, dense_mask
 from mor_jax.types import Array, Float
 
 PATH = "model.attention"
@@ -38,7 +38,7 @@ def attend(
     Raises:
         ValueError: `visible` does not fit, or `implementation` cannot serve these arrays here.
     """
-    check_visibility(visible, q.shape[1], k.shape[1])
+    check_mask(visible, q.shape[1], k.shape[1])
     chosen = implementation
     if chosen == "auto":
         chosen = best_implementation(q, platform())

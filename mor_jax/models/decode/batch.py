@@ -10,7 +10,7 @@ from mor_jax.config import ModelConfig
 from mor_jax.models.decode.attention import Extent, Queue, Softmax, by_list, by_queue
 from mor_jax.models.decode.decoder import Decoder
 from mor_jax.models.decode.layer import Layer, apply
-from mor_jax.models.decode.paged_cache import Cache, KVCacheSpec, Pages, Place, write
+from mor_jax.models.decode.paged_cache import Cache, CacheSlots, KVCacheSpec, Pages, write
 from mor_jax.models.layers.rope import Rotary
 from mor_jax.types import Array, Bool, Float, Int
 
@@ -25,13 +25,13 @@ _ALWAYS = 127
 class AttentionAccess:
     """How rows use the pages of a pool's layers. place: where theirs go. see: what they read."""
 
-    place: Place
+    place: CacheSlots
     see: Callable[[Float[Array, "n g j k"], Pages], Softmax]
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Rows:
+class DecodeBatch:
     """n rows of different sequences. live: False marks rows that only fill the shape.
 
     slot: whose tables they use. position: in their sequence, from 0.
@@ -39,7 +39,7 @@ class Rows:
 
     slot: Int[Array, "n"]
     position: Int[Array, "n"]
-    live: Bool[Array, "n"]
+    valid: Bool[Array, "n"]
 
 
 @jax.tree_util.register_dataclass
@@ -49,7 +49,7 @@ class PrefillChunk:
 
     slot: Int[Array, ""]
     position: Int[Array, "n"]
-    live: Bool[Array, "n"]
+    valid: Bool[Array, "n"]
 
 
 def run_layers(
@@ -74,18 +74,18 @@ def run_layers(
 
 
 def all_tokens(
-    geometry: KVCacheSpec, lists: Lists, rows: Rows | PrefillChunk, chunk: int
+    geometry: KVCacheSpec, lists: Lists, rows: DecodeBatch | PrefillChunk, chunk: int
 ) -> AttentionAccess:
     """For a list that every token is in, where its index is its position."""
-    see = _reader(geometry, lists, jnp.where(rows.live, rows.position + 1, 0), chunk)
-    place = _place(geometry, lists, rows.position, rows.live)
+    see = _reader(geometry, lists, jnp.where(rows.valid, rows.position + 1, 0), chunk)
+    place = _place(geometry, lists, rows.position, rows.valid)
     return AttentionAccess(place, lambda q, pages: see(Softmax.empty(q), q, pages))
 
 
 def block(
     decoder: Decoder,
     cache: Cache,
-    rows: Rows | PrefillChunk,
+    rows: DecodeBatch | PrefillChunk,
     x: Float[Array, "n d"],
     at: tuple[Rotary, Int[Array, "n"] | Int[Array, ""]],
     counts: Int[Array, "n"],
@@ -99,17 +99,17 @@ def block(
     first, chunk, reach = tables[..., 0, :], decoder.chunk, cache.reach
     if geometry.cfg.kv_mode == "shared":
         look = all_tokens(geometry, first, rows, chunk)
-        writes = rows.live & (recursion == 0)
+        writes = rows.valid & (recursion == 0)
         look = dataclasses.replace(look, place=_place(geometry, first, rows.position, writes))
     elif geometry.updates:
-        whole = _place(geometry, first, rows.position, rows.live)
+        whole = _place(geometry, first, rows.position, rows.valid)
         entered = jnp.broadcast_to(recursion, whole.page.shape).astype(jnp.int8)
         reach = reach.at[whole.page, whole.offset].set(entered, mode="drop")
         look = _updated(decoder, reach, rows, recursion, counts)
     else:
         own = _own(tables, recursion)
-        see = _reader(geometry, own, jnp.where(rows.live, counts + 1, 0), chunk)
-        place = _place(geometry, own, counts, rows.live)
+        see = _reader(geometry, own, jnp.where(rows.valid, counts + 1, 0), chunk)
+        place = _place(geometry, own, counts, rows.valid)
         look = AttentionAccess(place, lambda q, pages: see(Softmax.empty(q), q, pages))
     x, pages = run_layers(geometry.cfg, decoder.weights.block, cache.block, x, at, look)
     return x, dataclasses.replace(cache, block=pages, reach=reach)
@@ -118,7 +118,7 @@ def block(
 def _updated(
     decoder: Decoder,
     reach: Int[Array, "p t"],
-    rows: Rows | PrefillChunk,
+    rows: DecodeBatch | PrefillChunk,
     recursion: Int[Array, "n"] | Int[Array, ""],
     counts: Int[Array, "n"],
 ) -> AttentionAccess:
@@ -130,11 +130,11 @@ def _updated(
     tables = decoder.tables.block[rows.slot]
     own = _own(tables, recursion)
     limit = jnp.where(recursion == 0, _ALWAYS, recursion - 1)
-    before = jnp.where(rows.live, rows.position + 1, 0)
-    later = jnp.where(rows.live & (recursion > 0), counts + 1, 0)
+    before = jnp.where(rows.valid, rows.position + 1, 0)
+    later = jnp.where(rows.valid & (recursion > 0), counts + 1, 0)
     kept = _reader(geometry, tables[..., 0, :], before, chunk, (reach, limit))
     fresh = _reader(geometry, own, later, chunk)
-    place = _place(geometry, own, counts, rows.live)
+    place = _place(geometry, own, counts, rows.valid)
     return AttentionAccess(
         place, lambda q, pages: fresh(kept(Softmax.empty(q), q, pages), q, pages)
     )
@@ -159,10 +159,10 @@ def _reader(
     return lambda before, q, pages: by_queue(before, q, pages, queue, reach)
 
 
-def _place(geometry: KVCacheSpec, lists: Lists, index: Int[Array, "n"], do: Array) -> Place:
+def _place(geometry: KVCacheSpec, lists: Lists, index: Int[Array, "n"], do: Array) -> CacheSlots:
     """Entry `index` of each row's list, for the rows where `do`."""
     each = jnp.broadcast_to(jnp.atleast_2d(lists), (index.shape[0], lists.shape[-1]))
-    return Place.of(each, index, geometry.size, do)
+    return CacheSlots.of(each, index, geometry.size, do)
 
 
 def _own(tables: Array, recursion: Int[Array, "n"] | Int[Array, ""]) -> Lists:

@@ -17,7 +17,7 @@ from mor_jax.types import Array, Bool, Float, Int, Params
 class RoutingDecision:
     """What the routers say of n rows before a recursion. goes: they enter it. gate: their score."""
 
-    goes: Bool[Array, "n"]
+    selected: Bool[Array, "n"]
     gate: Float[Array, "n"]
 
 

@@ -128,21 +128,25 @@ class KVCacheSpec:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Place:
+class CacheSlots:
     """Where rows are written: page and place in it; a page past the last one writes nothing."""
 
     page: Int[Array, "n"]
     offset: Int[Array, "n"]
 
     @classmethod
-    def of(cls, lists: Int[Array, "n m"], index: Int[Array, "n"], size: int, do: Array) -> "Place":
+    def of(
+        cls, lists: Int[Array, "n m"], index: Int[Array, "n"], size: int, do: Array
+    ) -> "CacheSlots":
         """Entry `index` of each row's list, for the rows where `do`."""
         at = jnp.clip(index // size, 0, lists.shape[1] - 1)
         page = jnp.take_along_axis(lists, at[:, None], axis=1)[:, 0]
         return cls(jnp.where(do, page, jnp.iinfo(jnp.int32).max), index % size)
 
 
-def write(pages: Pages, place: Place, k: Float[Array, "n g k"], v: Float[Array, "n g k"]) -> Pages:
+def write(
+    pages: Pages, place: CacheSlots, k: Float[Array, "n g k"], v: Float[Array, "n g k"]
+) -> Pages:
     """Puts keys and values of n rows into their places, which are distinct."""
     return Pages(
         pages.k.at[place.page, :, :, place.offset].set(k, mode="drop"),

@@ -12,10 +12,10 @@ import jax.numpy as jnp
 from mor_jax.config import ModelConfig
 from mor_jax.models.decode import causal_routing
 from mor_jax.models.decode.attention import Queue, Softmax, by_queue
-from mor_jax.models.decode.batch import Rows, block
+from mor_jax.models.decode.batch import DecodeBatch, block
 from mor_jax.models.decode.decoder import Decoder
 from mor_jax.models.decode.layer import apply, norm, rotary_tables
-from mor_jax.models.decode.paged_cache import Cache, Place, write
+from mor_jax.models.decode.paged_cache import Cache, CacheSlots, write
 from mor_jax.models.layers.token_gather import where_rows
 from mor_jax.types import Array, Bool, Float, Int
 
@@ -50,22 +50,22 @@ class TokenState:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Entry:
+class KVEntry:
     """Keys and values of n tokens in one layer, not stored yet."""
 
     k: Float[Array, "n g k"]
     v: Float[Array, "n g k"]
 
     @classmethod
-    def empty(cls, cfg: ModelConfig, n: int) -> "Entry":
+    def empty(cls, cfg: ModelConfig, n: int) -> "KVEntry":
         """Of n tokens, all zero."""
         zeros = jnp.zeros((n, cfg.num_kv_heads, cfg.head_dim), jnp.dtype(cfg.dtype))
         return cls(zeros, zeros)
 
 
 def enter(
-    decoder: Decoder, cache: Cache, rows: Rows, token: Int[Array, "n"]
-) -> tuple[TokenState, Entry]:
+    decoder: Decoder, cache: Cache, rows: DecodeBatch, token: Int[Array, "n"]
+) -> tuple[TokenState, KVEntry]:
     """New tokens: embedding, first layer, and the routers' first word."""
     cfg, weights = decoder.cfg, decoder.weights
     x, entry = _end(decoder, cache, rows, weights.embed[token], 0)
@@ -78,7 +78,7 @@ def enter(
         flight = dataclasses.replace(empty, x=x, origin=x, gate=gate, last=last, taken=everyone)
         return flight, entry
     verdict = causal_routing.expert(cfg, router, decoder.thresholds, x, empty.recursion)
-    return dataclasses.replace(empty, x=x, gate=verdict.gate, taken=verdict.goes), entry
+    return dataclasses.replace(empty, x=x, gate=verdict.gate, taken=verdict.selected), entry
 
 
 def needs_block(
@@ -99,39 +99,39 @@ def writes_list(
 
 
 def advance(
-    decoder: Decoder, cache: Cache, rows: Rows, flight: TokenState, counts: Int[Array, "n"]
+    decoder: Decoder, cache: Cache, rows: DecodeBatch, flight: TokenState, counts: Int[Array, "n"]
 ) -> tuple[TokenState, Bool[Array, "n"], Cache]:
     """Every token once through the block; also which of them leave now, with their final `x`.
 
     counts: entries of the list that each row writes to. Rows that are not live stay as they are.
     """
     cfg = decoder.cfg
-    runs = rows.live & needs_block(cfg, flight.taken, flight.recursion)
-    does = dataclasses.replace(rows, live=runs)
+    runs = rows.valid & needs_block(cfg, flight.taken, flight.recursion)
+    does = dataclasses.replace(rows, valid=runs)
     at = (rotary_tables(cfg, rows.position), flight.recursion)
     y, cache = block(decoder, cache, does, flight.x, at, counts)
     step = _token_step if cfg.router.kind == "token" else _expert_step
     after, leaves = step(decoder, flight, y)
-    live = rows.live
+    live = rows.valid
     merged = jax.tree.map(lambda new, old: where_rows(live, new, old), after, flight)
     return merged, leaves & live, cache
 
 
 def leave(
-    decoder: Decoder, cache: Cache, rows: Rows, x: Float[Array, "n d"]
-) -> tuple[Float[Array, "n d"], Entry]:
+    decoder: Decoder, cache: Cache, rows: DecodeBatch, x: Float[Array, "n d"]
+) -> tuple[Float[Array, "n d"], KVEntry]:
     """Last layer and final norm of tokens that left the block."""
     x, entry = _end(decoder, cache, rows, x, 1)
     return norm(decoder.cfg, x, decoder.weights.norm, 0), entry
 
 
-def store(decoder: Decoder, cache: Cache, rows: Rows, entry: Entry, which: int) -> Cache:
+def store(decoder: Decoder, cache: Cache, rows: DecodeBatch, entry: KVEntry, which: int) -> Cache:
     """The cache with the rows' entries of the first (0) or the last (1) layer."""
     geometry = decoder.geometry
     if not geometry.end_layers:
         return cache
     lists = decoder.tables.ends[rows.slot]
-    place = Place.of(lists, rows.position, geometry.size, rows.live)
+    place = CacheSlots.of(lists, rows.position, geometry.size, rows.valid)
     ends = list(cache.ends)
     ends[which] = write(ends[which], place, entry.k, entry.v)
     return dataclasses.replace(cache, ends=tuple(ends))
@@ -142,11 +142,11 @@ def _expert_step(
 ) -> tuple[TokenState, Bool[Array, "n"]]:
     """x + gate * block(x), then the next recursion's router."""
     cfg = decoder.cfg
-    x = jnp.where(flight.taken[:, None], flight.x + weigh(cfg, flight.gate, y), flight.x)
+    x = jnp.where(flight.taken[:, None], flight.x + weighted_output(cfg, flight.gate, y), flight.x)
     following = flight.recursion + 1
     asked = jnp.minimum(following, cfg.num_recursions - 1)
     verdict = causal_routing.expert(cfg, decoder.weights.router or {}, decoder.thresholds, x, asked)
-    goes = flight.taken & (following < cfg.num_recursions) & verdict.goes
+    goes = flight.taken & (following < cfg.num_recursions) & verdict.selected
     depth = flight.depth + flight.taken
     after = dataclasses.replace(
         flight, x=x, gate=verdict.gate, recursion=following, taken=goes, depth=depth
@@ -160,7 +160,7 @@ def _token_step(
     """block(x) until the token's own depth, where it leaves as origin + weight * block(x)."""
     assert flight.origin is not None
     leaves = flight.recursion >= flight.last
-    final = flight.origin + weigh(decoder.cfg, flight.gate, y)
+    final = flight.origin + weighted_output(decoder.cfg, flight.gate, y)
     x = jnp.where(leaves[:, None], final, y)
     following = flight.recursion + 1
     depth = flight.depth + 1
@@ -168,27 +168,29 @@ def _token_step(
     return after, leaves
 
 
-def weigh(cfg: ModelConfig, gate: Float[Array, "n"], y: Float[Array, "n d"]) -> Float[Array, "n d"]:
+def weighted_output(
+    cfg: ModelConfig, gate: Float[Array, "n"], y: Float[Array, "n d"]
+) -> Float[Array, "n d"]:
     """The block's output as it is added: multiplied by the score under `weighted` gating."""
     return gate[:, None].astype(y.dtype) * y if cfg.router.gating == "weighted" else y
 
 
 def _end(
-    decoder: Decoder, cache: Cache, rows: Rows, x: Float[Array, "n d"], which: int
-) -> tuple[Float[Array, "n d"], Entry]:
+    decoder: Decoder, cache: Cache, rows: DecodeBatch, x: Float[Array, "n d"], which: int
+) -> tuple[Float[Array, "n d"], KVEntry]:
     """The first (0) or the last (1) layer, where the model has them.
 
     The cache is only read: a branch of a program that wrote to it would have to copy it.
     """
     geometry, cfg = decoder.geometry, decoder.cfg
-    entries = [Entry.empty(cfg, x.shape[0])]
+    entries = [KVEntry.empty(cfg, x.shape[0])]
     if not geometry.end_layers:
         return x, entries[-1]
-    before = jnp.where(rows.live, rows.position, 0)
+    before = jnp.where(rows.valid, rows.position, 0)
     queue = Queue.of(decoder.tables.ends[rows.slot], before, geometry.size, decoder.chunk)
 
     def mix(q: Array, k: Array, v: Array) -> Array:
-        entries.append(Entry(k, v))
+        entries.append(KVEntry(k, v))
         seen = by_queue(Softmax.own(q, k, v), q, cache.ends[which], queue)
         return seen.result(x.dtype)
 

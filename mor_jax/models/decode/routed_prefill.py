@@ -15,7 +15,7 @@ from mor_jax.models.decode.batch import PrefillChunk, all_tokens, block, run_lay
 from mor_jax.models.decode.decoder import Decoder
 from mor_jax.models.decode.layer import project, rotary_tables
 from mor_jax.models.decode.paged_cache import Cache, write
-from mor_jax.models.decode.routed_decode import needs_block, weigh, writes_list
+from mor_jax.models.decode.routed_decode import needs_block, weighted_output, writes_list
 from mor_jax.models.layers.rope import Rotary
 from mor_jax.types import Array, Bool, Float, Int
 
@@ -69,7 +69,7 @@ def prefill(
         x, first = run_layers(cfg, weights.ends[:1], cache.ends[:1], x, (tables, 0), look)
         cache = dataclasses.replace(cache, ends=first + cache.ends[1:])
     depth = jnp.zeros(x.shape[0], jnp.int32)
-    start = _Carry(cache, x, piece.live, Stored(jnp.array(True), counts, counts, depth))
+    start = _Carry(cache, x, piece.valid, Stored(jnp.array(True), counts, counts, depth))
     choice = None
     if cfg.router.kind == "token":
         choice = causal_routing.token(cfg, weights.router or {}, x)
@@ -81,7 +81,7 @@ def prefill(
     done = jax.lax.fori_loop(0, cfg.num_recursions, recursion, start)
     cache, stored, x_out = done.cache, done.stored, done.x
     if choice is not None:
-        x_out = x + weigh(cfg, choice[1], x_out)
+        x_out = x + weighted_output(cfg, choice[1], x_out)
     if look is not None:
         _, k, v = project(cfg, weights.ends[1], x_out, tables, 0)
         cache = dataclasses.replace(
@@ -105,10 +105,10 @@ def _recursion(
         verdict = causal_routing.expert(
             cfg, decoder.weights.router or {}, decoder.thresholds, carry.x, r
         )
-        taken, gate = carry.active & verdict.goes, verdict.gate
+        taken, gate = carry.active & verdict.selected, verdict.gate
     else:
         taken, gate = carry.active & (last >= r), None
-    runs = piece.live & needs_block(cfg, taken, r)
+    runs = piece.valid & needs_block(cfg, taken, r)
     number = jnp.sum(runs, dtype=jnp.int32)
     old = carry.stored
     which = decoder.geometry.list_of(r)
@@ -119,7 +119,7 @@ def _recursion(
     order = jnp.argsort(~runs, stable=True).astype(jnp.int32)
     y, cache = _groups(decoder, piece, (r, number, group, order), tables, carry)
     if gate is not None:
-        y = carry.x + weigh(cfg, gate, y)
+        y = carry.x + weighted_output(cfg, gate, y)
     goes = taken & fits
     depth = old.depth + goes
     stored = Stored(fits, old.counts.at[which].add(adds), wanted, depth)

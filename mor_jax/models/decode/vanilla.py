@@ -5,14 +5,20 @@ from collections.abc import Callable
 from typing import Literal, NamedTuple
 
 from mor_jax.config import ModelConfig
-from mor_jax.models.decode.batch import AttentionAccess, PrefillChunk, Rows, all_tokens, run_layers
+from mor_jax.models.decode.batch import (
+    AttentionAccess,
+    DecodeBatch,
+    PrefillChunk,
+    all_tokens,
+    run_layers,
+)
 from mor_jax.models.decode.decoder import Decoder
 from mor_jax.models.decode.layer import apply, norm, project, rotary_tables
 from mor_jax.models.decode.paged_cache import Cache, Pages, write
 from mor_jax.types import Array, Float, Int
 
 
-class Step(NamedTuple):
+class LayerStep(NamedTuple):
     """One effective layer: its pool, its number there, the recursion, and its list's number."""
 
     pool: Literal["ends", "block"]
@@ -21,18 +27,18 @@ class Step(NamedTuple):
     list: int = 0
 
 
-def steps(cfg: ModelConfig) -> list[Step]:
+def steps(cfg: ModelConfig) -> list[LayerStep]:
     """Effective layers in the order in which they run."""
     size, nr = cfg.shared_layers, cfg.num_recursions
     pairs = [(s, r) for r in range(nr) for s in range(size)]
     if cfg.is_sequence:
         pairs = [(s, r) for s in range(size) for r in range(nr)]
-    middle = [Step("block", s, r, 0 if cfg.kv_mode == "shared" else r) for s, r in pairs]
-    return [Step("ends", 0), *middle, Step("ends", 1)] if cfg.is_middle else middle
+    middle = [LayerStep("block", s, r, 0 if cfg.kv_mode == "shared" else r) for s, r in pairs]
+    return [LayerStep("ends", 0), *middle, LayerStep("ends", 1)] if cfg.is_middle else middle
 
 
 def decode(
-    decoder: Decoder, cache: Cache, rows: Rows, token: Int[Array, "n"]
+    decoder: Decoder, cache: Cache, rows: DecodeBatch, token: Int[Array, "n"]
 ) -> tuple[Float[Array, "n d"], Cache]:
     """Hidden states, after the final norm, of one token of each of n sequences."""
     x, cache = _run(decoder, cache, rows, token)
@@ -44,7 +50,9 @@ def prefill(decoder: Decoder, cache: Cache, piece: PrefillChunk, token: Int[Arra
     return _run(decoder, cache, piece, token, predicts=False)[1]
 
 
-def _looks(decoder: Decoder, rows: Rows | PrefillChunk) -> Callable[[Step], AttentionAccess]:
+def _looks(
+    decoder: Decoder, rows: DecodeBatch | PrefillChunk
+) -> Callable[[LayerStep], AttentionAccess]:
     geometry, tables, chunk = decoder.geometry, decoder.tables, decoder.chunk
     ends, block = tables.ends[rows.slot], tables.block[rows.slot]
     made = [
@@ -52,7 +60,7 @@ def _looks(decoder: Decoder, rows: Rows | PrefillChunk) -> Callable[[Step], Atte
     ]
     at_ends = all_tokens(geometry, ends, rows, chunk) if geometry.end_layers else None
 
-    def of(step: Step) -> AttentionAccess:
+    def of(step: LayerStep) -> AttentionAccess:
         return at_ends if step.pool == "ends" else made[step.list]
 
     return of
@@ -61,7 +69,7 @@ def _looks(decoder: Decoder, rows: Rows | PrefillChunk) -> Callable[[Step], Atte
 def _run(
     decoder: Decoder,
     cache: Cache,
-    rows: Rows | PrefillChunk,
+    rows: DecodeBatch | PrefillChunk,
     token: Int[Array, "n"],
     *,
     predicts: bool = True,

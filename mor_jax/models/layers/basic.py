@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from mor_jax.config import ModelConfig
-from mor_jax.models.layers.remat import keep_wide
+from mor_jax.models.layers.remat import save_wide_output
 from mor_jax.types import Array, Float, Int
 
 Axes = tuple[tuple[str, int], ...]
@@ -95,8 +95,8 @@ def gated_mlp(
 
 
 def _mlp_fwd(x: Array, gate: Array, up: Array, down: Array) -> tuple[Array, tuple[Array, ...]]:
-    g = keep_wide(jnp.einsum("bld,df->blf", x, gate))
-    u = keep_wide(jnp.einsum("bld,df->blf", x, up))
+    g = save_wide_output(jnp.einsum("bld,df->blf", x, gate))
+    u = save_wide_output(jnp.einsum("bld,df->blf", x, up))
     y = jnp.einsum("blf,fd->bld", jax.nn.silu(g) * u, down)
     return y, (x, g, u, gate, up, down)
 

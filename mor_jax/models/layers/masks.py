@@ -35,7 +35,7 @@ class AttentionMask:
         return self.q_index is None and self.q_segments is None
 
 
-def check_visibility(visible: AttentionMask, queries: int, keys: int) -> None:
+def check_mask(visible: AttentionMask, queries: int, keys: int) -> None:
     """Raises `ValueError` unless `visible` can describe `queries` (c) against `keys` (n)."""
     if (visible.q_segments is None) != (visible.k_segments is None):
         missing = "q_segments" if visible.q_segments is None else "k_segments"

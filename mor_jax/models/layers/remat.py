@@ -20,12 +20,12 @@ KEPT, WIDE, INPUT = "kept", "wide", "input"
 _POLICIES = jax.checkpoint_policies
 
 
-def keep(x: Array) -> Array:
+def save_output(x: Array) -> Array:
     """Marks a result as worth keeping. It has an effect inside `remat` only."""
     return checkpoint_name(x, KEPT)
 
 
-def keep_wide(x: Array) -> Array:
+def save_wide_output(x: Array) -> Array:
     """Marks one of the two widest results, the MLP's, which "block" computes again."""
     return checkpoint_name(x, WIDE)
 

@@ -32,7 +32,7 @@ class Route:
 
     mode: `topk` is the training rule, which looks at the whole row; `causal` decides each token
         from its own score, so that no later token can change it (evaluation, generation).
-    counts: tokens kept at each recursion, for `topk`; None: `capacity_counts` of the row length.
+    counts: tokens kept at each recursion, for `topk`; None: `capacity_tokens` of the row length.
     step: optimiser step, counted from 1, for token-choice's balancing warm-up; None: it is over.
     thresholds: logit that a token must reach at each recursion, for expert-choice under `causal`;
         None: 0, the point where a router trained by cross-entropy says one half.
@@ -55,7 +55,7 @@ def check_route(route: Route, recursions: int) -> None:
             check(len(value) == recursions, f"route.{name}", value, rule, "Or leave it None")
 
 
-def capacity_counts(cfg: ModelConfig, length: int, step: int | None = None) -> tuple[int, ...]:
+def capacity_tokens(cfg: ModelConfig, length: int, step: int | None = None) -> tuple[int, ...]:
     """Tokens that each recursion has room for in a row of `length`: static numbers.
 
     Expert-choice: k_r = max(1, int(c_r * length)), non-increasing. During capacity warm-up
@@ -72,7 +72,7 @@ def capacity_counts(cfg: ModelConfig, length: int, step: int | None = None) -> t
 def _exact_counts(cfg: ModelConfig, length: int, step: int | None) -> tuple[int, ...]:
     router, nr = cfg.router, cfg.num_recursions
     if router.kind == "expert":
-        shares = warm_shares(router, nr, step)
+        shares = warmup_capacity(router, nr, step)
         return tuple(max(1, int(share * length)) for share in shares)
     if router.kind == "token" and router.capacity_factor is not None:
         rooms = (router.capacity_factor * (nr - r) / nr * length for r in range(nr))
@@ -92,7 +92,7 @@ def kernel_multiple(platform: str, length: int) -> int:
     return min(TILE, 1 << max(length // 16, 1).bit_length() - 1)
 
 
-def warm_shares(router: RouterConfig, recursions: int, step: int | None) -> tuple[float, ...]:
+def warmup_capacity(router: RouterConfig, recursions: int, step: int | None) -> tuple[float, ...]:
     """Capacities at `step` of the warm-up, quantised to its levels; final ones for None."""
     shares, warmup = router.shares(recursions), router.capacity_warmup_steps
     if step is None or warmup == 0 or step >= warmup:

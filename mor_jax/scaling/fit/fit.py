@@ -12,7 +12,7 @@ from etils import epath
 from mor_jax.config.parsing import check
 from mor_jax.files import write_atomic
 from mor_jax.scaling.fit.minima import Best, Gap, Minimum, best_of, gaps, minimum
-from mor_jax.scaling.fit.parabola import Group, Parabola, Refusal, groups, parabola
+from mor_jax.scaling.fit.parabola import FitRefused, Group, Parabola, groups, parabola
 from mor_jax.scaling.fit.parametric import LossLaw, loss_law
 from mor_jax.scaling.fit.power_law import (
     Noise,
@@ -68,7 +68,7 @@ class View:
     noise: Noise
     groups: tuple[Group, ...]
     minima: tuple[Minimum, ...]
-    refused: tuple[Refusal, ...]
+    refused: tuple[FitRefused, ...]
     laws: tuple[PowerLaw, ...]
     differences: tuple[SlopeDifference, ...]
     best: tuple[Best, ...]
@@ -120,7 +120,7 @@ def fit(points: Sequence[Point], options: FitOptions | None = None) -> Fit:
     check(baseline in names, "fit.baseline", baseline, rule, "Name one of them")
     ordered = sorted(points, key=lambda point: point.architecture != baseline)
     routed = any(point.loss_topk is not None for point in points)
-    laws: dict[tuple[Group, ...], LossLaw | Refusal] = {}
+    laws: dict[tuple[Group, ...], LossLaw | FitRefused] = {}
     views = tuple(
         _view(ordered, (routing, kind), baseline, options, laws)
         for routing in (("causal", "topk") if routed else ("causal",))
@@ -141,13 +141,13 @@ def _view(
     of: tuple[Routing, Kind],
     baseline: str,
     options: FitOptions,
-    known_laws: dict[tuple[Group, ...], LossLaw | Refusal],
+    known_laws: dict[tuple[Group, ...], LossLaw | FitRefused],
 ) -> View:
     routing, kind = of
     found = groups(points, routing, kind)
     tried = [parabola(group) for group in found]
     good = [one for one in tried if isinstance(one, Parabola)]
-    refused = [one for one in tried if isinstance(one, Refusal)]
+    refused = [one for one in tried if isinstance(one, FitRefused)]
     known = noise(found, good)
     rng = np.random.default_rng(options.seed)
     scale = deviations(known, options.resamples, rng)
@@ -171,7 +171,7 @@ def _view(
         noise=known,
         groups=tuple(found),
         minima=tuple(minimum(one, drawn, options.confidence) for one, drawn in pairs),
-        refused=(*refused, *(law for law in parametric if isinstance(law, Refusal))),
+        refused=(*refused, *(law for law in parametric if isinstance(law, FitRefused))),
         laws=tuple(laws),
         differences=differences(laws, slopes, options.confidence),
         best=best,
@@ -180,17 +180,17 @@ def _view(
     )
 
 
-def _no_law(name: str, minima: int, own: Sequence[Group]) -> Refusal:
+def _no_law(name: str, minima: int, own: Sequence[Group]) -> FitRefused:
     reason = f"it has minima at {minima} of its {len(own)} budgets and takes 2"
     fix = "Add the sizes named at its budgets" if len(own) > 1 else "Run a second budget"
-    return Refusal(architecture=name, budget=None, what="power law", reason=reason, fix=fix)
+    return FitRefused(architecture=name, budget=None, what="power law", reason=reason, fix=fix)
 
 
 def _parametric(
     found: Sequence[Group],
     options: FitOptions,
-    known: dict[tuple[Group, ...], LossLaw | Refusal],
-) -> list[LossLaw | Refusal]:
+    known: dict[tuple[Group, ...], LossLaw | FitRefused],
+) -> list[LossLaw | FitRefused]:
     laws = []
     for name in dict.fromkeys(group.architecture for group in found):
         own = tuple(group for group in found if group.architecture == name)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from mor_jax.scaling.fit.parabola import Group, Parabola
-from mor_jax.scaling.fit.power_law import Draws, Interval, interval, powers
+from mor_jax.scaling.fit.power_law import BootstrapDraws, Interval, interval, powers
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -65,7 +65,7 @@ class Gap:
     runs_interval: Interval | None
 
 
-def minimum(one: Parabola, drawn: Draws | None, confidence: float) -> Minimum:
+def minimum(one: Parabola, drawn: BootstrapDraws | None, confidence: float) -> Minimum:
     """Lowest point of a parabola, with intervals from its draws."""
     group, lowest = one.group, one.lowest
     ends = (drawn.log_parameters, drawn.log_tokens, drawn.loss) if drawn else (None,) * 3
@@ -108,7 +108,7 @@ def best_of(group: Group) -> Best:
 
 def gaps(
     best: Sequence[Best],
-    pairs: Sequence[tuple[Parabola, Draws | None]],
+    pairs: Sequence[tuple[Parabola, BootstrapDraws | None]],
     baseline: str,
     drawing: tuple[np.ndarray | None, np.random.Generator, float],
 ) -> tuple[Gap, ...]:

@@ -70,7 +70,7 @@ class Group:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Refusal:
+class FitRefused:
     """A fit that was not made. budget: None where it is the architecture's as a whole."""
 
     architecture: str
@@ -157,7 +157,7 @@ def _cell(runs: Sequence[Point], routing: str, kind: str) -> Cell:
     )
 
 
-def parabola(group: Group) -> Parabola | Refusal:
+def parabola(group: Group) -> Parabola | FitRefused:
     """Fits one group, or says why that cannot be trusted and which sizes would help."""
     logs = group.logs
     distinct = len(np.unique(logs))
@@ -183,7 +183,7 @@ def parabola(group: Group) -> Parabola | Refusal:
     return _outside(fitted) or fitted
 
 
-def _outside(fitted: Parabola) -> Refusal | None:
+def _outside(fitted: Parabola) -> FitRefused | None:
     group = fitted.group
     low, high = group.ends
     smallest, largest = (_name(cell) for cell in (group.cells[0], group.cells[-1]))
@@ -209,8 +209,8 @@ def _name(cell: Cell) -> str:
     return f"{cell.size}, {quantity(cell.parameters)}"
 
 
-def _refuse(group: Group, reason: str, fix: str) -> Refusal:
-    return Refusal(
+def _refuse(group: Group, reason: str, fix: str) -> FitRefused:
+    return FitRefused(
         architecture=group.architecture,
         budget=group.budget,
         what="parabola",
@@ -219,4 +219,4 @@ def _refuse(group: Group, reason: str, fix: str) -> Refusal:
     )
 
 
-__all__ = ["SIZES_NEEDED", "Cell", "Group", "Parabola", "Refusal", "groups", "parabola"]
+__all__ = ["SIZES_NEEDED", "Cell", "FitRefused", "Group", "Parabola", "groups", "parabola"]

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 import numpy as np
 from scipy import optimize
 
-from mor_jax.scaling.fit.parabola import Group, Refusal
+from mor_jax.scaling.fit.parabola import FitRefused, Group
 from mor_jax.scaling.fit.power_law import Interval, interval
 
 RUNS_NEEDED, BUDGETS_NEEDED, SIZES_NEEDED = 8, 2, 3
@@ -69,7 +69,7 @@ class _Runs:
 
 def loss_law(
     groups: Sequence[Group], resamples: int, confidence: float, rng: np.random.Generator
-) -> LossLaw | Refusal:
+) -> LossLaw | FitRefused:
     """Fits all runs of the groups of one architecture, or says what is missing.
 
     Intervals come from refitting losses about the fitted ones with normal noise in log loss. Its
@@ -83,7 +83,7 @@ def loss_law(
     if not enough:
         have = f"{len(cells)} runs of {sizes} sizes at {len(groups)} budgets"
         need = f"{RUNS_NEEDED} of {SIZES_NEEDED} at {BUDGETS_NEEDED}"
-        return Refusal(
+        return FitRefused(
             architecture=groups[0].architecture,
             budget=None,
             what="parametric law",

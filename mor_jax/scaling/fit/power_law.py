@@ -41,7 +41,7 @@ class Noise:
 
 
 @dataclasses.dataclass(frozen=True)
-class Draws:
+class BootstrapDraws:
     """Resampled minima of one group, each (draws,). found: share with a minimum inside."""
 
     log_parameters: np.ndarray
@@ -116,7 +116,7 @@ def deviations(noise: Noise, draws: int, rng: np.random.Generator) -> np.ndarray
     return noise.deviation * np.sqrt(noise.freedom / rng.chisquare(noise.freedom, draws))
 
 
-def resample(fitted: Parabola, scale: np.ndarray, rng: np.random.Generator) -> Draws:
+def resample(fitted: Parabola, scale: np.ndarray, rng: np.random.Generator) -> BootstrapDraws:
     """Minima of the parabola under noise `scale`, (draws,).
 
     A draw that bends down has its minimum at the lower end of the sizes' range; one far outside
@@ -135,7 +135,7 @@ def resample(fitted: Parabola, scale: np.ndarray, rng: np.random.Generator) -> D
     inside = bends_up & (vertex > low) & (vertex < high)
     logs = fitted.centre + x
     loss = c0 + c1 * x + c2 * x * x
-    return Draws(logs, group.log_tokens(logs), loss, float(np.mean(inside)))
+    return BootstrapDraws(logs, group.log_tokens(logs), loss, float(np.mean(inside)))
 
 
 def interval(values: np.ndarray | None, confidence: float) -> Interval | None:
@@ -148,7 +148,7 @@ def interval(values: np.ndarray | None, confidence: float) -> Interval | None:
 
 
 @dataclasses.dataclass(frozen=True)
-class Line:
+class FittedLine:
     """y = offset + slope x through points, and resampled: (draws,) each, or None."""
 
     offset: float
@@ -166,7 +166,7 @@ class Line:
         return None if self.offsets is None else self.offsets + self.slopes * x
 
 
-def line(x: np.ndarray, y: np.ndarray, drawn: np.ndarray | None) -> Line:
+def line(x: np.ndarray, y: np.ndarray, drawn: np.ndarray | None) -> FittedLine:
     """Least squares through (x, y); drawn: (draws, points) of y.
 
     Where three or more points lie further from the line than their noise explains, the draws are
@@ -177,18 +177,18 @@ def line(x: np.ndarray, y: np.ndarray, drawn: np.ndarray | None) -> Line:
     mean, slope = solve @ y
     left = y - basis @ (mean, slope)
     if drawn is None:
-        return Line(mean - slope * x.mean(), slope, None, None, left)
+        return FittedLine(mean - slope * x.mean(), slope, None, None, left)
     means, slopes = solve @ drawn.T
     if len(x) > 2:
         expected = np.mean(np.sum((drawn.T - basis @ (solve @ drawn.T)) ** 2, axis=0))
         factor = math.sqrt(max(1.0, float(left @ left / expected))) if expected else 1.0
         means, slopes = mean + factor * (means - mean), slope + factor * (slopes - slope)
     offsets = means - slopes * x.mean()
-    return Line(mean - slope * x.mean(), slope, offsets, slopes, left)
+    return FittedLine(mean - slope * x.mean(), slope, offsets, slopes, left)
 
 
 def power_law(
-    parabolas: Sequence[Parabola], draws: Sequence[Draws] | None, confidence: float
+    parabolas: Sequence[Parabola], draws: Sequence[BootstrapDraws] | None, confidence: float
 ) -> tuple[PowerLaw, np.ndarray | None]:
     """The law through two or more minima of one architecture, and its drawn exponents of size."""
     budgets = np.array([fitted.group.budget for fitted in parabolas])
@@ -225,7 +225,7 @@ def powers(ends: Interval | None) -> Interval | None:
 
 
 def _band(
-    x: np.ndarray, size: Line, length: Line, confidence: float
+    x: np.ndarray, size: FittedLine, length: FittedLine, confidence: float
 ) -> tuple[tuple[float, float, float, float, float], ...]:
     if size.slopes is None:
         return ()
@@ -261,7 +261,7 @@ def differences(
 
 
 __all__ = [
-    "Draws",
+    "BootstrapDraws",
     "Interval",
     "Noise",
     "PowerLaw",

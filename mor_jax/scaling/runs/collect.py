@@ -66,7 +66,7 @@ def progress(study: epath.PathLike, manifest: Manifest) -> list[Progress]:
     return found
 
 
-def look(study: epath.PathLike, manifest: Manifest) -> list[Progress]:
+def peek_progress(study: epath.PathLike, manifest: Manifest) -> list[Progress]:
     """The same, but nothing is written: for whoever looks on while another keeps the results."""
     return _progress(study, manifest)[0]
 
@@ -160,4 +160,4 @@ def _point(path: epath.Path, run: Run, last: dict[str, Any]) -> Point:
     return Point.from_dict(values, str(path / metrics.FILE))
 
 
-__all__ = ["RUNS", "Progress", "add", "directory", "known_points", "look", "progress"]
+__all__ = ["RUNS", "Progress", "add", "directory", "known_points", "peek_progress", "progress"]

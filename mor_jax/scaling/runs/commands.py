@@ -37,7 +37,7 @@ def check_settings(words: Sequence[str]) -> None:
     """Raises `ValueError` unless all of `words` set what leaves a run's result as it is."""
     for word in words:
         setting, _, value = word.removeprefix("--config.").partition("=")
-        free = run_dir.is_free(setting) and not run_dir.within(setting, _RESULT)
+        free = run_dir.is_free(setting) and not run_dir.is_within(setting, _RESULT)
         rule = "decides on the result, so it belongs to the plan"
         fix = "Plan a study with it; run takes mesh, sharding, log, grad_accum_steps, "
         fix += "model.remat, ..."

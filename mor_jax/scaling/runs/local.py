@@ -27,7 +27,7 @@ _AGAIN = (exit_codes.STOPPED, exit_codes.HOST_LOST)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Local:
+class LocalOptions:
     """How to run. jobs: at a time. retries: further attempts of a run that failed.
 
     gpus: their numbers, dealt out to the jobs; None: every job sees what this process sees, and
@@ -81,7 +81,7 @@ class StudyStopped(Exception):
 
 
 def run_local(
-    study: epath.PathLike, manifest: Manifest, how: Local, tell: Callable[[Event], None]
+    study: epath.PathLike, manifest: Manifest, how: LocalOptions, tell: Callable[[Event], None]
 ) -> dict[str, str]:
     """Runs what is not done yet. Returns the runs that failed, each with its last words.
 
@@ -101,7 +101,7 @@ class _Runner:
         self,
         study: epath.PathLike,
         manifest: Manifest,
-        how: Local,
+        how: LocalOptions,
         tell: Callable[[Event], None],
     ):
         self._study, self._manifest, self._how, self._tell = study, manifest, how, tell
@@ -243,4 +243,4 @@ def _held(study: epath.PathLike) -> Iterator[None]:
         yield
 
 
-__all__ = ["Event", "Local", "StudyStopped", "run_local"]
+__all__ = ["Event", "LocalOptions", "StudyStopped", "run_local"]

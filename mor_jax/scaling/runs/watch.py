@@ -9,7 +9,7 @@ from rich.text import Text
 
 from mor_jax.config.parsing import check
 from mor_jax.runtime import exit_codes
-from mor_jax.scaling.runs.collect import look, progress
+from mor_jax.scaling.runs.collect import peek_progress, progress
 from mor_jax.scaling.runs.local import Event
 from mor_jax.scaling.runs.show import flops_left, remaining, status_table
 from mor_jax.scaling.study.manifest import Manifest
@@ -26,7 +26,7 @@ class Watch:
     def __init__(self, study: epath.PathLike, manifest: Manifest, console: Console):
         self._study, self._manifest, self._console = study, manifest, console
         self._began = time.monotonic()
-        self._rest = self._first = flops_left(look(study, manifest))
+        self._rest = self._first = flops_left(peek_progress(study, manifest))
         self._last = ""
         self._live: Live | None = None
 
@@ -43,13 +43,15 @@ class Watch:
         if self._live is not None:
             self._live.stop()
         else:
-            self._console.print(status_table(look(self._study, self._manifest), self._name))
+            self._console.print(
+                status_table(peek_progress(self._study, self._manifest), self._name)
+            )
 
     def tell(self, event: Event) -> None:
         """Shows an event."""
         self._last = f"{time.strftime('%H:%M:%S')} {event.kind} {event.run.name}: {event.text}"
         if event.kind == "done":
-            self._rest = flops_left(look(self._study, self._manifest))
+            self._rest = flops_left(peek_progress(self._study, self._manifest))
             self._last += self._to_go()
         if self._live is None:
             print(self._last, flush=True)
@@ -63,7 +65,7 @@ class Watch:
         return remaining(seconds, self._first - self._rest, self._rest)
 
     def _draw(self) -> Group:
-        found = look(self._study, self._manifest)
+        found = peek_progress(self._study, self._manifest)
         self._rest = flops_left(found)
         table = status_table(found, f"{self._name}{self._to_go()}")
         return Group(table, Text(self._last))

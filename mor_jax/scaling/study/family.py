@@ -9,7 +9,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from mor_jax.checkpoint.run_dir import plain
+from mor_jax.checkpoint.run_dir import to_plain
 from mor_jax.config import TrainConfig
 from mor_jax.config.parsing import check, flat
 from mor_jax.models.flops import flops
@@ -152,13 +152,13 @@ def assemble(
     names = [run.name for run, _ in planned]
     again = sorted({name for name in names if names.count(name) > 1})
     check(not again, "runs", again, "are planned twice", "Choose budgets that differ by 1%")
-    base = plain(planned[0][1])
+    base = to_plain(planned[0][1])
     runs = [dataclasses.replace(run, settings=_settings(base, cfg)) for run, cfg in planned]
     return Manifest(study=study, unit=unit, rules=rules, code=code, base=base, runs=tuple(runs))
 
 
 def _settings(base: dict[str, Any], cfg: TrainConfig) -> dict[str, Any]:
-    before, after = flat(base), flat(plain(cfg))
+    before, after = flat(base), flat(to_plain(cfg))
     return {key: value for key, value in after.items() if before.get(key, ...) != value}
 
 

@@ -27,7 +27,7 @@ from transformers import (
 from mor_jax.config import RopeScaling, RouterConfig
 from mor_jax.convert.export_config import llama_config
 from mor_jax.models.params import forward, unembed
-from mor_jax.models.routing.router import Route, capacity_counts
+from mor_jax.models.routing.router import Route, capacity_tokens
 from mor_jax.training.losses import batch_counts
 from mor_jax.training.train_step import loss_fn
 from mor_jax.types import IGNORE, Batch
@@ -293,7 +293,7 @@ def test_training_loss_and_gradients_equal_ours(name):
     targets = np.full(ids.shape, IGNORE)
     targets[:, :-1] = np.where((mask * mask.roll(-1, 1))[:, :-1] > 0, ids[:, 1:], IGNORE)
     rows = padded(ids.numpy(), mask.numpy(), targets)
-    counts = batch_counts(cfg, rows, capacity_counts(cfg, PROMPT))
+    counts = batch_counts(cfg, rows, capacity_tokens(cfg, PROMPT))
     run = dataclasses.replace(train_config(), model=cfg)
 
     @jax.jit

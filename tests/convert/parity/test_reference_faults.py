@@ -15,7 +15,7 @@ from support.seeded import random_params
 from support.state_dict_oracle import Oracle
 from support.tiny import TINY
 
-from mor_jax.convert.parity.compacted_rows import forward, mistaken
+from mor_jax.convert.parity.compacted_rows import first_compacted, forward
 from mor_jax.convert.parity.compare import Report, by_magnitude
 from mor_jax.convert.parity.run import main, run_file
 from mor_jax.convert.parity.ties import find_ties
@@ -78,7 +78,7 @@ def test_the_emulated_fault_is_the_one_of_the_authors(gating, shared):
     ids = np.random.default_rng(3).integers(0, 23, (5, 9)).astype(np.int32)
     ids[0], ids[2] = 22, 13
     want, depth = Compacting(HF, options, from_params(cfg, params)).run(ids)
-    places = mistaken(depth)
+    places = first_compacted(depth)
     assert {r for r, _ in places} == {1, 2}, depth
     rows = Batch(jnp.asarray(ids), jnp.asarray(ids))
     out = jax.jit(lambda p: forward(cfg, p, rows, Route()))(params)
@@ -90,8 +90,8 @@ def test_the_emulated_fault_is_the_one_of_the_authors(gating, shared):
 
 def test_rows_behind_a_dropped_one_are_named():
     depth = np.asarray([[1, 1], [2, 3], [1, 2], [1, 1]])
-    assert mistaken(depth) == [(1, 1), (1, 2), (2, 1)]
-    assert mistaken(np.asarray([[3, 3], [2, 1], [1, 1]])) == []
+    assert first_compacted(depth) == [(1, 1), (1, 2), (2, 1)]
+    assert first_compacted(np.asarray([[3, 3], [2, 1], [1, 1]])) == []
 
 
 def test_the_sign_of_balancing_is_that_of_the_authors_division():

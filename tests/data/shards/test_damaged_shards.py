@@ -9,7 +9,7 @@ from test_prepare import contents, quiet
 
 from mor_jax.data.shards.prepare import PrepareConfig, prepare
 from mor_jax.data.shards.reader import open_shards
-from mor_jax.data.streams.packing import Rows
+from mor_jax.data.streams.packing import PackedSequences
 
 
 @pytest.fixture
@@ -23,7 +23,7 @@ def cfg(tmp_path, jsonl):
 
 def read_all(cfg, tokenizer):
     for stream in open_shards(f"shards:{cfg.output}", tokenizer).values():
-        rows = Rows(stream, 16, document_mask=True)
+        rows = PackedSequences(stream, 16, document_mask=True)
         for i in range(len(rows)):
             rows[i]
 

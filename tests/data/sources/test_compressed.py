@@ -118,7 +118,7 @@ def test_nothing_is_read_long_before_it_is_needed(form):
     raw = bytes(byte % 10 + 48 for byte in random.Random(0).randbytes(400_000))
     stream = Counting(COMPRESS[form](raw))
     whole = len(stream.getvalue())
-    with compressed.plain(stream) as opened:
+    with compressed.decompressed(stream) as opened:
         assert opened.read(10) == raw[:10]
         assert stream.taken < whole * 0.7
         assert opened.read() == raw[10:]

@@ -12,9 +12,9 @@ from mor_jax.data import open_corpus, open_streams
 from mor_jax.data.shards.prepare import PrepareConfig, prepare
 from mor_jax.data.shards.reader import RECORD_TOKENS, open_shards
 from mor_jax.data.sources.documents import open_documents
-from mor_jax.data.streams.packing import Rows, spread
+from mor_jax.data.streams.packing import PackedSequences, rows_per_host
 from mor_jax.data.streams.token_streams import MemoryStream, join
-from mor_jax.data.streams.validation_split import heldout_mask, is_heldout, text_hash
+from mor_jax.data.streams.validation_split import is_validation, text_hash, validation_mask
 
 
 def split_documents(cfg, tokenizer, split):
@@ -52,14 +52,14 @@ def test_side_depends_on_the_text_alone(tmp_path, texts, cfg, byte_tokenizer):
 def test_share_is_respected():
     hashes = [text_hash(words(i)) for i in range(4000)]
     for share in (0.05, 0.3):
-        assert abs(heldout_mask(hashes, share, "s", "x").mean() - share) < 0.025
-    assert not is_heldout(2**63, 0.5) and is_heldout(2**63 - 1, 0.5)
+        assert abs(validation_mask(hashes, share, "s", "x").mean() - share) < 0.025
+    assert not is_validation(2**63, 0.5) and is_validation(2**63 - 1, 0.5)
 
 
 @pytest.mark.parametrize("share", [1e-9, 0.5])
 def test_small_corpora_keep_a_document_on_each_side(share):
     for first in range(20):
-        mask = heldout_mask([text_hash(words(first + i)) for i in range(2)], share, "s", "x")
+        mask = validation_mask([text_hash(words(first + i)) for i in range(2)], share, "s", "x")
         assert mask.sum() == 1
 
 
@@ -67,11 +67,11 @@ def test_small_corpora_keep_a_document_on_each_side(share):
 def test_one_document_cannot_be_split(contents):
     hashes = [text_hash(text) for text in contents if text]
     with pytest.raises(ValueError, match=r"data\.sources\[0\]='text:a': has [01] different"):
-        heldout_mask(hashes, 0.1, "data.sources[0]", "text:a")
+        validation_mask(hashes, 0.1, "data.sources[0]", "text:a")
 
 
 def test_rows_cover_the_stream_once_and_targets_follow(stream):
-    rows = Rows(stream, 16, document_mask=False)
+    rows = PackedSequences(stream, 16, document_mask=False)
     assert len(rows) == (len(stream) - 1) // 16
     joined = np.concatenate([rows[i]["tokens"] for i in range(len(rows))])
     np.testing.assert_array_equal(joined, stream.tokens[: len(rows) * 16])
@@ -83,7 +83,7 @@ def test_rows_cover_the_stream_once_and_targets_follow(stream):
 
 @pytest.mark.parametrize("length", [5, 16, 100])
 def test_segments_and_positions_against_a_walk_through_the_tokens(stream, length):
-    rows = Rows(stream, length, document_mask=True)
+    rows = PackedSequences(stream, length, document_mask=True)
     for i in range(len(rows)):
         row = rows[i]
         segment, position = 1, 0
@@ -96,9 +96,9 @@ def test_segments_and_positions_against_a_walk_through_the_tokens(stream, length
 
 
 def test_spread_is_even_and_without_repetition():
-    assert spread(10, 3).tolist() == [0, 3, 6]
-    assert spread(4, 9).tolist() == [0, 1, 2, 3]
-    assert len(set(spread(997, 400).tolist())) == 400
+    assert rows_per_host(10, 3).tolist() == [0, 3, 6]
+    assert rows_per_host(4, 9).tolist() == [0, 1, 2, 3]
+    assert len(set(rows_per_host(997, 400).tolist())) == 400
 
 
 def test_a_split_shorter_than_a_row(cfg, byte_tokenizer):

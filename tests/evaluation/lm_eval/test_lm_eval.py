@@ -14,7 +14,7 @@ from support.seeded import random_params
 from support.tiny import TINY, train_config
 
 from mor_jax.checkpoint import pretrained
-from mor_jax.checkpoint.lazy_arrays import flatten, held
+from mor_jax.checkpoint.lazy_arrays import flatten, from_arrays
 from mor_jax.checkpoint.run_dir import claim_workdir
 from mor_jax.config import DataConfig
 from mor_jax.evaluation.lm_eval import command, generation, tasks
@@ -33,7 +33,7 @@ LONGEST = MODEL.max_seq_len
 def run(tmp_path_factory):
     workdir = tmp_path_factory.mktemp("run")
     claim_workdir(workdir, train_config(model=MODEL, data=DataConfig(sources=("stdlib",))))
-    pretrained.write(workdir, MODEL, held(dict(flatten(PARAMS))), {"from": "a/model"})
+    pretrained.write(workdir, MODEL, from_arrays(dict(flatten(PARAMS))), {"from": "a/model"})
     return workdir
 
 
@@ -158,7 +158,7 @@ def test_answers_are_greedy_and_end_before_their_stop_text(model):
 
 
 def test_settings_of_generation_by_their_names_there():
-    wanted = partial(generation.wanted, max_tokens=256, max_length=512)
+    wanted = partial(generation.generation_request, max_tokens=256, max_length=512)
     greedy = wanted({"until": "x", "do_sample": False, "temperature": 0.7, "num_beams": 1})
     assert (greedy.stop, greedy.max_tokens, greedy.sampling.temperature) == (("x",), 256, 0.0)
     drawn = wanted({"temperature": 0.7, "top_k": 0, "top_p": 0.9, "max_new_tokens": 9})

@@ -15,27 +15,29 @@ from support.seeded import random_params
 from support.tiny import TINY, train_config
 
 from mor_jax.checkpoint import pretrained
-from mor_jax.checkpoint.lazy_arrays import flatten, held
+from mor_jax.checkpoint.lazy_arrays import flatten, from_arrays
 from mor_jax.checkpoint.run_dir import claim_workdir
 from mor_jax.files import remove_drafts
 from mor_jax.inference.cli.answers import stream
-from mor_jax.inference.cli.prompts import Wishes, from_lines, from_texts, prepare
-from mor_jax.inference.cli.show import whole_file
-from mor_jax.inference.config import plan
+from mor_jax.inference.cli.prompts import PromptSettings, from_lines, from_texts, prepare
+from mor_jax.inference.cli.show import output_file
+from mor_jax.inference.config import plan_cache
 from mor_jax.inference.engine.engine import Engine, EngineConfig
 from mor_jax.inference.engine.request import Finished, Request
 from mor_jax.inference.load_model import load_model
 from mor_jax.runtime import exit_codes
 
 MODEL = dataclasses.replace(TINY["expert_cycle"], vocab_size=256, num_layers=2, num_recursions=2)
-WISHES = Wishes(max_tokens=8, seed=3)
+WISHES = PromptSettings(max_tokens=8, seed=3)
 
 
 @pytest.fixture(scope="module")
 def workdir(tmp_path_factory):
     path = tmp_path_factory.mktemp("run")
     claim_workdir(path, train_config(model=MODEL))
-    pretrained.write(path, MODEL, held(dict(flatten(random_params(MODEL, 1)))), {"from": "a/model"})
+    pretrained.write(
+        path, MODEL, from_arrays(dict(flatten(random_params(MODEL, 1)))), {"from": "a/model"}
+    )
     return path
 
 
@@ -148,7 +150,7 @@ def test_a_prompt_that_ends_inside_a_character_is_one_text_with_its_answer(serve
 
 def test_answers_fit_into_a_small_cache(run, served):
     """As many tokens as it holds where nothing is asked for; more are refused in advance."""
-    page = plan(served, EngineConfig(max_length=32)).deepest_bytes(32)
+    page = plan_cache(served, EngineConfig(max_length=32)).deepest_bytes(32)
     options = ("--prompt=ab", f"--cache={page}", "--ignore_eos", "--json")
     code, out, _ = run(*options)
     assert (code, len(json.loads(out)["tokens"])) == (exit_codes.OK, 30)
@@ -160,7 +162,7 @@ def test_answers_fit_into_a_small_cache(run, served):
 
 
 def test_requests_follow_the_wishes(served):
-    wishes = Wishes(n=3, seed=2**32 - 1, stop=("x",), top_p=0.5)
+    wishes = PromptSettings(n=3, seed=2**32 - 1, stop=("x",), top_p=0.5)
     (prompt,) = prepare(from_texts(["abc"], wishes), served, 64)
     assert (prompt.tokens, prompt.text) == ((97, 98, 99), "abc")
     assert [r.sampling.seed for r in prompt.requests] == [2**32 - 1, 0, 1]
@@ -170,7 +172,7 @@ def test_requests_follow_the_wishes(served):
     (empty,) = prepare(from_texts([""], WISHES), served, 64)
     assert empty.tokens == (served.tokenizer.eos_id,)
     # Drawn once for the command, so that it can be told.
-    one, other = prepare(from_texts(["a", "b"], Wishes()), served, 64)
+    one, other = prepare(from_texts(["a", "b"], PromptSettings()), served, 64)
     assert one.requests[0].sampling.seed == other.requests[0].sampling.seed
 
 
@@ -204,7 +206,7 @@ def test_answers_come_in_order_and_are_those_of_each_request_alone(served, engin
 
 
 def test_closing_the_stream_cancels_what_runs(served, engine, monkeypatch):
-    prompts = prepare(from_texts(["a", "b", "c"], Wishes(ignore_eos=True)), served, 64)
+    prompts = prepare(from_texts(["a", "b", "c"], PromptSettings(ignore_eos=True)), served, 64)
     before = engine.statistics().cancelled
     # So many steps give the first token of an answer, not the last.
     with paused(engine, monkeypatch, 30):
@@ -298,21 +300,24 @@ def test_what_is_wrong_is_said_before_anything_is_written(run, tmp_path):
 def test_a_file_is_whole_or_as_before_and_nothing_beside_it_is_touched(tmp_path):
     for name in ("a.jsonl", "a.jsonl.draft"):
         (tmp_path / name).write_text("mine")
-    with pytest.raises(ValueError, match="exists already"), whole_file(tmp_path / "a.jsonl", False):
+    with (
+        pytest.raises(ValueError, match="exists already"),
+        output_file(tmp_path / "a.jsonl", False),
+    ):
         pass
-    with pytest.raises(KeyError), whole_file(tmp_path / "a.jsonl", True) as file:
+    with pytest.raises(KeyError), output_file(tmp_path / "a.jsonl", True) as file:
         file.write("half")
         raise KeyError
     assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {
         "a.jsonl": "mine",
         "a.jsonl.draft": "mine",
     }
-    with whole_file(tmp_path / "a.jsonl", True) as file:
+    with output_file(tmp_path / "a.jsonl", True) as file:
         file.write("whole")
     assert (tmp_path / "a.jsonl").read_text() == "whole"
     assert (tmp_path / "a.jsonl.draft").read_text() == "mine" and len(os.listdir(tmp_path)) == 2
     # As for a process that a signal ends inside of the block.
-    with pytest.raises(FileNotFoundError), whole_file(tmp_path / "b.jsonl", True):
+    with pytest.raises(FileNotFoundError), output_file(tmp_path / "b.jsonl", True):
         assert len(os.listdir(tmp_path)) == 3
         remove_drafts()
         assert len(os.listdir(tmp_path)) == 2
@@ -332,7 +337,7 @@ def test_ctrl_c_cancels_and_leaves_nothing_behind(workdir, tmp_path, capsys):
     options = generate.Options(
         workdir=str(workdir),
         prompts=("a",),
-        wishes=Wishes(n=4, ignore_eos=True),
+        wishes=PromptSettings(n=4, ignore_eos=True),
         slots=2,
         stream=True,
     )

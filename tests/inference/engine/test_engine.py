@@ -9,7 +9,7 @@ import pytest
 from support.engines import check_answer, paused, requests, served
 from support.tiny import TINY
 
-from mor_jax.inference.config import plan
+from mor_jax.inference.config import plan_cache
 from mor_jax.inference.engine.engine import Engine, EngineConfig
 from mor_jax.inference.engine.request import Busy, Finished, Request, SamplingParams, Stopped
 
@@ -66,12 +66,12 @@ def test_a_cache_that_is_too_small_makes_answers_late_not_wrong(family):
     model, asked, alone = family
     if model.cfg.router.kind == "none":
         # Without routers a reservation is exact: nothing can overflow.
-        cfg = dataclasses.replace(SMALL, cache_bytes=plan(model, SMALL).cache_bytes // 2)
+        cfg = dataclasses.replace(SMALL, cache_bytes=plan_cache(model, SMALL).cache_bytes // 2)
     else:
         # As if hardly a token were expected beyond the first recursion.
         model = dataclasses.replace(model, shares=(1.0, 0.05, 0.05))
         cfg = dataclasses.replace(SMALL, slack=0.0)
-        few = plan(model, cfg).deepest_bytes(48) * 5 // 4
+        few = plan_cache(model, cfg).deepest_bytes(48) * 5 // 4
         cfg = dataclasses.replace(cfg, cache_bytes=few, max_length=48)
     with Engine(model, cfg) as engine:
         answers = run(engine, asked)
@@ -88,7 +88,7 @@ def test_whatever_fits_the_context_of_a_small_cache_is_answered_however_deep_it_
         served("expert"), shares=(1.0, 0.02, 0.02), thresholds=(0, -9e9, -9e9)
     )
     cfg = EngineConfig(slots=2, page=4, piece=8, slack=0.0)
-    held = plan(model, cfg).deepest_bytes(48) + 1
+    held = plan_cache(model, cfg).deepest_bytes(48) + 1
     long, other = (
         Request(prompt=(5,) * n, max_tokens=48 - n, ignore_eos=True, logprobs=0) for n in (20, 47)
     )

@@ -17,11 +17,11 @@ from support.patience import PATIENCE, until
 
 from mor_jax.inference.engine.request import Finished, Request, SamplingParams
 from mor_jax.inference.server import api_server as http_server
-from mor_jax.inference.server.input_processor import Prepared
+from mor_jax.inference.server.input_processor import ProcessedInput
 from mor_jax.inference.server.limits import Limits
-from mor_jax.inference.server.metrics import Measures
+from mor_jax.inference.server.metrics import ServerMetrics
 from mor_jax.inference.server.output_processor import Choice, CompletionFormatter
-from mor_jax.inference.server.responses import Answer
+from mor_jax.inference.server.responses import HTTPResponse
 from mor_jax.inference.server.serving import Generation
 
 LONG = {"prompt": "a", "max_tokens": 500, "ignore_eos": True}
@@ -85,7 +85,7 @@ def test_a_client_that_is_told_to_come_back_is_told_that_its_connection_ends(
 
 
 def test_what_a_text_waited_for_is_no_part_of_what_the_next_one_has_to():
-    measures = Measures(lambda: None, "small")
+    measures = ServerMetrics(lambda: None, "small")
     generation = Generation(None, None, Limits(), measures)
     generation.choices, generation._handles, generation.open = [Choice(0, 1)], [None], 1
     end = Finished(reason="length", prompt_tokens=1, tokens=4, seconds=100.0, queue_seconds=98.0)
@@ -263,8 +263,8 @@ def test_a_stream_whose_tokens_have_no_text_is_not_silent():
         await asyncio.Event().wait()
 
     form = CompletionFormatter(lambda token: b"", None, False)
-    prepared = Prepared(
+    prepared = ProcessedInput(
         form=form, requests=(), echoes=(), prompts=(1,), stream=True, include_usage=False
     )
-    run(Answer(prepared, generation, "1", "small").send(receive, send, ping=0.05))
+    run(HTTPResponse(prepared, generation, "1", "small").send(receive, send, ping=0.05))
     assert sent[-1] == b"data: [DONE]\n\n"

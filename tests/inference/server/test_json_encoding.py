@@ -7,13 +7,13 @@ import pytest
 from support.http_server import run
 
 from mor_jax.inference.engine.request import Finished, Token
-from mor_jax.inference.server.input_processor import Prepared
+from mor_jax.inference.server.input_processor import ProcessedInput
 from mor_jax.inference.server.json_encoding import encode, parts
-from mor_jax.inference.server.output_processor import ChatForm, Choice, CompletionFormatter
-from mor_jax.inference.server.responses import Answer
+from mor_jax.inference.server.output_processor import ChatFormatter, Choice, CompletionFormatter
+from mor_jax.inference.server.responses import HTTPResponse
 
 TOP = tuple((number, -1.0 - number) for number in range(20))
-FORMS = {"text": CompletionFormatter, "chat": ChatForm}
+FORMS = {"text": CompletionFormatter, "chat": ChatFormatter}
 
 
 def value():
@@ -57,7 +57,7 @@ class Done:
 def written(kind, stream, answers, tokens):
     """All that is sent, and the turns that others got in the event loop before each piece."""
     form = FORMS[kind](lambda token: bytes([token % 128]), 20, True)
-    prepared = Prepared(
+    prepared = ProcessedInput(
         form=form, requests=(), echoes=(), prompts=(1,), stream=stream, include_usage=True
     )
     generation, sent, turns = Done(answers, tokens), [], 0
@@ -76,7 +76,7 @@ def written(kind, stream, answers, tokens):
 
     async def answer():
         beside = asyncio.create_task(others())
-        await Answer(prepared, generation, "1", "small").send(receive, send, ping=60)
+        await HTTPResponse(prepared, generation, "1", "small").send(receive, send, ping=60)
         beside.cancel()
 
     run(answer())

@@ -20,7 +20,7 @@ from mor_jax.models.attention_kernels.cudnn import cudnn_attention, cudnn_sizes
 from mor_jax.models.attention_kernels.dispatch import attend, best_implementation, dense_attention
 from mor_jax.models.layers.masks import AttentionMask
 from mor_jax.models.params import abstract_params, forward
-from mor_jax.models.routing.router import Route, capacity_counts
+from mor_jax.models.routing.router import Route, capacity_tokens
 from mor_jax.planning import gpu_targets
 from mor_jax.training.train_step import eval_step, gradients
 
@@ -174,7 +174,7 @@ def test_every_program_traces_for_a_gpu(gpu, name, attention, documents):
     here = jax.ShapeDtypeStruct(rows.tokens.shape, jnp.int32)
     rows = dataclasses.replace(rows, segments=here, positions=here) if documents else rows
     params, step = abstract_params(model), jax.ShapeDtypeStruct((), jnp.int32)
-    kept = capacity_counts(model, cfg.seq_len)
+    kept = capacity_tokens(model, cfg.seq_len)
     assert name == "token" or any(count % 2 for count in kept)
     jax.eval_shape(partial(gradients, cfg, kept=kept), params, rows, step=step)
     for mode in ("topk", "causal"):
@@ -184,7 +184,7 @@ def test_every_program_traces_for_a_gpu(gpu, name, attention, documents):
 def test_a_model_gives_the_same_numbers_through_padded_kernels(monkeypatch):
     model = dataclasses.replace(TINY["expert_kv_update"], head_dim=10)
     rows, params = batch(model, 2, 45), random_params(model)
-    assert capacity_counts(model, 45) == (45, 30, 15)
+    assert capacity_tokens(model, 45) == (45, 30, 15)
     plain = jax.jit(lambda p: forward(model, p, rows, Route()).hidden)(params)
     monkeypatch.setattr(dispatch, "platform", lambda: "cuda")
     monkeypatch.setattr(dispatch, "cudnn_obstacle", lambda q: None)

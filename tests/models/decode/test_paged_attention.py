@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from mor_jax.models.decode.attention import Extent, Queue, Softmax, by_list, by_queue
-from mor_jax.models.decode.paged_cache import Pages, Place, write
+from mor_jax.models.decode.paged_cache import CacheSlots, Pages, write
 
 SIZE, PAGES, MOST, G, J, K = 4, 40, 5, 2, 3, 8
 
@@ -93,7 +93,7 @@ def test_a_query_can_start_from_its_own_entry(world):
     k, v = jnp.asarray(rng.normal(size=(2, 6, G, K)), jnp.float32)
     queue = Queue.of(jnp.asarray(lists), jnp.full(6, 6, jnp.int32), SIZE, 3)
     out = by_queue(Softmax.own(q, k, v), q, pages, queue).result(jnp.dtype("float32"))
-    place = Place.of(jnp.asarray(lists), jnp.full(6, 6, jnp.int32), SIZE, jnp.ones(6, bool))
+    place = CacheSlots.of(jnp.asarray(lists), jnp.full(6, 6, jnp.int32), SIZE, jnp.ones(6, bool))
     stored = write(pages, place, k, v)
     for row in range(6):
         right = plainly((stored, lists, q), row, row, np.arange(7))
@@ -103,7 +103,7 @@ def test_a_query_can_start_from_its_own_entry(world):
 def test_rows_that_do_not_write_change_nothing(world):
     pages, lists, _ = world
     do = jnp.asarray([True, False, False, False, False, False])
-    place = Place.of(jnp.asarray(lists), jnp.full(6, 2, jnp.int32), SIZE, do)
+    place = CacheSlots.of(jnp.asarray(lists), jnp.full(6, 2, jnp.int32), SIZE, do)
     ones = jnp.ones((6, G, K))
     after = write(pages, place, ones, ones)
     changed = np.argwhere(np.any(np.asarray(after.v != pages.v), axis=(1, 3)))

@@ -15,7 +15,7 @@ from mor_jax.convert.parity.reference_loss import QUICK
 from mor_jax.models.params import forward
 from mor_jax.models.routing.router import (
     Route,
-    capacity_counts,
+    capacity_tokens,
     expert_score,
     kernel_multiple,
     select,
@@ -31,18 +31,18 @@ def with_router(name, **changes):
 
 def test_counts_of_the_paper():
     # Paper section 3: rows of 2,048 tokens, three recursions.
-    assert capacity_counts(TINY["expert"], 2048) == (2048, 1365, 682)
-    assert capacity_counts(with_router("expert", capacity=(0.5, 0.3, 0.01)), 10) == (5, 3, 1)
-    assert capacity_counts(TINY["middle_cycle"], 10) == (10, 10)
-    assert capacity_counts(TINY["token"], 10) == (10, 10, 10)
+    assert capacity_tokens(TINY["expert"], 2048) == (2048, 1365, 682)
+    assert capacity_tokens(with_router("expert", capacity=(0.5, 0.3, 0.01)), 10) == (5, 3, 1)
+    assert capacity_tokens(TINY["middle_cycle"], 10) == (10, 10)
+    assert capacity_tokens(TINY["token"], 10) == (10, 10, 10)
 
 
 @pytest.mark.parametrize("levels", [1, 3, 8, 1000])
 def test_warm_up_goes_down_in_few_stairs_and_arrives(levels):
     cfg = with_router("expert", capacity_warmup_steps=50, capacity_warmup_stages=levels)
-    counts = [capacity_counts(cfg, 2048, step) for step in range(1, 71)]
+    counts = [capacity_tokens(cfg, 2048, step) for step in range(1, 71)]
     assert min(counts[0]) >= 2040
-    final = capacity_counts(cfg, 2048)
+    final = capacity_tokens(cfg, 2048)
     assert counts[49:] == [final] * 21
     assert counts[48] != final
     for before, after in itertools.pairwise(counts):
@@ -59,32 +59,32 @@ def test_warm_up_follows_half_a_cosine():
         left = 0.5 * (1 + np.cos(np.pi * step / 64))
         shares = [c + (1 - c) * left for c in (1.0, 2 / 3, 1 / 3)]
         np.testing.assert_allclose(
-            capacity_counts(cfg, 10**6, step), 1e6 * np.array(shares), atol=1.01
+            capacity_tokens(cfg, 10**6, step), 1e6 * np.array(shares), atol=1.01
         )
 
 
 def test_room_of_token_choice():
-    assert capacity_counts(with_router("token", capacity_factor=1.0), 30) == (30, 20, 10)
-    assert capacity_counts(with_router("token", capacity_factor=1.5), 30) == (30, 30, 15)
-    assert capacity_counts(with_router("token", capacity_factor=0.1), 30) == (3, 2, 1)
+    assert capacity_tokens(with_router("token", capacity_factor=1.0), 30) == (30, 20, 10)
+    assert capacity_tokens(with_router("token", capacity_factor=1.5), 30) == (30, 30, 15)
+    assert capacity_tokens(with_router("token", capacity_factor=0.1), 30) == (3, 2, 1)
     # 0.1 * 3 is a little more than 0.3, which is no reason for one more token.
-    assert capacity_counts(with_router("token", capacity_factor=0.3), 10)[0] == 3
+    assert capacity_tokens(with_router("token", capacity_factor=0.3), 10)[0] == 3
 
 
 def test_counts_are_rounded_up_to_the_multiple():
     cfg = with_router("expert", capacity_multiple=128)
-    assert capacity_counts(cfg, 2048) == (2048, 1408, 768)
-    assert capacity_counts(cfg, 1000) == (1000, 768, 384)
-    assert capacity_counts(cfg, 100) == (100, 100, 100)
-    assert capacity_counts(with_router("expert", capacity_multiple=1), 2048) == (2048, 1365, 682)
+    assert capacity_tokens(cfg, 2048) == (2048, 1408, 768)
+    assert capacity_tokens(cfg, 1000) == (1000, 768, 384)
+    assert capacity_tokens(cfg, 100) == (100, 100, 100)
+    assert capacity_tokens(with_router("expert", capacity_multiple=1), 2048) == (2048, 1365, 682)
     roomy = with_router("token", capacity_factor=0.8, capacity_multiple=16)
-    assert capacity_counts(roomy, 100) == (80, 64, 32)
-    assert capacity_counts(with_router("token", capacity_multiple=16), 100) == (100, 100, 100)
+    assert capacity_tokens(roomy, 100) == (80, 64, 32)
+    assert capacity_tokens(with_router("token", capacity_multiple=16), 100) == (100, 100, 100)
 
 
 def test_rounded_counts_fall_through_the_warm_up_in_no_more_stairs():
     cfg = with_router("expert", capacity_warmup_steps=50, capacity_multiple=128)
-    counts = [capacity_counts(cfg, 2048, step) for step in range(1, 71)]
+    counts = [capacity_tokens(cfg, 2048, step) for step in range(1, 71)]
     assert counts[0] == (2048, 2048, 2048) and counts[-1] == (2048, 1408, 768)
     for before, after in itertools.pairwise(counts):
         assert all(a >= b for a, b in zip(before, after, strict=True))
@@ -191,7 +191,7 @@ def test_tokens_without_room_leave_one_recursion_earlier_lowest_score_first():
     params = params | {"router": params["router"] | {"bias": bias}}
     rows = batch(cfg, 3, 16)
     routing = jax.jit(lambda p: forward(cfg, p, rows, Route()))(params).routing
-    assert capacity_counts(cfg, 16) == (16, 13, 7)
+    assert capacity_tokens(cfg, 16) == (16, 13, 7)
     np.testing.assert_array_equal(routing.token.overflow, [0, 3 * 3, 3 * 6])
     np.testing.assert_array_equal(routing.token.choice, [0, 0, 3 * 16])
     weight = jax.nn.softmax(routing.visits[0].logits, axis=-1)[..., 2]

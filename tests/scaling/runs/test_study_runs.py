@@ -16,7 +16,7 @@ from support.small_study import CONFIGS, SMALL
 from mor_jax.scaling.runs.cluster import Cluster, submit
 from mor_jax.scaling.runs.collect import add, directory, progress
 from mor_jax.scaling.runs.commands import chosen, families
-from mor_jax.scaling.runs.local import Local, StudyStopped, run_local
+from mor_jax.scaling.runs.local import LocalOptions, StudyStopped, run_local
 from mor_jax.scaling.runs.points import RESULTS, Point, read_points
 from mor_jax.scaling.study.manifest import read, write
 from mor_jax.scaling.study.plan import make_plan
@@ -37,7 +37,7 @@ def study(tmp_path):
 def run(study, **how):
     """Runs it; returns the runs that failed and the events as `kind name`."""
     events = []
-    how = Local(train=STAND_IN, **({"jobs": 2} | how))
+    how = LocalOptions(train=STAND_IN, **({"jobs": 2} | how))
     failed = run_local(study, read(study), how, lambda e: events.append((e.kind, e.run.name)))
     return failed, events
 
@@ -116,7 +116,7 @@ def test_a_signal_ends_the_trainings_and_a_second_runner_is_refused(study):
             os.kill(os.getpid(), signal.SIGTERM)
 
     with pytest.raises(StudyStopped):
-        run_local(study, read(study), Local(train=STAND_IN), tell)
+        run_local(study, read(study), LocalOptions(train=STAND_IN), tell)
     # It was ended in its sleep: after that it would have left results.
     [asleep] = second
     assert not (directory(study, asleep) / "metrics.jsonl").exists()
@@ -164,7 +164,7 @@ def test_a_training_that_outlived_its_runner_is_waited_for(study):
             if event.kind == "waiting":
                 fcntl.flock(lock, fcntl.LOCK_UN)
 
-        how = Local(train=STAND_IN, only=("plain", "w16"), retries=0)
+        how = LocalOptions(train=STAND_IN, only=("plain", "w16"), retries=0)
         failed = run_local(study, read(study), how, tell)
     assert not failed and [kind for kind, name in events if name == first.name] == [
         "waiting",
