@@ -256,8 +256,10 @@ def validation_batches(
 def validation_sources(
     cfg: DataConfig, tokenizer: Tokenizer, layout: Layout, batches: int, split: str = "heldout"
 ) -> np.ndarray:
-    """For each row of `validation_batches`, in order: number of its source, int64; repetitions at the
-    end have none."""
+    """The number of its source for each sequence of `validation_batches`, in order, int64.
+
+    Repetitions at the end have none.
+    """
     chosen = [source for source, *_ in _heldout_rows(cfg, tokenizer, layout, batches, split)]
     return np.array(chosen[: batches * layout.batch_size])
 

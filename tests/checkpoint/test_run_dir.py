@@ -163,8 +163,8 @@ def test_an_allowed_change_must_be_a_setting(tmp_path, name):
 HOLDER = """
 import sys, time
 sys.path.insert(0, sys.argv[1])
-from mor_jax.checkpoint.run_dir import hold
-with hold(sys.argv[2]):
+from mor_jax.checkpoint.run_dir import lock_run_dir
+with lock_run_dir(sys.argv[2]):
     print("held", flush=True)
     time.sleep(86400)
 """

@@ -90,7 +90,7 @@ CASES += [("expert", "all", 3)]
 
 @pytest.mark.parametrize(("name", "mesh", "recursions"), CASES)
 def test_eight_devices_compute_what_one_does(name, mesh, recursions):
-    many, one = (losses(name, where, num_recursions=recursions) for where in (MESHES[mesh], ONE))
+    many, one = (losses(name, where, recursions=recursions) for where in (MESHES[mesh], ONE))
     np.testing.assert_allclose(many[:, 0], one[:, 0], rtol=1e-5)
     np.testing.assert_allclose(many[:, 1], one[:, 1], rtol=1e-4)
 

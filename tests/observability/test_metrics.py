@@ -88,7 +88,7 @@ def test_a_line_cut_by_a_kill_is_dropped(tmp_path):
 def test_a_line_damaged_in_the_middle_is_named(tmp_path):
     file = tmp_path / metrics.FILE
     file.write_text('{"step": 1}\n{"ste\n{"step": 3}\n')
-    with pytest.raises(ValueError, match=r"metrics\.jsonl:2: not a record"):
+    with pytest.raises(ValueError, match=r"metrics\.jsonl:2: is not JSON"):
         metrics.read(file)
 
 
