@@ -4,7 +4,7 @@
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/venv.sh"
 install requirements.txt requirements-dev.txt requirements-convert.txt requirements-serve.txt \
-  requirements-eval.txt
+  requirements-eval.txt requirements-docs.txt
 
 cd "$root"
 "$python" -m ruff check .
