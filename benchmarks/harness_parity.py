@@ -34,7 +34,7 @@ import timing
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
-from launch import convert
+from mor_jax.cli import convert
 from mor_jax.evaluation.lm_eval.model import MorLM
 
 LIMIT, PAGE_LIMIT = 1e-4, 1e-6

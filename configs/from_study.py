@@ -12,9 +12,9 @@ from typing import Any
 
 from etils import epath
 from ml_collections import ConfigDict
+from mor_jax.configs.common import plain_model, train
+from mor_jax.configs.from_workdir import fill
 
-from configs.common import plain_model, train
-from configs.from_workdir import fill
 from mor_jax.config.old_names import translated, translated_paths
 from mor_jax.config.parsing import changed
 from mor_jax.scaling.study.seal import digest

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict
+from mor_jax.configs.common import plain_model, train
 
-from configs.common import plain_model, train
 from mor_jax.config.old_names import translated
 
 _FIX = "Write --config=configs/from_workdir.py:DIR with the directory of a run"

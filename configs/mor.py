@@ -16,7 +16,7 @@ with it.
 
 from ml_collections import ConfigDict
 
-from configs import common
+from mor_jax.configs import common
 
 
 def get_config(arg: str = "") -> ConfigDict:

@@ -10,7 +10,7 @@ their FLOPs say. 600 steps end at 1.51 nats per held-out byte under causal routi
 
 from ml_collections import ConfigDict
 
-from configs import common
+from mor_jax.configs import common
 
 
 def get_config(arg: str = "") -> ConfigDict:

@@ -10,7 +10,7 @@ Choices after the colon: size, recursions, sharing, kv (recursion or shared).
 
 from ml_collections import ConfigDict
 
-from configs import common
+from mor_jax.configs import common
 
 
 def get_config(arg: str = "") -> ConfigDict:

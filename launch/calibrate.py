@@ -1,115 +1,11 @@
-"""Calibrates at which depth a run's tokens leave when it generates: cheaper, or closer to training.
+"""`mor calibrate` from a checkout; the code is in mor_jax/cli/calibrate.py."""
 
-    python launch/calibrate.py --workdir=runs/mor --mean_depth=1.5 --name=fast
-    python launch/calibrate.py --workdir=runs/mor --curve
-    python launch/generate.py --workdir=runs/mor --calibration=fast --prompt="def "
-
-Writes `<workdir>/calibrations/<name>.json`: for expert-choice a threshold for each recursion, for
-token-choice a bias for each depth. Without --shares and --mean_depth it aims at the shares that
-training aimed at. One half of the text decides, the other half is measured.
-"""
-
-import argparse
-import json
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from mor_jax.cli import option_names
-from mor_jax.runtime import exit_codes, platform
-from mor_jax.runtime.preemption import Signals
-
-_PATHS = {
-    "eval.batches": "batches",
-    "eval.batch_size": "batch_size",
-    "data.sources": "source",
-    "seq_len": "length",
-}
-"""Options under other names than their settings."""
-
-POINTS = 9
-"""Depths of a curve."""
-
-
-def main(argv: list[str] | None = None) -> int:
-    options = _parser().parse_args(argv)
-    platform.skip_absent()
-    from mor_jax.calibration import calibrate
-    from mor_jax.checkpoint.load_weights import load_run
-    from mor_jax.evaluation import EvalRequest
-
-    asked = EvalRequest(
-        sources=None if options.source is None else tuple(options.source),
-        length=options.length,
-        batches=options.batches,
-        batch_size=options.batch_size,
-        recursions=options.recursions,
-    )
-    try:
-        option_names.check_filled(options, "name", "workdir")
-        aim = calibrate.CalibrationTarget(
-            shares=_numbers(options.shares), depth=options.mean_depth, points=_points(options)
-        )
-        found = load_run(options.workdir, options.step)
-        calibrate.check_name(found, options.name)
-        measured = calibrate.calibrate(found, asked, aim)
-        files = calibrate.write(measured, options.name)
-    except ValueError as error:
-        typed = option_names.options(options, _PATHS)
-        print(f"error: {option_names.as_typed(error, typed)}", file=sys.stderr)
-        return exit_codes.of(error)
-    if options.json:
-        print(json.dumps(measured.to_dict()))
-    else:
-        print("\n".join([*measured.lines(), "", *(f"wrote {file}" for file in files)]))
-    return exit_codes.OK
-
-
-def _points(options: argparse.Namespace) -> int | None:
-    """Of the curve, None without one."""
-    if options.curve:
-        return POINTS if options.points is None else options.points
-    if options.points is not None:
-        raise ValueError(f"points={options.points}: is of a curve. Add --curve, or leave it out")
-    return None
-
-
-def _numbers(text: str | None) -> tuple[float, ...] | None:
-    if text is None:
-        return None
-    try:
-        return tuple(float(part) for part in text.split(","))
-    except ValueError:
-        rule = "must be numbers like 1,0.5,0.25. Try --mean_depth=1.5"
-        raise ValueError(f"shares={text!r}: {rule}") from None
-
-
-def _parser() -> argparse.ArgumentParser:
-    about, _, more = (__doc__ or "").partition("\n")
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=about, epilog=more, formatter_class=raw)
-    parser.add_argument("--workdir", required=True, help="run to calibrate")
-    parser.add_argument("--step", type=int, help="checkpoint; default: the newest good one")
-    parser.add_argument("--name", default="default", help="of the calibration (default: default)")
-    parser.add_argument("--shares", help="of all tokens, one a recursion, such as 1,0.5,0.25")
-    parser.add_argument("--mean_depth", type=float, help="recursions a token, in place of --shares")
-    parser.add_argument("--recursions", type=int, help="to run, in place of those trained")
-    parser.add_argument(
-        "--source",
-        action="append",
-        help="text to calibrate on, all of it, written like data.sources; may be repeated; "
-        "default: the held-out part of the run's own text",
-    )
-    parser.add_argument("--length", type=int, help="tokens of a row; default: the run's")
-    parser.add_argument("--batches", type=int, help="of each half; default: the run's eval.batches")
-    parser.add_argument("--batch_size", type=int, help="rows; default: the run's eval.batch_size")
-    parser.add_argument("--curve", action="store_true", help="also measure loss against mean depth")
-    parser.add_argument("--points", type=int, help=f"depths of the curve (default: {POINTS})")
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
-    return parser
-
+from mor_jax.cli.main import run
 
 if __name__ == "__main__":
-    with Signals("nothing was written"):
-        sys.exit(main())
+    run("calibrate")

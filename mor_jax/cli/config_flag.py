@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from absl import flags
 from ml_collections import ConfigDict
 
+from mor_jax.cli.repository import config_path, shipped
 from mor_jax.config import old_names
 from mor_jax.runtime import exit_codes
 
@@ -22,9 +23,10 @@ def parsed(argv: Sequence[str]) -> list[str]:
     Ends the process with `exit_codes.REFUSED` and one line if a flag, the configuration's file or
     a setting is wrong.
     """
+    argv = _with_paths(argv)
     try:
         try:
-            rest = flags.FLAGS(list(argv))
+            rest = flags.FLAGS(argv)
         except SystemExit:
             # Help that was asked for is no failure; absl ends it with 1.
             sys.exit(exit_codes.OK)
@@ -41,6 +43,17 @@ def parsed(argv: Sequence[str]) -> list[str]:
     return rest
 
 
+def _with_paths(argv: Sequence[str]) -> list[str]:
+    """The words with names of shipped configurations as their paths."""
+    words = list(argv)
+    for i, word in enumerate(words):
+        if word.startswith(f"{_CONFIG}="):
+            words[i] = f"{_CONFIG}={config_path(word.removeprefix(f'{_CONFIG}='))}"
+        elif i and words[i - 1] == _CONFIG:
+            words[i] = config_path(word)
+    return words
+
+
 def _refuse(message: str) -> None:
     print(f"error: {message}", file=sys.stderr, flush=True)
     sys.exit(exit_codes.REFUSED)
@@ -50,7 +63,8 @@ def _told(error: Exception, argv: Sequence[str]) -> str:
     config = _given(argv)
     if isinstance(error, OSError):
         reason = str(error).strip().splitlines()[-1].strip().removeprefix(_LATE).rstrip(".")
-        fix = "Give a file such as configs/mor.py"
+        near = difflib.get_close_matches(config.partition(":")[0], shipped(), n=1, cutoff=0.6)
+        fix = f"Did you mean {_CONFIG}={near[0]}?" if near else f"Give a file or one of {shipped()}"
         return f"{_CONFIG}={config}: cannot be read: {reason}. {fix}"
     if isinstance(error, (flags.ValidationError, flags.Error)):
         # An exception in the configuration's file is told as a traceback; its own words do.

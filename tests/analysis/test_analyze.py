@@ -30,7 +30,7 @@ MODELS = {
     "recursive": dataclasses.replace(TINY["cycle"], vocab_size=256),
     "plain": dataclasses.replace(TINY["plain"], vocab_size=256),
 }
-command = importlib.import_module("launch.analyze")
+command = importlib.import_module("mor_jax.cli.analyze")
 
 
 @pytest.fixture(scope="module")

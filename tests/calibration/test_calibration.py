@@ -106,7 +106,7 @@ def command(capsys):
     """Runs one of the commands: exit status, its output, its errors."""
 
     def run(name, *arguments):
-        status = importlib.import_module(f"launch.{name}").main(list(arguments))
+        status = importlib.import_module(f"mor_jax.cli.{name}").main(list(arguments))
         told = capsys.readouterr()
         return status, told.out, told.err
 

@@ -290,7 +290,7 @@ def test_a_calibration_of_other_weights_is_refused_with_what_would_do(trained, t
 
 
 def test_the_command_prints_a_table_or_json(trained, imported, tmp_path, capsys):
-    command = importlib.import_module("launch.evaluate")
+    command = importlib.import_module("mor_jax.cli.evaluate")
     few = ["--batches=1", "--length=16"]
     assert command.main([f"--workdir={imported}", *few]) == 0
     lines = capsys.readouterr().out.splitlines()

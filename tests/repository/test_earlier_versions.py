@@ -14,7 +14,7 @@ import pytest
 from etils import epath
 
 from configs import from_study, from_workdir
-from launch import convert, evaluate, generate, isoflop, prepare_data
+from mor_jax.cli import convert, evaluate, generate, isoflop, prepare_data
 from mor_jax.checkpoint.run_dir import differences, read_config
 from mor_jax.config.train import TrainConfig
 from mor_jax.data.shards.reader import open_shards

@@ -32,7 +32,7 @@ ENDS = [
     ("error", "code", "message", "together"), ENDS, ids=[type(e[0]).__name__ for e in ENDS]
 )
 def test_every_end_has_its_code(monkeypatch, capsys, error, code, message, together):
-    launch, calls = importlib.import_module("launch.train"), []
+    launch, calls = importlib.import_module("mor_jax.cli.train"), []
 
     def fit(*args):
         calls.append(args)

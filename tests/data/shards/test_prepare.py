@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from support.sample_texts import words
 
-from launch import prepare_data
+from mor_jax.cli import prepare_data
 from mor_jax.config import DataConfig
 from mor_jax.data import load_tokenizer, open_streams
 from mor_jax.data.shards.prepare import PrepareConfig, prepare

@@ -12,7 +12,7 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
-from launch import prepare_data
+from mor_jax.cli import prepare_data
 from mor_jax.config import DataConfig
 from mor_jax.data import open_streams
 from mor_jax.data.sources.documents import open_documents

@@ -58,7 +58,7 @@ def run(workdir, capsys, monkeypatch):
 
     def call(*options, stdin=b""):
         monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(stdin)))
-        code = importlib.import_module("launch.generate").main(
+        code = importlib.import_module("mor_jax.cli.generate").main(
             [f"--workdir={workdir}", "--slots=2", *options]
         )
         told = capsys.readouterr()

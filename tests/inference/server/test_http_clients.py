@@ -324,7 +324,7 @@ def test_the_command_serves_and_ends(tmp_path):
 )
 def test_the_command_says_what_is_wrong(tmp_path, monkeypatch, capsys, arguments, message):
     monkeypatch.chdir(tmp_path)
-    assert importlib.import_module("launch.serve").main(["--port=0", *arguments]) == 2
+    assert importlib.import_module("mor_jax.cli.serve").main(["--port=0", *arguments]) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ") and message in error, error
 
@@ -337,7 +337,7 @@ def numeric(parser):
 @pytest.mark.parametrize("command", ["serve", "generate"])
 def test_extremes_of_every_number_are_one_line_that_names_the_option(tmp_path, capsys, command):
     write_run(tmp_path / "small", MODEL)
-    program = importlib.import_module(f"launch.{command}")
+    program = importlib.import_module(f"mor_jax.cli.{command}")
     options = numeric(program._parser())
     assert len(options) > 10
     given = [
