@@ -14,8 +14,8 @@ import pytest
 from etils import epath
 
 from configs import from_study, from_workdir
-from mor_jax.cli import convert, evaluate, generate, isoflop, prepare_data
 from mor_jax.checkpoint.run_dir import differences, read_config
+from mor_jax.cli import convert, evaluate, generate, isoflop, prepare_data
 from mor_jax.config.train import TrainConfig
 from mor_jax.data.shards.reader import open_shards
 from mor_jax.data.tokenizers.load import load_tokenizer

@@ -211,8 +211,18 @@ def required(path: Path) -> set[str]:
 
 
 def optional() -> set[str]:
-    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    return {package(line) for lines in extras["optional-dependencies"].values() for line in lines}
+    """Packages of every extra; each extra is a requirements file."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["dynamic"]
+    files = [name for extra in project["optional-dependencies"].values() for name in extra["file"]]
+    lines = [line for name in files for line in (ROOT / name).read_text().splitlines()]
+    return {package(line.split("#")[0].strip()) for line in lines} - {""}
+
+
+def test_every_requirements_file_is_an_extra():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["dynamic"]
+    extras = {extra["file"][0] for extra in project["optional-dependencies"].values()}
+    files = {path.name for path in ROOT.glob("requirements*.txt")} - {"requirements.txt"}
+    assert extras == files
 
 
 def third_party(nodes) -> set[str]:

@@ -44,6 +44,7 @@ LEVELS = (
     ("scaling.fit",),
     ("scaling.report",),
     ("calibration",),
+    ("configs",),
     ("cli",),
 )
 LEVEL = {folder: level for level, folders in enumerate(LEVELS) for folder in folders}
