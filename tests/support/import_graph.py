@@ -46,6 +46,7 @@ LEVELS = (
     ("calibration",),
     ("configs",),
     ("cli",),
+    ("__main__",),
 )
 LEVEL = {folder: level for level, folders in enumerate(LEVELS) for folder in folders}
 
