@@ -40,7 +40,7 @@ from mor_jax.observability import event_log, metrics
 from mor_jax.observability.goodput import goodput
 from mor_jax.runtime import exit_codes
 from mor_jax.training.compiled_step import abstract_state
-from mor_jax.training.loop import fields
+from mor_jax.training.train_state import fields
 
 ROOT = Path(__file__).resolve().parent.parent
 

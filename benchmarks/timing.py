@@ -19,12 +19,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from mor_jax.config import TrainConfig
-from mor_jax.models.params import init_params, new_state
+from mor_jax.models.params import init_params
 from mor_jax.models.routing.router import capacity_tokens
 from mor_jax.runtime.host_memory import keep_freed_memory
 from mor_jax.runtime.platform import skip_absent
 from mor_jax.training.compiled_step import jitted_steps
 from mor_jax.training.optimizer import make_optimizer
+from mor_jax.training.train_state import new_state
 from mor_jax.types import IGNORE, Batch, Params
 
 skip_absent()

@@ -142,6 +142,8 @@ def _run(options: argparse.Namespace, rest: list[str]) -> int:
 
 
 def _checkout() -> Path:
+    from mor_jax.config.parsing import check
+
     rule = "needs the launch scripts of a checkout, and this is an installed package"
     check(CHECKOUT is not None, "on", "a cluster", rule, "Run it from a clone of the repository")
     assert CHECKOUT is not None

@@ -1,9 +1,8 @@
-"""Between the modules and plain JAX: building parameters, applying a model, the training state.
+"""Between the modules and plain JAX: building parameters and applying a model.
 
 Outside `models/` a model is its configuration and a nested dictionary of float32 arrays.
 """
 
-import dataclasses
 import functools
 import math
 from typing import Any
@@ -19,26 +18,10 @@ from mor_jax.distributed.collectives import all_gather_param, row_axes
 from mor_jax.models.param_count import unique_parameters
 from mor_jax.models.routing.router import Route
 from mor_jax.models.transformer import ModelOutput, Transformer
-from mor_jax.types import Array, Batch, Float, Int, Params
+from mor_jax.types import Array, Batch, Float, Params
 
 ONE_DRAW = 2**28
 """Random numbers that may exist at one time on one device, while parameters are made."""
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class TrainState:
-    """Everything that a step changes.
-
-    step: optimiser steps taken, skipped ones included. skipped: steps whose loss or gradient was
-    not finite; skipped_in_a_row: those at the end of the run so far.
-    """
-
-    step: Int[Array, ""]
-    params: Params
-    opt_state: Any
-    skipped: Int[Array, ""]
-    skipped_in_a_row: Int[Array, ""]
 
 
 @functools.cache
@@ -174,10 +157,3 @@ def paths(tree: Any) -> list[str]:
     """Dotted paths of a nested dictionary's leaves, in the order of `jax.tree.leaves`."""
     flat = jax.tree_util.tree_leaves_with_path(tree)
     return [jax.tree_util.keystr(path, simple=True, separator=".") for path, _ in flat]
-
-
-def new_state(params: Params, opt_state: Any) -> TrainState:
-    """The state before the first step."""
-    # Three arrays, not one thrice: a state is donated, and a buffer can be donated only once.
-    step, skipped, in_a_row = (jnp.zeros((), jnp.int32) for _ in range(3))
-    return TrainState(step, params, opt_state, skipped, in_a_row)

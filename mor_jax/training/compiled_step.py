@@ -17,9 +17,10 @@ from jax.sharding import Mesh
 
 from mor_jax.config import TrainConfig
 from mor_jax.distributed import mesh as sharding
-from mor_jax.models.params import TrainState, abstract_params, init_params, new_state
+from mor_jax.models.params import abstract_params, init_params
 from mor_jax.models.routing.router import capacity_tokens
 from mor_jax.training.optimizer import make_optimizer
+from mor_jax.training.train_state import TrainState, new_state
 from mor_jax.training.train_step import StepSpec, train_step
 from mor_jax.types import Batch, Params
 

@@ -7,91 +7,23 @@ import signal
 import threading
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 from rich.console import Console
 
-from mor_jax.checkpoint.checkpointer import Checkpointer
-from mor_jax.data import DataPosition, Jump
-from mor_jax.distributed.heartbeat import PeerMonitor
-from mor_jax.distributed.stop_consensus import StopConsensus
 from mor_jax.models.flops import flops
-from mor_jax.models.params import TrainState
-from mor_jax.observability.event_log import Events
 from mor_jax.observability.metrics import Metrics, Record
 from mor_jax.observability.profiling import Profile, memory, memory_line
 from mor_jax.observability.progress import Meter, Progress
-from mor_jax.runtime.compilation_cache import Cache
 from mor_jax.runtime.hardware import peak_flops
-from mor_jax.runtime.preemption import Signals, Stopped
+from mor_jax.runtime.preemption import Stopped
 from mor_jax.training.batch_iterator import BatchIterator
-
-if TYPE_CHECKING:
-    from mor_jax.training.trainer import Run
+from mor_jax.training.run import ResumePoint, Run, RunServices, TrainResult
+from mor_jax.training.train_state import fields
 
 _A_BATCH = 1.0
 """Seconds for which a stop waits for the evaluation of a batch; a compilation takes longer."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class RunServices:
-    """What a run writes to and listens to, beside its metrics."""
-
-    checkpoints: Checkpointer
-    events: Events
-    signals: Signals
-    agreement: StopConsensus
-    cache: Cache | None
-    hosts: PeerMonitor
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ResumePoint:
-    """Where a loop begins.
-
-    place: in the data. jumps: rows that are left out. rolled_back: whether the one rollback was
-    used. bad: first rows of the steps skipped last, up to now. owes: the evaluation after this
-    state was left for a stop.
-    """
-
-    state: TrainState
-    place: DataPosition
-    skipped_ranges: tuple[Jump, ...] = ()
-    rolled_back: bool = False
-    bad: tuple[int, ...] = ()
-    eval_pending: bool = False
-
-    def notes(self) -> dict[str, Any]:
-        """What a checkpoint has to remember beside state and position."""
-        return {
-            "data": self.place.notes(),
-            "jumps": [list(jump) for jump in self.skipped_ranges],
-            "rolled_back": self.rolled_back,
-            "bad": list(self.bad),
-            "owes_evaluation": self.eval_pending,
-        }
-
-    @classmethod
-    def of(cls, state: TrainState, place: DataPosition, notes: dict[str, Any]) -> "ResumePoint":
-        """From what a checkpoint gave back. place: in the data as it is now."""
-        return cls(
-            state=state,
-            place=place,
-            skipped_ranges=tuple((first, end) for first, end in notes.get("jumps", ())),
-            rolled_back=notes.get("rolled_back", False),
-            bad=tuple(notes.get("bad", ())),
-            eval_pending=notes.get("owes_evaluation", False),
-        )
-
-
-@dataclasses.dataclass(frozen=True)
-class TrainResult:
-    """The end of a loop: the last state, the last evaluation and the speed."""
-
-    state: TrainState
-    evaluated: dict[str, Any]
-    meter: Meter
 
 
 class SkippedTooMany(Exception):
@@ -109,13 +41,13 @@ class _Left(Exception):
 class Loop:
     """Runs the steps from a start to the end. Every process of the run calls it alike."""
 
-    def __init__(self, run: "Run", desk: RunServices, start: ResumePoint, feed: BatchIterator):
-        self._run, self._desk, self._start, self._feed = run, desk, start, feed
+    def __init__(self, run: Run, services: RunServices, start: ResumePoint, batches: BatchIterator):
+        self._run, self._services, self._start, self._batches = run, services, start, batches
         self._state, self._bad = start.state, list(start.bad)
         self._first = int(start.state.step)
         self._meter = _meter(run)
         self._evaluated: dict[str, Any] = {}
-        self._owed = False
+        self._save_pending = False
 
     def __call__(self) -> TrainResult:
         """Raises `Stopped` after a signal, `SkippedTooMany` when steps keep being skipped."""
@@ -133,33 +65,33 @@ class Loop:
             Profile(run.path, cfg.profile) as profile,
         ):
             self._metrics, self._progress = metrics, progress
-            self._desk.signals.on_leaving(lambda _: progress.__exit__())
-            self._desk.events.restart_clock()
+            self._services.signals.on_leaving(lambda _: progress.__exit__())
+            self._services.events.restart_clock()
             if self._start.eval_pending and (caught := self._evaluate(self._first)):
                 self._stop(self._first, caught)
             for step in range(self._first + 1, cfg.steps + 1):
                 if not self._compiled(step):
-                    number = self._desk.signals.number
+                    number = self._services.signals.number
                     self._save(step - 1, number)
                     self._stop(step - 1, number)
                 self._step(step, profile)
-                caught = self._desk.agreement(self._desk.signals.number)
+                caught = self._services.stop_consensus(self._services.signals.number)
                 if not caught and self._to_evaluate(step):
                     caught = self._evaluate(step)
                 self._save(step, caught)
                 if caught:
                     self._stop(step, caught)
-            self._desk.checkpoints.wait()
-            self._desk.signals.nothing_new = "the last step was saved"
+            self._services.checkpoints.wait()
+            self._services.signals.nothing_new = "the last step was saved"
             if not self._evaluated:
                 with progress.busy("evaluating"):
                     self._evaluated = run.evaluator(self._state.params)
         return TrainResult(self._state, self._evaluated, self._meter)
 
     def _step(self, step: int, profile: Profile) -> None:
-        run, events = self._run, self._desk.events
-        self._desk.hosts.phase(f"step {step}")
-        number, batch = self._feed.next()
+        run, events = self._run, self._services.events
+        self._services.peers.phase(f"step {step}")
+        number, batch = self._batches.next()
         program = run.steps(step)
         profile.before(step)
         self._state, scalars = program(self._state, run.place(batch))
@@ -168,7 +100,7 @@ class Loop:
             self._under_way(program)
         host = {"tokens_per_second": self._meter.tokens_per_second or 0.0, "position": number}
         self._report(self._metrics.push(step, scalars, host))
-        events.step(step, self._feed.waited)
+        events.step(step, self._batches.waited)
         if done := profile.after(step, scalars):
             self._progress.note(done)
 
@@ -177,28 +109,28 @@ class Loop:
         made = self._run.steps.prepare(step)
         if made.done():
             return True
-        self._desk.hosts.phase(f"compilation for step {step}")
-        with self._desk.events.timed("compile", step=step):
+        self._services.peers.phase(f"compilation for step {step}")
+        with self._services.events.timed("compile", step=step):
             while True:
                 with contextlib.suppress(concurrent.futures.TimeoutError):
                     made.exception(_A_BATCH)
                     return True
-                self._desk.signals.check()
+                self._services.signals.check()
                 # Several processes would have to agree; they wait for their compilers instead.
                 saveable = step > self._first + 1 and jax.process_count() == 1
-                if saveable and self._desk.signals.number:
+                if saveable and self._services.signals.number:
                     return False
 
     def _under_way(self, program: Any) -> None:
-        self._desk.signals.something_new()
+        self._services.signals.something_new()
         report = memory(program)
-        self._desk.events.write("memory", **report)
+        self._services.events.write("memory", **report)
         self._progress.note(memory_line(report))
         self._seal()
 
     def _seal(self) -> None:
-        if self._desk.cache is not None:
-            self._desk.cache.seal()
+        if self._services.cache is not None:
+            self._services.cache.seal()
 
     def _report(self, record: Record | None) -> None:
         # Shows a fetched step, and keeps count of those without a finite loss or gradient.
@@ -211,7 +143,7 @@ class Loop:
             return
         position = int(record.values["position"])
         self._bad.append(position)
-        self._desk.events.write("skipped", step=record.step, position=position)
+        self._services.events.write("skipped", step=record.step, position=position)
         self._progress.note(
             f"step {record.step}, row {position} on: loss or gradient not finite, update skipped"
         )
@@ -224,24 +156,24 @@ class Loop:
 
     def _evaluate(self, step: int) -> int:
         """Evaluates after `step`; returns the signal for which it was left, else 0."""
-        self._desk.hosts.phase(f"evaluation after step {step}")
+        self._services.peers.phase(f"evaluation after step {step}")
         self._report(self._metrics.flush())
         asked: list[int] = []
         evaluator = dataclasses.replace(
             self._run.evaluator, step=self._between(self._run.evaluator.step, asked)
         )
-        with self._progress.busy("evaluating"), self._desk.events.timed("eval", step=step):
+        with self._progress.busy("evaluating"), self._services.events.timed("eval", step=step):
             try:
                 self._evaluated = self._wait_for(partial(evaluator, self._state.params))
             except _Left:
-                return asked[0] if asked else self._desk.signals.number
+                return asked[0] if asked else self._services.signals.number
         self._metrics.write(step, {f"eval/{k}": v for k, v in self._evaluated.items()})
         return 0
 
     def _between(self, evaluate: Callable[..., Any], asked: list[int]) -> Callable[..., Any]:
         # `evaluate` that looks for signals before every batch.
         def watched(*args: Any) -> Any:
-            if caught := self._desk.agreement(self._desk.signals.number):
+            if caught := self._services.stop_consensus(self._services.signals.number):
                 asked.append(caught)
                 raise _Left
             return jax.block_until_ready(evaluate(*args))
@@ -259,7 +191,7 @@ class Loop:
         while True:
             with contextlib.suppress(concurrent.futures.TimeoutError):
                 return made.result(_A_BATCH)
-            if self._desk.signals.number and not made.done():
+            if self._services.signals.number and not made.done():
                 raise _Left
 
     def _settle(self, made: "concurrent.futures.Future[Any]", call: Callable[[], Any]) -> None:
@@ -272,40 +204,35 @@ class Loop:
     def _save(self, step: int, caught: int) -> None:
         cfg = self._run.cfg
         last = step == cfg.steps
-        self._owed |= (
+        self._save_pending |= (
             _due(step, cfg.checkpoint.interval, cfg.steps) or step in cfg.checkpoint.keep_steps
         )
-        if not (caught or last or self._owed):
+        if not (caught or last or self._save_pending):
             return
         self._report(self._metrics.flush())
         if self._bad and not (caught or last):
             # What a rollback would go back to must not give way to states amid skipped steps.
             return
-        self._owed = False
+        self._save_pending = False
         start = dataclasses.replace(
             self._start, bad=tuple(self._bad), eval_pending=bool(caught) and self._to_evaluate(step)
         )
         extra = {"fingerprint": self._run.fingerprint} | start.notes()
-        self._desk.hosts.phase(f"save of step {step}")
+        self._services.peers.phase(f"save of step {step}")
         state = fields(self._state)
-        with self._desk.events.timed("save", step=step):
-            self._desk.checkpoints.save(
-                step, state, self._feed.position, self._run.cfg.to_dict(), extra
+        with self._services.events.timed("save", step=step):
+            self._services.checkpoints.save(
+                step, state, self._batches.position, self._run.cfg.to_dict(), extra
             )
         self._seal()
 
     def _stop(self, step: int, caught: int) -> None:
-        with self._desk.events.timed("save", step=step):
-            self._desk.checkpoints.wait()
+        with self._services.events.timed("save", step=step):
+            self._services.checkpoints.wait()
         name = signal.Signals(caught).name
-        self._desk.events.write("stop", step=step, reason=name)
+        self._services.events.write("stop", step=step, reason=name)
         saved = f"stopped after step {step}, saved in {self._run.path}"
         raise Stopped(f"{name}: {saved}. The same command goes on")
-
-
-def fields(state: TrainState) -> dict[str, Any]:
-    """The state as the nested dictionary that checkpoints hold."""
-    return {field.name: getattr(state, field.name) for field in dataclasses.fields(state)}
 
 
 def _due(step: int, every: int | None, steps: int) -> bool:
@@ -317,7 +244,7 @@ def _console() -> Console:
     return Console(quiet=jax.process_index() != 0)
 
 
-def _meter(run: "Run") -> Meter:
+def _meter(run: Run) -> Meter:
     peak = peak_flops(jax.devices()[0].device_kind)
     return Meter(
         run.cfg.batch_size * run.cfg.seq_len,
@@ -326,4 +253,4 @@ def _meter(run: "Run") -> Meter:
     )
 
 
-__all__ = ["Loop", "ResumePoint", "RunServices", "SkippedTooMany", "TrainResult", "fields"]
+__all__ = ["Loop", "SkippedTooMany"]

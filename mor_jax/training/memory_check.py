@@ -13,8 +13,8 @@ from jax.sharding import Mesh
 
 from mor_jax.config import TrainConfig
 from mor_jax.config.parsing import check
-from mor_jax.models.params import TrainState
 from mor_jax.runtime.free_memory import free_bytes
+from mor_jax.training.train_state import TrainState
 
 _TOKEN = 8
 """Bytes of a token and its target, int32."""

@@ -1,7 +1,7 @@
 """The end of a run: pictures, a completion, the summary."""
 
 import time
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import numpy as np
@@ -15,16 +15,13 @@ from mor_jax.data.streams.token_streams import MemoryStream
 from mor_jax.distributed.startup_check import gather
 from mor_jax.models.flops import flops
 from mor_jax.models.param_count import effective, effective_parameters, unique_parameters
-from mor_jax.models.params import TrainState
 from mor_jax.training.evaluator import complete, token_depths
-from mor_jax.training.loop import TrainResult
+from mor_jax.training.run import Run, TrainResult
 from mor_jax.training.summary import RunSummary, show
-
-if TYPE_CHECKING:
-    from mor_jax.training.trainer import Run
+from mor_jax.training.train_state import TrainState
 
 
-def finish(run: "Run", trained: TrainResult, began: tuple[int, float]) -> None:
+def finish(run: Run, trained: TrainResult, began: tuple[int, float]) -> None:
     """Draws the pictures and prints the summary; on the first process only.
 
     began: step and `time.perf_counter` at which this call took the run up.
@@ -87,7 +84,7 @@ def bigram_loss(cfg: TrainConfig, tokenizer: data.Tokenizer) -> float | None:
     return data.ngram_loss(found["train"], found["heldout"], 2, tokenizer.vocab_size)
 
 
-def _depths(run: "Run", state: TrainState) -> Any:
+def _depths(run: Run, state: TrainState) -> Any:
     """Colours the first held-out row, which no training step has seen."""
     first = run.evaluator.batches[0].tokens
     # Every process holds other rows: all compute with that of process 0.

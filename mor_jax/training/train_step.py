@@ -22,11 +22,12 @@ from mor_jax.distributed.collectives import (
 )
 from mor_jax.distributed.mesh import param_specs, spec_of
 from mor_jax.models.param_count import layer_weights
-from mor_jax.models.params import TrainState, forward, gather, logical_axes, logits_table
+from mor_jax.models.params import forward, gather, logical_axes, logits_table
 from mor_jax.models.routing.outputs import Routing
 from mor_jax.models.routing.router import Route, capacity_tokens
 from mor_jax.training.losses import Counts, TextSums, batch_counts, router_losses, text_loss
 from mor_jax.training.optimizer import global_norms, schedule
+from mor_jax.training.train_state import TrainState
 from mor_jax.types import Array, Batch, Float, Params
 
 Metrics = dict[str, Array]

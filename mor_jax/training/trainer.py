@@ -14,7 +14,6 @@ from typing import Any, TypeVar, cast
 
 import jax
 from etils import epath
-from jax.sharding import Mesh
 
 from mor_jax import data
 from mor_jax.checkpoint import pretrained, run_dir
@@ -22,13 +21,12 @@ from mor_jax.checkpoint.checkpointer import Checkpointer, DiskFull, any_complete
 from mor_jax.config import TrainConfig
 from mor_jax.config.parsing import check
 from mor_jax.distributed import mesh as sharding
-from mor_jax.distributed.data_shard import reader
 from mor_jax.distributed.heartbeat import PeerMonitor
 from mor_jax.distributed.startup_check import agree_on_start, gather
 from mor_jax.distributed.stop_consensus import StopConsensus
 from mor_jax.models.attention_kernels.dispatch import check_kernel
 from mor_jax.models.layers.remat import check_remat
-from mor_jax.models.params import TrainState, abstract_params, logical_axes
+from mor_jax.models.params import abstract_params, logical_axes
 from mor_jax.observability.event_log import FILE, Events, read
 from mor_jax.observability.goodput import goodput
 from mor_jax.runtime.compilation_cache import kept_in
@@ -39,42 +37,14 @@ from mor_jax.training.compiled_step import CompiledSteps, abstract_state, first_
 from mor_jax.training.data_position import check_state, newest, resumed_position
 from mor_jax.training.evaluator import Evaluator
 from mor_jax.training.fork import Fork, begin, check_begun
-from mor_jax.training.loop import Loop, ResumePoint, RunServices, SkippedTooMany, fields
+from mor_jax.training.loop import Loop, SkippedTooMany
 from mor_jax.training.memory_check import check_memory
 from mor_jax.training.report import finish
 from mor_jax.training.resolved_settings import resolve_settings_in
-from mor_jax.types import Batch
+from mor_jax.training.run import ResumePoint, Run, RunServices, batch_layout, place
+from mor_jax.training.train_state import TrainState, fields
 
 _T = TypeVar("_T")
-
-
-@dataclasses.dataclass(frozen=True)
-class Run:
-    """The parts of a run that do not change from step to step.
-
-    beginning: of its data. abstract: shapes and shardings of the state.
-    """
-
-    cfg: TrainConfig
-    path: epath.Path
-    mesh: Mesh
-    tokenizer: data.Tokenizer
-    evaluator: Evaluator
-    fingerprint: str
-    beginning: data.DataPosition
-    abstract: TrainState
-    steps: CompiledSteps
-
-    def place(self, batch: Batch) -> Batch:
-        """This host's rows -> the global batch on the devices."""
-        return place(self.mesh, batch)
-
-    def batches(self, start: ResumePoint) -> data.TrainBatches:
-        """This host's rows of the training batches from where `start` is on."""
-        cfg, place = self.cfg, start.place
-        layout = _layout(self.mesh, cfg, cfg.batch_size)
-        options: dict[str, Any] = {"seed": cfg.seed, "start": place, "jumps": start.skipped_ranges}
-        return data.train_batches(cfg.data, self.tokenizer, layout, **options)
 
 
 def fit(
@@ -143,10 +113,10 @@ def _fit(
         undo = _everywhere(lambda: stack.enter_context(run_dir.lock_run_dir(path)))
         signals.on_leaving(lambda _: undo())
         cache = stack.enter_context(kept_in(path, cfg.compilation_cache))
-        hosts = stack.enter_context(PeerMonitor(path, cfg.hosts.heartbeat_timeout))
-        signals.on_leaving(hosts.stopped)
+        peers = stack.enter_context(PeerMonitor(path, cfg.hosts.heartbeat_timeout))
+        signals.on_leaving(peers.stopped)
         try:
-            hosts.phase("assembling")
+            peers.phase("assembling")
             run = _assemble(cfg, path, signals.check)
             if branch is not None:
                 _everywhere(partial(_begin, run, allow, branch))
@@ -157,31 +127,30 @@ def _fit(
                 run_dir.claim_workdir(path, cfg, allow)
             events = stack.enter_context(Events(path, signals.since))
             checkpoints = stack.enter_context(Checkpointer(path, cfg.checkpoint))
-            agreement = StopConsensus(run.mesh)
-            desk = RunServices(
+            services = RunServices(
                 checkpoints=checkpoints,
                 events=events,
                 signals=signals,
-                agreement=agreement,
+                stop_consensus=StopConsensus(run.mesh),
                 cache=cache,
-                hosts=hosts,
+                peers=peers,
             )
-            _work(run, desk, changes)
+            _work(run, services, changes)
         except ImmediateExit as left:
-            hosts.stopped(str(left))
+            peers.stopped(str(left))
             raise
         except Stopped:
             raise
         except Diverged:
             # So do all the others, at the same step.
-            hosts.finished()
+            peers.finished()
             raise
         except Exception as error:
             # Said before anything here waits for other processes, which may wait for this one.
-            lost = None if isinstance(error, DiskFull) else hosts.diagnose(error)
+            lost = None if isinstance(error, DiskFull) else peers.diagnose(error)
             if lost is not None:
                 raise lost from error
-            hosts.failed(error)
+            peers.failed(error)
             raise
 
 
@@ -198,15 +167,15 @@ def _everywhere(call: Callable[[], _T]) -> _T:
     return cast(_T, found)
 
 
-def _work(run: Run, desk: RunServices, changes: Sequence[run_dir.Change]) -> None:
+def _work(run: Run, services: RunServices, changes: Sequence[run_dir.Change]) -> None:
     """Starts, trains, and tells at the end, however it ends, where the time went."""
-    _open_log(run, desk.events, changes)
+    _open_log(run, services.events, changes)
     try:
-        start = _start(run, desk, changes)
-        desk.signals.check()
-        _train(run, desk, start)
+        start = _start(run, services, changes)
+        services.signals.check()
+        _train(run, services, start)
     finally:
-        desk.events.flush()
+        services.events.flush()
         if jax.process_index() == 0:
             print(goodput(read(run.path / FILE)).line(), flush=True)
 
@@ -223,24 +192,24 @@ def _open_log(run: Run, events: Events, changes: Sequence[run_dir.Change]) -> No
             print(f"changed since the last start, as allowed: {setting}: {old} -> {new}")
 
 
-def _train(run: Run, desk: RunServices, start: ResumePoint) -> None:
+def _train(run: Run, services: RunServices, start: ResumePoint) -> None:
     """Loops, a second time from further back after too many skipped steps; then finishes."""
     began = int(start.state.step), time.perf_counter()
     while True:
-        with BatchIterator(partial(run.batches, start), start.place.row) as feed:
-            with desk.events.timed("open", position=start.place.row):
+        with BatchIterator(partial(run.batches, start), start.position.row) as feed:
+            with services.events.timed("open", position=start.position.row):
                 feed.open()
             try:
-                trained = Loop(run, desk, start, feed)()
+                trained = Loop(run, services, start, feed)()
                 break
             except SkippedTooMany as skipped:
                 problem = skipped
-        start = _roll_back(run, desk, start, problem)
-    with desk.events.timed("finish"):
+        start = _roll_back(run, services, start, problem)
+    with services.events.timed("finish"):
         finish(run, trained, began)
-    desk.events.write("end", step=int(trained.state.step))
-    if desk.cache is not None:
-        desk.cache.seal(idle=True)
+    services.events.write("end", step=int(trained.state.step))
+    if services.cache is not None:
+        services.cache.seal(idle=True)
 
 
 def _assemble(cfg: TrainConfig, path: epath.Path, look: Callable[[], None]) -> Run:
@@ -259,7 +228,7 @@ def _assemble(cfg: TrainConfig, path: epath.Path, look: Callable[[], None]) -> R
     data.check_vocabulary(tokenizer, cfg.model.vocab_size)
     _check_completion(cfg, tokenizer)
     look()
-    layout = _layout(mesh, cfg, cfg.eval.batch_size)
+    layout = batch_layout(mesh, cfg, cfg.eval.batch_size)
     given, multiple = (cfg.data, tokenizer, layout, cfg.eval.batches), sharding.row_devices(mesh)
     heldout = data.validation_batches(*given, multiple=multiple)
     evaluator = Evaluator.of(cfg, [place(mesh, batch) for batch in heldout])
@@ -267,12 +236,6 @@ def _assemble(cfg: TrainConfig, path: epath.Path, look: Callable[[], None]) -> R
     fingerprint = data.fingerprint(cfg.data, tokenizer)
     beginning = data.position_of(cfg.data, tokenizer, length=cfg.seq_len, seed=cfg.seed)
     return Run(cfg, path, mesh, tokenizer, evaluator, fingerprint, beginning, abstract, steps)
-
-
-def _layout(mesh: Mesh, cfg: TrainConfig, rows: int) -> data.Layout:
-    """Global batches of `rows` rows, and the part of them that this process reads."""
-    host, hosts = reader(mesh)
-    return data.Layout(length=cfg.seq_len, batch_size=rows, host=host, hosts=hosts)
 
 
 def _check_completion(cfg: TrainConfig, tokenizer: data.Tokenizer) -> None:
@@ -283,25 +246,19 @@ def _check_completion(cfg: TrainConfig, tokenizer: data.Tokenizer) -> None:
     check(wanted <= max(room, 0), "eval.completion_tokens", wanted, rule, fix)
 
 
-def place(mesh: Mesh, batch: Batch) -> Batch:
-    """This host's rows -> the global batch on the devices."""
-    rows = sharding.batch_sharding(mesh)
-    return jax.tree.map(partial(jax.make_array_from_process_local_data, rows), batch)
-
-
-def _start(run: Run, desk: RunServices, changes: Sequence[run_dir.Change]) -> ResumePoint:
+def _start(run: Run, services: RunServices, changes: Sequence[run_dir.Change]) -> ResumePoint:
     """The newest good checkpoint, else a new state."""
-    start = _from(run, desk, desk.checkpoints.latest_valid())
+    start = _from(run, services, services.checkpoints.latest_valid())
     # Whoever changed a setting to get past a divergence has the one rollback again.
     return dataclasses.replace(start, rolled_back=False) if changes else start
 
 
-def _from(run: Run, desk: RunServices, step: int | None) -> ResumePoint:
+def _from(run: Run, services: RunServices, step: int | None) -> ResumePoint:
     """The checkpoint of `step`, or a new state for None."""
     if step is None:
-        return ResumePoint(state=_new_state(run, desk), place=run.beginning)
-    with desk.events.timed("restore", step=step):
-        restored = desk.checkpoints.restore(fields(run.abstract), step)
+        return ResumePoint(state=_new_state(run, services), position=run.beginning)
+    with services.events.timed("restore", step=step):
+        restored = services.checkpoints.restore(fields(run.abstract), step)
     there = resumed_position(restored._asdict(), run.cfg, run.beginning, run.fingerprint)
     return ResumePoint.of(TrainState(**restored.state), there, restored.extra)
 
@@ -324,11 +281,11 @@ def _check_initial(run: Run) -> None:
         pretrained.verify(run.path, run.cfg.model)
 
 
-def _new_state(run: Run, desk: RunServices) -> TrainState:
+def _new_state(run: Run, services: RunServices) -> TrainState:
     """The state before the first step: with the weights that came with the directory, or random."""
     shardings = jax.tree.map(lambda leaf: leaf.sharding, run.abstract)
     given = pretrained.origin(run.path)
-    with desk.events.timed("fresh", step=0, weights=given or "random"), jax.set_mesh(run.mesh):
+    with services.events.timed("fresh", step=0, weights=given or "random"), jax.set_mesh(run.mesh):
         if not given:
             return jax.jit(partial(fresh_state, run.cfg), out_shardings=shardings)()
         if jax.process_index() == 0:
@@ -339,7 +296,7 @@ def _new_state(run: Run, desk: RunServices) -> TrainState:
 
 
 def _roll_back(
-    run: Run, desk: RunServices, start: ResumePoint, problem: SkippedTooMany
+    run: Run, services: RunServices, start: ResumePoint, problem: SkippedTooMany
 ) -> ResumePoint:
     """A start before the skipped steps, without their rows; `Diverged` the second time."""
     most, first_bad = len(problem.bad), problem.step - len(problem.bad) + 1
@@ -353,25 +310,28 @@ def _roll_back(
         f"{jump[0]} to {jump[1] - 1}"
     )
     if start.rolled_back:
-        desk.events.write("stop", step=problem.step, reason="diverged")
+        services.events.write("stop", step=problem.step, reason="diverged")
         raise Diverged(
             f"{told}, again after going back once. The checkpoints in {run.path} are from before. "
             "Look at the data around those rows, or lower optim.lr: "
             "--config.optim.lr=... --allow_changes=optim.lr goes on from there"
         )
-    checkpoints = desk.checkpoints
+    checkpoints = services.checkpoints
     step = checkpoints.latest_valid(before=first_bad)
     if step is None:
         # Only a stop amid skipped steps leaves nothing older, with the same parameters.
         step = checkpoints.latest_valid()
-    back = _from(run, desk, step)
-    desk.events.write("rollback", from_step=problem.step, step=step or 0, jumped=list(jump))
+    back = _from(run, services, step)
+    services.events.write("rollback", from_step=problem.step, step=step or 0, jumped=list(jump))
     if jax.process_index() == 0:
         print(f"{told}: going back to step {step or 0}, then on without these rows", flush=True)
     state = dataclasses.replace(back.state, skipped_in_a_row=back.state.skipped_in_a_row * 0)
     return ResumePoint(
-        state=state, place=back.place, skipped_ranges=(*back.skipped_ranges, jump), rolled_back=True
+        state=state,
+        position=back.position,
+        skipped_ranges=(*back.skipped_ranges, jump),
+        rolled_back=True,
     )
 
 
-__all__ = ["Diverged", "Run", "Stopped", "fit", "place"]
+__all__ = ["Diverged", "Stopped", "fit"]

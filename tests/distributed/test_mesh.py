@@ -15,13 +15,14 @@ from support.tiny import TINY, batch, train_config
 from mor_jax.config import MeshConfig, ShardingConfig
 from mor_jax.distributed import collectives
 from mor_jax.distributed.mesh import make_mesh, param_shardings, spec_of, state_shardings
-from mor_jax.models.params import TrainState, abstract_params, logical_axes, new_state
+from mor_jax.models.params import abstract_params, logical_axes
 from mor_jax.models.routing.router import capacity_tokens
 from mor_jax.planning.hlo.collectives import Network, tally
 from mor_jax.planning.hlo.text import parse_module
 from mor_jax.training.compiled_step import jitted_steps
 from mor_jax.training.optimizer import make_optimizer
-from mor_jax.training.trainer import place
+from mor_jax.training.run import place
+from mor_jax.training.train_state import TrainState, new_state
 
 MESHES = {
     "fsdp": MeshConfig(data=1, fsdp=8, tensor=1),

@@ -1,8 +1,4 @@
-"""The house rules that a machine can check: who imports whom, and how large things may grow.
-
-Arguments of a function are counted without `self`, `cls`, `*args` and `**kwargs`; keyword-only
-arguments count like the others. Dataclasses have no limit on their fields.
-"""
+"""The rules of the code that a machine can check: import order, sizes, docstrings."""
 
 import ast
 import functools
@@ -37,7 +33,7 @@ SERVER = ROOT / "mor_jax" / "inference" / "server"
 HARNESS = ROOT / "mor_jax" / "evaluation" / "lm_eval"
 
 OWN = {"mor_jax", "configs", "launch"}
-MAX_FILE, MAX_FUNCTION, MAX_ARGUMENTS = 400, 60, 6
+MAX_FILE, MAX_FUNCTION = 400, 60
 
 
 def each_module(check: Callable[[Path], None]) -> Callable[[], None]:
@@ -111,7 +107,7 @@ def test_no_import_points_upwards_or_across():
 
 
 def test_there_are_no_circles():
-    assert len(circles(GRAPH)) <= 1
+    assert not circles(GRAPH)
     assert not circles(between_folders(GRAPH))
 
 
@@ -183,11 +179,6 @@ def test_functions_fit_on_a_screen(path):
             continue
         length = node.end_lineno - node.lineno + 1
         assert length <= MAX_FUNCTION, f"{node.name} has {length} lines (limit {MAX_FUNCTION})"
-        arguments = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
-        names = [a.arg for a in arguments if a.arg not in ("self", "cls")]
-        assert len(names) <= MAX_ARGUMENTS or path == EXPORTED, (
-            f"{node.name} takes {len(names)}: {names}"
-        )
 
 
 def package(name: str) -> str:

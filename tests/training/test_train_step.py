@@ -13,10 +13,11 @@ import pytest
 from support.seeded import random_params
 from support.tiny import TINY, tokens, train_config
 
-from mor_jax.models.params import forward, new_state, paths
+from mor_jax.models.params import forward, paths
 from mor_jax.models.routing.router import Route, capacity_tokens
 from mor_jax.training.losses import batch_counts, router_losses
 from mor_jax.training.optimizer import make_optimizer
+from mor_jax.training.train_state import new_state
 from mor_jax.training.train_step import StepSpec, _balanced, train_step
 from mor_jax.types import IGNORE, Batch
 

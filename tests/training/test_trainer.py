@@ -28,7 +28,7 @@ from mor_jax.models.params import abstract_params
 from mor_jax.observability import event_log
 from mor_jax.observability.goodput import goodput
 from mor_jax.observability.metrics import read
-from mor_jax.training import trainer
+from mor_jax.training import run, trainer
 from mor_jax.training.trainer import Diverged, Stopped, fit
 from mor_jax.types import IGNORE
 
@@ -89,7 +89,7 @@ def interrupt(monkeypatch, at, kind=signal.SIGTERM, heldout=1):
 
     heldout: batches that are placed there before.
     """
-    real, placed = trainer.place, []
+    real, placed = run.place, []
 
     def place(mesh, batch):
         placed.append(batch)
@@ -97,6 +97,7 @@ def interrupt(monkeypatch, at, kind=signal.SIGTERM, heldout=1):
             kill_self(kind)
         return real(mesh, batch)
 
+    monkeypatch.setattr(run, "place", place)
     monkeypatch.setattr(trainer, "place", place)
 
 
