@@ -23,7 +23,7 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 
 import timing
 
-from mor_jax.planning.show import size
+from mor_jax.planning.tables import format_bytes
 
 ROOT = Path(__file__).resolve().parent.parent
 PLAIN, RECURSIVE, MOR = "vanilla:", "recursive:recursions=3,", "mor:recursions=3,"
@@ -104,18 +104,18 @@ def row(question: str, answer: dict, first: dict) -> list[str]:
     name += f", {settings['gather_shared']}" if settings["gather_shared"] else ""
     axes = " ".join(f"{axis}={parts}" for axis, parts in answer["mesh"].items() if parts > 1)
     cells = [question, name, f"{answer['topology']}, {axes}", settings["remat"]]
-    took = f"{answer['command_seconds']:.0f} s, {size(answer['host_peak'])}"
+    took = f"{answer['command_seconds']:.0f} s, {format_bytes(answer['host_peak'])}"
     if not answer["fits"] or "memory" not in answer:
-        return [*cells, f"needs {size(answer['needed'])}", *("",) * 6, took]
+        return [*cells, f"needs {format_bytes(answer['needed'])}", *("",) * 6, took]
     same = answer is first or "memory" not in first
 
     def beside(key: str) -> str:
         ratio = "" if same or not first[key] else f" ({answer[key] / first[key]:.2f})"
-        return size(answer[key]) + ratio
+        return format_bytes(answer[key]) + ratio
 
     return [
         *cells,
-        size(answer["memory"]["temporaries"]),
+        format_bytes(answer["memory"]["temporaries"]),
         beside("memory_total"),
         beside("network_inside"),
         beside("network_between"),

@@ -79,7 +79,7 @@ def _flops(cfg: TrainConfig, case: Case) -> float:
 
 def _model(case: Case, cfg: TrainConfig, mesh: Mesh) -> jax.stages.Lowered:
     """The train step, or an evaluation of one batch."""
-    state, batch = aot.abstract(cfg, mesh)
+    state, batch = aot.abstract_inputs(cfg, mesh)
     if case.program == "train":
         return compiled_step.jitted_steps(cfg)(capacity_tokens(cfg.model, cfg.seq_len)).lower(
             state, batch

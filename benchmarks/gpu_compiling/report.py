@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from mor_jax.planning.show import size
+from mor_jax.planning.tables import format_bytes
 
 Record = dict[str, Any]
 
@@ -38,7 +38,7 @@ def _row(record: Record) -> list[str]:
     return [
         *cells,
         " ".join(map(str, record["capacities"])) if trained else "",
-        *(size(record[key]) for key in ("arguments", "temporaries", "peak")),
+        *(format_bytes(record[key]) for key in ("arguments", "temporaries", "peak")),
         kernels(record["kernels"]),
         f"{record['compile_seconds']:.0f}",
     ]
@@ -77,7 +77,7 @@ def _program(record: Record) -> tuple[str, ...]:
 
 
 def _beside(record: Record, first: Record, key: str) -> str:
-    return f"{size(record[key])} ({record[key] / first[key]:.3f})"
+    return f"{format_bytes(record[key])} ({record[key] / first[key]:.3f})"
 
 
 def markdown(head: tuple[str, ...], rows: list[list[str]]) -> str:

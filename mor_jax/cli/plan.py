@@ -65,9 +65,9 @@ def main(_: list[str]) -> None:
 
 def _plans() -> list:
     from mor_jax.config import TrainConfig
+    from mor_jax.planning.alternatives import try_alternatives
     from mor_jax.planning.aot import parse_topology
     from mor_jax.planning.build import make_plan
-    from mor_jax.planning.fitting import try_others
     from mor_jax.planning.report import TooLarge
     from mor_jax.planning.variants import sibling_variants
 
@@ -84,7 +84,7 @@ def _plans() -> list:
         _tell(f"compiling {cfg.model.sharing}/{cfg.model.router.kind} for {topology.name}")
         plan = make_plan(cfg, topology, _TOKENS.value)
         if isinstance(plan, TooLarge) and _TRY.value > 0:
-            plan = try_others(cfg, topology, plan, _TRY.value, _tell_attempt)
+            plan = try_alternatives(cfg, topology, plan, _TRY.value, _tell_attempt)
         plans.append(plan)
     return plans
 
@@ -92,13 +92,13 @@ def _plans() -> list:
 def _print(plans: list) -> None:
     from rich.console import Console
 
-    from mor_jax.planning.show import compare, show
+    from mor_jax.planning.tables import print_comparison, print_plan
 
     console = Console()
     if len(plans) > 1:
-        compare(plans, console)
+        print_comparison(plans, console)
     else:
-        show(plans[0], console)
+        print_plan(plans[0], console)
 
 
 def _tell(text: str) -> None:

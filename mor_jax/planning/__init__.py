@@ -1,1 +1,1 @@
-"""What a run would need and reach on devices that are not here yet."""
+"""Plans a run for devices that are not attached: memory, traffic and the best possible speed."""

@@ -1,8 +1,7 @@
-"""NVIDIA GPUs that are not here, described for XLA's compiler.
+"""Descriptions of NVIDIA GPUs, to compile for them on a machine without a GPU.
 
-With `jax[cuda]` installed XLA compiles for a GPU from its description alone: what its kernels may
-use is known without it. Autotuning does not run, so among equal kernels the first is taken. The
-numbers are those of XLA's own `target_config/specs`.
+With `jax[cuda]` installed, XLA compiles from a description of the GPU. Autotuning does not run, so
+XLA takes the first of equivalent kernels. The numbers come from XLA's `target_config/specs`.
 """
 
 import contextlib
@@ -14,15 +13,17 @@ from jax.experimental import topologies
 
 from mor_jax.config.parsing import check
 
-FOLDER = "jax_plugins"
-"""The package that plugins of JAX install themselves in."""
+PLUGIN_PACKAGE = "jax_plugins"
+"""The namespace package of JAX plugins."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Target:
-    """One kind of GPU. kind: as JAX names it. clock: GHz. memory, shared, opt_in, cache: bytes of
-    the device, of a core, of a block that asks for it, of the L2 cache. bandwidth: bytes/s.
-    capability: of CUDA, major version; the minor one is 0.
+class GPUTarget:
+    """One kind of GPU.
+
+    kind: JAX's device kind. cores: streaming multiprocessors. units: FPUs per core. bandwidth:
+    bytes/s. cache: bytes of the L2 cache. clock: GHz. memory: bytes of the device. shared: bytes of
+    shared memory per core. capability: major CUDA compute capability; the minor version is 0.
     """
 
     kind: str
@@ -37,12 +38,12 @@ class Target:
 
     @property
     def opt_in(self) -> int:
-        """A block may have all shared memory of its core but for what the driver keeps."""
+        """Bytes of shared memory that a block can opt in to; the driver reserves 1 KiB per core."""
         return self.shared - 1024
 
 
 TARGETS = {
-    "h100": Target(
+    "h100": GPUTarget(
         "NVIDIA H100 80GB HBM3",
         132,
         128,
@@ -53,7 +54,7 @@ TARGETS = {
         233472,
         9,
     ),
-    "a100": Target(
+    "a100": GPUTarget(
         "NVIDIA A100-SXM4-80GB",
         108,
         64,
@@ -64,13 +65,15 @@ TARGETS = {
         167936,
         8,
     ),
-    "h200": Target("NVIDIA H200", 132, 128, 4800000000000, 52428800, 1.98, 151397597184, 233472, 9),
-    "b200": Target(
+    "h200": GPUTarget(
+        "NVIDIA H200", 132, 128, 4800000000000, 52428800, 1.98, 151397597184, 233472, 9
+    ),
+    "b200": GPUTarget(
         "NVIDIA B200", 148, 128, 7672320000000, 132644864, 1.965, 191514411008, 233472, 10
     ),
 }
 
-# What all of them have alike.
+# Limits that all of them share.
 _COMMON = {
     "threads_per_block_limit": 1024,
     "threads_per_warp": 32,
@@ -87,8 +90,8 @@ _COMMON = {
 }
 
 
-def specification(target: Target) -> str:
-    """XLA's description of the GPU, a text proto."""
+def target_config(target: GPUTarget) -> str:
+    """The GPU's description for XLA, a text proto."""
     numbers = _COMMON | {
         "core_count": target.cores,
         "fpus_per_core": target.units,
@@ -99,9 +102,9 @@ def specification(target: Target) -> str:
         "shared_memory_per_core": target.shared,
         "shared_memory_per_block_optin": target.opt_in,
     }
-    listed = "\n".join(f"  {name}: {value}" for name, value in numbers.items())
+    fields = "\n".join(f"  {name}: {value}" for name, value in numbers.items())
     return (
-        f"gpu_device_info {{\n{listed}\n"
+        f"gpu_device_info {{\n{fields}\n"
         f"  cuda_compute_capability {{ major: {target.capability} }}\n}}\n"
         'platform_name: "CUDA"\n'
         "dnn_version_info { major: 9 minor: 10 }\n"
@@ -111,25 +114,27 @@ def specification(target: Target) -> str:
 
 
 def gpu_devices(name: str, gpus: int = 1, nodes: int = 1) -> list[jax.Device]:
-    """`nodes` times `gpus` GPUs of a kind in `TARGETS`, node by node, to compile for, not run on.
+    """`nodes` x `gpus` devices of a kind in `TARGETS`, in node order, to compile for.
 
     Raises:
-        ValueError: no such kind is described here, or `jax[cuda]` is not installed.
+        ValueError: `TARGETS` has no such kind, or `jax[cuda]` is not installed.
     """
-    rule = f"is described for none but {', '.join(TARGETS)}"
+    rule = f"unknown GPU; known are {', '.join(TARGETS)}"
     check(name in TARGETS, "gpu", name, rule, "Try h100")
     fix = "Run pip install -c requirements.lock -r requirements-gpu.txt; no GPU is needed"
-    check(_installed(), "gpu", name, "the compiler for GPUs is in jax[cuda], not installed", fix)
-    found = topologies.get_topology_desc(
+    check(
+        _installed(), "gpu", name, "the GPU compiler is in jax[cuda], which is not installed", fix
+    )
+    description = topologies.get_topology_desc(
         platform="cuda",
         target_config=specification(TARGETS[name]),
         topology=f"1x{nodes}x{gpus}",
     )
-    return list(found.devices)
+    return list(description.devices)
 
 
 def _installed() -> bool:
     with contextlib.suppress(ModuleNotFoundError):
-        names = (f"{FOLDER}.xla_cuda{version}" for version in (12, 13))
+        names = (f"{PLUGIN_PACKAGE}.xla_cuda{version}" for version in (12, 13))
         return any(importlib.util.find_spec(name) for name in names)
     return False

@@ -1,4 +1,4 @@
-"""The figures of a plan, as plain values. Bytes and FLOPs are of one chip and one step."""
+"""The figures of a plan, as dataclasses. Bytes and FLOPs are per chip and step."""
 
 import dataclasses
 from typing import Any
@@ -8,11 +8,11 @@ from typing import Any
 class MemoryUse:
     """Bytes on one chip.
 
-    parameters, optimizer, batch: by shapes. arguments: all three as the compiled program holds
-    them, with the padding of their tiles. temporaries: beside them while the step runs; None where
-    no compiler for the device is here. program: the code itself. host: in the host's memory, for
-    one chip. available: the chip's memory. estimate: activations that wait for the backward pass,
-    gradients and logits, by our accounting. largest: bytes and types of the largest temporaries.
+    parameters, optimizer, batch: from shapes. arguments: all three as the compiled step stores
+    them, tile padding included. temporaries: in addition, while the step runs; None without a
+    compiler for the device. program: the code. host: host memory per chip. available: the chip's
+    memory. estimate: activations saved for the backward pass, gradients and logits, computed from
+    shapes. largest: bytes and types of the largest temporaries.
     """
 
     parameters: int
@@ -28,9 +28,9 @@ class MemoryUse:
 
     @property
     def total(self) -> int:
-        """Bytes in use at the peak; without temporaries, arguments and the estimate."""
-        beside = self.estimate if self.temporaries is None else self.temporaries
-        return self.arguments + beside + self.program
+        """Bytes in use at the peak; `estimate` replaces unknown temporaries."""
+        temporaries = self.estimate if self.temporaries is None else self.temporaries
+        return self.arguments + temporaries + self.program
 
     @property
     def fits(self) -> bool:
@@ -40,10 +40,10 @@ class MemoryUse:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CollectiveCost:
-    """One row of the network's table.
+    """One row of the table of collectives.
 
-    kind: such as all-gather. what: what is exchanged, as far as the program says. count: operations
-    in a step. inside, between: bytes that a chip receives inside its slice, and from other slices.
+    kind: such as all-gather. what: what is exchanged, as far as the HLO names it. count: operations
+    per step. inside, between: bytes that a chip receives from its own slice and from other slices.
     """
 
     kind: str
@@ -55,10 +55,9 @@ class CollectiveCost:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AllGatherCost:
-    """How often parameters of one class go through an all-gather in a step.
+    """How often a step all-gathers one class of parameters.
 
-    what: `shared block` or `other parameters`. forward, backward: times, 1.0 for every one of them
-    once.
+    what: `shared block` or `other parameters`. forward, backward: 1.0 means all of them once.
     """
 
     what: str
@@ -68,10 +67,10 @@ class AllGatherCost:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StepTimes:
-    """Seconds that one step would take if only one thing took time; None where a peak is unknown.
+    """Seconds per step if limited by one resource alone; None where its peak is unknown.
 
-    matrix: the FLOPs that the program executes, at the peak of the matrix units. memory: traffic
-    with the chip's main memory. inside, between: bytes received over the two networks.
+    matrix: executed FLOPs at the peak of the matrix units. memory: traffic with the chip's main
+    memory. inside, between: bytes received from the own slice and from other slices.
     """
 
     matrix: float
@@ -81,18 +80,18 @@ class StepTimes:
 
     @property
     def known(self) -> dict[str, float]:
-        """Those that are known, by name."""
+        """The known times, by resource."""
         values = dataclasses.asdict(self)
         return {name: value for name, value in values.items() if value is not None}
 
     @property
     def binds(self) -> str:
-        """The name of the longest."""
+        """The resource that takes longest."""
         return max(self.known, key=lambda name: self.known[name])
 
     @property
     def step(self) -> float:
-        """Seconds of a step in which everything overlaps: the longest."""
+        """Seconds per step if everything overlaps: the longest time."""
         return max(self.known.values())
 
 
@@ -100,11 +99,11 @@ class StepTimes:
 class Plan:
     """One configuration on one topology.
 
-    variant: plain, recursive or mor. mesh: devices by axis. settings: what else the figures depend
-    on. model_flops: those of the MFU, of the tokens routed. hardware_flops: those executed.
-    memory_traffic: bytes between the chip and its main memory; None where no compiler for the
-    device is here. tokens: of one step over all chips. budget: tokens of the whole run. mfu:
-    ceiling, share of the peak. notes: what a reader must know about these figures.
+    variant: plain (vanilla), recursive or mor. mesh: devices by axis. settings: other settings that
+    the figures depend on. model_flops: the FLOPs that count for MFU, those of the routed tokens.
+    hardware_flops: executed FLOPs. memory_traffic: bytes between the chip and its main memory; None
+    without a compiler for the device. tokens: per step over all chips. budget: tokens of the whole
+    run. mfu: upper bound, a fraction. notes: caveats about these figures.
     """
 
     variant: str
@@ -130,7 +129,7 @@ class Plan:
 
     @property
     def inside(self) -> float:
-        """Bytes that a chip receives from its slice."""
+        """Bytes that a chip receives from its own slice."""
         return float(sum(row.inside for row in self.exchanges))
 
     @property
@@ -140,16 +139,16 @@ class Plan:
 
     @property
     def tokens_per_second(self) -> float:
-        """Ceiling, over all chips."""
+        """Upper bound, over all chips."""
         return self.tokens / self.times.step
 
     @property
     def days(self) -> float:
-        """Of the whole run at the ceiling."""
+        """Days of the whole run at `tokens_per_second`."""
         return float(self.budget / self.tokens_per_second / 86400)
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON: the fields, and what follows from them."""
+        """The fields and the figures derived from them, for JSON."""
         return dataclasses.asdict(self) | {
             "fits": self.memory.fits,
             "memory_total": self.memory.total,
@@ -164,7 +163,7 @@ class Plan:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Attempt:
-    """Other settings that were compiled. short: bytes missing, None if they fit."""
+    """One attempt with changed settings. short: bytes missing, None if the step fits."""
 
     settings: dict[str, Any]
     short: int | None
@@ -176,10 +175,9 @@ class Attempt:
 class TooLarge:
     """A configuration that does not fit.
 
-    needed, available: bytes as the compiler says. parts: what takes how much, in bytes, by shapes
-    and by our accounting, the largest first. largest: the compiler's own list of allocations, if it
-    gave one. attempts: other settings, in the order in which they were tried. out_of_time: whether
-    others were left untried.
+    needed, available: bytes, from the compiler. parts: bytes by use, from shapes and estimates,
+    largest first. largest: the compiler's list of allocations, if it gives one. attempts: changed
+    settings in the order tried. out_of_time: the time limit ended the search.
     """
 
     variant: str
@@ -196,5 +194,5 @@ class TooLarge:
     seconds: float = 0.0
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """The fields, for JSON."""
         return dataclasses.asdict(self) | {"fits": False}

@@ -1,4 +1,4 @@
-"""The pod plan: topologies, answers that do not fit, the tables, and the real compiler for TPUs."""
+"""The pod plan: topologies, steps that do not fit, the tables, and the real TPU compiler."""
 
 import dataclasses
 import io
@@ -16,11 +16,11 @@ from support.tiny import train_config
 
 from mor_jax.config import MeshConfig, ShardingConfig, TrainConfig
 from mor_jax.models.flops import flops
-from mor_jax.planning import aot, fitting
-from mor_jax.planning.aot import OutOfMemory, out_of_memory, parse_topology
+from mor_jax.planning import alternatives, aot
+from mor_jax.planning.aot import OutOfMemory, parse_out_of_memory, parse_topology
 from mor_jax.planning.build import make_plan
 from mor_jax.planning.report import CollectiveCost, MemoryUse, Plan, StepTimes, TooLarge
-from mor_jax.planning.show import compare, show, size
+from mor_jax.planning.tables import format_bytes, print_comparison, print_plan
 from mor_jax.planning.variants import sibling_variants
 from mor_jax.runtime.hardware import CHIPS
 
@@ -29,7 +29,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture(autouse=True)
 def no_flags_of_cpus(monkeypatch):
-    """The compiler for TPUs ends a process with flags that it does not know."""
+    """The TPU compiler aborts the process on flags that it does not know."""
     monkeypatch.delenv("XLA_FLAGS", raising=False)
 
 
@@ -59,12 +59,12 @@ def test_topologies(name, kind, slices, devices):
     ("name", "match"),
     [
         ("v5e", "topology='v5e': is not NAME:SHAPE. Try v5e:16x16"),
-        ("v5x:4x4", "'v5x' is none of .*Did you mean v5"),
-        ("v5e:16x15", "v5e comes in slices of 2 dimensions.*The nearest is v5e:16x16"),
+        ("v5x:4x4", "unknown device 'v5x'; known are .*Did you mean v5"),
+        ("v5e:16x15", "v5e slices have 2 dimensions.*The nearest is v5e:16x16"),
         ("v5e:4x4x4", "The nearest is v5e:8x8"),
         ("v5p:8x4x4", "The nearest is v5p:4x4x8"),
-        ("0xv5e:2x2", "has no slice"),
-        ("h100:16x2", "at most 8 a node. Try h100:8x4"),
+        ("0xv5e:2x2", "needs at least one slice"),
+        ("h100:16x2", "at most 8 GPUs per node. Try h100:8x4"),
         ("2xh100:8x4", "GPUs are written"),
     ],
 )
@@ -110,7 +110,7 @@ def test_a_mesh_that_does_not_match_is_refused(topology, cfg, match):
         aot.mesh_of(cfg, parse_topology(topology))
 
 
-# --- A plan from what is here: the step cut over CPU devices.
+# --- A plan without the chip's compiler: the step sharded over CPU devices.
 
 
 @pytest.fixture(scope="module")
@@ -121,11 +121,11 @@ def gpu_plan() -> Plan:
 
 
 def test_bytes_by_shapes(gpu_plan):
-    # Every parameter has an axis of width 32, which fsdp cuts; two moments and a counter.
+    # Every parameter has an axis of width 32, which fsdp shards; two moments and a counter.
     assert gpu_plan.memory.parameters == 4 * gpu_plan.parameters // 4
     assert gpu_plan.memory.optimizer == 2 * gpu_plan.memory.parameters + 4
     assert gpu_plan.memory.temporaries is None
-    assert any("No compiler for GPUs" in note for note in gpu_plan.notes)
+    assert any("No compiler for GPUs is available" in note for note in gpu_plan.notes)
 
 
 def test_flops_and_ceilings(gpu_plan):
@@ -182,10 +182,10 @@ Total hbm usage >= 20.75G:
 
 
 def test_messages_of_the_compiler():
-    found = out_of_memory(TOTAL)
+    found = parse_out_of_memory(TOTAL)
     assert found is not None
     assert (found.needed, found.available) == (int(22.53 * 2**30), int(15.75 * 2**30))
-    found = out_of_memory(LISTED)
+    found = parse_out_of_memory(LISTED)
     assert found is not None
     assert (found.needed, found.available) == (int(20.5 * 2**30), int(15.75 * 2**30))
     assert found.largest == (
@@ -207,23 +207,23 @@ Memory Space: vmem (color=1)
   ------------------------------------------------------------
   128.00MiB( 14%);  128.00MiB;            0;                1; f32[1]
 """
-    assert aot.temporaries(report) == [
+    assert aot.largest_temporaries(report) == [
         (128 * 2**20, "2 x f32[4], 2\u00d7bf16[2,16,256,4096]"),
         (2**19, "1 x f32[131072]"),
     ]
-    assert aot.temporaries(report, most=1) == aot.temporaries(report)[:1]
-    assert aot.temporaries("nothing of the kind") == []
+    assert aot.largest_temporaries(report, limit=1) == aot.largest_temporaries(report)[:1]
+    assert aot.largest_temporaries("no such report") == []
 
 
 def test_another_error_is_not_taken_for_memory():
-    assert out_of_memory("INVALID_ARGUMENT: needs 20G of 15G") is None
-    assert out_of_memory("RESOURCE_EXHAUSTED: too many open files") is None
+    assert parse_out_of_memory("INVALID_ARGUMENT: needs 20G of 15G") is None
+    assert parse_out_of_memory("RESOURCE_EXHAUSTED: too many open files") is None
 
 
 def test_changes_go_from_gentle_to_thorough():
     cfg = dataclasses.replace(on("middle_cycle", 16, data=2, fsdp=4), grad_accum_steps=1)
     mesh = aot.mesh_of(cfg, parse_topology("v5e:2x4"))
-    changes = list(fitting.candidates(cfg, mesh, state_fits=True))
+    changes = list(alternatives.candidates(cfg, mesh, state_fits=True))
     assert changes[:5] == [
         {"model.remat": "block"},
         {"grad_accum_steps": 2},
@@ -232,7 +232,7 @@ def test_changes_go_from_gentle_to_thorough():
         {"mesh.data": 1, "mesh.fsdp": 8, "mesh.tensor": 1},
     ]
     assert len({str(change) for change in changes}) == len(changes)
-    only = list(fitting.candidates(cfg, mesh, state_fits=False))
+    only = list(alternatives.candidates(cfg, mesh, state_fits=False))
     assert only and all(
         change.keys() <= {"mesh.data", "mesh.fsdp", "mesh.tensor"} for change in only
     )
@@ -255,14 +255,16 @@ def test_the_first_change_that_fits_is_found_and_shown(monkeypatch):
     cfg, topology = on("plain", 8, fsdp=8), parse_topology("h100:8")
     answer = make_plan(cfg, topology)
     assert isinstance(answer, TooLarge)
-    told = []
-    answer = fitting.try_others(cfg, topology, answer, 60, lambda *one: told.append(one))
-    assert [(a.settings, a.short) for a in answer.attempts] == told
-    assert told == [({"model.remat": "block"}, 2**30), ({"model.remat": "full"}, None)]
-    text = printed(show, answer)
+    reported = []
+    answer = alternatives.try_alternatives(
+        cfg, topology, answer, 60, lambda *one: reported.append(one)
+    )
+    assert [(a.settings, a.short) for a in answer.attempts] == reported
+    assert reported == [({"model.remat": "block"}, 2**30), ({"model.remat": "full"}, None)]
+    text = printed(print_plan, answer)
     assert "does not fit" in text and "1.07 GB too much" in text
     assert "fits with --config.model.remat=full" in text
-    assert "activations kept for the backward pass (accounting)" in text
+    assert "activations saved for the backward pass (estimate)" in text
 
 
 def test_trying_ends_with_its_time(monkeypatch):
@@ -270,9 +272,9 @@ def test_trying_ends_with_its_time(monkeypatch):
     cfg, topology = on("plain", 8, fsdp=8), parse_topology("h100:8")
     answer = make_plan(cfg, topology)
     assert isinstance(answer, TooLarge)
-    answer = fitting.try_others(cfg, topology, answer, -1)
+    answer = alternatives.try_alternatives(cfg, topology, answer, -1)
     assert answer.out_of_time and not answer.attempts
-    assert "--try_seconds" in printed(show, answer)
+    assert "--try_seconds" in printed(print_plan, answer)
 
 
 # --- Tables.
@@ -323,18 +325,18 @@ def printed(how, *arguments) -> str:
 
 
 def test_a_plan_in_plain_text():
-    text = printed(show, SAMPLE)
+    text = printed(print_plan, SAMPLE)
     for words in (
         "plain on 2xv5e:16x16 (512 chips, slice=2 fsdp=256)",
         "batch_size 512, remat full",
         "50% of 16.00 GB: fits",
-        "400 ms  binds",
+        "400 ms  bottleneck",
         "network between slices",
         "for 216G tokens",
     ):
         assert words in text, text
     lines = [line.split() for line in text.splitlines()]
-    assert ["together", "4", "2.00", "GB", "1.00", "GB"] in lines
+    assert ["total", "4", "2.00", "GB", "1.00", "GB"] in lines
     assert SAMPLE.days == 1.0 and SAMPLE.tokens_per_second == 2.5e6
 
 
@@ -345,7 +347,7 @@ def test_the_longest_time_binds_and_unknown_ones_do_not():
 
 def test_variants_side_by_side_with_ratios():
     other = dataclasses.replace(SAMPLE, variant="mor", model_flops=30e12, memory_traffic=None)
-    lines = printed(compare, [SAMPLE, other]).splitlines()
+    lines = printed(print_comparison, [SAMPLE, other]).splitlines()
     assert any(line.split() == ["model", "FLOPs", "60T", "30T", "(0.50)"] for line in lines)
     assert any(
         line.split() == ["main", "memory", "traffic", "100.00", "GB", "unknown"] for line in lines
@@ -353,7 +355,12 @@ def test_variants_side_by_side_with_ratios():
 
 
 def test_sizes_in_decimal_units():
-    assert [size(n) for n in (12, 1.5e3, 2.87e9, 3e12)] == ["12 B", "1.50 kB", "2.87 GB", "3.00 TB"]
+    assert [format_bytes(n) for n in (12, 1.5e3, 2.87e9, 3e12)] == [
+        "12 B",
+        "1.50 kB",
+        "2.87 GB",
+        "3.00 TB",
+    ]
 
 
 def test_siblings_take_the_choices_and_settings_that_they_know():
@@ -429,7 +436,7 @@ def test_three_variants_side_by_side():
 def test_a_step_too_large_for_a_tpu():
     """The compiler's own message, whatever form it has in this version, is understood."""
     cfg = dataclasses.replace(on("plain", 2**16, fsdp=4), seq_len=64, loss_chunk_size=None)
-    cfg = fitting.changed(cfg, {"model.vocab_size": 2**15})
+    cfg = alternatives.with_changes(cfg, {"model.vocab_size": 2**15})
     answer = make_plan(cfg, parse_topology("v5e:2x2"))
     assert isinstance(answer, TooLarge)
     assert answer.needed > answer.available > 15 * 2**30

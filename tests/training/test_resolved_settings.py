@@ -19,8 +19,8 @@ from mor_jax.config import (
 )
 from mor_jax.distributed import mesh as sharding
 from mor_jax.planning import aot
+from mor_jax.planning.alternatives import try_alternatives
 from mor_jax.planning.build import make_plan
-from mor_jax.planning.fitting import try_others
 from mor_jax.training.resolved_settings import resolve_settings, resolve_settings_in
 from mor_jax.training.trainer import fit
 
@@ -133,7 +133,7 @@ def test_a_plan_rounds_as_its_devices_would(monkeypatch):
     monkeypatch.setattr(aot, "compile_step", refuse)
     cfg = dataclasses.replace(LONG, batch_size=8, mesh=MeshConfig(data=1, fsdp=8))
     topology = aot.parse_topology("h100:8")
-    try_others(cfg, topology, make_plan(cfg, topology), 1)
+    try_alternatives(cfg, topology, make_plan(cfg, topology), 1)
     assert set(seen) == {128}
 
 

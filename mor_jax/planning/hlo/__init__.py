@@ -1,1 +1,1 @@
-"""What a compiled program says about itself: traffic counted in its optimised HLO text."""
+"""Counts collectives and memory traffic of a compiled step in its optimised HLO text."""

@@ -1,19 +1,20 @@
-"""What a step sends over the network, counted in its optimised HLO.
+"""Network traffic of a step, counted in its optimised HLO.
 
-Bytes are those that one chip receives, by ring accounting, values without padding. With n chips in
-the group, operand P and result R of one chip:
+Bytes are those that one chip receives in a ring algorithm, without padding. With n chips in the
+group, and operand P and result R of one chip:
 
     all-gather          (n-1)/n of R        reduce-scatter      (n-1)/n of P
     all-reduce          twice (n-1)/n of P  all-to-all          (n-1)/n of P
     collective-permute  P                   broadcast           P
 
-Where g of the n chips share a slice, the exchange is taken as two stages, one inside the slices and
-one between chips that stand in the same place of their slices: of an all-gather (g-1)/g of R stay
-inside and (n/g - 1)/n of R go between, which adds up to the ring's total. A program for several TPU
-slices holds the second stage as sends to the other slices; these are counted as what they carry.
+Where g of the n chips share a slice, a collective counts as two stages, one inside the slices and
+one between chips at the same position of their slices: for an all-gather, (g-1)/g of R stays inside
+and (n/g - 1)/n of R goes between slices, which adds up to the ring's total. In programs for several
+TPU slices the second stage appears as sends to other slices; these count as the collective that
+they implement.
 
-Loops are multiplied by their turns, of a conditional the branch that sends most counts, and an
-operation that is split over several fusions (asynchronous ones on TPU) counts where it starts.
+Loop bodies are multiplied by their trip counts. Of a conditional, the branch with the most traffic
+counts. An operation split over several fusions (asynchronous ones on TPU) counts where it starts.
 """
 
 import collections
@@ -41,9 +42,9 @@ _ASYNC = "async_collective_fusion_config"
 
 @dataclasses.dataclass(frozen=True)
 class Network:
-    """What the numbers of devices mean: `devices` in all, `slice_size` of them next to each other.
+    """How a program numbers its devices: `devices` in total, each slice `slice_size` in a row.
 
-    Numbers of one program: that for TPU slices names the devices of one slice.
+    A program for several TPU slices numbers the devices of one slice only.
     """
 
     devices: int
@@ -53,10 +54,10 @@ class Network:
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
-    """One operation, each time it runs.
+    """One collective operation; figures are per execution.
 
-    operand: type of what a chip puts in. chips: in the group. inside, between: bytes that a chip
-    receives from its own slice and from others. op_name: its place in the traced function.
+    operand: type of a chip's operand. chips: size of the group. inside, between: bytes that a chip
+    receives from its own slice and from others. op_name: its origin in the traced function.
     """
 
     kind: str
@@ -68,15 +69,15 @@ class Collective:
 
     @property
     def bytes(self) -> float:
-        """Over both networks."""
+        """Bytes received in total."""
         return self.inside + self.between
 
 
 @dataclasses.dataclass(frozen=True)
 class Tally:
-    """Collectives of one step with how often each runs, and loops whose length is not known.
+    """Collectives of one step with their execution counts, and loops of unknown length.
 
-    A loop of unknown length that holds collectives counts as one turn.
+    A loop of unknown length that contains collectives counts as one iteration.
     """
 
     runs: dict[Collective, int]
@@ -98,7 +99,7 @@ class Tally:
         return self.inside + self.between
 
     def grouped(self, key: Callable[[Collective], str]) -> dict[str, "Tally"]:
-        """Parts by `key`, the one with most bytes first."""
+        """Tallies by `key`, the one with the most bytes first."""
         parts: dict[str, dict[Collective, int]] = {}
         for one, runs in self.runs.items():
             parts.setdefault(key(one), {})[one] = runs
@@ -107,19 +108,19 @@ class Tally:
 
     @property
     def count(self) -> int:
-        """Operations run in a step."""
+        """Executed operations per step."""
         return sum(self.runs.values())
 
 
 def tally(module: Module, network: Network) -> Tally:
-    """All collectives of one run of `module`."""
+    """All collectives in one execution of `module`."""
     counter = _Counter(module, network)
     runs = counter.of(module.entry)
     return Tally(dict(runs), tuple(counter.unknown))
 
 
 class _Counter:
-    """Collectives by computation, each computation looked at once."""
+    """Collectives by computation; results are cached."""
 
     def __init__(self, module: Module, network: Network):
         self._module, self._network = module, network
@@ -128,63 +129,63 @@ class _Counter:
 
     def _of(self, name: str) -> collections.Counter[Collective]:
         computation = self._module.computations[name]
-        found: collections.Counter[Collective] = collections.Counter()
+        counts: collections.Counter[Collective] = collections.Counter()
         for i in computation.instructions.values():
             if i.opcode == "while":
-                found.update(self._loop(computation, i))
+                counts.update(self._loop(computation, i))
             elif i.opcode == "conditional":
                 branches = i.called("branch_computations", "true_computation", "false_computation")
-                found.update(max(map(self.of, branches), key=_weight))
+                counts.update(max(map(self.of, branches), key=_traffic_bytes))
             elif i.opcode in ("fusion", "call", "async-start", "custom-call"):
                 for callee in i.called("calls", "to_apply", "called_computations"):
-                    found.update(self.of(callee))
+                    counts.update(self.of(callee))
             elif (one := _collective(computation, i, self._network)) is not None:
-                found[one] += 1
-        return found
+                counts[one] += 1
+        return counts
 
     def _loop(self, inside: Computation, loop: Instruction) -> collections.Counter[Collective]:
         body = self.of(loop.called("body")[0]) + self.of(loop.called("condition")[0])
         if not body:
             return body
-        turns = trip_count(self._module, inside, loop)
-        if turns is None:
+        iterations = trip_count(self._module, inside, loop)
+        if iterations is None:
             self.unknown.append(loop.name)
-            turns = 1
-        return collections.Counter({one: runs * turns for one, runs in body.items()})
+            iterations = 1
+        return collections.Counter({one: runs * iterations for one, runs in body.items()})
 
 
-def _weight(found: collections.Counter[Collective]) -> float:
-    return float(sum(one.bytes * runs for one, runs in found.items()))
+def _traffic_bytes(counts: collections.Counter[Collective]) -> float:
+    return float(sum(one.bytes * runs for one, runs in counts.items()))
 
 
 def _collective(inside: Computation, i: Instruction, network: Network) -> Collective | None:
-    """`i` as a collective; None if it is none, moves nothing, or began elsewhere."""
+    """`i` as a collective; None if it is not one, moves nothing, or only continues another."""
     kind = i.opcode.removesuffix("-start")
-    if kind not in KINDS or (_ASYNC in i.attributes and not _starts(inside, i)):
+    if kind not in KINDS or (_ASYNC in i.attributes and not _starts_collective(inside, i)):
         return None
     size = float(sum(total_bytes(operand) for operand in inside.operands(i)))
     types = ", ".join(_shape(operand) for operand in inside.operands(i)[:1])
     if len(i.operands) > 1 and kind != "send":
         types += f" and {len(i.operands) - 1} more"
     if kind == "send":
-        found = _send(i, size, network)
-        return found and Collective(found[0], types, found[1], 0.0, found[2], i.op_name)
+        sent = _send(i, size, network)
+        return sent and Collective(sent[0], types, sent[1], 0.0, sent[2], i.op_name)
     if kind == "collective-permute":
         chips, inside_bytes, between = _permute(i, size, network)
     else:
-        reach = groups.reach(i, network.devices, network.slice_size)
-        chips = reach.chips
-        if kind == "all-reduce" and _scattered(inside, i):
+        group = groups.largest_group(i, network.devices, network.slice_size)
+        chips = group.chips
+        if kind == "all-reduce" and _is_reduce_scatter(inside, i):
             kind = "reduce-scatter"
-        inside_bytes, between = _ring(kind, size, reach)
+        inside_bytes, between = _ring(kind, size, group)
     if inside_bytes + between == 0:
         return None
     return Collective(kind, types, chips, inside_bytes, between, i.op_name)
 
 
-def _ring(kind: str, operand: float, reach: groups.Reach) -> tuple[float, float]:
-    """Bytes from inside the slice and from between slices; see the module."""
-    n, g = reach.chips, reach.in_slice
+def _ring(kind: str, operand: float, group: groups.GroupSize) -> tuple[float, float]:
+    """Bytes from the own slice and from other slices; see the module's docstring."""
+    n, g = group.chips, group.in_slice
     if n == 1:
         return 0.0, 0.0
     if kind.endswith("all-to-all"):
@@ -197,48 +198,48 @@ def _ring(kind: str, operand: float, reach: groups.Reach) -> tuple[float, float]
 
 
 def _permute(i: Instruction, operand: float, network: Network) -> tuple[int, float, float]:
-    sent = groups.pairs(i.attributes)
-    crossing = [a // network.slice_size != b // network.slice_size for a, b in sent]
-    chips = len({chip for pair in sent for chip in pair})
+    pairs = groups.source_target_pairs(i.attributes)
+    crossing = [a // network.slice_size != b // network.slice_size for a, b in pairs]
+    chips = len({chip for pair in pairs for chip in pair})
     return chips, operand if not all(crossing) else 0.0, operand if any(crossing) else 0.0
 
 
 def _send(i: Instruction, operand: float, network: Network) -> tuple[str, int, float] | None:
-    """Kind, slices and bytes of a send to other slices; None if it goes to the host alone."""
+    """Kind, slices and bytes of a send to other slices; None if it only goes to the host."""
     if "megascale" not in i.attributes:
         return None
-    found = re.search(r'_xla_megascale_transfer_type="(\w+)"', i.attributes)
-    kind = found[1].lower().replace("_", "-") if found else "send"
+    transfer = re.search(r'_xla_megascale_transfer_type="(\w+)"', i.attributes)
+    kind = transfer[1].lower().replace("_", "-") if transfer else "send"
     target = re.search(r'_xla_megascale_target="\{([\d,:]+)\}x', i.attributes)
-    slices = _length(target[1]) if target else network.slices
+    slices = _count_numbers(target[1]) if target else network.slices
     if kind not in KINDS:
         return kind, slices, operand
-    _, between = _ring(kind, operand, groups.Reach(slices, 1))
+    _, between = _ring(kind, operand, groups.GroupSize(slices, 1))
     return kind, slices, between
 
 
-def _length(ranges: str) -> int:
-    """Numbers in `1,2` or `0:3`, both ends included."""
+def _count_numbers(ranges: str) -> int:
+    """How many numbers `1,2` or `0:3` lists; ranges include both ends."""
     ends = [[int(n) for n in part.split(":")] for part in ranges.split(",")]
     return sum(end[-1] - end[0] + 1 for end in ends)
 
 
-def _starts(inside: Computation, i: Instruction) -> bool:
+def _starts_collective(inside: Computation, i: Instruction) -> bool:
     return any('"AsyncCollectiveStart"' in user.attributes for user in inside.users[i.name])
 
 
-def _scattered(inside: Computation, i: Instruction) -> bool:
-    """Whether each chip keeps only its slice of an all-reduce: a fused reduce-scatter."""
-    name = inside.name.startswith("all-reduce-scatter")
-    users = list(_through(inside, i))
-    return name and bool(users) and all(user.opcode == "dynamic-slice" for user in users)
+def _is_reduce_scatter(inside: Computation, i: Instruction) -> bool:
+    """Whether each chip uses only its slice of the all-reduce: a fused reduce-scatter."""
+    fused = inside.name.startswith("all-reduce-scatter")
+    users = list(_real_users(inside, i))
+    return fused and bool(users) and all(user.opcode == "dynamic-slice" for user in users)
 
 
-def _through(inside: Computation, i: Instruction) -> Iterable[Instruction]:
-    """Users of a value, looked for behind tuples and bitcasts."""
+def _real_users(inside: Computation, i: Instruction) -> Iterable[Instruction]:
+    """Users of a value, followed through tuples and bitcasts."""
     for user in inside.users[i.name]:
         if user.opcode in ("get-tuple-element", "bitcast"):
-            yield from _through(inside, user)
+            yield from _real_users(inside, user)
         else:
             yield user
 

@@ -1,8 +1,8 @@
-"""How often a loop of optimised HLO runs.
+"""Trip counts of loops in optimised HLO.
 
-The compiler often notes it (`known_trip_count`). Where it does not, the loop's counters are
-followed: the few scalar integers that its condition depends on are computed step by step, from
-their first values through the body, until the condition says stop.
+The compiler often records the trip count (`known_trip_count`). Otherwise the loop's counters are
+interpreted: the scalar integers that the condition depends on are computed iteration by iteration,
+from their initial values, until the condition is false.
 """
 
 import json
@@ -13,8 +13,8 @@ from typing import Any
 
 from mor_jax.planning.hlo.text import Computation, Instruction, Module
 
-LIMIT = 1_000_000
-"""Turns after which a loop counts as one of unknown length."""
+MAX_ITERATIONS = 1_000_000
+"""Iterations after which a loop's length counts as unknown."""
 
 _BINARY: dict[str, Callable[[int, int], Any]] = {
     "add": operator.add,
@@ -38,7 +38,7 @@ _COMPARE: dict[str, Callable[[int, int], bool]] = {
     "GT": operator.gt,
     "GE": operator.ge,
 }
-_SAME = {
+_IDENTITY = {
     "copy",
     "bitcast",
     "convert",
@@ -53,30 +53,30 @@ Values = Callable[[int], Any]
 
 
 def trip_count(module: Module, inside: Computation, loop: Instruction) -> int | None:
-    """How often the body of `loop`, a while of the computation `inside`, runs; None if unknown."""
-    noted = re.search(r'"known_trip_count":\s*(\{[^}]*\})', loop.attributes)
-    if noted:
-        return int(json.loads(noted[1])["n"])
+    """Iterations of `loop`, a while instruction in the computation `inside`; None if unknown."""
+    recorded = re.search(r'"known_trip_count":\s*(\{[^}]*\})', loop.attributes)
+    if recorded:
+        return int(json.loads(recorded[1])["n"])
     (condition,) = module.called(loop, "condition")
     (body,) = module.called(loop, "body")
-    outer = _Scope(module, inside, ())
+    outer = _Interpreter(module, inside, ())
     state = outer.value(loop.operands[0])
     if not callable(state):
         return None
-    for turn in range(LIMIT):
-        go_on = _Scope(module, condition, (state,)).value(condition.root)
-        if go_on is None:
+    for iteration in range(MAX_ITERATIONS):
+        running = _Interpreter(module, condition, (state,)).value(condition.root)
+        if running is None:
             return None
-        if not go_on:
-            return turn
-        state = _Scope(module, body, (state,)).value(body.root)
+        if not running:
+            return iteration
+        state = _Interpreter(module, body, (state,)).value(body.root)
         if not callable(state):
             return None
     return None
 
 
-class _Scope:
-    """Values of scalar integers in one run of a computation, computed when they are asked for."""
+class _Interpreter:
+    """Scalar integers in one execution of a computation, evaluated on demand."""
 
     def __init__(self, module: Module, computation: Computation, arguments: tuple[Any, ...]):
         self._module, self._computation, self._arguments = module, computation, arguments
@@ -99,8 +99,8 @@ class _Scope:
         if i.opcode in ("fusion", "call"):
             (callee,) = self._module.called(i, "calls", "to_apply")
             values = tuple(self.value(name) for name in i.operands)
-            return _Scope(self._module, callee, values).value(callee.root)
-        if i.opcode in _SAME:
+            return _Interpreter(self._module, callee, values).value(callee.root)
+        if i.opcode in _IDENTITY:
             return self.value(i.operands[0])
         if i.opcode == "get-tuple-element":
             whole = self.value(i.operands[0])
@@ -120,7 +120,7 @@ class _Scope:
         return element
 
     def _unchanged(self, loop: Instruction) -> Values:
-        """Elements that the body of `loop` hands on as they came; the others are unknown."""
+        """Elements that the body of `loop` passes on unchanged; the others are unknown."""
         before = self.value(loop.operands[0])
         (body,) = self._module.called(loop, "body")
         root = body.instructions[body.root]
@@ -130,8 +130,8 @@ class _Scope:
                 return None
             after = body.instructions[root.operands[number]]
             same = after.opcode == "get-tuple-element" and after.attribute("index") == str(number)
-            kept = same and body.instructions[after.operands[0]].opcode == "parameter"
-            return before(number) if kept else None
+            unchanged = same and body.instructions[after.operands[0]].opcode == "parameter"
+            return before(number) if unchanged else None
 
         return element
 

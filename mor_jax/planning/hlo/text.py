@@ -1,7 +1,7 @@
-"""Optimised HLO text as computations of instructions, and the sizes of their types.
+"""Parses optimised HLO text into computations and instructions, with the sizes of their types.
 
-Only what the counts need is read: names, types, opcodes, operands, attributes. The text is that of
-`jax.stages.Compiled.as_text()`, one instruction a line.
+Only what the counts need is parsed: names, types, opcodes, operands and attributes. The input is
+`jax.stages.Compiled.as_text()`, one instruction per line.
 """
 
 import dataclasses
@@ -33,8 +33,8 @@ _OPERAND = re.compile(r"%([\w.-]+)")
 class Array:
     """One array of a type.
 
-    dims: sizes, logical order. layout: dimension numbers, fastest first. tile: sizes that the
-    fastest dimensions are rounded up to. space: memory space, 0 for the chip's main memory.
+    dims: sizes in logical order. layout: dimension numbers, fastest-varying first. tile: sizes that
+    the fastest-varying dimensions are padded to. space: memory space, 0 is main memory.
     """
 
     dtype: str
@@ -45,20 +45,25 @@ class Array:
 
     @property
     def bits(self) -> int:
-        """Of one element. Raises ValueError on a type that is not known."""
+        """Bits per element. Raises ValueError on an unknown type."""
         bits = 8 if self.dtype.startswith("f8") else _BITS.get(self.dtype)
         if bits is None:
-            fail("dtype", self.dtype, f"HLO type of unknown size; known: {sorted(_BITS)}", "Add it")
+            fail(
+                "dtype",
+                self.dtype,
+                f"unknown HLO type; known are {sorted(_BITS)}",
+                "Add it to _BITS",
+            )
         return bits
 
     @property
     def bytes(self) -> int:
-        """Of the values alone."""
+        """Bytes of the values, without padding."""
         return -(-math.prod(self.dims) * self.bits // 8)
 
     @property
     def stored_bytes(self) -> int:
-        """With what the tiles of the layout add."""
+        """Bytes including the tile padding of the layout."""
         dims = [self.dims[i] for i in self.layout] if self.layout else list(self.dims[::-1])
         for i, size in enumerate(reversed(self.tile)):
             if i < len(dims):
@@ -68,7 +73,10 @@ class Array:
 
 @dataclasses.dataclass(frozen=True)
 class Instruction:
-    """One line. operands: names in the same computation. attributes: all after the operands."""
+    """One line of HLO.
+
+    operands: names in the same computation. attributes: the text after the operands.
+    """
 
     name: str
     type: str
@@ -79,34 +87,36 @@ class Instruction:
 
     @functools.cached_property
     def arrays(self) -> tuple[Array, ...]:
-        """The arrays that it yields, tuples flattened."""
+        """The arrays of its result, tuples flattened."""
         return arrays(self.type)
 
     def attribute(self, name: str) -> str | None:
         """The text of `name=...` up to the next comma, or None."""
-        found = re.search(rf"(?:^|[ ,]){name}=([^,\s]+)", self.attributes)
-        return found[1].lstrip("%") if found else None
+        match = re.search(rf"(?:^|[ ,]){name}=([^,\s]+)", self.attributes)
+        return match[1].lstrip("%") if match else None
 
     def called(self, *names: str) -> tuple[str, ...]:
-        """Computations that it names in these attributes, `name=%x` or `name={%x, %y}`."""
-        found: list[str] = []
+        """Computations named in these attributes, `name=%x` or `name={%x, %y}`."""
+        names_called: list[str] = []
         for name in names:
             for one, many in re.findall(
                 rf"(?:^|[ ,]){name}=(?:%?([\w.-]+)|\{{([^}}]*)\}})", self.attributes
             ):
-                found += [one] if one else [part.strip().lstrip("%") for part in many.split(",")]
-        return tuple(found)
+                names_called += (
+                    [one] if one else [part.strip().lstrip("%") for part in many.split(",")]
+                )
+        return tuple(names_called)
 
     @property
     def op_name(self) -> str:
-        """Where in the traced function it comes from; empty if unknown."""
-        found = re.search(r'op_name="([^"]*)"', self.attributes)
-        return found[1] if found else ""
+        """Its origin in the traced function; empty if unknown."""
+        match = re.search(r'op_name="([^"]*)"', self.attributes)
+        return match[1] if match else ""
 
 
 @dataclasses.dataclass(frozen=True)
 class Computation:
-    """Instructions by name, in order. root: the name of what it yields."""
+    """Instructions by name, in order. root: the name of its result."""
 
     name: str
     instructions: dict[str, Instruction]
@@ -115,37 +125,37 @@ class Computation:
     @functools.cached_property
     def parameters(self) -> dict[int, Instruction]:
         """Parameters by number."""
-        found = (i for i in self.instructions.values() if i.opcode == "parameter")
-        return {int(i.arguments): i for i in found}
+        instructions = self.instructions.values()
+        return {int(i.arguments): i for i in instructions if i.opcode == "parameter"}
 
     @functools.cached_property
     def users(self) -> dict[str, list[Instruction]]:
-        """Instructions that take a value, by the value's name."""
-        found: dict[str, list[Instruction]] = {name: [] for name in self.instructions}
+        """Instructions that use a value, by the value's name."""
+        users: dict[str, list[Instruction]] = {name: [] for name in self.instructions}
         for instruction in self.instructions.values():
             for operand in set(instruction.operands):
-                found[operand].append(instruction)
-        return found
+                users[operand].append(instruction)
+        return users
 
     def operands(self, instruction: Instruction) -> list[Instruction]:
-        """The instructions whose values `instruction` takes."""
+        """The instructions whose values `instruction` uses."""
         return [self.instructions[name] for name in instruction.operands]
 
 
 @dataclasses.dataclass(frozen=True)
 class Module:
-    """Computations by name; entry: the name of the one that the program starts with."""
+    """Computations by name; entry: the name of the entry computation."""
 
     computations: dict[str, Computation]
     entry: str
 
     def called(self, instruction: Instruction, *names: str) -> list[Computation]:
-        """The computations that an instruction names in these attributes."""
+        """The computations named in these attributes of an instruction."""
         return [self.computations[name] for name in instruction.called(*names)]
 
 
 def parse_module(text: str) -> Module:
-    """Reads a whole module. Raises ValueError if there is no entry computation."""
+    """Parses a module. Raises ValueError if there is no entry computation."""
     computations: dict[str, Computation] = {}
     entry, name, root, lines = "", "", "", {}
     for line in text.splitlines():
@@ -155,11 +165,11 @@ def parse_module(text: str) -> Module:
             entry = name if header[1] else entry
         elif line.startswith("}"):
             computations[name] = Computation(name, lines, root or next(reversed(lines), ""))
-        elif (found := _NAME.match(line)) is not None:
-            root = found[2] if found[1] else root
-            lines[found[2]] = _instruction(found[2], line[found.end() :], lines)
+        elif (match := _NAME.match(line)) is not None:
+            root = match[2] if match[1] else root
+            lines[match[2]] = _instruction(match[2], line[match.end() :], lines)
     if not entry:
-        fail("hlo", text[:40], "no ENTRY computation", "Pass the text of compiled.as_text()")
+        fail("hlo", text[:40], "has no ENTRY computation", "Pass the text of compiled.as_text()")
     return Module(computations, entry)
 
 
@@ -176,19 +186,19 @@ def _instruction(name: str, rest: str, before: dict[str, Instruction]) -> Instru
 
 
 def _closing(text: str, start: int) -> int:
-    """Where the parenthesis that opens at `start` closes."""
+    """Index of the parenthesis that closes the one at `start`."""
     depth = 0
-    for found in re.finditer(r"[()]", text[start:]):
-        depth += 1 if found[0] == "(" else -1
+    for match in re.finditer(r"[()]", text[start:]):
+        depth += 1 if match[0] == "(" else -1
         if depth == 0:
-            return start + found.start()
+            return start + match.start()
     return len(text)
 
 
 @functools.lru_cache(maxsize=4096)
 def arrays(text: str) -> tuple[Array, ...]:
-    """The arrays of a type, tuples flattened: `(f32[2]{0}, token[])` holds two."""
-    return tuple(_array(*found) for found in _ARRAY.findall(text))
+    """The arrays of a type, tuples flattened: `(f32[2]{0}, token[])` has two."""
+    return tuple(_array(*groups) for groups in _ARRAY.findall(text))
 
 
 def _array(dtype: str, dims: str, layout: str) -> Array:
@@ -206,5 +216,5 @@ def _array(dtype: str, dims: str, layout: str) -> Array:
 
 
 def total_bytes(instruction: Instruction) -> int:
-    """Bytes of all arrays that an instruction yields, without padding."""
+    """Bytes of all arrays in an instruction's result, without padding."""
     return sum(array.bytes for array in instruction.arrays)

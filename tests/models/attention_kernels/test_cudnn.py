@@ -196,7 +196,7 @@ def test_a_model_gives_the_same_numbers_through_padded_kernels(monkeypatch):
 
 def test_targets_are_described_and_their_absence_explained(monkeypatch):
     for target in gpu_targets.TARGETS.values():
-        text = gpu_targets.specification(target)
+        text = gpu_targets.target_config(target)
         assert f"core_count: {target.cores}" in text and text.count("{") == text.count("}")
     with pytest.raises(ValueError, match=r"gpu='v100': .*h100, a100.*Try h100"):
         gpu_targets.gpu_devices("v100")

@@ -9,7 +9,7 @@ import pytest
 from jax.sharding import Mesh, PartitionSpec
 
 from mor_jax.planning.hlo.collectives import Network, tally
-from mor_jax.planning.hlo.groups import pairs, replica_groups
+from mor_jax.planning.hlo.groups import replica_groups, source_target_pairs
 from mor_jax.planning.hlo.loops import trip_count
 from mor_jax.planning.hlo.memory import traffic
 from mor_jax.planning.hlo.text import arrays, parse_module
@@ -85,7 +85,7 @@ def test_groups_in_every_form(text, expected):
 
 
 def test_pairs_leave_out_devices_that_send_to_themselves():
-    assert pairs("source_target_pairs={{0,1},{1,1},{2,0}}, x=1") == ((0, 1), (2, 0))
+    assert source_target_pairs("source_target_pairs={{0,1},{1,1},{2,0}}, x=1") == ((0, 1), (2, 0))
 
 
 # --- Loops.

@@ -1,4 +1,4 @@
-"""Other settings for a run that does not fit: which, in which order, and whether they do."""
+"""Searches for settings with which a run that is too large fits into memory."""
 
 import dataclasses
 import time
@@ -19,8 +19,8 @@ Change = dict[str, Any]
 _REMAT = ("none", "block", "full", "offload")
 
 
-def changed(cfg: TrainConfig, change: Change) -> TrainConfig:
-    """`cfg` with other values; validated. Raises ValueError on a value that does not fit."""
+def with_changes(cfg: TrainConfig, change: Change) -> TrainConfig:
+    """`cfg` with `change` applied, validated. Raises ValueError on an invalid value."""
     values = cfg.to_dict()
     for path, value in change.items():
         *groups, name = path.split(".")
@@ -32,15 +32,15 @@ def changed(cfg: TrainConfig, change: Change) -> TrainConfig:
 
 
 def candidates(cfg: TrainConfig, mesh: Mesh, state_fits: bool) -> Iterator[Change]:
-    """Changes from the gentlest to the one that saves most; each at most once.
+    """Distinct changes, from the one that costs least speed to the one that saves most memory.
 
-    state_fits: whether parameters and optimiser alone fit; if not, only the mesh can help.
+    state_fits: whether parameters and optimiser state alone fit; if not, only the mesh can help.
     """
     mesh_only = _meshes(cfg, mesh)
     if not state_fits:
         yield from mesh_only
         return
-    more, most = _more_parts(cfg, mesh)
+    more, most = _more_accumulation(cfg, mesh)
     levels = _REMAT[_REMAT.index(cfg.model.remat) + 1 : 3]
     less = {}
     if cfg.model.sharing != "none" and cfg.sharding.all_gather_shared != "per_recursion":
@@ -64,67 +64,69 @@ def candidates(cfg: TrainConfig, mesh: Mesh, state_fits: bool) -> Iterator[Chang
             yield change
 
 
-def _more_parts(cfg: TrainConfig, mesh: Mesh) -> tuple[Change, Change]:
-    """Twice as many micro-batches, and as many as there are rows for; {} where there is no room."""
-    cut = mesh.shape["slice"] * mesh.shape["data"] * mesh.shape["fsdp"]
-    rows = cfg.batch_size // cut
-    fit = [n for n in range(cfg.grad_accum_steps + 1, rows + 1) if rows % n == 0]
-    doubled = [n for n in fit if n >= 2 * cfg.grad_accum_steps]
+def _more_accumulation(cfg: TrainConfig, mesh: Mesh) -> tuple[Change, Change]:
+    """Twice as many micro-batches, and as many as the batch allows; {} if neither is possible."""
+    shards = mesh.shape["slice"] * mesh.shape["data"] * mesh.shape["fsdp"]
+    sequences = cfg.batch_size // shards
+    valid = [n for n in range(cfg.grad_accum_steps + 1, sequences + 1) if sequences % n == 0]
+    doubled = [n for n in valid if n >= 2 * cfg.grad_accum_steps]
     return (
         {"grad_accum_steps": doubled[0]} if doubled else {},
-        {"grad_accum_steps": fit[-1]} if fit else {},
+        {"grad_accum_steps": valid[-1]} if valid else {},
     )
 
 
 def _meshes(cfg: TrainConfig, mesh: Mesh) -> list[Change]:
-    """Meshes that cut parameters into more parts: by fsdp, then also by tensor."""
+    """Meshes that shard parameters further: by fsdp first, then also by tensor."""
     data, fsdp, tensor = (mesh.shape[name] for name in ("data", "fsdp", "tensor"))
     names = ("mesh.data", "mesh.fsdp", "mesh.tensor")
-    found = [(1, data * fsdp, tensor)] if data > 1 else []
+    meshes = [(1, data * fsdp, tensor)] if data > 1 else []
     for times in (2, 4, 8):
         if (data * fsdp) % times == 0 and cfg.model.num_kv_heads % (tensor * times) == 0:
-            found.append((1, data * fsdp // times, tensor * times))
-    return [dict(zip(names, sizes, strict=True)) for sizes in found]
+            meshes.append((1, data * fsdp // times, tensor * times))
+    return [dict(zip(names, sizes, strict=True)) for sizes in meshes]
 
 
-def try_others(
+def try_alternatives(
     cfg: TrainConfig,
     topology: Topology,
-    answer: TooLarge,
+    result: TooLarge,
     limit: float | int,
-    report: Callable[[Change, int | None], None] = lambda change, short: None,
+    on_attempt: Callable[[Change, int | None], None] = lambda change, short: None,
 ) -> TooLarge:
-    """`answer` with the settings tried, until some fit or `limit` seconds are over.
+    """`result` with the settings tried, until one fits or `limit` seconds have passed.
 
-    report: is told each change and the bytes that it is short of, None if it fits.
+    on_attempt: called with each change and the bytes it is short of, None if it fits.
     """
-    start, attempts, left = time.perf_counter(), [], False
+    start, attempts, out_of_time = time.perf_counter(), [], False
     cfg = resolve_settings(cfg, topology.platform)
     mesh = aot.mesh_of(cfg, topology)
-    held = dict(answer.parts)
-    state = held["parameters"] + held["optimiser state"]
-    for change in candidates(cfg, mesh, state < answer.available):
+    parts = dict(result.parts)
+    state = parts["parameters"] + parts["optimiser state"]
+    for change in candidates(cfg, mesh, state < result.available):
         if time.perf_counter() - start > limit:
-            left = True
+            out_of_time = True
             break
         one = _attempt(cfg, topology, change)
         if one is None:
             continue
         attempts.append(one)
-        report(change, one.short)
+        on_attempt(change, one.short)
         if one.short is None:
             break
-    seconds = answer.seconds + time.perf_counter() - start
-    return dataclasses.replace(answer, attempts=tuple(attempts), out_of_time=left, seconds=seconds)
+    seconds = result.seconds + time.perf_counter() - start
+    return dataclasses.replace(
+        result, attempts=tuple(attempts), out_of_time=out_of_time, seconds=seconds
+    )
 
 
 def _attempt(cfg: TrainConfig, topology: Topology, change: Change) -> Attempt | None:
-    """Compiles with `change`; None if the change is no valid configuration."""
+    """Compiles with `change`; None if the changed configuration is invalid."""
     start = time.perf_counter()
     try:
-        other = changed(cfg, change)
+        other = with_changes(cfg, change)
         mesh = aot.mesh_of(other, topology)
-        aot.abstract(other, mesh)
+        aot.abstract_inputs(other, mesh)
     except ValueError:
         return None
     try:
