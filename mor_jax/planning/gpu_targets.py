@@ -127,7 +127,7 @@ def gpu_devices(name: str, gpus: int = 1, nodes: int = 1) -> list[jax.Device]:
     )
     description = topologies.get_topology_desc(
         platform="cuda",
-        target_config=specification(TARGETS[name]),
+        target_config=target_config(TARGETS[name]),
         topology=f"1x{nodes}x{gpus}",
     )
     return list(description.devices)
