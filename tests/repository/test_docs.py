@@ -4,7 +4,7 @@ settings is complete.
 Every line of a ```bash block and every ```python block of README.md, CONTRIBUTING.md and docs/ is
 run in a copy of the repository in which a tiny quickstart has been trained. Lines that train get
 `TINY_RUN` appended; all others run as they stand. A block that cannot run here says why:
-```bash skip: needs a GPU.
+```bash skip: needs a GPU. Even there, every `mor` line names a command and flags that exist.
 """
 
 import ast
@@ -21,7 +21,9 @@ import pytest
 from support.patience import PATIENCE
 
 from configs import mor
+from mor_jax.cli import main
 from mor_jax.config import TrainConfig
+from mor_jax.runtime import exit_codes
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -43,11 +45,14 @@ TINY_RUN = f"""{SHORT_RUN} \
 --config.model.max_seq_len=256 --config.data.sources=stdlib --config.data.tokenizer=bytes"""
 
 # What the Python blocks read. The command itself is on the page too.
-EXPORT = (
-    "python launch/convert.py export --to=hf --workdir=runs/quickstart --output=exports/quickstart"
-)
+EXPORT = "mor convert export --to=hf --workdir=runs/quickstart --output=exports/quickstart"
 
-TRAINING = ("launch/train.py", "launch/quickstart.sh", "launch/local_multiprocess.sh")
+TRAINING = (
+    "mor train ",
+    "launch/train.py",
+    "launch/quickstart.sh",
+    "launch/local_multiprocess.sh",
+)
 
 
 class Block(NamedTuple):
@@ -88,6 +93,10 @@ def copy(tmp_path_factory):
         f'#!/usr/bin/env bash\n[[ "$1 $2" == "-m pip" ]] && exit 0\nexec "{sys.executable}" "$@"\n'
     )
     python.chmod(0o755)
+    # The installed command, of this copy.
+    mor_command = python.with_name("mor")
+    mor_command.write_text(f'#!/usr/bin/env bash\nexec "{sys.executable}" -m mor_jax "$@"\n')
+    mor_command.chmod(0o755)
     execute(f"./launch/quickstart.sh {TINY_RUN}", root)
     return root
 
@@ -130,8 +139,43 @@ def test_commands_run(page, copy):
         for command in commands(text):
             trains = any(name in command for name in TRAINING) and "--dry_run" not in command
             # Weights that were imported have their own size.
-            tiny = SHORT_RUN if "from_workdir.py" in command else TINY_RUN
+            tiny = SHORT_RUN if "from_workdir" in command else TINY_RUN
             execute(f"{command} {tiny}" if trains else command, copy)
+
+
+def mor_lines(page: Path) -> list[list[str]]:
+    """The words after `mor` in every call, of blocks that are run and of those that are not."""
+    texts = [block.text for block in blocks(page) if block.language == "bash"]
+    lines = [shlex.split(line, comments=True) for text in texts for line in commands(text)]
+    return [line[line.index("mor") + 1 :] for line in lines if "mor" in line]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=PAGE_IDS)
+def test_commands_and_their_flags_exist(page):
+    for words in mor_lines(page):
+        name, flags = words[0], main.flags_of(words[0])
+        assert name in main.COMMANDS or name in ("completion", "--help", "--version"), name
+        # Flags after `--` are those of a launcher, and lm-eval has its own.
+        own = words[: words.index("--")] if "--" in words else words
+        if not any(word.startswith("--tasks") for word in own):
+            given = [word.partition("=")[0] for word in own[1:] if word.startswith("--")]
+            named = {*flags, *(flag.replace("--", "--no-") for flag in flags)}
+            unknown = [f for f in given if f not in named and not f.startswith("--config.")]
+            assert not unknown, f"mor {name}: {unknown}"
+
+
+def test_page_of_commands_is_complete():
+    text = (ROOT / "docs" / "commands.md").read_text()
+    sections = re.split(r"^## ", text, flags=re.MULTILINE)[1:]
+    headings = {section.splitlines()[0].strip("`"): section for section in sections}
+    for name in main.COMMANDS:
+        section = headings[f"mor {name}"]
+        assert re.search(rf"^mor {name}\b", section, re.MULTILINE), f"mor {name}: no example"
+        flags = re.findall(r"^\| .*?\|", section, re.MULTILINE)
+        for flag in re.findall(r"`(--[\w-]+)", " ".join(flags)):
+            assert flag == "--config" or flag in main.flags_of(name), f"mor {name}: {flag}"
+    codes = {v for k, v in vars(exit_codes).items() if k.isupper() and isinstance(v, int)}
+    assert codes == set(map(int, re.findall(r"^\| (\d+) \|", text, re.MULTILINE)))
 
 
 @pytest.mark.parametrize("page", WITH_PYTHON, ids=lambda p: p.name)
