@@ -4,10 +4,10 @@ import difflib
 import importlib.util
 import re
 import sys
-from importlib.metadata import version
 from pathlib import Path
 from typing import NoReturn
 
+from mor_jax import __version__
 from mor_jax.runtime import exit_codes
 
 COMMANDS = {
@@ -47,7 +47,7 @@ def main() -> None:
     if name in ("-h", "--help", "help"):
         print(usage())
     elif name == "--version":
-        print(version("mor-jax"))
+        print(__version__)
     elif name == "completion":
         print(completion(words[1:]))
     elif name.replace("_", "-") in COMMANDS:
