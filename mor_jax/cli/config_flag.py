@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from absl import flags
 from ml_collections import ConfigDict
 
-from mor_jax.cli.repository import config_path, shipped
 from mor_jax.config import old_names
+from mor_jax.config.shipped import config_path, shipped
 from mor_jax.runtime import exit_codes
 
 _CONFIG = "--config"

@@ -21,7 +21,7 @@ import sys
 # Nothing is computed on a device; accelerators of this machine stay free.
 os.environ["JAX_PLATFORMS"] = "cpu"
 
-from mor_jax.cli.repository import CONFIGS, TRAIN
+from mor_jax.config.shipped import CONFIGS, TRAIN
 from mor_jax.runtime import exit_codes, host_memory
 
 

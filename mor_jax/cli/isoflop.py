@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from mor_jax.cli import option_names
-from mor_jax.cli.repository import CHECKOUT, CONFIGS, TRAIN
+from mor_jax.config.shipped import CHECKOUT, CONFIGS, TRAIN
 from mor_jax.runtime import exit_codes, platform
 from mor_jax.runtime.preemption import Signals
 

@@ -53,7 +53,7 @@ def fit(
     allow_changes: Sequence[str] = (),
     signals: Signals | None = None,
     branch: Fork | None = None,
-) -> None:
+) -> dict[str, Any]:
     """Trains `cfg` in `directory`, from its newest good checkpoint if it has one.
 
     Everything that can be wrong with the settings, the data and the directory is found before the
@@ -62,6 +62,8 @@ def fit(
     allow_changes: settings that may differ from the run's last start, see `check_workdir`.
     signals: listens already; by default from now on. branch: where a run without a checkpoint of
     its own starts, see `mor_jax.training.fork`.
+
+    Returns: the last evaluation; see `Evaluator`.
 
     Raises:
         ValueError: a setting, the data or the directory does not fit; nothing was changed.
@@ -78,7 +80,7 @@ def fit(
             places = [path] if branch is None else [path, branch.source]
             cfg = _everywhere(partial(resolve_settings_in, places, cfg, sharding.platform()))
             signals.check()
-            _fit(cfg, path, allow_changes, signals, branch)
+            return _fit(cfg, path, allow_changes, signals, branch)
         except ImmediateExit as left:
             raise StoppedEarly(f"{left}. The same command starts it again") from None
         finally:
@@ -107,7 +109,7 @@ def _fit(
     allow: Sequence[str],
     signals: Signals,
     branch: Fork | None,
-) -> None:
+) -> dict[str, Any]:
     changes = _everywhere(lambda: run_dir.check_workdir(path, cfg, allow)) or []
     with contextlib.ExitStack() as stack:
         undo = _everywhere(lambda: stack.enter_context(run_dir.lock_run_dir(path)))
@@ -135,7 +137,7 @@ def _fit(
                 cache=cache,
                 peers=peers,
             )
-            _work(run, services, changes)
+            return _work(run, services, changes)
         except ImmediateExit as left:
             peers.stopped(str(left))
             raise
@@ -167,13 +169,13 @@ def _everywhere(call: Callable[[], _T]) -> _T:
     return cast(_T, found)
 
 
-def _work(run: Run, services: RunServices, changes: Sequence[run_dir.Change]) -> None:
+def _work(run: Run, services: RunServices, changes: Sequence[run_dir.Change]) -> dict[str, Any]:
     """Starts, trains, and tells at the end, however it ends, where the time went."""
     _open_log(run, services.events, changes)
     try:
         start = _start(run, services, changes)
         services.signals.check()
-        _train(run, services, start)
+        return _train(run, services, start)
     finally:
         services.events.flush()
         if jax.process_index() == 0:
@@ -192,7 +194,7 @@ def _open_log(run: Run, events: Events, changes: Sequence[run_dir.Change]) -> No
             print(f"changed since the last start, as allowed: {setting}: {old} -> {new}")
 
 
-def _train(run: Run, services: RunServices, start: ResumePoint) -> None:
+def _train(run: Run, services: RunServices, start: ResumePoint) -> dict[str, Any]:
     """Loops, a second time from further back after too many skipped steps; then finishes."""
     began = int(start.state.step), time.perf_counter()
     while True:
@@ -210,6 +212,7 @@ def _train(run: Run, services: RunServices, start: ResumePoint) -> None:
     services.events.write("end", step=int(trained.state.step))
     if services.cache is not None:
         services.cache.seal(idle=True)
+    return trained.evaluated
 
 
 def _assemble(cfg: TrainConfig, path: epath.Path, look: Callable[[], None]) -> Run:

@@ -44,6 +44,7 @@ LEVELS = (
     ("scaling.fit",),
     ("scaling.report",),
     ("calibration",),
+    ("api",),
     ("configs",),
     ("cli",),
     ("__main__",),

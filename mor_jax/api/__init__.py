@@ -1,0 +1,1 @@
+"""The Python interface: train, load, evaluate, export. docs/python.md."""
