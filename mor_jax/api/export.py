@@ -1,24 +1,25 @@
 """`mor_jax.export`: writes a run's weights for other programs."""
 
 import os
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from mor_jax.convert.exports import ExportResult, Target
-    from mor_jax.convert.shards import Dtype
+from mor_jax.config.parsing import size
+from mor_jax.convert import exports
+from mor_jax.convert.exports import ExportOptions, ExportResult, Target
+from mor_jax.convert.run_source import open_run
+from mor_jax.convert.shards import Dtype
 
 
 def export(
     workdir: str | os.PathLike[str],
     output: str | os.PathLike[str],
     *,
-    to: "Target" = "hf",
+    to: Target = "hf",
     step: int | None = None,
-    dtype: "Dtype" = "float32",
+    dtype: Dtype = "float32",
     max_shard_size: str = "2GB",
     unroll: bool = False,
     overwrite: bool = False,
-) -> "ExportResult":
+) -> ExportResult:
     """Writes a run's weights for other programs; the same as `mor convert export`.
 
     Args:
@@ -39,11 +40,6 @@ def export(
         ValueError: no weights, a model that cannot be expressed there, a directory that is taken,
             or a weight that is not finite. Nothing is written then.
     """
-    from mor_jax.config.parsing import size
-    from mor_jax.convert.exports import ExportOptions
-    from mor_jax.convert.exports import export as write
-    from mor_jax.convert.run_source import open_run
-
     options = ExportOptions(
         output=output,
         dtype=dtype,
@@ -52,4 +48,4 @@ def export(
         replace=overwrite,
     )
     options.validate()
-    return write(open_run(os.fspath(workdir), step), to, options)
+    return exports.export(open_run(os.fspath(workdir), step), to, options)

@@ -3,15 +3,16 @@
 import dataclasses
 import os
 import threading
-from collections.abc import Sequence
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, overload
+from typing import Any, overload
 
 import numpy as np
 
 from mor_jax.api.scoring import Scorer, padded_length
 from mor_jax.api.source import run_directory
+from mor_jax.config import ModelConfig
 from mor_jax.config.parsing import check, parse
+from mor_jax.data import Tokenizer
 from mor_jax.inference.cli.prompts import PromptSettings, from_texts, prepare
 from mor_jax.inference.config import EngineConfig, compute_config, plan_cache
 from mor_jax.inference.engine.engine import Engine
@@ -19,11 +20,7 @@ from mor_jax.inference.engine.request import Finished
 from mor_jax.inference.load_model import LoadedModel, load_model
 from mor_jax.runtime import platform
 from mor_jax.training.evaluator import token_depths
-
-if TYPE_CHECKING:
-    from mor_jax.config import ModelConfig
-    from mor_jax.data import Tokenizer
-    from mor_jax.types import Params
+from mor_jax.types import Params
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -110,26 +107,28 @@ class Model:
         self.close()
 
     @property
-    def cfg(self) -> "ModelConfig":
+    def cfg(self) -> ModelConfig:
         """The model's configuration."""
         return self._loaded.cfg
 
     @property
-    def params(self) -> "Params":
+    def params(self) -> Params:
         """Nested dictionary of float32 arrays."""
         return self._loaded.params
 
     @property
-    def tokenizer(self) -> "Tokenizer":
+    def tokenizer(self) -> Tokenizer:
         """Text to token numbers and back."""
         return self._loaded.tokenizer
 
     @overload
     def generate(self, prompt: str, **settings: Any) -> Generation: ...
     @overload
-    def generate(self, prompt: Sequence[str], **settings: Any) -> list[Generation]: ...
     def generate(
-        self, prompt: str | Sequence[str], **settings: Any
+        self, prompt: list[str] | tuple[str, ...], **settings: Any
+    ) -> list[Generation]: ...
+    def generate(
+        self, prompt: str | list[str] | tuple[str, ...], **settings: Any
     ) -> Generation | list[Generation]:
         """Continues a prompt, or several at one time.
 

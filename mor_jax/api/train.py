@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from mor_jax.config import TrainConfig
 from mor_jax.config.parsing import check
@@ -10,10 +10,13 @@ from mor_jax.config.shipped import read_config
 from mor_jax.runtime import platform
 
 
+@runtime_checkable
 class HasDict(Protocol):
     """A `ConfigDict` of ml_collections, or anything else with its `to_dict`."""
 
-    def to_dict(self) -> dict[str, Any]: ...
+    def to_dict(self) -> dict[str, Any]:
+        """Nested plain values."""
+        ...
 
 
 Config = str | Mapping[str, Any] | TrainConfig | HasDict
