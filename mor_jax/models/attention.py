@@ -13,7 +13,7 @@ from flax import nnx
 from mor_jax.config import Attention as Implementation
 from mor_jax.config import ModelConfig
 from mor_jax.models.attention_kernels.dispatch import attend
-from mor_jax.models.layers.basic import Axes, normal, param
+from mor_jax.models.layers.initializers import Axes, normal, param
 from mor_jax.models.layers.masks import AttentionMask
 from mor_jax.models.layers.remat import save_output
 from mor_jax.models.layers.rope import Rotary, apply_rope

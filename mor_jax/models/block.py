@@ -13,7 +13,9 @@ from flax import nnx
 from mor_jax.config import ModelConfig
 from mor_jax.distributed.collectives import all_gather_param, constrain, row_axes
 from mor_jax.models.attention import Attention, KeyValue, SequenceContext
-from mor_jax.models.layers.basic import Axes, RMSNorm, SwiGLU
+from mor_jax.models.layers.initializers import Axes
+from mor_jax.models.layers.mlp import SwiGLU
+from mor_jax.models.layers.norm import RMSNorm
 from mor_jax.models.layers.remat import layer_input, remat
 from mor_jax.models.layers.remat import save_output as kept_by_remat
 from mor_jax.types import Array, Float

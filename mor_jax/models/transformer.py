@@ -11,7 +11,8 @@ from mor_jax.config.parsing import check
 from mor_jax.distributed.collectives import constrain
 from mor_jax.models.attention import SequenceContext
 from mor_jax.models.block import Stack
-from mor_jax.models.layers.basic import Embed, RMSNorm, unembed
+from mor_jax.models.layers.embedding import Embed, unembed
+from mor_jax.models.layers.norm import RMSNorm
 from mor_jax.models.layers.rope import rotary
 from mor_jax.models.recursion import RecursionContext, run_expert, run_plain, run_token
 from mor_jax.models.routing.outputs import Routing

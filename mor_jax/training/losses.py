@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from mor_jax.config import ModelConfig
 from mor_jax.distributed.collectives import psum_batch
-from mor_jax.models.layers.basic import unembed
+from mor_jax.models.layers.embedding import unembed
 from mor_jax.models.routing.outputs import Routing
 from mor_jax.types import IGNORE, Array, Batch, Bool, Float, Int
 

@@ -20,7 +20,7 @@ from mor_jax.config import MeshConfig, ModelConfig
 from mor_jax.distributed import mesh as sharding
 from mor_jax.distributed.collectives import shard_map_over_batch
 from mor_jax.distributed.mesh import param_specs, spec_of
-from mor_jax.models.layers.basic import unembed
+from mor_jax.models.layers.embedding import unembed
 from mor_jax.models.params import abstract_params, forward, logical_axes, logits_table
 from mor_jax.models.routing.router import Route
 from mor_jax.runtime.free_memory import CheckedFunction

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from mor_jax.config import ModelConfig
-from mor_jax.models.layers.basic import rms_norm
+from mor_jax.models.layers.norm import rms_norm
 from mor_jax.models.layers.rope import Rotary, apply_rope, rotary
 from mor_jax.types import Array, Float, Int, Params
 

@@ -14,7 +14,7 @@ from flax import nnx
 
 from mor_jax.config import ModelConfig, RouterConfig
 from mor_jax.config.parsing import check
-from mor_jax.models.layers.basic import ZEROS, normal, param
+from mor_jax.models.layers.initializers import ZEROS, normal, param
 from mor_jax.types import Array, Bool, Float, Int
 
 EXACT = jax.lax.Precision.HIGHEST

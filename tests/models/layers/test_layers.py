@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 
 from mor_jax.config import RopeScaling
-from mor_jax.models.layers.basic import gated_mlp, rms_norm, unembed
+from mor_jax.models.layers.embedding import unembed
+from mor_jax.models.layers.mlp import gated_mlp
+from mor_jax.models.layers.norm import rms_norm
 from mor_jax.models.layers.rope import apply_rope, frequencies, rotary
 
 
