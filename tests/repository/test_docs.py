@@ -164,6 +164,14 @@ def test_commands_and_their_flags_exist(page):
             assert not unknown, f"mor {name}: {unknown}"
 
 
+@pytest.mark.parametrize("page", PAGES[1:], ids=PAGE_IDS[1:])
+def test_pages_name_the_installed_command(page):
+    """The scripts of `launch/` that have a command stand only where a container has no `mor`."""
+    for text in (block.text for block in blocks(page) if block.language == "bash"):
+        for name in re.findall(r"python launch/(\w+)\.py", text):
+            assert name.replace("_", "-") not in main.COMMANDS or "docker run" in text, name
+
+
 def test_page_of_commands_is_complete():
     text = (ROOT / "docs" / "commands.md").read_text()
     sections = re.split(r"^## ", text, flags=re.MULTILINE)[1:]
