@@ -21,7 +21,12 @@ PACKAGE = ROOT / "mor_jax"
 
 
 def modules(folder: Path) -> list[str]:
-    """Dotted names of a folder's modules, without those that only a command line runs."""
+    """Dotted names of a folder's modules, without the commands: docs/commands.md shows those.
+
+    Commands define their flags when they are imported, which one process can do only once.
+    """
+    if folder in (PACKAGE / "cli", PACKAGE / "configs"):
+        return []
     skipped = ("__init__", "__main__")
     paths = sorted(path for path in folder.glob("*.py") if path.stem not in skipped)
     return [dotted(path) for path in paths]

@@ -1,10 +1,11 @@
 """The Python interface on small runs: train, load, generate, score, depths, evaluate, export."""
 
+import functools
 import subprocess
 import sys
 import threading
 
-import jax.numpy as jnp
+import jax
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
@@ -89,14 +90,18 @@ def test_a_wrong_configuration_is_refused_in_one_line(config, settings, message,
 
 
 def test_train_returns_the_last_evaluation_and_its_weights_can_be_used(tmp_path):
-    evaluated = mor_jax.train("mor:recursions=2", tmp_path / "run", settings=SMALL)
+    (tmp_path / "text").mkdir()
+    for number in range(40):
+        (tmp_path / "text" / f"{number}.txt").write_text(f"{number} squared is {number**2}\n" * 30)
+    settings = SMALL | {"data.sources": (f"text:{tmp_path}/text/*.txt",)}
+    evaluated = mor_jax.train("mor:recursions=2", tmp_path / "run", settings=settings)
     assert 0 < evaluated["loss_causal"] < 6
     # A run that has ended is evaluated again, not trained.
-    assert mor_jax.train("mor:recursions=2", tmp_path / "run", settings=SMALL) == evaluated
+    assert mor_jax.train("mor:recursions=2", tmp_path / "run", settings=settings) == evaluated
     found = mor_jax.evaluate(tmp_path / "run")
     assert found["loss_causal"] == pytest.approx(evaluated["loss_causal"], abs=1e-5)
     with mor_jax.load(tmp_path / "run") as model:
-        assert isinstance(model.cfg.num_recursions, int) and model.cfg.num_recursions == 2
+        assert model.cfg.num_recursions == 2
         assert len(model.generate("x", max_tokens=4, seed=1, ignore_eos=True).tokens) == 4
 
 
@@ -117,11 +122,22 @@ def test_generate_equals_the_full_forward_and_a_list_equals_single_calls(routed)
     assert model.generate([]) == []
 
 
-def _log_probabilities(model, row):
+@functools.cache
+def _logits_of(model):
     cfg = compute_config(model.cfg, None)
-    tokens = jnp.array([row], jnp.int32)
-    hidden = forward(cfg, model.params, Batch(tokens, tokens), Route(mode="causal")).hidden
-    logits = np.asarray(unembed(cfg, model.params, hidden), np.float64)[0]
+
+    @jax.jit
+    def run(tokens):
+        hidden = forward(cfg, model.params, Batch(tokens, tokens), Route(mode="causal")).hidden
+        return unembed(cfg, model.params, hidden)
+
+    return run
+
+
+def _log_probabilities(model, row):
+    tokens = np.zeros((1, 32), np.int32)
+    tokens[0, : len(row)] = row
+    logits = np.asarray(_logits_of(model)(tokens), np.float64)[0, : len(row)]
     return logits - np.log(np.exp(logits).sum(-1, keepdims=True))
 
 

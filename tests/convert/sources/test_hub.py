@@ -77,10 +77,10 @@ def server():
 
 ASK = """
 import sys
-from mor_jax.convert.sources.hub import located
+from mor_jax.convert.sources.hub import locate_model
 for name in sys.argv[1:]:
     try:
-        path = located(name)
+        path = locate_model(name)
         print(sorted(p.name for p in path.iterdir()) if path.is_dir() else path.read_bytes())
     except ValueError as error:
         print(error)
@@ -88,7 +88,7 @@ for name in sys.argv[1:]:
 
 
 def ask(home, endpoint, *names, **environment):
-    """What `located` gives for each of `names`: one line each."""
+    """What `locate_model` gives for each of `names`: one line each."""
     told = {"HF_HOME": str(home), "HF_ENDPOINT": endpoint, "PYTHONPATH": str(ROOT)}
     told |= {"HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"} | environment
     command = [sys.executable, "-c", ASK, *names]

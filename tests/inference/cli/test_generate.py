@@ -144,7 +144,7 @@ def test_a_prompt_that_ends_inside_a_character_is_one_text_with_its_answer(serve
     (prompt,) = prepare(from_lines(lines({"prompt": [100, 0xE6, 0x9D]}), WISHES), served, 64)
     assert (prompt.text, prompt.tokens) == ("d", (100, 0xE6, 0x9D))
     show = importlib.import_module("mor_jax.inference.cli.show")
-    screen = show.Screen(Console(), served.tokenizer, depths=lambda _: np.array([1, 2, 1]))
+    screen = show.TerminalWriter(Console(), served.tokenizer, depths=lambda _: np.array([1, 2, 1]))
     assert screen._coloured(prompt).plain == "d"
 
 
@@ -360,7 +360,7 @@ def test_a_terminal_shows_depths_as_colours(served, engine):
     def shown(terminal, **options):
         file = io.StringIO()
         console = Console(file=file, force_terminal=terminal, color_system="truecolor", width=200)
-        screen = show.Screen(console, served.tokenizer, echo=True, **options)
+        screen = show.TerminalWriter(console, served.tokenizer, echo=True, **options)
         for answer, event in stream(engine, [prompt], 1):
             if len(answer.tokens) == 1 and not isinstance(event, Finished):
                 screen.begin(answer)
