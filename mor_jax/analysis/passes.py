@@ -74,12 +74,12 @@ def _on_the_row(
     if batch.segments is not None:
         present = batch.segments > 0
     if routing.token is not None:
-        every = jnp.moveaxis(routing.visits[0].logits, -1, 0)
+        every = jnp.moveaxis(routing.recursion_traces[0].logits, -1, 0)
         every = jnp.where(present[None], every, jnp.nan)
         return every, every
     decisive, main = [], []
     before: RecursionTrace | None = None
-    for visit in routing.visits:
+    for visit in routing.recursion_traces:
         for made, logits in ((decisive, visit.trained), (main, visit.logits)):
             made.append(jnp.where(present, _placed(logits, before, present.shape[1]), jnp.nan))
         before = visit

@@ -208,7 +208,7 @@ def candidate_logits(
     routing = forward(cfg, params, batch, Route(mode="causal", thresholds=thresholds)).routing
     assert routing is not None
     there, found = _present(batch), []
-    for visit in routing.visits:
+    for visit in routing.recursion_traces:
         found.append((visit.trained, there))
         # The slots of this recursion are the candidates of the next.
         there = jnp.ones_like(there) if visit.valid is None else visit.valid
@@ -219,7 +219,7 @@ def depth_scores(cfg: ModelConfig, params: Params, batch: Batch) -> Float[Array,
     """Scores of each depth by which token-choice decides, balancing bias included."""
     routing = forward(cfg, params, batch, Route(mode="causal")).routing
     assert routing is not None
-    scores = token_score(cfg.router, routing.visits[0].logits)
+    scores = token_score(cfg.router, routing.recursion_traces[0].logits)
     return scores + params["router"]["bias"][None, None]
 
 

@@ -1,7 +1,7 @@
 """Parameter counts by formula, from the configuration alone.
 
-What the stored tree must amount to: a shared weight counts once. Needs no JAX, so the model's
-initialisation, checkpoints and converters can all be held to the same numbers.
+A shared weight counts once, as in the stored tree. Needs no JAX, so initialisation, checkpoints
+and converters are all checked against the same numbers.
 """
 
 import dataclasses
@@ -10,7 +10,7 @@ from mor_jax.config import ModelConfig, RouterConfig
 
 
 def effective(cfg: ModelConfig) -> ModelConfig:
-    """The plain model of the same depth and width: nothing shared, nothing routed."""
+    """The vanilla model of the same depth and width: nothing shared, nothing routed."""
     return dataclasses.replace(
         cfg,
         sharing="none",
@@ -22,10 +22,10 @@ def effective(cfg: ModelConfig) -> ModelConfig:
 
 
 def unique_parameters(cfg: ModelConfig, *, embedding: bool = True) -> int:
-    """Numbers stored in the parameter tree, each shared one once.
+    """Number of stored parameters; shared ones count once.
 
-    embedding: with the embedding and the untied head; without them the count is the
-    "non-embedding" one of the paper's tables (314.6M for the plain 360M model).
+    embedding: count the embedding and the untied head; without them the result is the
+    "non-embedding" count of the paper's tables (314.6M for the vanilla 360M model).
     """
     d = cfg.hidden_size
     pairs = cfg.unique_layers
@@ -37,7 +37,7 @@ def unique_parameters(cfg: ModelConfig, *, embedding: bool = True) -> int:
 
 
 def effective_parameters(cfg: ModelConfig, *, embedding: bool = True) -> int:
-    """`unique_parameters` of the plain model of the same depth."""
+    """`unique_parameters` of the vanilla model of the same depth."""
     return unique_parameters(effective(cfg), embedding=embedding)
 
 
@@ -61,7 +61,7 @@ def key_value_weights(cfg: ModelConfig) -> int:
 
 
 def scorer_weights(cfg: ModelConfig, outputs: int) -> int:
-    """Matrix entries of one router network with `outputs` scores a token."""
+    """Matrix entries of one router network with `outputs` scores per token."""
     if cfg.router.arch == "linear":
         return cfg.hidden_size * outputs
     return 2 * cfg.hidden_size * (cfg.hidden_size + outputs)

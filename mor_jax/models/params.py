@@ -1,4 +1,4 @@
-"""Between the modules and plain JAX: building parameters and applying a model.
+"""Models as functions of parameters: initialisation, axes, and the forward pass.
 
 Outside `models/` a model is its configuration and a nested dictionary of float32 arrays.
 """
@@ -20,8 +20,8 @@ from mor_jax.models.routing.router import Route
 from mor_jax.models.transformer import ModelOutput, Transformer
 from mor_jax.types import Array, Batch, Float, Params
 
-ONE_DRAW = 2**28
-"""Random numbers that may exist at one time on one device, while parameters are made."""
+MAX_RANDOM_NUMBERS = 2**28
+"""Random numbers that initialisation generates at one time on one device."""
 
 
 @functools.cache
@@ -53,20 +53,20 @@ def _metadata(cfg: ModelConfig, name: str) -> Params:
 
 
 def init_params(cfg: ModelConfig, seed: int) -> Params:
-    """Fresh float32 parameters; traceable. The count is checked against the formula.
+    """New float32 parameters; traceable. Their number is checked against the formula.
 
     Raises:
-        ValueError: the configuration does not make a model.
+        ValueError: the configuration is invalid.
     """
     shapes, structure = jax.tree.flatten(abstract_params(cfg))
-    # Weight sharing that silently came apart would show here first.
+    # Weight sharing that silently broke would show here first.
     stored = sum(shape.size for shape in shapes)
     assert stored == unique_parameters(cfg), (stored, unique_parameters(cfg))
     inits = structure.flatten_up_to(_metadata(cfg, "init"))
     random = [s.shape for s, init in zip(shapes, inits, strict=True) if init.std > 0]
-    drawn = iter(_normal(jax.random.key(seed), random))
+    values = iter(_normal(jax.random.key(seed), random))
     return structure.unflatten(
-        init.mean + init.std * next(drawn)
+        init.mean + init.std * next(values)
         if init.std > 0
         else jnp.full(shape.shape, init.mean, jnp.float32)
         for shape, init in zip(shapes, inits, strict=True)
@@ -76,16 +76,16 @@ def init_params(cfg: ModelConfig, seed: int) -> Params:
 def _normal(key: Array, shapes: list[tuple[int, ...]]) -> list[Float[Array, "..."]]:
     """Standard normal numbers in arrays of these shapes.
 
-    One draw, cut into arrays: a generator compiled for each of them would take most of the time
-    from the command to the first step. Where that draw would not fit a device, each its own.
+    Generated in one call and split: compiling a generator for each array would take most of the
+    time from the command to the first step. One call per array if all would not fit a device.
     """
     sizes = [math.prod(shape) for shape in shapes]
-    if sum(sizes) > ONE_DRAW:
+    if sum(sizes) > MAX_RANDOM_NUMBERS:
         keys = jax.random.split(key, len(shapes))
         return [jax.random.normal(k, s, jnp.float32) for k, s in zip(keys, shapes, strict=True)]
     values = jax.random.normal(key, (sum(sizes),), jnp.float32)
     if not jax.sharding.get_abstract_mesh().empty:
-        # Whole on every device, which then keeps its part: cut, its pieces would have to move.
+        # Replicated, so every device keeps its own shards and no number moves between devices.
         values = jax.lax.with_sharding_constraint(values, PartitionSpec())
     ends = np.cumsum(sizes).tolist()
     return [
@@ -97,21 +97,21 @@ def _normal(key: Array, shapes: list[tuple[int, ...]]) -> list[Float[Array, "...
 def model_of(
     cfg: ModelConfig, params: Params, kind: type[Transformer] = Transformer
 ) -> Transformer:
-    """The module with these parameters; cheap, meant for use under a trace.
+    """The module with these parameters; cheap, for use inside a traced function.
 
-    kind: a class with the parameters of `Transformer` that runs them in another way.
+    kind: a class with the parameters of `Transformer` and another forward pass.
     """
     graph, state = _abstract(cfg, kind)
-    filled = jax.tree.map(lambda leaf: leaf, state)
-    nnx.replace_by_pure_dict(filled, params)
-    return nnx.merge(graph, filled)
+    copied = jax.tree.map(lambda leaf: leaf, state)
+    nnx.replace_by_pure_dict(copied, params)
+    return nnx.merge(graph, copied)
 
 
 def gather(cfg: ModelConfig, params: Params, shared: bool) -> Params:
-    """Parameters that every token passes, whole; the block that recursions share if `shared`.
+    """All-gathers the parameters outside the layers, and the shared block too if `shared`.
 
-    Under `shard_map_over_batch` this, or the layer that uses it, all-gathers what FSDP shards: here
-    once, there each time that the layer runs. Matrices come in the model's dtype.
+    Under `shard_map_over_batch` parameters that FSDP shards are all-gathered either here, once, or
+    by the layer that uses them, each time it runs. Matrices are cast to the model's dtype.
     """
     if not row_axes():
         return params
@@ -149,7 +149,7 @@ def unembed(
 
 
 def logits_table(cfg: ModelConfig, params: Params) -> Float[Array, "v d"]:
-    """The table of the output projection, for losses that never hold all logits at once."""
+    """The table of the output projection, for losses that never materialise all logits."""
     return params["embed" if cfg.tie_embeddings else "head"]["weight"]
 
 

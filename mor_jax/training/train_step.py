@@ -85,7 +85,7 @@ def gradients(
     cut = param_specs(logical_axes(cfg.model))
 
     def mine(params: Params, batch: Batch, step: Array) -> tuple[Metrics, Params]:
-        route = Route(counts=kept, step=step)
+        route = Route(capacity_tokens=kept, step=step)
         counts = psum_batch(batch_counts(cfg.model, batch, kept))
         full, back = jax.vjp(lambda params: gather(cfg.model, params, shares_once(cfg)), params)
         counts = _with_shares(cfg, full, batch, route, counts)

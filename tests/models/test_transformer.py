@@ -159,7 +159,7 @@ def test_padding_on_either_side_changes_nothing(name):
 @pytest.mark.parametrize("name", ["expert", "expert_kv_update"])
 def test_topk_with_the_capacities_of_a_short_row_ignores_padding(name):
     rows, kept = packed(), capacity_tokens(TINY[name], SHORT)
-    got = runner(name, Route(counts=kept))(rows)
+    got = runner(name, Route(capacity_tokens=kept))(rows)
     alone = Batch(rows.tokens[2:3, :SHORT], rows.targets[2:3, :SHORT])
     want = oracle.run(TINY[name], params_of(name), alone, "topk", kept)
     for real in (np.s_[2, :SHORT], np.s_[3, -SHORT:]):
@@ -210,7 +210,7 @@ def test_everybody_at_the_last_depth_equals_the_recursive_model(name):
     assert np.all(out.routing.depth == 3)
     plain = dataclasses.replace(cfg, router=RouterConfig())
     want = traced(plain, {name: value for name, value in params.items() if name != "router"})
-    weight = jax.nn.softmax(out.routing.visits[0].logits, axis=-1)[..., -1:]
+    weight = jax.nn.softmax(out.routing.recursion_traces[0].logits, axis=-1)[..., -1:]
     stage_in, stage_out = out.trace.layers[:2]
     np.testing.assert_allclose(stage_out, stage_in + weight * want.trace.layers[6], atol=1e-5)
     np.testing.assert_array_equal(out.routing.token.choice, [0, 0, 2 * LENGTH])
@@ -222,12 +222,12 @@ def test_bfloat16_computes_routing_in_float32(name):
     params = random_params(cfg)
     out = traced(cfg, params)
     assert out.hidden.dtype == out.trace.layers[-1].dtype == jnp.bfloat16
-    assert {v.logits.dtype for v in out.routing.visits} == {jnp.dtype("float32")}
+    assert {v.logits.dtype for v in out.routing.recursion_traces} == {jnp.dtype("float32")}
     # Routers read the bfloat16 stream without losing more of it.
     stream = np.asarray(out.trace.layers[0], np.float64)
     weight = np.asarray(params["router"]["main"]["weight"], np.float64)
     want = stream @ weight[0] if name == "expert_kv" else stream @ weight.T
-    np.testing.assert_allclose(out.routing.visits[0].logits, want, atol=1e-5)
+    np.testing.assert_allclose(out.routing.recursion_traces[0].logits, want, atol=1e-5)
     logits = jax.eval_shape(partial(unembed, cfg), params, out.hidden)
     assert logits.dtype == jnp.float32
 
@@ -235,15 +235,15 @@ def test_bfloat16_computes_routing_in_float32(name):
 def test_rows_longer_than_the_maximum_are_refused():
     cfg = dataclasses.replace(TINY["plain"], max_seq_len=8)
     rows, params = batch(cfg, 1, 9), random_params(cfg)
-    with pytest.raises(ValueError, match=r"length=9: rows may hold at most model\.max_seq_len=8"):
+    with pytest.raises(ValueError, match=r"length=9: sequences have at most model\.max_seq_len=8"):
         jax.eval_shape(partial(forward, cfg), params, rows)
 
 
 @pytest.mark.parametrize(
     ("route", "message"),
     [
-        (Route(counts=(16, 8)), r"route\.counts=\(16, 8\): .* 3 recursions"),
-        (Route(counts=(8, 8, 9)), "has only the 8 tokens"),
+        (Route(capacity_tokens=(16, 8)), r"route\.capacity_tokens=\(16, 8\): .* 3 recursions"),
+        (Route(capacity_tokens=(8, 8, 9)), r"capacity_tokens=9: must be between 1 and 8"),
         (Route(mode="causal", thresholds=(0.0,)), r"route\.thresholds.* 3 recursions"),
     ],
 )

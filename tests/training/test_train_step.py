@@ -188,7 +188,7 @@ def test_the_auxiliary_router_is_trained_alone():
         batch, kept = rows(0), capacity_tokens(cfg, LENGTH)
 
         def loss(params, cfg=cfg, batch=batch, kept=kept):
-            routing = forward(cfg, params, batch, Route(counts=kept)).routing
+            routing = forward(cfg, params, batch, Route(capacity_tokens=kept)).routing
             return router_losses(cfg, routing, batch_counts(cfg, batch, kept))[0]
 
         grads = jax.jit(jax.grad(loss))(random_params(cfg))

@@ -53,7 +53,7 @@ class _Compacted(Transformer):
 def _run(
     stage: RecursionContext, x: Float[Array, "b l d"], row: SequenceContext
 ) -> tuple[Float[Array, "b l d"], Routing]:
-    """As `models.recursion.run_token`, but what becomes of a row is read from another one."""
+    """As `run_token_choice`, but the routing of a sequence is read from another one."""
     assert stage.routers is not None
     router = stage.cfg.router
     logits = stage.routers.main.joint(x.astype(jnp.float32) / router.temperature)
@@ -66,7 +66,7 @@ def _run(
     for r in range(stage.cfg.num_recursions):
         active = choice >= r
         level = _level(active, gate)
-        _, out, kv = stage.block(state, level, row, r, kv)
+        _, out, kv = stage.run_block(state, level, row, r, kv)
         out = level.scatter(state, out)
         source = _sources(active)
         theirs = choice[source]
@@ -83,8 +83,8 @@ def _run(
 def _level(active: Bool[Array, "b l"], gate: Float[Array, "b l"]) -> ActiveTokens:
     """The active tokens of the whole row, in room for all."""
     length = active.shape[1]
-    index, valid = select(gate, length, active, fillers_last=True)
-    return ActiveTokens().next(index, valid, length)
+    index, valid = select(gate, length, active, padding_last=True)
+    return ActiveTokens().select(index, valid, length)
 
 
 def _sources(active: Bool[Array, "b l"]) -> Int[Array, "b"]:

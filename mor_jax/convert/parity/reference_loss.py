@@ -78,7 +78,7 @@ def objective(
     The auxiliary router's own loss is part of the objective but not of
     `total_loss`: the reference minimises it apart, and neither reaches the other's parameters.
     """
-    route = Route(counts=fixed.counts, step=step)
+    route = Route(capacity_tokens=fixed.counts, step=step)
     if fixed.compacted_rows:
         out = compacted_rows.forward(cfg, params, batch, route)
     else:
@@ -148,7 +148,7 @@ def _weighed(router: RouterConfig, values: Values) -> Float[Array, ""]:
 def overlap_accuracy(routing: Routing) -> float:
     """Share of each recursion's choice that the trained router's own top-k would have made."""
     shares, before = [], None
-    for visit in routing.visits:
+    for visit in routing.recursion_traces:
         scores = np.asarray(visit.trained)
         rows = np.arange(scores.shape[1]) if visit.index is None else np.asarray(visit.index)
         chosen = np.broadcast_to(rows, (scores.shape[0], rows.shape[-1]))

@@ -121,10 +121,10 @@ def _chosen_depth(prefix: str, first: int, routing: Routing) -> Seen:
     """Token-choice: the whole stage is one top-level layer, number `first`."""
     depth, name = np.asarray(routing.depth), f"{prefix}{first}"
     seen: Seen = {
-        f"{name}.router_logits": ("outputs", routing.visits[0].logits),
+        f"{name}.router_logits": ("outputs", routing.recursion_traces[0].logits),
         f"{name}.top_expert_indices": ("selections", depth - 1),
     }
-    for r in range(len(routing.visits)):
+    for r in range(len(routing.recursion_traces)):
         pairs = np.argwhere(depth > r)
         seen[f"{name}.rec{r}.selected_pairs"] = ("selections", pairs)
         seen[f"{name}.rec{r}.selected_batch"] = ("selections", np.unique(pairs[:, 0]))
@@ -135,7 +135,7 @@ def _chosen_by_recursion(prefix: str, first: int, routing: Routing) -> Seen:
     """Expert-choice: recursion r is top-level layer number `first` + r."""
     seen: Seen = {}
     rows, length = routing.depth.shape
-    for r, visit in enumerate(routing.visits):
+    for r, visit in enumerate(routing.recursion_traces):
         name = f"{prefix}{first + r}"
         index = np.arange(length) if visit.index is None else np.asarray(visit.index)
         chosen = np.broadcast_to(index, (rows, index.shape[-1]))

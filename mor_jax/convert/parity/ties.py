@@ -57,7 +57,7 @@ def find_ties(
 
 def _of_tokens(cfg: ModelConfig, routing: Routing, step: int | None) -> list[Tie]:
     found, above = [], None
-    for r, visit in enumerate(routing.visits):
+    for r, visit in enumerate(routing.recursion_traces):
         scores = np.asarray(expert_score(cfg.router, visit.logits))
         places = np.broadcast_to(np.arange(scores.shape[1]), scores.shape)
         places = places if above is None else above
@@ -77,7 +77,7 @@ def _of_tokens(cfg: ModelConfig, routing: Routing, step: int | None) -> list[Tie
 def _of_depths(
     cfg: ModelConfig, routing: Routing, step: int | None, bias: np.ndarray | float
 ) -> list[Tie]:
-    scores = np.asarray(token_score(cfg.router, routing.visits[0].logits)) + bias
+    scores = np.asarray(token_score(cfg.router, routing.recursion_traces[0].logits)) + bias
     order = np.argsort(-scores, axis=-1, kind="stable")[..., :2]
     best, second = np.moveaxis(np.take_along_axis(scores, order, axis=-1), -1, 0)
     gap, found = best - second, []

@@ -28,7 +28,7 @@ from mor_jax.models.decode.decoder import Decoder
 from mor_jax.models.decode.layer import Weights, logits
 from mor_jax.models.decode.paged_cache import Cache, KVCacheSpec
 from mor_jax.models.decode.routed_decode import KVEntry, TokenState
-from mor_jax.models.layers.token_gather import where_rows
+from mor_jax.models.layers.token_gather import where_tokens
 from mor_jax.types import Array, Bool, Float, Int
 
 GOES_ON, ENDED, FULL, FAILED = 0, 1, 2, 3
@@ -227,7 +227,7 @@ class StepFunctions:
             following = DecodeBatch(part.slot, part.position + part.valid, goes)
             new, first = routed_decode.enter(decoder, cache, following, jnp.maximum(token, 0))
             old = jax.tree.map(lambda x: x[index], flight)
-            new = jax.tree.map(lambda a, b: where_rows(goes, a, b), new, old)
+            new = jax.tree.map(lambda a, b: where_tokens(goes, a, b), new, old)
             made = _Turned(sampled, state, new, goes, last, first)
             return jax.tree.map(lambda whole, x: whole.at[index].set(x), nothing, made)
 

@@ -1,13 +1,14 @@
-"""Attention in blocks of queries, in plain XLA: runs everywhere, and is the one for CPUs.
+"""Attention in blocks of queries, in plain XLA: runs everywhere, and is the choice for CPUs.
 
-Each block of queries meets only the keys that some of its queries can see: a static prefix. The
-backward pass recomputes the probabilities from the saved log-sum-exp (Dao et al., FlashAttention,
-arXiv 2205.14135, section 3.1), so that nothing of size queries x keys outlives a block.
+Each block of queries attends only to the keys that some of its queries can see: a static prefix.
+The backward pass recomputes the probabilities from the saved log-sum-exp (Dao et al.,
+FlashAttention, arXiv 2205.14135, section 3.1), so nothing of size queries x keys
+outlives a block.
 
-Inside this file queries are laid out as rows: `w` runs over queries and, fastest, over the h/g
-heads that share a key head, so that every product is one matrix product per (batch, key head).
-The backward pass works on transposed scores "b g n w": that way no product contracts the slow
-axis of both its operands, which costs a CPU's matrix kernels up to four times the time.
+In this file queries are laid out as rows: `w` runs over queries and, fastest, over the h/g heads
+that share a key head, so every product is one matrix product per (batch, key head). The backward
+pass works on transposed scores "b g n w": then no product contracts the slow axis of both
+operands, which would take a CPU's matrix kernels up to four times as long.
 """
 
 import functools
@@ -20,7 +21,7 @@ from mor_jax.models.layers.remat import save_output
 from mor_jax.types import Array, Bool, Float
 
 HIDDEN = -1e30
-"""Score of a hidden key: finite, so that a row without any visible key stays free of NaN."""
+"""Score of a hidden key: finite, so that a row without a visible key yields no NaN."""
 
 FLOOR = -1e29
 """Least log-sum-exp of a row: with every key hidden, exp(HIDDEN - FLOOR) is 0 instead of 1."""
@@ -89,7 +90,7 @@ blockwise_attention.defvjp(_forward, _backward)
 
 
 def _blocks(queries: int, keys: int) -> list[tuple[slice, slice]]:
-    """Blocks of queries, each with the keys that it may see (see `AttentionMask.q_index`).
+    """Blocks of queries, each with the keys that it can see (see `AttentionMask.q_index`).
 
     Small blocks waste less work above the diagonal, few blocks compile fast: all queries at once
     up to 256, else blocks of 64, or larger where that would make over 8 of them.
@@ -104,7 +105,7 @@ def _blocks(queries: int, keys: int) -> list[tuple[slice, slice]]:
 def _mask(
     visible: AttentionMask, queries: slice, keys: slice, heads: int
 ) -> Bool[Array, "_ 1 w n"]:
-    """Visible keys of each row of a block, `heads` rows a query."""
+    """Visible keys of each row of a block, with `heads` rows per query."""
     return jnp.repeat(visible_keys(visible, queries, keys), heads, axis=1)[:, None]
 
 

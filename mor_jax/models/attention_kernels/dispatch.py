@@ -1,7 +1,7 @@
-"""Dot-product attention: one function, several implementations of the same numbers.
+"""Dot-product attention: one function with several implementations of the same mathematics.
 
-Owns the choice between them and the dense reference. All of them run under a mesh: rows and heads
-may be cut over devices, positions are whole.
+Chooses between them and holds the dense reference. All of them run under a mesh: sequences and
+heads may be sharded over devices, positions are not.
 """
 
 import jax
@@ -31,12 +31,13 @@ def attend(
     Scores are scaled by k**-0.5 and normalised in float32; the result has the dtype of `q`. A
     query that sees no key gets zeros.
 
-    implementation: `xla` the dense reference; `blockwise` plain JAX in blocks, for CPUs and
-        anything unusual; `cudnn` for NVIDIA GPUs in 16 bits; `splash` for TPUs, also when compiled
-        ahead of time elsewhere; `auto` the best of them for the mesh's devices.
+    implementation: `xla` is the dense reference; `blockwise` is plain JAX in blocks, for CPUs and
+        unsupported shapes; `cudnn` is for NVIDIA GPUs in 16 bits; `splash` is for TPUs, also when
+        compiled ahead of time elsewhere; `auto` is the best of them for the mesh's devices.
 
     Raises:
-        ValueError: `visible` does not fit, or `implementation` cannot serve these arrays here.
+        ValueError: `visible` does not fit, or `implementation` does not support these arrays or
+            this platform.
     """
     check_mask(visible, q.shape[1], k.shape[1])
     chosen = implementation
@@ -48,7 +49,7 @@ def attend(
     if chosen == "cudnn":
         return cudnn_attention(q, k, v, visible)
     if chosen == "splash":
-        # Imported late: Pallas slows the start of a program and is of no use off TPUs.
+        # Imported late: Pallas slows start-up and is useless without TPUs.
         from mor_jax.models.attention_kernels.splash import splash_attention
 
         return splash_attention(q, k, v, visible)
@@ -58,7 +59,7 @@ def attend(
 
 
 def best_implementation(q: Float[Array, "b c h k"], platform: str) -> Attention:
-    """What `auto` stands for on a platform (see `platform`)."""
+    """The implementation that `auto` stands for on `platform` (see `mesh.platform`)."""
     if platform == "tpu":
         return "splash"
     if platform == "cuda" and cudnn_obstacle(q) is None:
@@ -67,9 +68,9 @@ def best_implementation(q: Float[Array, "b c h k"], platform: str) -> Attention:
 
 
 def check_kernel(implementation: Attention, platform: str) -> None:
-    """Raises `ValueError` if an implementation is not of a platform (see `platform`)."""
+    """Raises `ValueError` if `implementation` does not run on `platform` (see `mesh.platform`)."""
     needed, where = _NEEDED.get(implementation, (platform, ""))
-    rule = f"it runs on {where}, this computation is for {platform!r}"
+    rule = f"runs on {where} only, this computation is for {platform!r}"
     check(platform == needed, PATH, implementation, rule, "Use 'auto'")
 
 
@@ -88,7 +89,7 @@ def dense_attention(
     scores = jnp.where(mask, scores * width**-0.5, jnp.finfo(jnp.float32).min)
     top = jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True))
     weights = jnp.where(mask, jnp.exp(scores - top), 0.0)
-    # A query without any visible key has no weight to share out: zeros, not 0/0.
+    # A query without a visible key has no weights: zeros instead of 0/0.
     total = jnp.maximum(jnp.sum(weights, axis=-1, keepdims=True), jnp.finfo(jnp.float32).tiny)
     weights = (weights / total).astype(v.dtype)
     out = jnp.einsum("bgmcn,bngk->bcgmk", weights, v, preferred_element_type=jnp.float32)

@@ -1,7 +1,7 @@
-"""Attention on TPU through JAX's splash kernel, which skips blocks that nobody sees.
+"""Attention on TPU through JAX's splash kernel, which skips blocks that no query sees.
 
 The compiler cannot partition the kernel, so under a mesh (`jax.set_mesh`) each device runs it on
-its own rows and heads: attention mixes neither, and no collective is needed.
+its own sequences and heads: attention mixes neither, and no collective is needed.
 """
 
 from functools import partial
@@ -18,7 +18,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import (
 
 from mor_jax.distributed.collectives import free_spec
 from mor_jax.models.layers.masks import AttentionMask, sees_any
-from mor_jax.models.layers.remat import KEPT
+from mor_jax.models.layers.remat import SAVED
 from mor_jax.types import Array, Float, Int
 
 LANES = 128
@@ -35,39 +35,43 @@ def splash_attention(
     """See `attend` for the arguments; `interpret` runs the kernel in plain JAX, for tests.
 
     Raises:
-        ValueError: the mesh does not divide rows, heads or key heads.
+        ValueError: the mesh does not divide the batch, the heads or the key/value heads.
     """
     run = partial(_one_device, interpret=interpret)
     mesh = jax.sharding.get_abstract_mesh()
-    # Where rows are cut by hand over all axes, this is one device's share already.
+    # Inside a shard_map over all axes these are the arrays of one device already.
     if mesh.empty or set(mesh.manual_axes) == set(mesh.axis_names):
         return run(q, k, v, visible)
     heads, keys = (free_spec("batch", None, name) for name in ("heads", "kv_heads"))
     specs = (heads, keys, keys, free_spec("batch"))
     open_axes = set(mesh.axis_names) - set(mesh.manual_axes)
-    cut = jax.shard_map(run, in_specs=specs, out_specs=heads, axis_names=open_axes, check_vma=False)
-    return cut(q, k, v, visible)
+    sharded = jax.shard_map(
+        run, in_specs=specs, out_specs=heads, axis_names=open_axes, check_vma=False
+    )
+    return sharded(q, k, v, visible)
 
 
 def _one_device(
     q: Array, k: Array, v: Array, visible: AttentionMask, interpret: bool
 ) -> Float[Array, "b c h k"]:
-    """Lengths are padded at their end to whole blocks: causal order hides padded keys from every
-    query, and padded queries are cut off.
+    """Attention of the arrays on one device.
+
+    Lengths are padded at the end to whole blocks: causal order hides padded keys from every query,
+    and padded queries are cut off.
     """
     c, n = q.shape[1], k.shape[1]
     c_block, n_block = _block(c), _block(n)
     queries, keys = -(-c // c_block) * c_block, -(-n // n_block) * n_block
-    # What the kernel may skip is fixed by a causal mask shifted to the furthest that q_index can
-    # reach; within the rest it compares the positions that it is given.
+    # A causal mask, shifted to the largest positions that q_index allows, decides what the kernel
+    # skips; within the rest it compares the positions passed to it.
     offset = n - c
     mask = MultiHeadMask([CausalMask((queries, keys), offset)] * q.shape[2])
     sizes = _block_sizes(c_block, n_block)
     kernel = make_splash_mha_single_device(
-        mask, block_sizes=sizes, interpret=interpret, residual_checkpoint_name=KEPT
+        mask, block_sizes=sizes, interpret=interpret, residual_checkpoint_name=SAVED
     )
 
-    def one_row(q: Array, k: Array, v: Array, ids: SegmentIds | None, index: Array | None):
+    def one_sequence(q: Array, k: Array, v: Array, ids: SegmentIds | None, index: Array | None):
         return _at_positions(kernel, index)(q, k, v, ids)
 
     ids, index = None, None
@@ -77,9 +81,9 @@ def _one_device(
         index = _pad(visible.q_index - offset, queries)
     scaled = (q.astype(jnp.float32) * q.shape[-1] ** -0.5).astype(q.dtype)
     heads = [_pad(x, size).swapaxes(1, 2) for x, size in ((scaled, queries), (k, keys), (v, keys))]
-    out = jax.vmap(one_row)(*heads, ids, index).swapaxes(1, 2)[:, :c]
-    alive = sees_any(visible)
-    return out if alive is None else jnp.where(alive[:, :, None, None], out, 0)
+    out = jax.vmap(one_sequence)(*heads, ids, index).swapaxes(1, 2)[:, :c]
+    sees = sees_any(visible)
+    return out if sees is None else jnp.where(sees[:, :, None, None], out, 0)
 
 
 def _at_positions(kernel, index: Int[Array, "c"] | None):
@@ -91,7 +95,7 @@ def _at_positions(kernel, index: Int[Array, "c"] | None):
 
 
 def _block(length: int) -> int:
-    """Block for a length: large blocks are faster, small ones pad less."""
+    """Block size for a length: large blocks are faster, small ones need less padding."""
     if length <= 2 * LANES:
         return LANES
     return 4 * LANES if -(-length // (2 * LANES)) % 2 == 0 else 2 * LANES

@@ -11,7 +11,7 @@ from mor_jax.models.decode.attention import Extent, Queue, Softmax, by_list, by_
 from mor_jax.models.decode.decoder import Decoder
 from mor_jax.models.decode.layer import Layer, apply
 from mor_jax.models.decode.paged_cache import Cache, CacheSlots, KVCacheSpec, Pages, write
-from mor_jax.models.layers.rope import Rotary
+from mor_jax.models.layers.rope import RotaryTables
 from mor_jax.types import Array, Bool, Float, Int
 
 Lists = Int[Array, "n m"] | Int[Array, "m"]
@@ -57,7 +57,7 @@ def run_layers(
     layers: Sequence[Layer],
     pages: Sequence[Pages],
     x: Float[Array, "n d"],
-    at: tuple[Rotary, Array | int],
+    at: tuple[RotaryTables, Array | int],
     look: AttentionAccess,
 ) -> tuple[Float[Array, "n d"], tuple[Pages, ...]]:
     """n rows through all `layers`, each with its pages; the rows' entries are written before."""
@@ -87,7 +87,7 @@ def block(
     cache: Cache,
     rows: DecodeBatch | PrefillChunk,
     x: Float[Array, "n d"],
-    at: tuple[Rotary, Int[Array, "n"] | Int[Array, ""]],
+    at: tuple[RotaryTables, Int[Array, "n"] | Int[Array, ""]],
     counts: Int[Array, "n"],
 ) -> tuple[Float[Array, "n d"], Cache]:
     """Rows once through the shared block. at: their rotary tables and recursions.

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from mor_jax.config import ModelConfig
 from mor_jax.models.layers.norm import rms_norm
-from mor_jax.models.layers.rope import Rotary, apply_rope, rotary
+from mor_jax.models.layers.rope import RotaryTables, apply_rope, compute_rotary_tables
 from mor_jax.types import Array, Float, Int, Params
 
 Mix = Callable[[Array, Array, Array], Array]
@@ -79,9 +79,9 @@ def _layer(stack: Params, i: int, dtype: jnp.dtype) -> Layer:
     )
 
 
-def rotary_tables(cfg: ModelConfig, position: Int[Array, "n"]) -> Rotary:
+def rotary_tables(cfg: ModelConfig, position: Int[Array, "n"]) -> RotaryTables:
     """Rotary tables of n rows."""
-    return rotary(position[None], cfg.head_dim, cfg.rope_theta, cfg.rope_scaling)
+    return compute_rotary_tables(position[None], cfg.head_dim, cfg.rope_theta, cfg.rope_scaling)
 
 
 def norm(
@@ -95,7 +95,7 @@ def norm(
 
 
 def project(
-    cfg: ModelConfig, layer: Layer, x: Float[Array, "n d"], tables: Rotary, r: Array | int
+    cfg: ModelConfig, layer: Layer, x: Float[Array, "n d"], tables: RotaryTables, r: Array | int
 ) -> tuple[Float[Array, "n g j k"], Float[Array, "n g k"], Float[Array, "n g k"]]:
     """Scaled queries, keys and values of n rows, turned to their positions."""
     n, g, k = x.shape[0], cfg.num_kv_heads, cfg.head_dim
@@ -107,7 +107,11 @@ def project(
 
 
 def apply(
-    cfg: ModelConfig, layer: Layer, x: Float[Array, "n d"], at: tuple[Rotary, Array | int], mix: Mix
+    cfg: ModelConfig,
+    layer: Layer,
+    x: Float[Array, "n d"],
+    at: tuple[RotaryTables, Array | int],
+    mix: Mix,
 ) -> Float[Array, "n d"]:
     """One pre-norm layer on n rows. at: their rotary tables and recursions."""
     q, k, v = project(cfg, layer, x, *at)

@@ -16,7 +16,7 @@ from mor_jax.models.decode.batch import DecodeBatch, block
 from mor_jax.models.decode.decoder import Decoder
 from mor_jax.models.decode.layer import apply, norm, rotary_tables
 from mor_jax.models.decode.paged_cache import Cache, CacheSlots, write
-from mor_jax.models.layers.token_gather import where_rows
+from mor_jax.models.layers.token_gather import where_tokens
 from mor_jax.types import Array, Bool, Float, Int
 
 
@@ -113,7 +113,7 @@ def advance(
     step = _token_step if cfg.router.kind == "token" else _expert_step
     after, leaves = step(decoder, flight, y)
     live = rows.valid
-    merged = jax.tree.map(lambda new, old: where_rows(live, new, old), after, flight)
+    merged = jax.tree.map(lambda new, old: where_tokens(live, new, old), after, flight)
     return merged, leaves & live, cache
 
 

@@ -16,7 +16,7 @@ from mor_jax.models.decode.decoder import Decoder
 from mor_jax.models.decode.layer import project, rotary_tables
 from mor_jax.models.decode.paged_cache import Cache, write
 from mor_jax.models.decode.routed_decode import needs_block, weighted_output, writes_list
-from mor_jax.models.layers.rope import Rotary
+from mor_jax.models.layers.rope import RotaryTables
 from mor_jax.types import Array, Bool, Float, Int
 
 
@@ -95,7 +95,7 @@ def _recursion(
     decoder: Decoder,
     piece: PrefillChunk,
     how: tuple[Int[Array, ""], Int[Array, "lists"], int, Int[Array, "n"] | None],
-    tables: Rotary,
+    tables: RotaryTables,
     carry: _Carry,
 ) -> _Carry:
     """One recursion. how: its number, the lists' room, group, token-choice's depths."""
@@ -130,7 +130,7 @@ def _groups(
     decoder: Decoder,
     piece: PrefillChunk,
     how: tuple[Int[Array, ""], Int[Array, ""], int, Int[Array, "n"]],
-    tables: Rotary,
+    tables: RotaryTables,
     carry: _Carry,
 ) -> tuple[Float[Array, "n d"], Cache]:
     """The block on the first `number` tokens of `order`, by groups; rows as in `carry.x`."""
@@ -145,7 +145,7 @@ def _groups(
         rank = i * group + jnp.arange(group, dtype=jnp.int32)
         live = rank < number
         rows = PrefillChunk(piece.slot, piece.position[index], live)
-        at = (Rotary(tables.cos[:, index], tables.sin[:, index]), r)
+        at = (RotaryTables(tables.cos[:, index], tables.sin[:, index]), r)
         out, cache = block(decoder, cache, rows, carry.x[index], at, held + rank)
         return y.at[jnp.where(live, index, n)].set(out, mode="drop"), cache
 

@@ -1,8 +1,8 @@
-"""What a layer keeps for its backward pass, and what it computes again.
+"""Rematerialisation: what a layer saves for its backward pass, and what it recomputes.
 
-Kept are the results of matrix products and of attention. Norms, activations and rotations are
-single passes over an array: computing them again costs less than writing them out and reading
-them back, and halves what a layer holds.
+The results of matrix products and of attention are saved. Norms, activations and rotations are
+single passes over an array: recomputing them costs less than writing and reading them, and halves
+what a layer saves.
 """
 
 from typing import Any
@@ -15,43 +15,43 @@ from mor_jax.config.parsing import check
 from mor_jax.distributed.mesh import platform
 from mor_jax.types import Array
 
-KEPT, WIDE, INPUT = "kept", "wide", "input"
+SAVED, WIDE, INPUT = "saved", "wide", "input"
 
 _POLICIES = jax.checkpoint_policies
 
 
 def save_output(x: Array) -> Array:
-    """Marks a result as worth keeping. It has an effect inside `remat` only."""
-    return checkpoint_name(x, KEPT)
+    """Marks a result to be saved for the backward pass. Has an effect inside `remat` only."""
+    return checkpoint_name(x, SAVED)
 
 
 def save_wide_output(x: Array) -> Array:
-    """Marks one of the two widest results, the MLP's, which "block" computes again."""
+    """Marks one of the two widest results, those of the MLP, which "block" recomputes."""
     return checkpoint_name(x, WIDE)
 
 
 def layer_input(x: Array) -> Array:
-    """Marks what a layer starts from, which "offload" keeps in the host's memory."""
+    """Marks the input of a layer, which "offload" saves in host memory."""
     return checkpoint_name(x, INPUT)
 
 
 def remat(layer: Any, how: Remat) -> Any:
-    """`layer`, a scan's body, with only some results kept for the backward pass.
+    """`layer`, the body of a scan, which saves only some results for the backward pass.
 
-    none: all that are marked. block: without the wide ones. full: its input. offload: its input, in
-    the memory of the host.
+    how: `none` saves all marked results, `block` all but the wide ones, `full` only the input, and
+    `offload` only the input, in host memory.
 
     Raises:
         ValueError: the platform cannot offload.
     """
     check_remat(how)
-    # A scan's body: the loop keeps the compiler from undoing the recomputation.
+    # In the body of a scan, the loop keeps the compiler from undoing the recomputation.
     return jax.checkpoint(layer, prevent_cse=False, policy=_policy(how))
 
 
 def check_remat(how: Remat) -> None:
-    """Raises `ValueError` where the platform cannot do it."""
-    rule = "needs a device beside the host, a CPU is the host itself"
+    """Raises `ValueError` if the platform does not support it."""
+    rule = "needs a device other than the host CPU"
     ok = how != "offload" or platform() != "cpu"
     check(ok, "model.remat", how, rule, "Use 'full'")
 
@@ -66,11 +66,11 @@ def _policy(how: Remat) -> Any:
             offload_src="device",
             offload_dst="pinned_host",
         )
-    names = (KEPT, WIDE) if how == "none" else (KEPT,)
+    names = (SAVED, WIDE) if how == "none" else (SAVED,)
     named = _POLICIES.save_only_these_names(*names)
 
     def policy(primitive: Any, *args: Any, **params: Any) -> Any:
-        # cuDNN's kernel makes its own residuals, which cannot be marked.
+        # cuDNN's kernel computes its own residuals, which cannot be marked.
         fused = primitive.name.startswith("dot_product_attention_fwd")
         return fused or named(primitive, *args, **params)
 

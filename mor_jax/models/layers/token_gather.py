@@ -1,7 +1,7 @@
-"""Taking chosen rows out of a sequence and putting them back, without a scatter of activations.
+"""Gathers selected tokens of a sequence and scatters them back, without a scatter of activations.
 
-Chosen rows are distinct, so the transpose of a gather is again a gather, through the inverse
-index. That is what accelerators and CPUs do fast, and it keeps routed tokens inside their batch
+Selected tokens are distinct, so the transpose of a gather is again a gather, through the inverse
+index. Gathers are fast on accelerators and CPUs, and they keep routed tokens inside their batch
 shard: no collective carries activations.
 """
 
@@ -17,39 +17,43 @@ from mor_jax.types import Array, Bool, Int
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TokenGather:
-    """c distinct rows of n: `index` of each slot, and for each row its `slot`, if `chosen`.
+    """c distinct tokens of n: the `index` of each slot, and the `slot` of each `selected` token.
 
-    valid: False marks filler slots, which are read but never put back; None: there are none.
+    Padding slots have an index too, but the token there is not `selected`.
     """
 
     index: Int[Array, "b c"]
     slot: Int[Array, "b n"]
-    chosen: Bool[Array, "b n"]
+    selected: Bool[Array, "b n"]
 
     @classmethod
     def of(
         cls, index: Int[Array, "b c"], valid: Bool[Array, "b c"] | None, n: int
     ) -> "TokenGather":
-        """From the rows' indices, distinct within a sequence."""
+        """From the tokens' indices, distinct within a sequence.
+
+        valid: False marks padding slots, which are gathered but never scattered; None: there are
+        none.
+        """
         b, c = index.shape
         order = jnp.broadcast_to(jnp.arange(c, dtype=jnp.int32)[None], (b, c))
         slot = scatter_to(order, index, n)
-        chosen = scatter_to(jnp.ones((b, c), bool) if valid is None else valid, index, n)
-        return cls(index, slot, chosen)
+        selected = scatter_to(jnp.ones((b, c), bool) if valid is None else valid, index, n)
+        return cls(index, slot, selected)
 
     def gather(self, x: Array) -> Array:
-        """Rows [b n ...] -> slots [b c ...]. Filler slots send no gradient back."""
-        return _take(x, self)
+        """Tokens [b n ...] -> slots [b c ...]. Padding slots send no gradient back."""
+        return _gather(x, self)
 
     def scatter(self, x: Array, slots: Array) -> Array:
-        """x [b n ...] with the chosen rows replaced by their slots [b c ...]."""
-        return _put(x, slots, self)
+        """x [b n ...] with the selected tokens replaced by their slots [b c ...]."""
+        return _scatter(x, slots, self)
 
 
 def scatter_to(values: Array, index: Int[Array, "b c"], n: int) -> Array:
-    """Rows of n zeros with `values` [b c] at `index`, which is distinct within a row.
+    """Zeros [b n] with `values` [b c] at `index`, which is distinct within a sequence.
 
-    Mapped over the batch, because a scatter that names its batch axis stays on every device.
+    Mapped over the batch: a scatter with an explicit batch axis needs no collective.
     """
 
     def one(values: Array, index: Array) -> Array:
@@ -63,44 +67,45 @@ def _pick(x: Array, index: Int[Array, "b m"]) -> Array:
     return jnp.take_along_axis(x, expanded, axis=1, mode="promise_in_bounds")
 
 
-def where_rows(chosen: Bool[Array, "..."], yes: Array, no: Array) -> Array:
-    """Whole rows: those of `yes` where `chosen`, else of `no`; `chosen` has their leading axes."""
-    return jnp.where(chosen.reshape(chosen.shape + (1,) * (yes.ndim - chosen.ndim)), yes, no)
+def where_tokens(condition: Bool[Array, "..."], x: Array, y: Array) -> Array:
+    """Whole tokens: those of `x` where `condition`, else of `y`; it has their leading axes."""
+    return jnp.where(condition.reshape(condition.shape + (1,) * (x.ndim - condition.ndim)), x, y)
 
 
 @jax.custom_vjp
-def _take(x: Array, rows: TokenGather) -> Array:
-    return _pick(x, rows.index)
+def _gather(x: Array, tokens: TokenGather) -> Array:
+    return _pick(x, tokens.index)
 
 
-def _take_fwd(x: Array, rows: TokenGather) -> tuple[Array, TokenGather]:
-    return _pick(x, rows.index), rows
+def _gather_fwd(x: Array, tokens: TokenGather) -> tuple[Array, TokenGather]:
+    return _pick(x, tokens.index), tokens
 
 
-def _take_bwd(rows: TokenGather, grad: Array) -> tuple[Array, TokenGather]:
-    spread = _pick(grad, rows.slot)
-    return where_rows(rows.chosen, spread, jnp.zeros_like(spread)), _no_gradient(rows)
+def _gather_bwd(tokens: TokenGather, grad: Array) -> tuple[Array, TokenGather]:
+    scattered = _pick(grad, tokens.slot)
+    zeros = jnp.zeros_like(scattered)
+    return where_tokens(tokens.selected, scattered, zeros), _no_gradient(tokens)
 
 
 @jax.custom_vjp
-def _put(x: Array, slots: Array, rows: TokenGather) -> Array:
-    return where_rows(rows.chosen, _pick(slots, rows.slot), x)
+def _scatter(x: Array, slots: Array, tokens: TokenGather) -> Array:
+    return where_tokens(tokens.selected, _pick(slots, tokens.slot), x)
 
 
-def _put_fwd(x: Array, slots: Array, rows: TokenGather) -> tuple[Array, TokenGather]:
-    return _put(x, slots, rows), rows
+def _scatter_fwd(x: Array, slots: Array, tokens: TokenGather) -> tuple[Array, TokenGather]:
+    return _scatter(x, slots, tokens), tokens
 
 
-def _put_bwd(rows: TokenGather, grad: Array) -> tuple[Array, Array, TokenGather]:
-    kept = where_rows(rows.chosen, jnp.zeros_like(grad), grad)
-    # A filler slot was never put anywhere: its row is not `chosen`, so its gradient is zero.
-    replaced = where_rows(rows.chosen, grad, jnp.zeros_like(grad))
-    return kept, _pick(replaced, rows.index), _no_gradient(rows)
+def _scatter_bwd(tokens: TokenGather, grad: Array) -> tuple[Array, Array, TokenGather]:
+    d_x = where_tokens(tokens.selected, jnp.zeros_like(grad), grad)
+    # The token of a padding slot is not `selected`, so the slot's gradient is zero.
+    replaced = where_tokens(tokens.selected, grad, jnp.zeros_like(grad))
+    return d_x, _pick(replaced, tokens.index), _no_gradient(tokens)
 
 
-def _no_gradient(rows: TokenGather) -> TokenGather:
-    return jax.tree.map(lambda leaf: np.zeros(leaf.shape, jax.dtypes.float0), rows)
+def _no_gradient(tokens: TokenGather) -> TokenGather:
+    return jax.tree.map(lambda leaf: np.zeros(leaf.shape, jax.dtypes.float0), tokens)
 
 
-_take.defvjp(_take_fwd, _take_bwd)
-_put.defvjp(_put_fwd, _put_bwd)
+_gather.defvjp(_gather_fwd, _gather_bwd)
+_scatter.defvjp(_scatter_fwd, _scatter_bwd)

@@ -1,1 +1,1 @@
-"""Routing: which tokens go through a recursion."""
+"""Routing: which tokens each recursion processes."""

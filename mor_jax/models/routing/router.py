@@ -1,7 +1,7 @@
-"""Routers: logits and scores of tokens, capacities, and the choice of who goes on.
+"""Routers: logits and scores of tokens, capacities, and the selection of tokens.
 
-Expert-choice (paper section 2.2.1): every recursion has a router that scores its candidates, and
-the best `k_r` go on. Token-choice: one router gives each token a depth. All of it runs in float32.
+Expert-choice (paper section 2.2.1): each recursion has a router that scores its candidates, and
+the best `k_r` are selected. Token-choice: one router assigns each token a depth. All in float32.
 """
 
 import dataclasses
@@ -20,35 +20,35 @@ from mor_jax.types import Array, Bool, Float, Int
 EXACT = jax.lax.Precision.HIGHEST
 
 TILE = 128
-"""Tokens that the attention and product kernels of accelerators handle at once; docs/gpu.md."""
+"""Tokens in a tile of the attention and matmul kernels of accelerators; docs/gpu.md."""
 
 TIE = 4
-"""Units in the last place, of a row's highest score, within which two scores are a tie."""
+"""Units in the last place of a sequence's highest score within which two scores are tied."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Route:
     """How one forward pass routes.
 
-    mode: `topk` is the training rule, which looks at the whole row; `causal` decides each token
-        from its own score, so that no later token can change it (evaluation, generation).
-    counts: tokens kept at each recursion, for `topk`; None: `capacity_tokens` of the row length.
-    step: optimiser step, counted from 1, for token-choice's balancing warm-up; None: it is over.
-    thresholds: logit that a token must reach at each recursion, for expert-choice under `causal`;
-        None: 0, the point where a router trained by cross-entropy says one half.
+    mode: `topk` is the training rule, which compares all tokens of a sequence; `causal` decides
+        each token from its own score, so no later token can change it (evaluation, generation).
+    capacity_tokens: slots of each recursion, for `topk`; None: those of the configuration.
+    step: optimiser step, from 1, for the balancing warm-up of token-choice; None: it is over.
+    thresholds: least logit of a selected token at each recursion, for expert-choice under
+        `causal`; None: 0, where a router trained with cross-entropy predicts a probability of 1/2.
     """
 
     mode: Literal["topk", "causal"] = "topk"
-    counts: tuple[int, ...] | None = None
+    capacity_tokens: tuple[int, ...] | None = None
     step: Int[Array, ""] | int | None = None
     thresholds: Float[Array, "r"] | tuple[float, ...] | None = None
 
 
 def check_route(route: Route, recursions: int) -> None:
-    """Raises `ValueError` unless `route` fits a model of `recursions` recursions."""
+    """Raises `ValueError` unless `route` fits a model with `recursions` recursions."""
     known = ("topk", "causal")
     check(route.mode in known, "route.mode", route.mode, f"must be one of {known}", "Try 'topk'")
-    for name in ("counts", "thresholds"):
+    for name in ("capacity_tokens", "thresholds"):
         value = getattr(route, name)
         if value is not None:
             rule = f"needs one number for each of the {recursions} recursions"
@@ -56,36 +56,36 @@ def check_route(route: Route, recursions: int) -> None:
 
 
 def capacity_tokens(cfg: ModelConfig, length: int, step: int | None = None) -> tuple[int, ...]:
-    """Tokens that each recursion has room for in a row of `length`: static numbers.
+    """Token slots of each recursion in a sequence of `length` tokens: static numbers.
 
     Expert-choice: k_r = max(1, int(c_r * length)), non-increasing. During capacity warm-up
-    (`step` counted from 1) c_r falls from 1 along half a cosine (as the authors' code does),
-    in `capacity_warmup_levels` equal stairs, each a shape of its own that compiles once.
+    (`step` counted from 1) c_r falls from 1 along half a cosine (as in the authors' code), in
+    `capacity_warmup_stages` equal stages, each of which compiles once for its own shapes.
     Token-choice: ceil(capacity_factor * (Nr - r) / Nr * length), at most `length`.
-    Both are then rounded up to `capacity_multiple`, to `length` at most.
+    Both are then rounded up to a multiple of `capacity_multiple`, at most `length`.
     """
     multiple = cfg.router.capacity_multiple or 1
-    exact = _exact_counts(cfg, length, step)
-    return tuple(min(length, -(-count // multiple) * multiple) for count in exact)
+    exact = _unrounded(cfg, length, step)
+    return tuple(min(length, -(-slots // multiple) * multiple) for slots in exact)
 
 
-def _exact_counts(cfg: ModelConfig, length: int, step: int | None) -> tuple[int, ...]:
+def _unrounded(cfg: ModelConfig, length: int, step: int | None) -> tuple[int, ...]:
     router, nr = cfg.router, cfg.num_recursions
     if router.kind == "expert":
-        shares = warmup_capacity(router, nr, step)
-        return tuple(max(1, int(share * length)) for share in shares)
+        capacities = warmup_capacity(router, nr, step)
+        return tuple(max(1, int(capacity * length)) for capacity in capacities)
     if router.kind == "token" and router.capacity_factor is not None:
-        rooms = (router.capacity_factor * (nr - r) / nr * length for r in range(nr))
+        exact = (router.capacity_factor * (nr - r) / nr * length for r in range(nr))
         # The small term keeps a product such as 0.1 * 3 * 10 from rounding up past 3.
-        return tuple(max(1, min(length, math.ceil(room - 1e-9))) for room in rooms)
+        return tuple(max(1, min(length, math.ceil(slots - 1e-9))) for slots in exact)
     return (length,) * nr
 
 
 def kernel_multiple(platform: str, length: int) -> int:
-    """What `capacity_multiple=None` stands for in a run on a platform (see `sharding.platform`).
+    """Value of `capacity_multiple=None` for a run on `platform` (see `mesh.platform`).
 
-    On accelerators `TILE`, or the largest power of two that is at most a sixteenth of the row, so
-    that short rows do not keep many more tokens than their capacities say. On CPUs 1.
+    On accelerators `TILE`, or the largest power of two that is at most a sixteenth of the sequence
+    length, so that short sequences select few tokens beyond their capacities. On CPUs 1.
     """
     if platform == "cpu":
         return 1
@@ -93,18 +93,18 @@ def kernel_multiple(platform: str, length: int) -> int:
 
 
 def warmup_capacity(router: RouterConfig, recursions: int, step: int | None) -> tuple[float, ...]:
-    """Capacities at `step` of the warm-up, quantised to its levels; final ones for None."""
-    shares, warmup = router.shares(recursions), router.capacity_warmup_steps
+    """Capacities at `step` of the warm-up, quantised to its stages; the final ones for None."""
+    final, warmup = router.shares(recursions), router.capacity_warmup_steps
     if step is None or warmup == 0 or step >= warmup:
-        return shares
-    levels = router.capacity_warmup_stages
-    progress = (step * levels // warmup) / levels
-    left = 0.5 * (1 + math.cos(math.pi * progress))
-    return tuple(share + (1 - share) * left for share in shares)
+        return final
+    stages = router.capacity_warmup_stages
+    progress = (step * stages // warmup) / stages
+    remaining = 0.5 * (1 + math.cos(math.pi * progress))
+    return tuple(capacity + (1 - capacity) * remaining for capacity in final)
 
 
 class Router(nnx.Module):
-    """Logits of tokens: `outputs` numbers a token, or one number by each of `outputs` routers.
+    """Logits of tokens: `outputs` per token from one router, or one from each of `outputs` routers.
 
     linear: weight (outputs, d). mlp: d -> 2d -> exact GELU -> logits; `separate` routers have
     hidden (outputs, d, 2d) and out (outputs, 2d), a joint one hidden (d, 2d) and out (2d, outputs).
@@ -150,8 +150,8 @@ class Router(nnx.Module):
 class Routers(nnx.Module):
     """All routing parameters of a model.
 
-    main: the routers that score. aux: expert-choice's auxiliary routers, trained on their own to
-    predict the choice. bias: token-choice's balancing bias, moved by the train step alone.
+    main: the routers that score. aux: auxiliary routers of expert-choice, trained separately to
+    predict the selection. bias: balancing bias of token-choice, updated by the train step only.
     """
 
     def __init__(self, cfg: ModelConfig, *, rngs: nnx.Rngs):
@@ -181,63 +181,63 @@ def token_score(router: RouterConfig, logits: Float[Array, "*b r"]) -> Float[Arr
 
 def select(
     scores: Float[Array, "b n"],
-    count: int,
+    slots: int,
     eligible: Bool[Array, "b n"] | None,
-    fillers_last: bool,
+    padding_last: bool,
 ) -> tuple[Int[Array, "b c"], Bool[Array, "b c"] | None]:
-    """The `count` eligible candidates with the highest scores, in ascending order of position.
+    """The `slots` eligible candidates with the highest scores, in ascending order of position.
 
-    Of tied ones (see `TIE`) the earlier positions.
+    Of tied candidates (see `TIE`) the earlier ones win.
 
-    Where fewer are eligible, fillers take the slots that are left and `valid` marks them False;
-    they stand in order too, or after all others with `fillers_last`. Indices are distinct.
+    If fewer are eligible, other tokens pad the remaining slots and `valid` marks them False; they
+    are in order of position too, or after all others with `padding_last`. Indices are distinct.
 
     Raises:
-        ValueError: `count` exceeds the number of candidates.
+        ValueError: `slots` exceeds the number of candidates.
     """
     n = scores.shape[1]
-    rule = f"a recursion has only the {n} tokens that the one before kept"
-    check(0 < count <= n, "counts", count, rule, "Use non-increasing capacities")
+    rule = f"must be between 1 and {n}, the tokens of the previous recursion"
+    check(0 < slots <= n, "capacity_tokens", slots, rule, "Use non-increasing capacities")
     scores = jax.lax.stop_gradient(scores)
-    places = jax.lax.broadcasted_iota(jnp.int32, scores.shape, 1)
+    positions = jax.lax.broadcasted_iota(jnp.int32, scores.shape, 1)
     if eligible is None:
-        return _first(_best(scores, count), places, count), None
-    best = _best(jnp.where(eligible, scores, -jnp.inf), count)
-    if fillers_last:
-        ordered = _first(best, jnp.where(eligible, places, places + n), count)
+        return _first(_best(scores, slots), positions, slots), None
+    best = _best(jnp.where(eligible, scores, -jnp.inf), slots)
+    if padding_last:
+        ordered = _first(best, jnp.where(eligible, positions, positions + n), slots)
         return jnp.where(ordered < n, ordered, ordered - n), ordered < n
-    index = _first(best, places, count)
+    index = _first(best, positions, slots)
     return index, jnp.take_along_axis(eligible, index, axis=1)
 
 
-def _first(chosen: Bool[Array, "b n"], order: Int[Array, "b n"], count: int) -> Int[Array, "b c"]:
-    """The `order` (below 2n) of the `count` chosen candidates, ascending."""
-    behind = 2 * chosen.shape[1]
-    return jnp.sort(jnp.where(chosen, order, behind), axis=1)[:, :count]
+def _first(selected: Bool[Array, "b n"], order: Int[Array, "b n"], slots: int) -> Int[Array, "b c"]:
+    """The `order` (below 2n) of the `slots` selected candidates, ascending."""
+    behind = 2 * selected.shape[1]
+    return jnp.sort(jnp.where(selected, order, behind), axis=1)[:, :slots]
 
 
-def _best(scores: Float[Array, "b n"], count: int) -> Bool[Array, "b n"]:
-    """Which candidates have the `count` highest scores; of tied ones the earlier.
+def _best(scores: Float[Array, "b n"], slots: int) -> Bool[Array, "b n"]:
+    """Which candidates have the `slots` highest scores; of tied ones the earlier win.
 
-    Two tokens with equal hidden states have scores that rounding, and so the compiler, tells
-    apart. Scores within `TIE` of the lowest one that is chosen therefore count as equal to it.
-    A sort, because it stays on the devices that hold the rows; `lax.top_k` gathers them all.
+    Two tokens with equal hidden states can get different scores by rounding, which depends on the
+    compiler. Scores within `TIE` of the lowest selected one therefore count as equal to it.
+    Sorts, because a sort needs no collective; `lax.top_k` would gather all sequences.
     """
-    # NaN would make every comparison false, and the slots would hold no places.
+    # NaN would make every comparison false and leave slots without an index.
     scores = jnp.where(jnp.isnan(scores), -jnp.inf, scores)
     ranked = -jnp.sort(-scores, axis=1)
-    lowest = ranked[:, count - 1 : count]
+    lowest = ranked[:, slots - 1 : slots]
     margin = tie_margin(ranked[:, :1], lowest)
     sure = scores > lowest + margin
     tied = (scores >= lowest - margin) & ~sure
-    left = count - jnp.sum(sure, axis=1, keepdims=True)
-    return sure | (tied & (jnp.cumsum(tied, axis=1) <= left))
+    remaining = slots - jnp.sum(sure, axis=1, keepdims=True)
+    return sure | (tied & (jnp.cumsum(tied, axis=1) <= remaining))
 
 
 def tie_margin(best: Float[Array, "*b"], lowest: Float[Array, "*b"]) -> Float[Array, "*b"]:
-    """How far a score may lie from the lowest chosen one and count as equal; 0 at infinities.
+    """Distance from the lowest selected score within which scores count as equal; 0 at infinities.
 
-    best: the row's highest score, for the size of the terms that were rounded.
+    best: the sequence's highest score, as a measure of the size of the rounded terms.
     """
     unit = TIE * float(jnp.finfo(jnp.float32).eps)
     margin = unit * jnp.maximum(jnp.abs(best), jnp.abs(lowest))

@@ -182,7 +182,7 @@ def test_a_mesh_of_absent_devices_decides(monkeypatch):
 @pytest.mark.parametrize(("kernel", "where"), [("cudnn", "NVIDIA GPUs"), ("splash", "TPUs")])
 def test_kernels_are_refused_off_their_devices(kernel, where):
     inputs, _, visible = arrays("plain")
-    told = rf"model\.attention='{kernel}': it runs on {where}, .*'cpu'.*Use 'auto'"
+    told = rf"model\.attention='{kernel}': runs on {where} only, .*'cpu'.*Use 'auto'"
     with pytest.raises(ValueError, match=told):
         attend(*inputs, visible, kernel)
 

@@ -9,7 +9,7 @@ from mor_jax.config import RopeScaling
 from mor_jax.models.layers.embedding import unembed
 from mor_jax.models.layers.mlp import gated_mlp
 from mor_jax.models.layers.norm import rms_norm
-from mor_jax.models.layers.rope import apply_rope, frequencies, rotary
+from mor_jax.models.layers.rope import apply_rope, compute_rotary_tables, frequencies
 
 
 def test_rms_norm_works_in_float32_and_scales_in_the_dtype_of_its_input():
@@ -63,7 +63,9 @@ def test_rotary_embedding_keeps_norms_and_sees_only_distances():
     q, k = (jnp.asarray(rng.normal(size=(1, 1, 1, 8)), jnp.float32) for _ in "qk")
 
     def at(x, position):
-        return apply_rope(x, rotary(jnp.full((1, 1), position, jnp.int32), 8, 10000.0))
+        return apply_rope(
+            x, compute_rotary_tables(jnp.full((1, 1), position, jnp.int32), 8, 10000.0)
+        )
 
     np.testing.assert_array_equal(at(q, 0), q)
     np.testing.assert_allclose(jnp.linalg.norm(at(q, 77)), jnp.linalg.norm(q), rtol=1e-6)
@@ -96,8 +98,12 @@ def test_llama3_scaling_divides_the_slow_frequencies_only(factor):
 
 
 def test_linear_scaling_divides_positions():
-    stretched = rotary(jnp.array([[12]]), 8, 10000.0, RopeScaling(rope_type="linear", factor=4.0))
-    np.testing.assert_allclose(stretched.sin, rotary(jnp.array([[3]]), 8, 10000.0).sin, rtol=1e-6)
+    stretched = compute_rotary_tables(
+        jnp.array([[12]]), 8, 10000.0, RopeScaling(rope_type="linear", factor=4.0)
+    )
+    np.testing.assert_allclose(
+        stretched.sin, compute_rotary_tables(jnp.array([[3]]), 8, 10000.0).sin, rtol=1e-6
+    )
 
 
 def test_logits_are_summed_in_float32():

@@ -103,24 +103,24 @@ SCORES = jnp.asarray([[0.3, 0.9, -0.5, 0.7, 0.1], [5.0, 4.0, 3.0, 2.0, 1.0]])
 
 
 def test_the_best_are_chosen_in_the_order_of_the_row():
-    index, valid = select(SCORES, 3, None, fillers_last=True)
+    index, valid = select(SCORES, 3, None, padding_last=True)
     assert index.tolist() == [[0, 1, 3], [0, 1, 2]]
     assert valid is None
 
 
-@pytest.mark.parametrize("fillers_last", [True, False])
-def test_fillers_take_the_slots_that_no_eligible_token_fills(fillers_last):
+@pytest.mark.parametrize("padding_last", [True, False])
+def test_padding_fills_the_slots_that_no_eligible_token_takes(padding_last):
     eligible = jnp.asarray([[0, 0, 1, 1, 0], [1, 1, 1, 1, 1]], bool)
-    index, valid = select(SCORES, 3, eligible, fillers_last)
+    index, valid = select(SCORES, 3, eligible, padding_last)
     assert index[1].tolist() == [0, 1, 2]
     assert valid[1].all()
     assert set(index[0][valid[0]].tolist()) == {2, 3}
     assert len(set(index[0].tolist())) == 3
-    if fillers_last:
+    if padding_last:
         assert valid[0].tolist() == [True, True, False]
     else:
         assert index[0].tolist() == sorted(index[0].tolist())
-    nobody, chosen = select(SCORES, 2, jnp.zeros((2, 5), bool), fillers_last)
+    nobody, chosen = select(SCORES, 2, jnp.zeros((2, 5), bool), padding_last)
     assert not chosen.any()
     assert all(len(set(row)) == 2 for row in nobody.tolist())
 
@@ -130,7 +130,7 @@ def test_of_tied_scores_the_earlier_positions_are_chosen():
     unit = 2.0**-24
     row = [0.25, 0.5 - 3 * unit, 0.5, 0.5 + unit, 0.5 - 1e-3, 0.5 + 1e-3]
     scores = jnp.asarray([row, row[::-1], [0.5] * 6])
-    picked = {n: select(scores, n, None, fillers_last=True)[0].tolist() for n in (1, 2, 3, 4)}
+    picked = {n: select(scores, n, None, padding_last=True)[0].tolist() for n in (1, 2, 3, 4)}
     assert picked == {
         1: [[5], [0], [0]],
         2: [[1, 5], [0, 2], [0, 1]],
@@ -142,7 +142,7 @@ def test_of_tied_scores_the_earlier_positions_are_chosen():
 def test_scores_that_are_no_numbers_are_chosen_last():
     nan, inf = float("nan"), float("inf")
     scores = jnp.asarray([[nan, 1.0, 2.0, nan], [inf, 1.0, inf, -inf], [nan] * 4])
-    index, _ = select(scores, 2, None, fillers_last=True)
+    index, _ = select(scores, 2, None, padding_last=True)
     assert index.tolist() == [[1, 2], [0, 2], [0, 1]]
 
 
@@ -153,7 +153,7 @@ def test_two_equal_tokens_are_ranked_by_position_however_they_are_compiled():
     ids[:, 1] = ids[:, 0]
     rows = Batch(jnp.asarray(ids), jnp.asarray(ids))
     run = jax.jit(lambda p: forward(cfg, p, rows).routing, compiler_options=QUICK)
-    visits = run(random_params(cfg)).visits
+    visits = run(random_params(cfg)).recursion_traces
     gap = np.asarray(visits[1].logits[:, 1] - visits[1].logits[:, 0])
     assert 0 < np.max(gap) < 1e-6
     split = 0
@@ -165,8 +165,8 @@ def test_two_equal_tokens_are_ranked_by_position_however_they_are_compiled():
 
 
 def test_no_more_can_be_chosen_than_there_are():
-    with pytest.raises(ValueError, match=r"counts=6: .* only the 5 tokens"):
-        select(SCORES, 6, None, fillers_last=True)
+    with pytest.raises(ValueError, match=r"capacity_tokens=6: .* between 1 and 5"):
+        select(SCORES, 6, None, padding_last=True)
 
 
 def test_scores():
@@ -194,6 +194,6 @@ def test_tokens_without_room_leave_one_recursion_earlier_lowest_score_first():
     assert capacity_tokens(cfg, 16) == (16, 13, 7)
     np.testing.assert_array_equal(routing.token.overflow, [0, 3 * 3, 3 * 6])
     np.testing.assert_array_equal(routing.token.choice, [0, 0, 3 * 16])
-    weight = jax.nn.softmax(routing.visits[0].logits, axis=-1)[..., 2]
+    weight = jax.nn.softmax(routing.recursion_traces[0].logits, axis=-1)[..., 2]
     rank = np.argsort(np.argsort(-np.asarray(weight), axis=1), axis=1)
     np.testing.assert_array_equal(routing.depth, np.where(rank < 7, 3, np.where(rank < 13, 2, 1)))
