@@ -73,7 +73,7 @@ def train_config(args: argparse.Namespace, variant: str) -> TrainConfig:
     sharing = "none" if variant == "plain" else "middle_cycle"
     model = SMALL
     if args.size != "small":
-        shape = common.plain_model(args.size)
+        shape = common.vanilla_model(args.size)
         if recursions > 1:
             shape.num_layers = common.LAYERS[args.size]["middle"][recursions]
         model = parse(ModelConfig, shape.to_dict(), "model.")

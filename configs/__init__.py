@@ -1,1 +1,1 @@
-"""Experiment configurations: plain `ml_collections`, no JAX. docs/configuration.md is the guide."""
+"""Experiment configurations in `ml_collections`, without JAX. See docs/configuration.md."""

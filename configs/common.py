@@ -1,7 +1,7 @@
-"""What the shipped configurations share: the argument after the colon, sizes, routers, recipes.
+"""Shared parts of the configurations: argument parsing, model sizes, routers, training recipes.
 
-Every number stands in a table. Nothing here computes one setting from another; values that follow
-from others are properties of the typed side (`mor_jax/config/train.py`).
+Every number is in a table. Nothing here computes one setting from another; derived values are
+properties of the dataclasses (`mor_jax/config/train.py`).
 """
 
 import difflib
@@ -11,9 +11,9 @@ from typing import Any, NoReturn
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
-# 135m to 1.7b: the paper's (SmolLM's) shapes. 3b and 7b: heads of 128, 8 key/value heads, so that
-# tensor parallelism over 8 devices divides; 2 + 24 and 2 + 36 layers, so that 2, 3 and 4 recursions
-# keep the full depth. debug: for CPUs, byte vocabulary.
+# 135m to 1.7b: the paper's (SmolLM's) shapes. 3b and 7b: head dimension 128 and 8 key/value heads,
+# divisible for tensor parallelism over 8 devices; 2 + 24 and 2 + 36 layers, so that 2, 3 and 4
+# recursions have the full depth. debug: for CPUs, byte vocabulary.
 SIZES = {
     "debug": {
         "hidden_size": 128,
@@ -66,20 +66,20 @@ SIZES = {
     },
 }
 
-# Effective layers: of a plain model, then by recursions. "middle" schemes hold 2 + a multiple of
-# the recursions, the others a multiple; the nearest below the plain depth, but 34 for 360m with 4
-# middle recursions, as in the paper.
+# Effective layers: of the vanilla model, then by number of recursions. "middle" schemes have 2 + a
+# multiple of the recursions, the others a multiple: the largest one up to the vanilla depth, except
+# 34 for 360m with 4 middle recursions, as in the paper.
 LAYERS = {
-    "debug": {"plain": 8, "middle": {2: 8, 3: 8, 4: 6}, "all": {2: 8, 3: 6, 4: 8}},
-    "135m": {"plain": 30, "middle": {2: 30, 3: 29, 4: 30}, "all": {2: 30, 3: 30, 4: 28}},
-    "360m": {"plain": 32, "middle": {2: 32, 3: 32, 4: 34}, "all": {2: 32, 3: 30, 4: 32}},
-    "730m": {"plain": 26, "middle": {2: 26, 3: 26, 4: 26}, "all": {2: 26, 3: 24, 4: 24}},
-    "1.7b": {"plain": 24, "middle": {2: 24, 3: 23, 4: 22}, "all": {2: 24, 3: 24, 4: 24}},
-    "3b": {"plain": 26, "middle": {2: 26, 3: 26, 4: 26}, "all": {2: 26, 3: 24, 4: 24}},
-    "7b": {"plain": 38, "middle": {2: 38, 3: 38, 4: 38}, "all": {2: 38, 3: 36, 4: 36}},
+    "debug": {"vanilla": 8, "middle": {2: 8, 3: 8, 4: 6}, "all": {2: 8, 3: 6, 4: 8}},
+    "135m": {"vanilla": 30, "middle": {2: 30, 3: 29, 4: 30}, "all": {2: 30, 3: 30, 4: 28}},
+    "360m": {"vanilla": 32, "middle": {2: 32, 3: 32, 4: 34}, "all": {2: 32, 3: 30, 4: 32}},
+    "730m": {"vanilla": 26, "middle": {2: 26, 3: 26, 4: 26}, "all": {2: 26, 3: 24, 4: 24}},
+    "1.7b": {"vanilla": 24, "middle": {2: 24, 3: 23, 4: 22}, "all": {2: 24, 3: 24, 4: 24}},
+    "3b": {"vanilla": 26, "middle": {2: 26, 3: 26, 4: 26}, "all": {2: 26, 3: 24, 4: 24}},
+    "7b": {"vanilla": 38, "middle": {2: 38, 3: 38, 4: 38}, "all": {2: 38, 3: 36, 4: 36}},
 }
 
-# Settings in which the routers' recipes differ; all others keep the defaults of `_router`.
+# Settings in which the routers' recipes differ; all others have the defaults of `_router`.
 ROUTERS = {
     "none": {},
     "expert": {"kind": "expert", "activation": "sigmoid", "alpha": 0.1},
@@ -98,33 +98,33 @@ CHOICES = {
 def parse_arg(arg: str, **defaults: Any) -> SimpleNamespace:
     """Parses `key=value,key=value`, the part of `--config=FILE:ARG` after the colon.
 
-    `defaults` are the keys that this configuration takes, all of them in `CHOICES`. Returns every
-    key with its value. Raises `ValueError` on an unknown key or a value that is not a choice.
+    `defaults` are the keys of this configuration, all of them in `CHOICES`. Returns every key with
+    its value. Raises `ValueError` on an unknown key or an invalid value.
     """
     values, chosen = dict(defaults), set()
     for item in filter(None, arg.split(",")):
         key, equals, text = item.partition("=")
         if key in chosen:
-            raise ValueError(f"config argument {item!r}: {key} is chosen twice. Choose it once")
+            raise ValueError(f"config argument {item!r}: {key} is set twice. Set it once")
         chosen.add(key)
         if key not in defaults:
-            _refuse(item, f"unknown choice {key!r}", key, tuple(defaults))
+            _fail(item, f"unknown key {key!r}", key, tuple(defaults))
         by_text = {str(choice): choice for choice in CHOICES[key]}
         if not equals or text not in by_text:
-            _refuse(item, f"{key} has no choice {text!r}", text, tuple(by_text))
+            _fail(item, f"unknown {key} {text!r}", text, tuple(by_text))
         values[key] = by_text[text]
     return SimpleNamespace(**values)
 
 
-def _refuse(item: str, problem: str, got: str, allowed: tuple[str, ...]) -> NoReturn:
+def _fail(item: str, problem: str, got: str, allowed: tuple[str, ...]) -> NoReturn:
     if not allowed:
-        raise ValueError(f"config argument {item!r}: this configuration takes none. Leave it out")
+        raise ValueError(f"config argument {item!r}: this configuration takes none. Remove it")
     if got.isdigit() and all(choice.isdigit() for choice in allowed):
-        near = min(allowed, key=lambda choice: abs(int(choice) - int(got)))
+        closest = min(allowed, key=lambda choice: abs(int(choice) - int(got)))
     else:
-        near = difflib.get_close_matches(got, allowed, n=1, cutoff=0.0)[0]
+        closest = difflib.get_close_matches(got, allowed, n=1, cutoff=0.0)[0]
     rule = f"must be one of {', '.join(allowed)}"
-    raise ValueError(f"config argument {item!r}: {problem}: {rule}. Did you mean {near!r}?")
+    raise ValueError(f"config argument {item!r}: {problem}: {rule}. Did you mean {closest!r}?")
 
 
 def _router(routing: str) -> ConfigDict:
@@ -165,12 +165,12 @@ def _rope_scaling() -> ConfigDict:
     )
 
 
-def plain_model(size: str, routing: str = "none") -> ConfigDict:
-    """The plain decoder of one of `SIZES`, with the settings of one of `ROUTERS`."""
+def vanilla_model(size: str, routing: str = "none") -> ConfigDict:
+    """The vanilla decoder of one of `SIZES`, with the settings of one of `ROUTERS`."""
     model = ConfigDict(
         {
             "vocab_size": 49152,
-            "num_layers": LAYERS[size]["plain"],
+            "num_layers": LAYERS[size]["vanilla"],
             "max_seq_len": 2048,
             "rope_theta": 10000.0,
             "rope_scaling": _rope_scaling(),
@@ -193,9 +193,9 @@ def plain_model(size: str, routing: str = "none") -> ConfigDict:
     return model
 
 
-def shared_model(size: str, recursions: int, sharing: str, kv: str, routing: str) -> ConfigDict:
+def recursive_model(size: str, recursions: int, sharing: str, kv: str, routing: str) -> ConfigDict:
     """A recursive decoder, routed unless `routing` is "none"."""
-    model = plain_model(size, routing)
+    model = vanilla_model(size, routing)
     scheme = "middle" if sharing.startswith("middle") else "all"
     model.num_layers = LAYERS[size][scheme][recursions]
     model.update({"sharing": sharing, "num_recursions": recursions, "kv_mode": kv})
@@ -203,18 +203,18 @@ def shared_model(size: str, recursions: int, sharing: str, kv: str, routing: str
 
 
 def train(model: ConfigDict, size: str) -> ConfigDict:
-    """A complete, locked run of `model` under the recipe of its size."""
+    """The complete, locked configuration of a run of `model` with the recipe of its size."""
     cfg = _paper_run() if size != "debug" else _debug_run()
     cfg.model = model
     if size in ("1.7b", "3b", "7b"):
-        # Parameters and optimiser state are cut over all devices, rows with them.
+        # Parameters, optimiser state and batch are sharded over all devices.
         cfg.grad_accum_steps = 1
         cfg.mesh = ConfigDict(_mesh(data=1, fsdp=None))
     return cfg.lock()
 
 
 def _paper_run() -> ConfigDict:
-    """9,438 steps of 1024 rows of 2048 tokens (20B): warm-up 5%, linear decay 20%."""
+    """9,438 steps of 1024 sequences of 2048 tokens (20B): warm-up 5%, linear decay 20%."""
     return ConfigDict(
         {
             "steps": 9438,
@@ -239,7 +239,7 @@ def _paper_run() -> ConfigDict:
 
 
 def _debug_run() -> ConfigDict:
-    """200 steps of 8 rows of 256 bytes of the standard library, for CPUs."""
+    """200 steps of 8 sequences of 256 bytes of the standard library, for CPUs."""
     return ConfigDict(
         {
             "steps": 200,

@@ -1,6 +1,6 @@
-"""Files and directories on disk: atomic writes, fresh directories, JSON lines, locks, file lists.
+"""Files and directories on disk: atomic writes, new directories, JSON lines, locks, checksums.
 
-What is written here is absent, as before, or complete, whenever the process ends.
+If the process ends during a write, the target is absent, unchanged or complete, never half-written.
 """
 
 import contextlib
@@ -18,28 +18,28 @@ from typing import Any
 from etils import epath
 
 Stamps = dict[str, list[int]]
-"""Size in bytes and CRC-32 of files, by their path inside of a directory."""
+"""Size in bytes and CRC-32 of files, by their path relative to a directory."""
 
 DRAFT = ".draft"
-"""Ending of small files while `write_atomic` writes them."""
+"""Suffix of small files while `write_atomic` writes them."""
 
 _BLOCK = 2**22
 _SMALL = 2**20
 _PARTIAL, _REPLACED = ".partial-", "replaced-"
 
-# Drafts of this process; directories that are being renamed to their place.
+# Unfinished drafts of this process, and directories that are being renamed to their target.
 _open: set[Path] = set()
 _renaming: set[Path] = set()
 
 
 class LockHeld(Exception):
-    """Another process holds the lock; the text says which, as far as it can be told."""
+    """Another process holds the lock; the message names it where it is known."""
 
 
 def write_atomic(path: epath.Path, content: str | bytes) -> None:
-    """Writes a small file that is either absent, the old one or complete.
+    """Writes a small file atomically: at any time it is absent, the old one or complete.
 
-    On local disks it is also durable when this returns: it outlives the machine's power.
+    On local disks the file is also durable (fsync) when this returns.
     """
     data = content.encode() if isinstance(content, str) else content
     draft = path.with_name(f"{path.name}{DRAFT}")
@@ -57,11 +57,11 @@ def write_atomic(path: epath.Path, content: str | bytes) -> None:
 
 @contextlib.contextmanager
 def new_file(path: Path, draft: Path | None = None) -> Iterator[Path]:
-    """Yields a path beside `path` to write to; on leaving, that file takes the place of `path`.
+    """Yields a path next to `path` to write to; at the end that file replaces `path`.
 
-    When the block raises, `path` is as before. draft: the path to use; default: an unused name.
+    If the block raises, `path` is unchanged. draft: the path to use; default: an unused name.
     """
-    draft = unused(path) if draft is None else draft
+    draft = unused_path(path) if draft is None else draft
     _open.add(draft)
     try:
         yield draft
@@ -76,16 +76,16 @@ def new_file(path: Path, draft: Path | None = None) -> Iterator[Path]:
 def fresh_directory(
     target: Path, check_replaced: Callable[[Path], None] | None = None
 ) -> Iterator[Path]:
-    """Yields an empty directory beside `target`; on leaving it is made durable and renamed to it.
+    """Yields an empty directory next to `target`; at the end it is fsynced and renamed to `target`.
 
-    When the block raises, or the process is killed, `target` is as before; what was written lies in
-    `.partial-NAME-...` beside it at the most, which `remove_stale_drafts` takes away.
-    check_replaced: None: nothing may be there (an empty directory may). Else it is called with what
-    is there, set aside under another name, and raises where that may not be replaced.
+    If the block raises or the process is killed, `target` is unchanged; at most a directory
+    `.partial-NAME-...` next to it is left, which `remove_stale_drafts` deletes.
+    check_replaced: None: `target` must not exist or be empty. Otherwise it is called with the old
+    directory, moved to another name, and raises if that must not be replaced.
 
     Raises:
-        OSError: something cannot be written or renamed.
-        FileExistsError: `target` appeared meanwhile.
+        OSError: a file cannot be written or renamed.
+        FileExistsError: another process created `target` in the meantime.
     """
     draft = target.with_name(draft_name(target))
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -101,14 +101,14 @@ def fresh_directory(
 
 
 def remove_drafts() -> bool:
-    """Removes what this process has not finished, for a signal's handler that ends it next.
+    """Removes this process's unfinished drafts; for a signal handler that then ends the process.
 
-    False: a directory is being renamed to its place right now; let it be finished.
+    Returns False, and removes nothing, while a directory is being renamed to its target.
     """
     if _renaming:
         return False
     for draft in list(_open):
-        # Threads may write there still.
+        # Other threads may still be writing to it.
         for _ in range(10):
             _remove(draft)
             if not draft.exists():
@@ -117,21 +117,21 @@ def remove_drafts() -> bool:
 
 
 def remove_stale_drafts(target: Path, check_replaced: Callable[[Path], None]) -> None:
-    """Removes what killed processes left beside `target`, and puts back what one had set aside.
+    """Removes drafts of `target` that killed processes left, and restores a directory moved aside.
 
-    check_replaced: as of `fresh_directory`; what it refuses is somebody's, and stays.
+    check_replaced: as for `fresh_directory`; directories for which it raises are not deleted.
     """
     if not target.parent.is_dir():
         return
-    # Nothing but the whole name will do: `out` is also the beginning of `out-old`.
+    # Match the whole name: `out` is also a prefix of `out-old`.
     host = re.escape(socket.gethostname())
-    named = re.compile(rf"{re.escape(_PARTIAL + target.name)}-({_REPLACED})?{host}-(\d+)")
+    pattern = re.compile(rf"{re.escape(_PARTIAL + target.name)}-({_REPLACED})?{host}-(\d+)")
     for path in list(target.parent.iterdir()):
-        found = named.fullmatch(path.name)
-        # Drafts of other hosts stay: their processes cannot be seen from here.
-        if found is None or _is_alive(int(found[2])):
+        match = pattern.fullmatch(path.name)
+        # Skip drafts of other hosts: whether their processes are alive is unknown.
+        if match is None or _is_alive(int(match[2])):
             continue
-        if found[1] is None:
+        if match[1] is None:
             _remove(path)
         elif not target.exists():
             path.rename(target)
@@ -141,18 +141,18 @@ def remove_stale_drafts(target: Path, check_replaced: Callable[[Path], None]) ->
                 _remove(path)
 
 
-def draft_name(target: Path, what: str = "") -> str:
-    """Name of a draft of `target`: it says which process of which host writes it."""
-    return f"{_PARTIAL}{target.name}-{what}{socket.gethostname()}-{os.getpid()}"
+def draft_name(target: Path, prefix: str = "") -> str:
+    """Name of a draft of `target`; it contains the host name and the process id of its writer."""
+    return f"{_PARTIAL}{target.name}-{prefix}{socket.gethostname()}-{os.getpid()}"
 
 
-def unused(path: Path) -> Path:
-    """A name beside `path`, with its ending, that nobody has: `NAME.draft` may be anybody's."""
+def unused_path(path: Path) -> Path:
+    """A path next to `path`, with its suffix, that does not exist (random, unlike `NAME.draft`)."""
     return path.with_name(f".{path.stem}.{os.getpid()}.{secrets.token_hex(4)}{path.suffix}")
 
 
 def fsync(path: Path) -> None:
-    """Waits until a file or directory is on the disk as it stands."""
+    """Flushes a file or directory to disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -179,8 +179,8 @@ def _is_alive(process: int) -> bool:
 
 
 def _make_durable(directory: Path) -> None:
-    # A rename must not come before the bytes: after a power cut the name would promise them.
-    # Some writers make files that nobody else may read.
+    # The bytes must reach the disk before the rename, or a power cut leaves a named, empty file.
+    # Some writers create files that only their owner can read.
     mode = directory.stat().st_mode & 0o666
     for path in [*directory.rglob("*"), directory]:
         if path.is_file():
@@ -194,7 +194,7 @@ def _publish(draft: Path, target: Path, check_replaced: Callable[[Path], None] |
     try:
         if check_replaced is not None and target.exists():
             target.rename(old)
-            # Nobody adds to it by its name any more: what is found now is all there is.
+            # After the rename no process adds files to it by name, so this check is final.
             if any(old.iterdir()):
                 check_replaced(old)
         try:
@@ -212,13 +212,13 @@ def _publish(draft: Path, target: Path, check_replaced: Callable[[Path], None] |
 
 
 def read_json_lines(path: epath.Path, *, torn: str = "last") -> Iterator[tuple[int, Any]]:
-    """The values of a file of JSON lines, each with its line number from 1; empty lines are none.
+    """The values of a JSON Lines file, each with its line number from 1; empty lines are skipped.
 
-    torn: which lines a killed process may have cut short, and are left out: `none`, the `last` one,
-    or `any` (where later processes went on behind a cut line).
+    torn: which truncated lines of a killed process are skipped: `none`, the `last` one, or `any`
+    (where later processes appended after a truncated line).
 
     Raises:
-        ValueError: another line is not JSON, or the file holds bytes that are no text.
+        ValueError: another line is not JSON, or the file holds bytes that are not UTF-8.
     """
     lines = path.read_bytes().split(b"\n")
     last = max((number for number, line in enumerate(lines, 1) if line.strip()), default=0)
@@ -235,7 +235,7 @@ def read_json_lines(path: epath.Path, *, torn: str = "last") -> Iterator[tuple[i
 
 
 def end_torn_line(path: epath.Path) -> None:
-    """Ends a last line that a killed process cut short, so that the next one begins a new line."""
+    """Adds a newline after a last line that a killed process truncated."""
     text = path.read_bytes() if path.exists() else b""
     if text and not text.endswith(b"\n"):
         with path.open("ab") as file:
@@ -246,11 +246,11 @@ def end_torn_line(path: epath.Path) -> None:
 def lock(file: Any, owner: str) -> Iterator[None]:
     """Holds a lock on an open local file while the block runs, and writes `owner` into it.
 
-    file: opened with "a+", or the descriptor of a directory, into which nothing is written.
+    file: opened with "a+", or the descriptor of a directory, to which nothing is written.
 
     Raises:
-        LockHeld: another process has it.
-        OSError: the file system knows no locks.
+        LockHeld: another process holds it.
+        OSError: the file system does not support locks.
     """
     import fcntl
 
@@ -269,10 +269,10 @@ def lock(file: Any, owner: str) -> Iterator[None]:
 
 
 def lock_owner(path: Path) -> str:
-    """What the holder of the lock on a local file wrote into it, or "" where nobody holds it.
+    """The text that the holder of the lock on a local file wrote into it; "" if it is not locked.
 
     Raises:
-        OSError: the file system knows no locks.
+        OSError: the file system does not support locks.
     """
     import fcntl
 
@@ -280,7 +280,7 @@ def lock_owner(path: Path) -> str:
         return ""
     with path.open() as file:
         try:
-            # Let go of at once, with the file.
+            # Closing the file releases this shared lock at once.
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except BlockingIOError:
             return _owner(file)
@@ -295,16 +295,16 @@ def _owner(file: Any) -> str:
 
 
 def this_process() -> str:
-    """Process and host, for the holder of a lock."""
+    """`process PID on HOST`, the owner text of a lock."""
     return f"process {os.getpid()} on {socket.gethostname()}"
 
 
-def stamps(directory: Path, but: str) -> Stamps:
-    """Of every file under `directory`, except the one named `but`, which holds the list.
+def stamps(directory: Path, exclude: str) -> Stamps:
+    """Size and CRC-32 of every file under `directory`, except `exclude`, which holds this list.
 
     Raises `OSError` where a file cannot be read.
     """
-    return {name: stamp(path) for name, path in _entries(directory) if name != but}
+    return {name: stamp(path) for name, path in _entries(directory) if name != exclude}
 
 
 def stamp(path: Path) -> list[int]:
@@ -316,38 +316,38 @@ def stamp(path: Path) -> list[int]:
     return [size, crc]
 
 
-def strangers(
-    directory: Path, made: Mapping[str, Any], but: str, *, quick: bool = False
+def added_or_changed(
+    directory: Path, recorded: Mapping[str, Any], exclude: str, *, quick: bool = False
 ) -> list[str]:
-    """What lies under `directory` and is not as `made` lists it: "notes.txt (added)".
+    """Files under `directory` that differ from `recorded`, such as "notes.txt (added)".
 
-    made: what `stamps` gave, or names with None where no sums were kept. Files that have gone since
-    are not named: nobody loses them. quick: files of more than 1 MiB are compared by size alone.
+    recorded: a result of `stamps`, or names with None where no checksum was recorded. Files that
+    were deleted since are not listed. quick: compare files larger than 1 MiB by size alone.
     """
-    found = []
+    differing = []
     for name, path in _entries(directory):
-        if name == but:
+        if name == exclude:
             continue
-        if name not in made or path.is_symlink() or path.is_dir():
-            found.append(f"{name} (added)")
-        elif made[name] is not None and not _same(path, made[name], quick):
-            found.append(f"{name} (changed)")
-    return found
+        if name not in recorded or path.is_symlink() or path.is_dir():
+            differing.append(f"{name} (added)")
+        elif recorded[name] is not None and not _matches(path, recorded[name], quick):
+            differing.append(f"{name} (changed)")
+    return differing
 
 
-def _same(path: Path, wanted: list[int], quick: bool) -> bool:
+def _matches(path: Path, expected: list[int], quick: bool) -> bool:
     size = path.stat().st_size
-    if size != wanted[0]:
+    if size != expected[0]:
         return False
-    return (quick and size > _SMALL) or stamp(path) == wanted
+    return (quick and size > _SMALL) or stamp(path) == expected
 
 
 def _entries(directory: Path) -> Iterator[tuple[str, Path]]:
     """Every file, link and empty directory; links are not followed."""
-    for folder, folders, files in os.walk(directory):
-        here = Path(folder)
-        links = [name for name in folders if (here / name).is_symlink()]
+    for folder_name, folders, files in os.walk(directory):
+        folder = Path(folder_name)
+        links = [name for name in folders if (folder / name).is_symlink()]
         for name in sorted([*files, *links]):
-            yield (here / name).relative_to(directory).as_posix(), here / name
-        if not files and not folders and here != directory:
-            yield here.relative_to(directory).as_posix(), here
+            yield (folder / name).relative_to(directory).as_posix(), folder / name
+        if not files and not folders and folder != directory:
+            yield folder.relative_to(directory).as_posix(), folder

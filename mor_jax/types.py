@@ -1,13 +1,13 @@
-"""Array aliases, the batch, and the one legend of dimension letters.
+"""Array aliases, the batch, and the legend of dimension letters.
 
 Letters in every shape annotation of this project:
 
     b  batch (sequences)          h  query heads
-    l  length (tokens in a row)   g  key/value heads
-    c  tokens chosen at a depth   k  width of one head
-    n  candidates of a recursion  f  hidden width of the MLP
-    d  model width                v  vocabulary
-    r  recursions                 s  slots (layers) of the shared block
+    l  sequence length            g  key/value heads
+    c  tokens selected            k  head dimension
+    n  candidates of a recursion  f  intermediate size of the MLP
+    d  hidden size                v  vocabulary size
+    r  recursions                 s  layers of the shared block
 """
 
 import dataclasses
@@ -26,13 +26,13 @@ IGNORE = -100
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Batch:
-    """Rows of packed tokens, the unit of training and of evaluation.
+    """Packed sequences of tokens, the unit of training and of evaluation.
 
-    tokens: what the model reads.
+    tokens: the model's input.
     targets: the next token of each position, `IGNORE` where there is none.
-    segments: document number inside the row, counted from 1; 0 marks padding. `None` means one
-        document a row, without padding, and costs nothing.
-    positions: position inside the document, for the rotary embedding; `None` means 0 .. l-1.
+    segments: document number within the sequence, counted from 1; 0 marks padding. `None` means
+        one document per sequence without padding, and costs nothing.
+    positions: position within the document, for the rotary embedding; `None` means 0 .. l-1.
     """
 
     tokens: Int[Array, "b l"]

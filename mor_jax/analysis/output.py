@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from mor_jax.config.parsing import check, fail
-from mor_jax.files import fresh_directory, stamps, strangers
+from mor_jax.files import added_or_changed, fresh_directory, stamps
 
 FILE = "analysis.json"
 """What was asked and what came of it; its presence marks the directory of an analysis."""
@@ -68,7 +68,7 @@ class AnalysisOutput:
         rule = f"holds another analysis ({', '.join(other)} differ); it is not replaced"
         fix = "Give another --output, or --overwrite"
         check(not other or self.overwrite, "output", str(path), rule, fix)
-        added = strangers(path, made, FILE)
+        added = added_or_changed(path, made, FILE)
         rule = f"holds what no analysis made: {', '.join(added[:10])}; it is not replaced"
         check(not added, "output", str(path), rule, "Move that away, or give another --output")
 

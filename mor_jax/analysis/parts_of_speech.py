@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from mor_jax.config.optional_import import need
+from mor_jax.config.optional_import import require_package
 
 CLASSES = (
     "noun",
@@ -47,12 +47,12 @@ _PREFIXES = {
 
 def check_tagger() -> None:
     """Raises `ValueError`, naming the package to install, if the tagger is missing."""
-    need("textblob", "pos", "True")
+    require_package("textblob", "pos", "True")
 
 
 def tagged(text: str) -> list[tuple[str, str]]:
     """Words of `text` in order with their Penn Treebank tags. Raises as `check_tagger`."""
-    return [(word, tag) for word, tag in need("textblob.en", "pos", "True").tag(text)]
+    return [(word, tag) for word, tag in require_package("textblob.en", "pos", "True").tag(text)]
 
 
 def word_class(word: str, tag: str) -> str:

@@ -1,1 +1,1 @@
-"""What lies in a run's directory: checkpoints, manifests, initial weights, and the lock."""
+"""The contents of a run directory: checkpoints, manifests, initial weights and the lock."""

@@ -1,12 +1,13 @@
-"""Checkpoints: what is written, when it counts as good, and how a run finds its way back.
+"""Checkpoints: saving, verification and restore.
 
-One directory a step under `<workdir>/checkpoints`: `arrays/`, written by orbax in the background
-and readable with it alone (nested dictionaries of arrays), and `manifest.json`, written last:
-step, data position and fingerprint, resolved configuration, parameter count, the shape and dtype
-of every array and the size and CRC-32 of every file. While a directory is being written or
-deleted it holds a file `incomplete`, so that a killed save is never taken for a damaged one.
+Each step has a directory under `<workdir>/checkpoints`. It holds `arrays/`, which orbax writes in
+the background and can read without this project (nested dictionaries of arrays), and
+`manifest.json`, written last: step, data position and fingerprint, resolved configuration,
+parameter count, the shape and dtype of every array and the size and CRC-32 of every file. While a
+directory is being written or deleted it holds a file `incomplete`, which distinguishes an
+interrupted save from a damaged checkpoint.
 
-This module is the only one that knows orbax.
+This is the only module that uses orbax.
 """
 
 import concurrent.futures
@@ -31,7 +32,7 @@ INCOMPLETE = "incomplete"
 """A file in the directory of a step that is being written or deleted."""
 
 HUNG = 1200.0
-"""Seconds after which a save that does not end counts as failed."""
+"""Seconds after which an unfinished save counts as failed."""
 
 _LARGE = 1 << 26
 _NONE, _DAMAGED = -1, -2
@@ -39,15 +40,15 @@ _log = logging.getLogger(__name__)
 
 
 class WriteFailed(RuntimeError):
-    """A checkpoint could not be written; the message says why, and which one is left."""
+    """A checkpoint could not be written; the message gives the cause and the last complete one."""
 
 
 class DiskFull(WriteFailed):
-    """For want of space."""
+    """A checkpoint could not be written because the disk is full."""
 
 
 class Restored(NamedTuple):
-    """What a checkpoint gives back. `state` has the structure and placement asked for."""
+    """The content of a checkpoint. `state` has the requested structure and sharding."""
 
     state: dict[str, Any]
     position: int
@@ -57,40 +58,40 @@ class Restored(NamedTuple):
 
 
 def any_complete(workdir: epath.PathLike) -> bool:
-    """Whether a save was ever completed in `workdir`, be its files still good or not."""
+    """Whether `workdir` has a completed checkpoint, valid or damaged."""
     return bool(complete_steps(workdir))
 
 
 def step_directory(workdir: epath.PathLike, step: int) -> epath.Path:
-    """Where the checkpoint of a step is, or would be."""
+    """The directory of the checkpoint of a step, whether it exists or not."""
     return epath.Path(workdir) / DIRECTORY / f"{step:08d}"
 
 
 def complete_steps(workdir: epath.PathLike) -> list[int]:
-    """Steps of the checkpoints in `workdir` that were completed, ascending, be they good or not."""
+    """Steps of the completed checkpoints in `workdir`, ascending, valid or damaged."""
     root = epath.Path(workdir) / DIRECTORY
     steps = [path for path in root.iterdir() if path.name.isdigit()] if root.exists() else []
     return sorted(int(path.name) for path in steps if not (path / INCOMPLETE).exists())
 
 
 class Checkpointer:
-    """The checkpoints of one run. Every process of the run makes one and calls it alike.
+    """The checkpoints of one run. Every process of the run creates one and makes the same calls.
 
-    Saving goes on in the background, one step at a time; a failure there is raised by the next
-    call of `save`, `wait` or `close`. Of the complete steps the newest `cfg.keep` stay, the
-    multiples of `cfg.keep_every` and those in `cfg.also`; nothing is deleted before a newer one is
-    complete.
+    Saves run in the background, one at a time; the next call of `save`, `wait` or `close` raises
+    their failure. Retention: the newest `cfg.max_to_keep` complete steps, multiples of
+    `cfg.keep_period` and the steps in `cfg.keep_steps`. An old checkpoint is deleted only after a
+    newer one is complete.
     """
 
     def __init__(self, workdir: epath.PathLike, cfg: CheckpointConfig, *, merged: bool = True):
-        """merged: few files for all arrays (OCDBT), not one or more for each."""
+        """merged: store all arrays in few files (OCDBT) instead of at least one file per array."""
         self._workdir, self._root = workdir, epath.Path(workdir) / DIRECTORY
         self._cfg = cfg
         self._thread = concurrent.futures.ThreadPoolExecutor(1, "checkpoint")
         self._pending: concurrent.futures.Future[None] | None = None
         self._current: int | None = None
         self._merged = merged
-        # While the step compiles there is time for it.
+        # Import orbax in the background, while the training step compiles.
         self._thread.submit(_orbax)
 
     def __enter__(self) -> "Checkpointer":
@@ -110,10 +111,10 @@ class Checkpointer:
         """Starts writing `state`; returns once the arrays may be donated or overwritten.
 
         state: nested dictionaries of arrays with the parameters under `params`.
-        position: number of the next row of data. config: the resolved configuration.
-        extra: further JSON values, such as what `resume.py` needs.
-        Does nothing for the step saved or restored last. Raises `WriteFailed` when this save
-        could not start or the previous one failed.
+        position: index of the next sequence of the data. config: the resolved configuration.
+        extra: further JSON values, such as those that `resume.py` needs.
+        Does nothing for the step saved or restored last. Raises `WriteFailed` if this save cannot
+        start or the previous one failed.
         """
         self.wait()
         if step == self._current:
@@ -137,14 +138,14 @@ class Checkpointer:
         self._pending = self._thread.submit(self._finish, response, facts)
 
     def wait(self) -> None:
-        """Blocks until nothing is being written. Raises `WriteFailed` if that save failed."""
+        """Blocks until the pending save is done. Raises `WriteFailed` if it failed."""
         pending, self._pending = self._pending, None
         if pending is not None:
             try:
                 pending.result(HUNG)
             except concurrent.futures.TimeoutError as error:
-                where = f"{self._path(self._current or 0)}: writing failed"
-                raise WriteFailed(f"{where}: not done after {HUNG:.0f} s") from error
+                place = f"{self._path(self._current or 0)}: writing failed"
+                raise WriteFailed(f"{place}: not done after {HUNG:.0f} s") from error
 
     def close(self) -> None:
         """`wait`, then ends the background thread."""
@@ -154,31 +155,31 @@ class Checkpointer:
             self._thread.shutdown()
 
     def latest_valid(self, before: int | None = None, *, sums: bool = True) -> int | None:
-        """The newest step whose files are all as they were written; None if none was ever saved.
+        """The newest step whose files are all undamaged; None if no checkpoint exists.
 
-        before: looks only at steps below it. sums: compare contents; else sizes alone, which takes
-        no time. Logs a warning for each damaged step passed over.
-        Raises `ValueError` when there are checkpoints and none is good: a run never starts over by
-        itself.
+        before: considers only earlier steps. sums: compare CRC-32 sums; otherwise file sizes only,
+        which reads no data. Logs a warning for each damaged checkpoint that it skips.
+        Raises `ValueError` if checkpoints exist and all are damaged, so that a run never silently
+        restarts from step 0.
         """
         self.wait()
-        found = self._newest(before, sums) if jax.process_index() == 0 else _NONE
+        newest = self._newest(before, sums) if jax.process_index() == 0 else _NONE
         if jax.process_count() > 1:
-            found = int(multihost_utils.broadcast_one_to_all(np.int32(found)))
-        if found == _DAMAGED:
+            newest = int(multihost_utils.broadcast_one_to_all(np.int32(newest)))
+        if newest == _DAMAGED:
             raise ValueError(
                 f"{self._root}: every checkpoint is damaged (the log says how). "
                 "Restore the files, or delete this directory to start the run over"
             )
-        return None if found == _NONE else found
+        return None if newest == _NONE else newest
 
     def restore(self, abstract_state: Any, step: int | None = None) -> Restored:
-        """Reads a checkpoint, by default the newest good one, bit for bit as it was saved.
+        """Restores a checkpoint, by default the newest valid one; bitwise identical to the save.
 
-        abstract_state: `jax.ShapeDtypeStruct`s; where they carry a sharding, arrays arrive with
-        it, whatever devices the checkpoint was written from. Raises `ValueError` if there is no
-        checkpoint, if the step asked for is damaged, or if its arrays are not those of
-        `abstract_state` (each difference is listed).
+        abstract_state: a tree of `jax.ShapeDtypeStruct`; arrays get its shardings, whatever
+        devices wrote the checkpoint. Raises `ValueError` if there is no checkpoint, if the
+        requested step is damaged, or if its arrays differ from `abstract_state` (the message lists
+        each difference).
         """
         facts = self.facts(step)
         path = self._path(facts["step"])
@@ -189,10 +190,10 @@ class Checkpointer:
         return Restored(state, facts["position"], facts["config"], facts["step"], facts["extra"])
 
     def facts(self, step: int | None = None, *, sums: bool = True) -> dict[str, Any]:
-        """The manifest of a checkpoint, by default the newest good one, once its files are checked.
+        """The manifest of a checkpoint, by default the newest valid one, after verifying its files.
 
-        sums: as for `latest_valid`. Raises `ValueError` if there is no checkpoint, or if the step
-        asked for is damaged.
+        sums: as for `latest_valid`. Raises `ValueError` if there is no checkpoint, or if the
+        requested step is damaged.
         """
         if step is None:
             step = self.latest_valid(sums=sums)
@@ -203,30 +204,29 @@ class Checkpointer:
         return manifest.read(self._path(step))
 
     def parameters(self, abstract: Any, step: int) -> Any:
-        """Parameters without the rest of the state, all or some of them, bit for bit.
+        """All or some parameters, without the rest of the state; bitwise identical to the save.
 
-        abstract: the parameter tree, or a part of it, as `jax.ShapeDtypeStruct`s; where they carry
-        a sharding, arrays arrive with it. Nothing else is read, so the files are not checked:
-        `facts` does that, once for any number of calls. Raises `ValueError` if the checkpoint has
-        other parameters than `abstract`.
+        abstract: the parameter tree, or a part of it, as `jax.ShapeDtypeStruct`s; arrays get its
+        shardings. Does not verify the files: call `facts` once before any number of these calls.
+        Raises `ValueError` if the parameters of the checkpoint differ from `abstract`.
         """
         path = self._path(step)
         manifest.check_parameters(manifest.read(path), abstract, path)
         context = _context(self._merged)
         context.pytree.loading.partial_load = True
         with context:
-            wanted = {"params": jax.tree.map(_placed, abstract)}
-            return _orbax().load(path / "arrays", wanted)["params"]
+            requested = {"params": jax.tree.map(_placed, abstract)}
+            return _orbax().load(path / "arrays", requested)["params"]
 
-    def parts(self, step: int) -> PartialRestore:
-        """Reads parameters of a checkpoint layer by layer. As with `parameters`, see `facts`."""
+    def partial_restore(self, step: int) -> PartialRestore:
+        """Reads parameters layer by layer. Does not verify the files, as for `parameters`."""
         return PartialRestore(self._path(step) / "arrays")
 
     def _path(self, step: int) -> epath.Path:
         return step_directory(self._workdir, step)
 
-    def _found(self) -> list[int]:
-        # Every step that has a directory, oldest first.
+    def _all_steps(self) -> list[int]:
+        # Every step that has a directory, complete or not, oldest first.
         names = [path.name for path in self._root.iterdir()] if self._root.exists() else []
         return sorted(int(name) for name in names if name.isdigit())
 
@@ -243,7 +243,7 @@ class Checkpointer:
         return _DAMAGED if steps else _NONE
 
     def _problem(self, step: int, sums: bool = True) -> str | None:
-        # None if the checkpoint is as it was written, else what is wrong with it.
+        # None if the checkpoint is valid, otherwise what is wrong with it.
         path = self._path(step)
         if step not in self._steps():
             return "there is no complete checkpoint of this step"
@@ -254,7 +254,7 @@ class Checkpointer:
         return None
 
     def _begin(self, step: int) -> None:
-        # Whatever is left at this step is of a killed save or was passed over as damaged.
+        # Anything left at this step is an interrupted save or was skipped as damaged.
         if jax.process_index() == 0:
             self._delete(step)
             self._path(step).mkdir(parents=True)
@@ -278,27 +278,31 @@ class Checkpointer:
         if jax.process_index() == 0:
             self._delete(step)
         steps = self._steps()
-        last = f"The last complete one, step {steps[-1]}, is untouched" if steps else "No other yet"
+        last = (
+            f"The last complete checkpoint, step {steps[-1]}, is intact"
+            if steps
+            else "There is no earlier checkpoint"
+        )
         kind = WriteFailed
-        cause, fix = f"{type(error).__name__}: {error}", "Start the same command again to go on"
+        cause, fix = f"{type(error).__name__}: {error}", "Run the same command again to resume"
         if _disk_full(error):
             kind = DiskFull
             free = shutil.disk_usage(self._root).free
             sizes = f"{facts['bytes'] / 2**20:.1f} MiB to write, {free / 2**20:.1f} MiB free"
             cause = f"no space left on the disk ({sizes})"
-            fix = "Free space or lower checkpoint.max_to_keep, then start the same command again"
+            fix = "Free space or lower checkpoint.max_to_keep, then run the same command again"
         return kind(f"{self._path(step)}: writing failed: {cause}. {last}. {fix}")
 
     def _prune(self, newest: int) -> None:
         complete = self._steps()
-        kept = [step for step in complete if step <= newest][-self._cfg.max_to_keep :]
-        every, also = self._cfg.keep_period, self._cfg.keep_steps
-        for step in self._found():
+        latest = [step for step in complete if step <= newest][-self._cfg.max_to_keep :]
+        period, keep_steps = self._cfg.keep_period, self._cfg.keep_steps
+        for step in self._all_steps():
             if step > newest:
-                # The run was taken up again before this step: it belongs to a past that is gone.
-                _log.warning("removing %s: newer than the run it is in", self._path(step))
-            elif step in kept or (
-                step in complete and (step in also or (every and step % every == 0))
+                # The run resumed from an earlier step, so this checkpoint is not of its history.
+                _log.warning("removing %s: the run resumed from an earlier step", self._path(step))
+            elif step in latest or (
+                step in complete and (step in keep_steps or (period and step % period == 0))
             ):
                 continue
             self._delete(step)
@@ -311,17 +315,17 @@ class Checkpointer:
 
 
 def _orbax() -> Any:
-    # Imported late: loading it takes a third of a second, better spent while the step compiles.
+    # Imported late: it takes a third of a second, which overlaps with compilation.
     import orbax.checkpoint.experimental.v1 as ocp
 
     logger = logging.getLogger("absl")
-    if _is_news not in logger.filters:
-        logger.addFilter(_is_news)
+    if _not_orbax_error not in logger.filters:
+        logger.addFilter(_not_orbax_error)
     return ocp
 
 
-def _is_news(record: logging.LogRecord) -> bool:
-    # The storage library logs the errors of its threads at length and raises them as well.
+def _not_orbax_error(record: logging.LogRecord) -> bool:
+    # Orbax logs the errors of its threads at length and raises them as well.
     return record.levelno < logging.ERROR or "orbax" not in record.pathname
 
 
@@ -330,17 +334,17 @@ def _context(merged: bool) -> Any:
     context.array.saving.use_ocdbt = merged
     # Compressing trained float32 weights saves 8% of the space and takes four times as long.
     context.array.saving.use_compression = False
-    context.array.saving.scoped_storage_options_creator = _cut
-    # Its limits are by the wall clock: a day's jump must not fail a save. Ours are in `wait`.
+    context.array.saving.scoped_storage_options_creator = _chunk_by_layer
+    # Orbax's timeout uses the wall clock, so a clock change could fail a save; `wait` has our own.
     context.async_options.timeout_secs = 10**6
     context.async_options.create_directories_asynchronously = False
     return context
 
 
-def _cut(_: Any, leaf: Any) -> Any:
-    """Cuts large stacks between their layers.
+def _chunk_by_layer(_: Any, leaf: Any) -> Any:
+    """Stores large stacked arrays in one chunk per layer.
 
-    Reading one layer then costs one layer (`Parts`).
+    Reading one layer then reads only its bytes (`PartialRestore`).
     """
     if leaf.ndim < 3 or leaf.nbytes <= _LARGE:
         return None
@@ -355,11 +359,11 @@ def _placed(leaf: Any) -> jax.ShapeDtypeStruct:
 
 def _disk_full(error: BaseException | None) -> bool:
     # The storage library reports the system's error as text, without its number.
-    full = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-    texts = [os.strerror(number) for number in full]
+    numbers = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    texts = [os.strerror(number) for number in numbers]
     while error is not None:
-        told = any(text in str(error) for text in texts)
-        if getattr(error, "errno", None) in full or told:
+        in_message = any(text in str(error) for text in texts)
+        if getattr(error, "errno", None) in numbers or in_message:
             return True
         error = error.__cause__ or error.__context__
     return False

@@ -1,7 +1,8 @@
-"""Named arrays that are read one at a time: what every conversion reads from and writes from.
+"""Named arrays that are read one at a time, for conversions.
 
-A conversion never holds a model. Files, checkpoints and the views that rename or rearrange are all
-`LazyArrays`: their names, shapes and dtypes are known at once, their values come when asked for.
+Conversions stream: no step loads the whole model into memory. Files, checkpoints and views that
+rename or rearrange arrays are all `LazyArrays`: names, shapes and dtypes are known up front, values
+are read on request.
 """
 
 import collections
@@ -13,12 +14,12 @@ from typing import Any
 import numpy as np
 
 _READERS = 2
-"""Arrays read at one time: one waits for the disk while another is turned."""
+"""Arrays read concurrently: one waits for the disk while another is converted."""
 
 
 @dataclasses.dataclass(frozen=True)
 class ArraySpec:
-    """Shape of an array, and the dtype that it is stored in (`float32`, `bfloat16`, `Q4_1`)."""
+    """Shape of an array and the dtype it is stored in (`float32`, `bfloat16`, `Q4_1`)."""
 
     shape: tuple[int, ...]
     dtype: str = "float32"
@@ -26,12 +27,11 @@ class ArraySpec:
 
 @dataclasses.dataclass(frozen=True)
 class LazyArrays:
-    """Named arrays.
+    """Named arrays whose values are read on request.
 
-    where: file or directory that they come from, for messages. specs: by name, in the order to
-    read them in. reader: name -> values in float32; raises `ValueError` if they are damaged; may
-    be called from several threads. slicer: (name, index of the leading axes) -> that part, where a
-    part can be read alone.
+    where: their file or directory, for messages. specs: by name, in the order to read them.
+    reader: name -> values in float32; raises `ValueError` if they are damaged; thread-safe.
+    slicer: (name, index of the leading axes) -> that slice; None if slices cannot be read alone.
     """
 
     where: str
@@ -40,14 +40,14 @@ class LazyArrays:
     slicer: Callable[[str, tuple[int, ...]], np.ndarray] | None = None
 
     def read(self, name: str) -> np.ndarray:
-        """The values of one of them in float32, whatever they are stored in."""
+        """The values of one array in float32, whatever its stored dtype."""
         return self.reader(name)
 
 
 def ahead(arrays: LazyArrays, names: Sequence[str]) -> Iterator[tuple[str, np.ndarray]]:
-    """(name, values) in the order of `names`; the next ones are read meanwhile.
+    """Yields (name, values) in the order of `names` and prefetches the next arrays.
 
-    Holds up to three arrays beside the one that was given out last.
+    Holds up to three arrays in addition to the one yielded last.
     """
     with concurrent.futures.ThreadPoolExecutor(_READERS, "read") as threads:
         waiting: collections.deque = collections.deque()
@@ -66,7 +66,7 @@ def ahead(arrays: LazyArrays, names: Sequence[str]) -> Iterator[tuple[str, np.nd
 
 
 def from_arrays(arrays: Mapping[str, Any], where: str = "memory") -> LazyArrays:
-    """Arrays that are in memory already (anything that `numpy.asarray` takes)."""
+    """`LazyArrays` over arrays in memory (anything that `numpy.asarray` takes)."""
     specs = {name: ArraySpec(np.shape(value)) for name, value in arrays.items()}
 
     def part(name: str, index: tuple[int, ...]) -> np.ndarray:
@@ -76,7 +76,7 @@ def from_arrays(arrays: Mapping[str, Any], where: str = "memory") -> LazyArrays:
 
 
 def nested(arrays: LazyArrays) -> dict[str, Any]:
-    """All of it, as nested dictionaries along the dots of the names."""
+    """All arrays, read into nested dictionaries along the dots of their names."""
     tree: dict[str, Any] = {}
     for name in arrays.specs:
         *groups, leaf = name.split(".")

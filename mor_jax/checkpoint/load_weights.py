@@ -1,6 +1,6 @@
-"""The weights of a run for whoever uses them: evaluation, generation, serving.
+"""Loads the weights of a run for evaluation, generation and serving.
 
-A training job may be at work in the directory meanwhile: nothing is locked, nothing is written.
+Takes no lock and writes nothing, so the run may be training at the same time.
 """
 
 import dataclasses
@@ -19,10 +19,10 @@ from mor_jax.types import Params
 
 @dataclasses.dataclass(frozen=True)
 class RunWeights:
-    """Weights that are there and whole. step: 0 for those that a run was given to start from.
+    """The location of valid weights of a run.
 
-    cfg: of the run as it was when they were written. source: where weights that were imported
-    came from, else None.
+    cfg: the run's configuration when the weights were written. step: 0 for imported initial
+    weights. source: the origin of imported weights, otherwise None.
     """
 
     path: epath.Path
@@ -32,36 +32,36 @@ class RunWeights:
 
     def __str__(self) -> str:
         """`runs/mor, step 200` or `runs/smollm2, imported weights of a/model`."""
-        what = f"step {self.step}" if self.step else pretrained.origin(self.path)
-        return f"{self.path}, {what}"
+        weights = f"step {self.step}" if self.step else pretrained.origin(self.path)
+        return f"{self.path}, {weights}"
 
     @property
     def name(self) -> str:
-        """The same without the path of the directory, for titles."""
+        """`str(self)` without the parent directory, for titles."""
         return str(self).removeprefix(f"{self.path.parent}/")
 
     def changes(self, recursions: int, calibration: str | None) -> str:
-        """`, 2 recursions in place of 3, calibration fast`: what makes it another than trained."""
-        there = self.cfg.model.num_recursions
-        told = f", {recursions} recursions in place of {there}" if recursions != there else ""
-        return f"{told}, calibration {calibration}" if calibration else told
+        """How inference differs from training: `, 2 recursions instead of 3, calibration fast`."""
+        trained = self.cfg.model.num_recursions
+        text = f", {recursions} recursions instead of {trained}" if recursions != trained else ""
+        return f"{text}, calibration {calibration}" if calibration else text
 
     def check(self) -> None:
-        """Reads every file through once. Raises `ValueError` if one is not as it was written."""
+        """Verifies the checksum of every file. Raises `ValueError` if one is damaged."""
         if self.step == 0:
             pretrained.verify(self.path, self.cfg.model)
         else:
             _facts(self.path, self.step)
 
     def params(self, shardings: Params | None = None) -> Params:
-        """The parameters, without optimiser or gradients; every process reads its part.
+        """The parameters, without optimiser state; each process reads only its shards.
 
-        shardings: one for each parameter; by default all go to the first device. Raises
-        `ValueError` if a file cannot be read.
+        shardings: one per parameter; by default all go to the first device. Raises `ValueError` if
+        a file cannot be read.
         """
         abstract = abstract_params(self.cfg.model)
         if shardings is not None:
-            abstract = jax.tree.map(_with, abstract, shardings)
+            abstract = jax.tree.map(_with_sharding, abstract, shardings)
         if self.step == 0:
             return pretrained.load(self.path, abstract)
         checkpoints = Checkpointer(self.path, CheckpointConfig())
@@ -74,29 +74,30 @@ class RunWeights:
 def load_run(
     directory: epath.PathLike, step: int | None = None, *, sums: bool = True
 ) -> RunWeights:
-    """The newest good checkpoint of a run, or that of `step`; else the weights it starts from.
+    """The newest valid checkpoint of a run, or that of `step`; otherwise its imported weights.
 
-    Every file is read through once, so that damage shows before anything is done with them; without
-    `sums` that is left to `Found.check`.
+    sums: verify the checksum of every file, which reads them once; otherwise only file sizes, and
+    `RunWeights.check` verifies the checksums.
 
     Raises:
-        ValueError: no run is there, it has no weights yet, none are good, or not those of `step`.
+        ValueError: `directory` is not a run, it has no weights yet, all of them or those of `step`
+            are damaged, or `step` does not exist.
     """
     path = run_dir.resolved_path(directory)
     cfg = run_dir.read_config(path)
-    given = pretrained.present(path)
-    if given and step in (None, 0) and not any_complete(path):
+    is_imported = pretrained.present(path)
+    if is_imported and step in (None, 0) and not any_complete(path):
         return RunWeights(path, cfg, 0, pretrained.verify(path, cfg.model, sums=sums)["source"])
     facts = _facts(path, step, sums)
     cfg = TrainConfig.from_dict(facts["config"])
-    source = pretrained.facts(path)["source"] if given else None
+    source = pretrained.facts(path)["source"] if is_imported else None
     return RunWeights(path, cfg, facts["step"], source)
 
 
 def _facts(path: epath.Path, step: int | None, sums: bool = True) -> dict[str, Any]:
-    there = complete_steps(path)
-    rule = f"there is no complete checkpoint of this step in {path}; complete are {there or 'none'}"
-    check(step is None or step in there, "step", step, rule, "Leave it out for the newest")
+    steps = complete_steps(path)
+    rule = f"there is no complete checkpoint of this step in {path}; complete: {steps or 'none'}"
+    check(step is None or step in steps, "step", step, rule, "Omit it to use the newest")
     checkpoints = Checkpointer(path, CheckpointConfig())
     try:
         return checkpoints.facts(step, sums=sums)
@@ -104,8 +105,10 @@ def _facts(path: epath.Path, step: int | None, sums: bool = True) -> dict[str, A
         checkpoints.close()
 
 
-def _with(leaf: jax.ShapeDtypeStruct, where: jax.sharding.Sharding) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
+def _with_sharding(
+    leaf: jax.ShapeDtypeStruct, sharding: jax.sharding.Sharding
+) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
 
 __all__ = ["RunWeights", "load_run"]

@@ -1,4 +1,4 @@
-"""The manifest of a checkpoint: how its content is described, sealed, checked, found damaged."""
+"""The manifest of a checkpoint: its content, checksums and verification."""
 
 import json
 import math
@@ -14,23 +14,23 @@ from mor_jax.files import write_atomic
 
 FILE = "manifest.json"
 FORMAT = 2
-"""1: as 2, but places in the data were counted in batches, not in rows."""
+"""Format 1 counts data positions in batches, format 2 in sequences."""
 
 _CHUNK = 1 << 22
 
 
 class Damaged(ValueError):
-    """The manifest or a file that it lists is not as it was written."""
+    """The manifest or a file that it lists is missing or changed."""
 
 
 def write(directory: epath.Path, facts: dict[str, Any], data: epath.Path) -> None:
-    """Writes `facts` and the stamps of all files under `data` as the manifest of `directory`."""
+    """Writes the manifest of `directory`: `facts`, size and CRC-32 of all files under `data`."""
     manifest = facts | {"format": FORMAT, "files": _stamps(data)}
     write_atomic(directory / FILE, json.dumps(manifest | {"seal": _seal(manifest)}, indent=1))
 
 
 def read(directory: epath.Path) -> dict[str, Any]:
-    """The facts of a manifest. Raises `Damaged` if it is missing, cut short or changed."""
+    """The content of a manifest. Raises `Damaged` if it is missing, truncated or changed."""
     file = directory / FILE
     if not file.exists():
         raise Damaged(f"{FILE} is missing")
@@ -45,39 +45,41 @@ def read(directory: epath.Path) -> dict[str, Any]:
         fix = "Use the version that wrote it"
         raise ValueError(f"{file}: has format {manifest['format']}, expected {FORMAT}. {fix}")
     if "config" in manifest:
-        # Earlier versions had other names for some settings; the seal is over what they wrote.
+        # Some settings have new names; the seal covers the names as written.
         manifest["config"] = translated(manifest["config"])
-    return _in_rows(manifest) if manifest["format"] == 1 and "position" in manifest else manifest
+    if manifest["format"] == 1 and "position" in manifest:
+        return _batches_to_sequences(manifest)
+    return manifest
 
 
-def _in_rows(manifest: dict[str, Any]) -> dict[str, Any]:
-    rows, extra = manifest["config"]["batch_size"], dict(manifest["extra"])
+def _batches_to_sequences(manifest: dict[str, Any]) -> dict[str, Any]:
+    batch_size, extra = manifest["config"]["batch_size"], dict(manifest["extra"])
     for name, value in extra.items():
         if name == "jumps":
-            extra[name] = [[first * rows, end * rows] for first, end in value]
+            extra[name] = [[first * batch_size, end * batch_size] for first, end in value]
         elif name == "bad":
-            extra[name] = [number * rows for number in value]
-    return manifest | {"position": manifest["position"] * rows, "extra": extra}
+            extra[name] = [number * batch_size for number in value]
+    return manifest | {"position": manifest["position"] * batch_size, "extra": extra}
 
 
 def verify(manifest: dict[str, Any], data: epath.Path, *, sums: bool = True) -> None:
-    """Raises `Damaged`, naming the file, unless every file is there, of its size and sum.
+    """Raises `Damaged`, naming the file, unless every file exists with its size and CRC-32.
 
-    sums: False leaves the sums out, for which everything has to be read.
+    sums: False compares sizes alone, without reading the files.
     """
-    found = _stamps(data, sums)
+    stamps = _stamps(data, sums)
     for name, (size, crc) in manifest["files"].items():
-        if name not in found:
+        if name not in stamps:
             raise Damaged(f"{data / name} is missing")
-        now, now_crc = found[name]
-        if now != size:
-            raise Damaged(f"{data / name} has {now} bytes, was written with {size}")
-        if None not in (crc, now_crc) and crc != now_crc:
-            raise Damaged(f"{data / name} holds other bytes than were written (CRC-32)")
+        actual_size, actual_crc = stamps[name]
+        if actual_size != size:
+            raise Damaged(f"{data / name} has {actual_size} bytes, expected {size}")
+        if None not in (crc, actual_crc) and crc != actual_crc:
+            raise Damaged(f"{data / name} does not match its CRC-32")
 
 
 def count_parameters(params: Any) -> int:
-    """Number of values in a tree of arrays; shared weights are stored, and counted, once."""
+    """Number of values in a tree of arrays; shared weights count once."""
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
 
 
@@ -96,28 +98,28 @@ def check_arrays(facts: dict[str, Any], abstract_state: Any, path: epath.Path) -
         raise ValueError(
             f"{path}: holds {facts['parameters']:,} parameters, the model has {count:,}:\n"
             + "\n".join(lines)
-            + "\nRestore it with the configuration that it was saved with (in its manifest)"
+            + "\nRestore it with the configuration in its manifest"
         )
 
 
 def check_parameters(facts: dict[str, Any], abstract: Any, path: epath.Path) -> None:
     """Raises `ValueError` unless the checkpoint at `path` holds all parameters of `abstract`."""
-    wanted = {f"params.{name}": text for name, text in describe(abstract).items()}
-    saved = {name: text for name, text in facts["arrays"].items() if name in wanted}
-    if lines := differences(saved, wanted, "in the checkpoint"):
-        fix = "Read it with the configuration that it was saved with (in its manifest)"
+    expected = {f"params.{name}": text for name, text in describe(abstract).items()}
+    saved = {name: text for name, text in facts["arrays"].items() if name in expected}
+    if lines := differences(saved, expected, "in the checkpoint"):
+        fix = "Read it with the configuration in its manifest"
         raise ValueError(f"{path}: holds other parameters:\n" + "\n".join([*lines, fix]))
 
 
-def differences(found: dict[str, str], wanted: dict[str, str], where: str) -> list[str]:
-    """A line for every array that two results of `describe` do not have alike.
+def differences(saved: dict[str, str], model: dict[str, str], where: str) -> list[str]:
+    """One line for every array that differs between two results of `describe`.
 
-    wanted: of the model. where: what `found` describes, such as "in the checkpoint".
+    where: the place of `saved`, such as "in the checkpoint".
     """
     return [
-        f"  {name}: {found.get(name, 'absent')} {where}, {wanted.get(name, 'absent')} in the model"
-        for name in sorted(found.keys() | wanted.keys())
-        if found.get(name) != wanted.get(name)
+        f"  {name}: {saved.get(name, 'absent')} {where}, {model.get(name, 'absent')} in the model"
+        for name in sorted(saved.keys() | model.keys())
+        if saved.get(name) != model.get(name)
     ]
 
 
@@ -127,8 +129,8 @@ def check_data(facts: Mapping[str, Any], fingerprint: str | None) -> None:
     if None not in (fingerprint, saved) and fingerprint != saved:
         raise ValueError(
             f"the data changed since step {facts['step']} was saved (fingerprint {saved} then, "
-            f"{fingerprint} now), so position {facts['position']} would mean other text. "
-            "Bring the old data back, or start over in another workdir"
+            f"{fingerprint} now), so position {facts['position']} would refer to other text. "
+            "Restore the old data, or start over in another workdir"
         )
 
 
@@ -137,8 +139,8 @@ def _seal(manifest: dict[str, Any]) -> int:
 
 
 def _stamps(data: epath.Path, sums: bool = True) -> dict[str, list[int | None]]:
-    # Size and CRC-32 of every file. In an object store reading all back would cost as much as the
-    # save itself, and the store keeps sums of its own: there the size has to do.
+    # Size and CRC-32 of every file. In an object store, reading all files back would cost as much
+    # as the save, and the store verifies its own checksums: there only the size is recorded.
     sizes_only = "://" in str(data) or not sums
     return {
         path.relative_to(data).as_posix(): [path.stat().length, None if sizes_only else _crc(path)]
@@ -147,7 +149,7 @@ def _stamps(data: epath.Path, sums: bool = True) -> dict[str, list[int | None]]:
 
 
 def _walk(directory: epath.Path) -> Iterator[epath.Path]:
-    # epath refuses recursive patterns, which object stores answer slowly.
+    # epath does not support recursive patterns, which are slow in object stores.
     for path in sorted(directory.iterdir()) if directory.exists() else ():
         if path.is_dir():
             yield from _walk(path)
@@ -157,7 +159,7 @@ def _walk(directory: epath.Path) -> Iterator[epath.Path]:
 
 def _crc(path: epath.Path) -> int:
     crc = 0
-    # One buffer: fresh memory for every block would cost as much as the sum.
+    # One buffer: allocating memory for every block would cost as much as the checksum.
     block = memoryview(bytearray(_CHUNK))
     with path.open("rb") as file:
         while size := file.readinto(block):

@@ -1,8 +1,8 @@
-"""Parts of the arrays of a checkpoint, read without restoring any of them whole.
+"""Reads slices of a checkpoint's arrays without restoring whole arrays; used by conversions.
 
-`checkpoint` writes arrays as zarr in one key-value store (OCDBT) and cuts large stacks between
-their layers, so one layer costs one layer. Made for conversions: nothing here needs the devices,
-the processes or the sharding that the checkpoint was written with.
+`Checkpointer` writes arrays as zarr in one key-value store (OCDBT) with one chunk per layer of a
+large stack, so reading one layer reads only its bytes. Independent of the devices, processes and
+sharding that wrote the checkpoint.
 """
 
 import threading
@@ -15,7 +15,7 @@ from mor_jax.config.parsing import fail
 
 
 class PartialRestore:
-    """Reads from the `arrays` directory of one checkpoint; several threads may."""
+    """Reads from the `arrays` directory of one checkpoint; thread-safe."""
 
     def __init__(self, arrays: epath.Path):
         self._arrays = arrays
@@ -23,7 +23,7 @@ class PartialRestore:
         self._lock = threading.Lock()
 
     def read(self, name: str, index: tuple[int, ...] = ()) -> np.ndarray:
-        """The part at `index` of the leading axes of parameter `name` (dotted path).
+        """The slice at `index` of the leading axes of parameter `name` (dotted path).
 
         Raises `ValueError` if it cannot be read.
         """
@@ -33,19 +33,19 @@ class PartialRestore:
                     self._opened[name] = self._open(name)
             return self._opened[name][index].read(order="C").result()
         except ValueError as error:
-            # The storage library puts every failure into this one type, with a page of detail.
+            # The storage library raises this type for every failure, with a page of detail.
             reason = str(error).splitlines()[0][:200]
             rule = f"parameter {name} cannot be read ({reason})"
-            fail("checkpoint", str(self._arrays), rule, "Take another --step, or start again")
+            fail("checkpoint", str(self._arrays), rule, "Choose another --step, or try again")
 
     def _open(self, name: str) -> Any:
-        # Loading it takes a while: only conversions pay.
+        # Slow to import, and only conversions need it.
         import tensorstore
 
-        # What was read is not read again: a cache would only grow.
+        # Nothing is read twice, so a cache would only take memory.
         context = tensorstore.Context({"cache_pool": {"total_bytes_limit": 0}})
-        where = str(self._arrays / "state")
-        base = where if "://" in where else f"file://{where}"
+        path = str(self._arrays / "state")
+        base = path if "://" in path else f"file://{path}"
         kvstore = {"driver": "ocdbt", "base": f"{base}/", "path": f"params.{name}/"}
         spec = {"driver": "zarr3", "kvstore": kvstore}
         return tensorstore.open(spec, context=context, read=True, open=True).result()

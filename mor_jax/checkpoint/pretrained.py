@@ -1,8 +1,8 @@
-"""Weights that a run starts from: `<workdir>/initial/`, written by a conversion, read by training.
+"""Imported weights that a run starts from: `<workdir>/initial/`, written by a conversion.
 
-One safetensors file an array under `arrays/`, named by its dotted path, float32; and
-`manifest.json`, written last and sealed: the model's configuration, the number of parameters, where
-they come from, the shape of every array and the size and CRC-32 of every file.
+`arrays/` holds one float32 safetensors file per array, named by its dotted path. `manifest.json`,
+written last and sealed, holds the model's configuration, the number of parameters, their origin,
+the shape of every array and the size and CRC-32 of every file.
 """
 
 import dataclasses
@@ -28,6 +28,7 @@ DIRECTORY = "initial"
 
 _ARRAYS = "arrays"
 _FIX = "Import the weights again, into a new directory"
+_CONFIG_FIX = "Use the settings of model.* in its config.json"
 
 
 def write(
@@ -35,18 +36,19 @@ def write(
 ) -> epath.Path:
     """Writes `params`, one array in memory at a time; returns `<workdir>/initial`.
 
-    params: the arrays of `cfg` by their dotted paths. source: JSON values that say where they come
-    from; `from` names it for people. The manifest is written last: without it nothing counts.
+    params: the arrays of `cfg` by their dotted paths. source: JSON values that describe their
+    origin; `from` is the readable name. The manifest is written last; without it the directory is
+    incomplete.
 
     Raises:
-        ValueError: the directory exists, or `params` are not the arrays of `cfg` (each difference
-            is listed); nothing was written then.
+        ValueError: the directory exists, or `params` are not the arrays of `cfg` (the message lists
+            each difference). Nothing has been written then.
     """
     directory = epath.Path(workdir) / DIRECTORY
-    rule = "exists already: a run starts from one set of weights"
+    rule = "already exists: a run starts from one set of weights"
     check(not directory.exists(), "initial", str(directory), rule, "Choose another directory")
-    shapes = {name: _described(spec.shape) for name, spec in params.specs.items()}
-    _check_shapes(shapes, cfg, params.where, "Convert to the model that they are of")
+    shapes = {name: _description(spec.shape) for name, spec in params.specs.items()}
+    _check_shapes(shapes, cfg, params.where, "Convert to the model that these weights belong to")
     arrays = directory / _ARRAYS
     arrays.mkdir(parents=True)
     for name in params.specs:
@@ -62,20 +64,20 @@ def write(
 
 
 def present(workdir: epath.PathLike) -> bool:
-    """Whether a run in `workdir` starts from weights that were given to it."""
+    """Whether the run in `workdir` starts from imported weights."""
     return (epath.Path(workdir) / DIRECTORY).exists()
 
 
 def origin(workdir: epath.PathLike) -> str:
-    """`imported weights of ...`, for people; empty where the run starts from random ones."""
+    """`imported weights of MODEL`, for messages; "" if the run starts from random weights."""
     if not present(workdir):
         return ""
     try:
-        found = facts(workdir)["source"].get("from")
+        name = facts(workdir)["source"].get("from")
     except ValueError:
-        # Only a name is missing then: whoever needs the weights themselves finds it out.
-        found = None
-    return f"imported weights of {found}" if found else "imported weights"
+        # Only the name is lost here; loading the weights reports the damage.
+        name = None
+    return f"imported weights of {name}" if name else "imported weights"
 
 
 def facts(workdir: epath.PathLike) -> dict[str, Any]:
@@ -84,37 +86,35 @@ def facts(workdir: epath.PathLike) -> dict[str, Any]:
     try:
         return manifest.read(directory)
     except manifest.Damaged as error:
-        fail("initial", str(directory), f"was not written to its end, or damaged: {error}", _FIX)
+        fail("initial", str(directory), f"is incomplete or damaged: {error}", _FIX)
 
 
 def verify(workdir: epath.PathLike, cfg: ModelConfig, *, sums: bool = True) -> dict[str, Any]:
-    """Reads every file through once, or (without `sums`) looks at sizes alone; returns `facts`.
+    """Verifies the checksums of all files, or without `sums` their sizes alone; returns `facts`.
 
     Raises:
         ValueError: a file is missing or damaged, or the arrays are not those of `cfg`; the message
             names the file, or lists every difference.
     """
-    directory, found = epath.Path(workdir) / DIRECTORY, facts(workdir)
-    _check_shapes(
-        found["arrays"], cfg, str(directory), "Give the settings of model.* in config.json"
-    )
+    directory, saved = epath.Path(workdir) / DIRECTORY, facts(workdir)
+    _check_shapes(saved["arrays"], cfg, str(directory), _CONFIG_FIX)
     try:
-        manifest.verify(found, directory / _ARRAYS, sums=sums)
+        manifest.verify(saved, directory / _ARRAYS, sums=sums)
     except manifest.Damaged as error:
         fail("initial", str(directory), f"is damaged: {error}", _FIX)
-    return found
+    return saved
 
 
 def load(workdir: epath.PathLike, abstract: Params) -> Params:
-    """The parameters, placed as asked for; every process reads only what its devices hold.
+    """The parameters with the requested shardings; each process reads only its shards.
 
-    abstract: the parameter tree as `jax.ShapeDtypeStruct`s; with their shardings, else everything
-    goes to one device. Raises `ValueError` as `facts` does, for a file that cannot be read, and
-    where `abstract` has other arrays.
+    abstract: the parameter tree as `jax.ShapeDtypeStruct`s; arrays without a sharding go to the
+    first device. Raises `ValueError` as `facts` does, if a file cannot be read, and if the arrays
+    differ from `abstract`.
     """
     directory = epath.Path(workdir) / DIRECTORY
-    saved, wanted = facts(workdir)["arrays"], manifest.describe(abstract)
-    _check_same(saved, wanted, str(directory), "Give the settings of model.* in config.json")
+    saved, model = facts(workdir)["arrays"], manifest.describe(abstract)
+    _check_same(saved, model, str(directory), _CONFIG_FIX)
     leaves, structure = jax.tree.flatten(abstract)
     arrays = directory / _ARRAYS
     return structure.unflatten(
@@ -124,16 +124,16 @@ def load(workdir: epath.PathLike, abstract: Params) -> Params:
 
 
 def array(workdir: epath.PathLike, name: str, index: tuple[int, ...] = ()) -> np.ndarray:
-    """A parameter by its dotted path, float32, in host memory; only the part at `index`, if given.
+    """A parameter by its dotted path, float32, in host memory; the slice at `index`, if given.
 
-    Raises `ValueError` if there is none of that name, or its file cannot be read.
+    Raises `ValueError` if it does not exist or its file cannot be read.
     """
     arrays = epath.Path(workdir) / DIRECTORY / _ARRAYS
     return _File(arrays / f"{name}.safetensors", name)((*index, ...))
 
 
 class _File:
-    """One array of float32 values in a file. The last part read stays, for the next device."""
+    """One float32 array in a file. Caches the last slice, which the next device may need too."""
 
     def __init__(self, path: epath.Path, name: str):
         self._path, self._name = path, name
@@ -155,8 +155,8 @@ class _File:
 
 
 def _placed(file: _File, leaf: jax.ShapeDtypeStruct) -> jax.Array:
-    where = leaf.sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    return jax.make_array_from_callback(leaf.shape, where, file, dtype=leaf.dtype)
+    sharding = leaf.sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    return jax.make_array_from_callback(leaf.shape, sharding, file, dtype=leaf.dtype)
 
 
 def _save(path: epath.Path, name: str, array: np.ndarray) -> None:
@@ -171,20 +171,20 @@ def _remote(path: epath.Path) -> bool:
     return "://" in str(path)
 
 
-def _described(shape: tuple[int, ...]) -> str:
-    # As `manifest.describe` puts it.
+def _description(shape: tuple[int, ...]) -> str:
+    # The format of `manifest.describe`.
     return f"float32{list(shape)}"
 
 
-def _check_shapes(found: dict[str, str], cfg: ModelConfig, where: str, fix: str) -> None:
-    _check_same(found, manifest.describe(abstract_params(cfg)), where, fix)
+def _check_shapes(saved: dict[str, str], cfg: ModelConfig, place: str, fix: str) -> None:
+    _check_same(saved, manifest.describe(abstract_params(cfg)), place, fix)
 
 
-def _check_same(found: dict[str, str], wanted: dict[str, str], where: str, fix: str) -> None:
-    lines = manifest.differences(found, wanted, "there")
+def _check_same(saved: dict[str, str], model: dict[str, str], place: str, fix: str) -> None:
+    lines = manifest.differences(saved, model, "saved")
     if lines:
         raise ValueError(
-            f"{where}: holds another model's weights:\n" + "\n".join(lines) + f"\n{fix}"
+            f"{place}: holds another model's weights:\n" + "\n".join(lines) + f"\n{fix}"
         )
 
 

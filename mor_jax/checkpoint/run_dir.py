@@ -1,10 +1,10 @@
-"""The directory of a run: whose it is, who works in it, what may change when the run goes on.
+"""The directory of a run: its configuration, its lock, and which settings may change on resume.
 
-`config.json` in it holds the resolved configuration. A command with another one is refused before
-anything is written, because weights, optimiser and data position would not belong together. A
-second job on the same directory is refused too: `hold` keeps it for one. A directory that a
-conversion made, with weights to start from (`initial.py`), has a configuration before its first
-run: until there is a checkpoint, only what those weights and their tokens mean stands firm in it.
+`config.json` holds the resolved configuration. A run with a different configuration is rejected
+before anything is written, because weights, optimiser state and data position would not match. A
+second job on the same directory is rejected too (`lock_run_dir`). A directory with imported weights
+(`pretrained.py`) has a configuration before its first run: until there is a checkpoint, only the
+settings that define those weights and their tokens are fixed.
 """
 
 import contextlib
@@ -23,22 +23,22 @@ from etils import epath
 from mor_jax.checkpoint import checkpointer, pretrained
 from mor_jax.checkpoint.run_lock import RunLock, RunLocked
 from mor_jax.config import TrainConfig, old_names
-from mor_jax.config.parsing import check, fail, flat
+from mor_jax.config.parsing import check, fail, flatten_settings
 from mor_jax.files import LockHeld, lock, this_process, write_atomic
 
 CONFIG_FILE = "config.json"
 LOCK_FILE = "lock"
 
 BRANCH_FILE = "branch.json"
-"""Says which run a branch comes from, see `branch.py`."""
+"""Names the run that a branch was forked from, see `mor_jax/training/fork.py`."""
 
 _log = logging.getLogger(__name__)
 
-# What a run may leave in a directory before it has recorded its configuration there.
+# Files that a run may create in a directory before it records its configuration there.
 _EARLY = {LOCK_FILE, f"{CONFIG_FILE}.draft", "compilation_cache", "hosts", BRANCH_FILE}
 
-# What a run may change between two starts: how long it runs, what it reports and keeps, and how
-# the same numbers are computed on the hardware at hand. A trailing dot stands for a whole group.
+# Settings that may change on resume: the number of steps, reports and checkpoints, and how the same
+# numbers are computed on the hardware. A trailing dot stands for a whole group.
 _FREE = (
     "steps",
     "log.",
@@ -58,9 +58,9 @@ _FREE = (
     "optim.max_skipped_steps",
 )
 
-# What decides on the meaning of weights that were imported, and what of it is only about training.
-_MEANING = ("model", "data.tokenizer")
-_RECIPE = (
+# Settings that define imported weights, except those of them that only affect training.
+_DEFINING = ("model", "data.tokenizer")
+_TRAINING_ONLY = (
     "model.dtype",
     "model.init_std",
     "model.router.z_loss_coeff",
@@ -73,7 +73,7 @@ _RECIPE = (
     "model.router.bias_update_rate",
 )
 
-# What the shapes of the weights follow from.
+# Settings that determine the shapes of the weights.
 _SHAPES = (
     *(
         f"model.{name}"
@@ -86,14 +86,14 @@ _SHAPES = (
 
 _MULTIPLE = "model.router.capacity_multiple"
 
-# Settings that older versions did not have. Their runs did what the defaults say.
-_LATER = ("model.rope_scaling", _MULTIPLE)
+# Settings that older versions did not have; their runs behaved as the defaults do.
+_ADDED_LATER = ("model.rope_scaling", _MULTIPLE)
 
 
 def resolved_path(directory: epath.PathLike) -> epath.Path:
-    """The absolute path of a local directory; that of an object store as it is."""
+    """The absolute path of a local directory; the path of an object store unchanged."""
     text, fix = str(directory), "Give a directory, such as runs/mor"
-    check(bool(text) and "\0" not in text, "workdir", text, "is no name of a directory", fix)
+    check(bool(text) and "\0" not in text, "workdir", text, "is not a directory name", fix)
     try:
         if "://" in text:
             path = epath.Path(directory)
@@ -103,7 +103,7 @@ def resolved_path(directory: epath.PathLike) -> epath.Path:
         with contextlib.suppress(FileNotFoundError, NotADirectoryError, PermissionError):
             local.stat()
     except (OSError, ImportError, RuntimeError) as error:
-        # A name that is too long, of an unknown user, or of a store that needs something installed.
+        # The name is too long, of an unknown user, or of a store that needs another package.
         reason = str(error).partition(": '")[0].rstrip(".")
         fail("workdir", text, f"cannot be used: {reason}", "Choose another --workdir")
     return epath.Path(local)
@@ -120,12 +120,12 @@ class Change(NamedTuple):
 def check_workdir(
     workdir: epath.PathLike, cfg: TrainConfig, allow: Sequence[str] = ()
 ) -> list[Change] | None:
-    """None: `workdir` is free. Else what of `cfg` differs from the run there, all of it allowed.
+    """Checks that `cfg` may run in `workdir`: returns None if it is new, else the allowed changes.
 
-    allow: settings (`optim.lr`) or groups of them (`optim`) that may differ, beside those that
-    every run may change; only these are returned. Writes nothing. Raises `ValueError` when
-    `workdir` is a file, a directory of something else, not writable, or the directory of a run
-    whose configuration differs in more; the message lists every such setting with both values.
+    allow: settings (`optim.lr`) or groups (`optim`) that may differ from the run in `workdir`, in
+    addition to those that every run may change, which are not returned. Writes nothing. Raises
+    `ValueError` if `workdir` is a file, not a run directory, not writable, or holds a run whose
+    configuration differs in other settings; the message lists each of them with both values.
     """
     path = epath.Path(workdir)
     _check_names(allow, cfg)
@@ -133,22 +133,22 @@ def check_workdir(
     if not path.exists():
         return None
     if not path.is_dir():
-        raise ValueError(f"workdir={path}: is a file, a run needs a directory. Choose another")
+        raise ValueError(f"workdir={path}: must be a directory, is a file. Choose another")
     if {entry.name for entry in path.iterdir()} <= _EARLY:
         return None
     differing = _differences(_read(path), to_plain(cfg))
     if unused := pretrained.present(path) and not checkpointer.any_complete(path):
-        differing = [change for change in differing if _is_meaning(change.setting)]
-    refused = [change for change in differing if not is_within(change.setting, allow)]
-    if refused:
-        raise _refusal(path, refused, unused)
+        differing = [change for change in differing if _defines_weights(change.setting)]
+    rejected = [change for change in differing if not is_within(change.setting, allow)]
+    if rejected:
+        raise _changes_error(path, rejected, unused)
     return differing
 
 
 def read_values(workdir: epath.PathLike) -> dict[str, Any] | None:
-    """What `config.json` in a directory says, older settings as they were; None without one.
+    """The content of `config.json` in a directory, under current names; None if it does not exist.
 
-    Raises `ValueError` if it is damaged or another program's.
+    Raises `ValueError` if it is damaged or not of this project.
     """
     path = resolved_path(workdir)
     return _read(path) if (path / CONFIG_FILE).exists() else None
@@ -163,31 +163,31 @@ def read_config(workdir: epath.PathLike) -> TrainConfig:
     return TrainConfig.from_dict(_read(path))
 
 
-def _is_meaning(setting: str) -> bool:
-    return is_within(setting, _MEANING) and not is_within(setting, _RECIPE)
+def _defines_weights(setting: str) -> bool:
+    return is_within(setting, _DEFINING) and not is_within(setting, _TRAINING_ONLY)
 
 
-def _refusal(path: epath.Path, refused: Sequence[Change], unused: bool) -> ValueError:
+def _changes_error(path: epath.Path, rejected: Sequence[Change], unused: bool) -> ValueError:
     # unused: there is no run yet, only imported weights.
-    held, giver = "a run of another configuration", "give the settings of that run"
+    content, same = "a run with another configuration", "use the settings of that run"
     end = ", or delete the directory to start over"
     if unused:
-        held, end = "imported weights of another model", ""
-        giver = f"take them from there with --config=configs/from_workdir.py:{path}"
-    free = [change.setting for change in refused if not is_within(change.setting, _SHAPES)]
-    # Whoever allows a change of shapes is refused later, by the checkpoint.
-    meant = f", name those meant in --allow_changes={','.join(free)}" if free else ""
+        content, end = "imported weights of another model", ""
+        same = f"use their settings with --config=configs/from_workdir.py:{path}"
+    free = [change.setting for change in rejected if not is_within(change.setting, _SHAPES)]
+    # Changes of shapes are not offered: the checkpoint would not load.
+    allowed = f", allow the changes with --allow_changes={','.join(free)}" if free else ""
     return ValueError(
-        f"workdir={path}: holds {held}:\n"
-        + "".join(f"  {key}: {old} there, {new} now\n" for key, old, new in refused)
-        + f"Choose another --workdir, {giver}{meant}{end}"
+        f"workdir={path}: holds {content}:\n"
+        + "".join(f"  {key}: {old} there, {new} now\n" for key, old, new in rejected)
+        + f"Choose another --workdir, {same}{allowed}{end}"
     )
 
 
 def claim_workdir(
     workdir: epath.PathLike, cfg: TrainConfig, allow: Sequence[str] = ()
 ) -> list[Change] | None:
-    """`check_workdir`, then makes the directory and records `cfg` in it. Returns the same."""
+    """`check_workdir`, then creates the directory and records `cfg` in it. Returns the same."""
     changes = check_workdir(workdir, cfg, allow)
     path = epath.Path(workdir)
     try:
@@ -201,13 +201,13 @@ def claim_workdir(
 
 @contextlib.contextmanager
 def lock_run_dir(workdir: epath.PathLike) -> Iterator[Callable[[], None]]:
-    """Keeps `workdir` for this job inside the block; makes it, and takes it back if unclaimed.
+    """Locks `workdir` for this job inside the block; creates it, and removes it if unclaimed.
 
-    Gives what takes it back, for a process that ends without leaving the block.
+    Yields the function that removes it, for a process that ends without leaving the block.
 
-    The lock belongs to the process: the system drops it however the process ends. In an object
-    store, which knows no locks, signs of life take its place. Raises `ValueError`, naming host and
-    process, if another job holds the directory.
+    The lock belongs to the process: the system releases it however the process ends. Object stores
+    have no locks; a heartbeat file takes their place. Raises `ValueError`, naming host and process,
+    if another job holds the directory.
     """
     path = epath.Path(workdir)
     if jax.process_index() != 0:
@@ -220,17 +220,17 @@ def lock_run_dir(workdir: epath.PathLike) -> Iterator[Callable[[], None]]:
                 raise _in_use(path, str(held)) from held
             yield _nothing
     else:
-        yield from _hold_local(path)
+        yield from _lock_local(path)
 
 
 def _nothing() -> None:
     pass
 
 
-def _hold_local(path: epath.Path) -> Iterator[Callable[[], None]]:
+def _lock_local(path: epath.Path) -> Iterator[Callable[[], None]]:
     local = Path(path)
-    places = (local / "compilation_cache", local, *local.parents)
-    made = [part for part in places if not part.exists()]
+    folders = (local / "compilation_cache", local, *local.parents)
+    created = [folder for folder in folders if not folder.exists()]
     try:
         local.mkdir(parents=True, exist_ok=True)
         file = (local / LOCK_FILE).open("a+")
@@ -243,8 +243,8 @@ def _hold_local(path: epath.Path) -> Iterator[Callable[[], None]]:
         except LockHeld as held:
             raise _in_use(path, str(held)) from held
         except OSError as error:
-            _log.warning("%s: no locks there (%s): nothing keeps a second job away", path, error)
-        undo = functools.partial(_take_back, local, made)
+            _log.warning("%s: cannot be locked (%s): a second job may write to it", path, error)
+        undo = functools.partial(_remove_unclaimed, local, created)
         try:
             yield undo
         finally:
@@ -258,41 +258,41 @@ def _in_use(path: epath.Path, owner: str) -> ValueError:
     )
 
 
-def _take_back(path: Path, made: list[Path]) -> None:
-    # A start that was refused leaves things as they were.
+def _remove_unclaimed(path: Path, created: list[Path]) -> None:
+    # A start that was rejected leaves no trace.
     if (path / CONFIG_FILE).exists():
         return
     with contextlib.suppress(OSError):
         (path / LOCK_FILE).unlink()
         cache = path / "compilation_cache"
-        # One that was there before is somebody's.
-        for entry in cache.iterdir() if cache in made and cache.exists() else ():
+        # A cache that existed before is not ours to delete.
+        for entry in cache.iterdir() if cache in created and cache.exists() else ():
             entry.unlink()
-        for part in made:
-            if part != cache or cache.exists():
-                part.rmdir()
+        for folder in created:
+            if folder != cache or cache.exists():
+                folder.rmdir()
 
 
 def _check_writable(path: epath.Path) -> None:
     if "://" in str(path):
         return
-    there = next(part for part in (path, *path.parents) if part.exists())
-    if there.is_dir() and not os.access(there, os.W_OK | os.X_OK, effective_ids=True):
-        raise _not_writable(path, f"no permission to write in {there}, or it is read-only")
+    existing = next(part for part in (path, *path.parents) if part.exists())
+    if existing.is_dir() and not os.access(existing, os.W_OK | os.X_OK, effective_ids=True):
+        raise _not_writable(path, f"no permission to write in {existing}, or it is read-only")
 
 
-def _not_writable(path: epath.Path, why: object) -> ValueError:
-    return ValueError(f"workdir={path}: cannot be written: {why}. Choose another --workdir")
+def _not_writable(path: epath.Path, reason: object) -> ValueError:
+    return ValueError(f"workdir={path}: cannot be written: {reason}. Choose another --workdir")
 
 
 def to_plain(cfg: TrainConfig) -> dict[str, Any]:
-    """The configuration as JSON gives it back: tuples become lists."""
+    """The configuration as it reads back from JSON: tuples become lists."""
     return json.loads(json.dumps(cfg.to_dict()))
 
 
 def _read(path: epath.Path) -> dict[str, Any]:
     file = path / CONFIG_FILE
-    rule = "is not empty and not the directory of a run"
+    rule = "is neither empty nor the directory of a run"
     fix = "Choose an empty or a new directory; nothing in it was changed"
     if not file.exists():
         raise ValueError(f"workdir={path}: {rule} (no {CONFIG_FILE}). {fix}")
@@ -301,45 +301,46 @@ def _read(path: epath.Path) -> dict[str, Any]:
     except json.JSONDecodeError as error:
         raise ValueError(f"workdir={path}: {CONFIG_FILE} is damaged ({error}). {fix}") from error
     if not isinstance(config, dict) or not {"model", "optim", "data"} <= config.keys():
-        raise ValueError(f"workdir={path}: {rule} ({CONFIG_FILE} is another program's). {fix}")
+        raise ValueError(f"workdir={path}: {rule} ({CONFIG_FILE} is not of a run). {fix}")
     return old_names.translated(config)
 
 
 def differences(old: TrainConfig, new: TrainConfig) -> list[Change]:
-    """What of `new` differs from `old`, but for what every run may change."""
+    """Settings of `new` that differ from `old`, except those that every run may change."""
     return _differences(to_plain(old), to_plain(new))
 
 
 def _differences(old: dict[str, Any], new: dict[str, Any]) -> list[Change]:
-    before, after = flat(old), flat(new)
-    defaults = flat(to_plain(TrainConfig()))
-    before = {key: value for key, value in defaults.items() if is_within(key, _LATER)} | before
+    before, after = flatten_settings(old), flatten_settings(new)
+    defaults = flatten_settings(to_plain(TrainConfig()))
+    added = {key: value for key, value in defaults.items() if is_within(key, _ADDED_LATER)}
+    before = added | before
     for side in (before, after):
-        # Where nobody wrote it out, capacities were not rounded.
+        # Where it is not set, capacities were not rounded.
         side[_MULTIPLE] = side.get(_MULTIPLE) or 1
-    found = []
+    changes = []
     for key in sorted(before.keys() | after.keys()):
         pair = [repr(side[key]) if key in side else "absent" for side in (before, after)]
         if pair[0] != pair[1] and not is_free(key):
-            found.append(Change(key, *pair))
-    return found
+            changes.append(Change(key, *pair))
+    return changes
 
 
 def is_free(setting: str) -> bool:
-    """Whether any run may change `setting` between two starts, as it does not change its result."""
+    """Whether any run may change `setting` on resume because it does not affect the result."""
     return any(setting == name or (name[-1] == "." and setting.startswith(name)) for name in _FREE)
 
 
 def is_within(setting: str, names: Sequence[str]) -> bool:
-    """Whether `setting` is one of `names` or in one of the groups that they name."""
+    """Whether `setting` is one of `names` or belongs to one of the groups among them."""
     return any(setting == name or setting.startswith(f"{name}.") for name in names)
 
 
 def _check_names(allow: Sequence[str], cfg: TrainConfig) -> None:
-    settings = flat(to_plain(cfg))
+    settings = flatten_settings(to_plain(cfg))
     for name in allow:
         if not any(is_within(setting, [name]) for setting in settings):
-            if told := old_names.answer(name):
-                raise ValueError(f"allow_changes={name}: is no setting. {told}")
-            near = difflib.get_close_matches(name, settings, n=1, cutoff=0.0)[0]
-            raise ValueError(f"allow_changes={name}: is no setting. Did you mean {near}?")
+            if hint := old_names.rename_hint(name):
+                raise ValueError(f"allow_changes={name}: unknown setting. {hint}")
+            closest = difflib.get_close_matches(name, settings, n=1, cutoff=0.0)[0]
+            raise ValueError(f"allow_changes={name}: unknown setting. Did you mean {closest}?")

@@ -1,7 +1,7 @@
-"""Keeping a directory for one job where the file system knows no locks, such as an object store.
+"""A lock on a directory where the file system has no locks, such as an object store.
 
-The holder rewrites a small file every few seconds. Whoever finds such a file waits to see whether
-it still changes: if not, its holder is gone, however it ended.
+The holder rewrites a small file every few seconds (its heartbeat). A process that wants the lock
+waits to see whether the file changes; if it does not, the holder has ended.
 """
 
 import json
@@ -16,20 +16,21 @@ from etils import epath
 from mor_jax.runtime import exit_codes
 
 EVERY = 5.0
-"""Seconds between two signs of life."""
+"""Seconds between two heartbeats."""
 
 _MISSED = 4
-"""Signs of life that must be missing before a holder counts as gone."""
+"""Missed heartbeats after which a holder counts as ended."""
 
 
 class RunLocked(Exception):
-    """Somebody else holds the file; the text says who."""
+    """Another job holds the lock; the message names it."""
 
 
 class RunLock:
-    """Holds `file` inside the block. Raises `Held` if another does, which may take 20 seconds.
+    """Holds the lock `file` inside the block.
 
-    owner: who this is, for the message of others. every: seconds between signs of life.
+    Raises `RunLocked` if another job holds it; finding out takes up to 20 seconds.
+    owner: the name of this job, for the messages of others. every: seconds between heartbeats.
     """
 
     def __init__(self, file: epath.Path, owner: str, every: float = EVERY):
@@ -40,7 +41,7 @@ class RunLock:
     def __enter__(self) -> "RunLock":
         self._wait_while_alive()
         self._write()
-        # Of two that come at the same time the later writer has it.
+        # If two processes arrive at the same time, the later writer gets the lock.
         time.sleep(self._every / 5)
         self._check()
         self._thread = threading.Thread(target=self._renew, name="lease", daemon=True)
@@ -74,12 +75,12 @@ class RunLock:
                 self._check()
                 self._write()
             except RunLocked as other:
-                # This process was out for so long that it was taken for dead.
+                # This process was suspended for so long that its lock expired.
                 print(f"error: {self._file.parent}: {other} took it over", file=sys.stderr)
                 sys.stderr.flush()
                 os._exit(exit_codes.ERROR)
             except OSError as error:
-                print(f"{self._file}: no sign of life written: {error}", file=sys.stderr)
+                print(f"{self._file}: heartbeat not written: {error}", file=sys.stderr)
 
     def _write(self) -> None:
         self._counter += 1
@@ -87,7 +88,7 @@ class RunLock:
         self._file.write_text(json.dumps(record))
 
     def _read(self) -> dict[str, object] | None:
-        # None: there is no file. Empty: it is being written, or was cut short.
+        # None: the file does not exist. Empty: it is being written, or was truncated.
         try:
             return json.loads(self._file.read_text())
         except FileNotFoundError:

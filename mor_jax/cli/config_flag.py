@@ -86,8 +86,8 @@ def _old_name(error: BaseException) -> str | None:
     name = (
         (found[1] or found[2]) if found and isinstance(error, LookupError | AttributeError) else ""
     )
-    told = old_names.leaf_answer(name)
-    return f"{name}: is no setting. {told}" if told else None
+    told = old_names.rename_hint_for_leaf(name)
+    return f"{name}: unknown setting. {told}" if told else None
 
 
 def _given(argv: Sequence[str]) -> str:
@@ -112,11 +112,10 @@ def _unknown(argv: Sequence[str]) -> str | None:
         name, _, _ = word.removeprefix(f"{_CONFIG}.").partition("=")
         if word.startswith(f"{_CONFIG}.") and name not in names:
             if name in old_names.SETTINGS:
-                return (
-                    f"{word}: is no setting. It is called {_CONFIG}.{old_names.SETTINGS[name]} now"
-                )
+                new = f"{_CONFIG}.{old_names.SETTINGS[name]}"
+                return f"{word}: unknown setting. It is called {new} now"
             near = difflib.get_close_matches(name, names, n=1, cutoff=0.0)[0]
-            return f"{word}: is no setting. Did you mean {_CONFIG}.{near}?"
+            return f"{word}: unknown setting. Did you mean {_CONFIG}.{near}?"
     return None
 
 

@@ -83,14 +83,14 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _export(options: argparse.Namespace) -> int:
-    from mor_jax.config.parsing import size
+    from mor_jax.config.parsing import parse_bytes
     from mor_jax.convert.exports import ExportOptions, export
     from mor_jax.convert.run_source import open_run
 
     chosen = ExportOptions(
         output=options.output,
         dtype=options.dtype,
-        shard_bytes=size("max_shard_size", options.max_shard_size),
+        shard_bytes=parse_bytes("max_shard_size", options.max_shard_size),
         unroll=options.unroll,
         replace=options.overwrite,
     )

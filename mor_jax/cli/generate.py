@@ -43,7 +43,7 @@ def main(argv: list[str] | None = None) -> int:
 def _generate(typed: argparse.Namespace) -> int:
     from rich.console import Console
 
-    from mor_jax.config.parsing import size
+    from mor_jax.config.parsing import parse_bytes
     from mor_jax.inference.cli.generate import Options, generate
     from mor_jax.inference.cli.prompts import ANSWER, PromptSettings
     from mor_jax.inference.engine.request import Stopped
@@ -57,7 +57,7 @@ def _generate(typed: argparse.Namespace) -> int:
             **given,
             prompts=prompts,
             wishes=PromptSettings(**{**wishes, "stop": tuple(wishes["stop"])}),
-            cache_bytes=None if cache is None else size("cache", cache),
+            cache_bytes=None if cache is None else parse_bytes("cache", cache),
         )
         console = Console(highlight=False, markup=False, emoji=False)
         totals = generate(options, _standard_input, console)

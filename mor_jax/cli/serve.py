@@ -68,7 +68,7 @@ def _serve(options: argparse.Namespace) -> int:
 
     limits = _limits(options)
     keys = read_keys(options.api_key_file)
-    cache_bytes = None if options.cache is None else parsing.size("cache", options.cache)
+    cache_bytes = None if options.cache is None else parsing.parse_bytes("cache", options.cache)
     cfg = EngineConfig(
         slots=options.slots,
         cache_bytes=cache_bytes,
@@ -95,14 +95,14 @@ def _serve(options: argparse.Namespace) -> int:
 
 
 def _limits(options: argparse.Namespace) -> "Limits":
-    from mor_jax.config.parsing import size
+    from mor_jax.config.parsing import parse_bytes
     from mor_jax.inference.server.limits import Limits
 
     limits = Limits(
         timeout=options.timeout,
         drain=options.drain,
         max_requests=options.max_requests,
-        max_body=size("max_body", options.max_body),
+        max_body=parse_bytes("max_body", options.max_body),
         max_choices=options.max_choices,
         write_timeout=options.write_timeout,
         keep_alive=options.keep_alive,

@@ -1,4 +1,4 @@
-"""Configuration: frozen dataclasses of every setting, their parsing and their rules."""
+"""Configuration: frozen dataclasses of all settings, their parsing and validation."""
 
 from mor_jax.config.model import (
     Attention,

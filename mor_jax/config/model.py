@@ -1,10 +1,10 @@
-"""The settings of a model. `mor_jax.config` exports them with the others."""
+"""The settings of a model, re-exported by `mor_jax.config`."""
 
 import dataclasses
 import itertools
 from typing import Literal
 
-from mor_jax.config.parsing import check, not_negative, positive
+from mor_jax.config.parsing import check, check_not_negative, check_positive
 
 Sharing = Literal["none", "cycle", "sequence", "middle_cycle", "middle_sequence"]
 KVMode = Literal["recursion", "shared", "shared_update"]
@@ -16,8 +16,8 @@ Remat = Literal["none", "block", "full", "offload"]
 class RouterConfig:
     """Routing of tokens through recursions (paper section 2.2).
 
-    `expert`: at each recursion the best `capacity[r]` of the tokens still active go on.
-    `token`: each token chooses its depth once.
+    `expert`: each recursion selects its top tokens, a fraction `capacity[r]` of the sequence, from
+    the tokens that are still active. `token`: each token is assigned its depth once.
     """
 
     kind: Literal["none", "expert", "token"] = "none"
@@ -33,26 +33,26 @@ class RouterConfig:
     capacity_warmup_stages: int = 8
     causal_routing: Literal["aux_loss", "aux_router", "none"] = "aux_loss"
     aux_loss_coeff: float = 0.001
-    # Token-choice. None capacity factor: room for every token at every recursion, exact.
+    # Token-choice. None capacity factor: no token is dropped.
     load_balancing: Literal["loss", "loss_free", "none"] = "loss"
     balance_loss_coeff: float = 0.1
     balance_warmup_steps: int = 0
     bias_update_rate: float = 0.001
     capacity_factor: float | None = None
-    # Both: tokens kept are a multiple of it. None: as the run's device likes it, else 1.
+    # Both: selected token counts are rounded to a multiple of it. None: chosen for the device.
     capacity_multiple: int | None = None
 
     def validate(self, path: str, recursions: int) -> None:
         """Raises `ValueError` on a setting out of range for `recursions` recursions."""
         if self.kind == "none":
             return
-        positive(path, self, "alpha", "temperature", "capacity_warmup_stages")
-        not_negative(
+        check_positive(path, self, "alpha", "temperature", "capacity_warmup_stages")
+        check_not_negative(
             path, self, "z_loss_coeff", "aux_loss_coeff", "balance_loss_coeff", "bias_update_rate"
         )
-        not_negative(path, self, "capacity_warmup_steps", "balance_warmup_steps")
+        check_not_negative(path, self, "capacity_warmup_steps", "balance_warmup_steps")
         if self.capacity_multiple is not None:
-            positive(path, self, "capacity_multiple")
+            check_positive(path, self, "capacity_multiple")
         allowed = {"expert": ("sigmoid", "tanh", "none"), "token": ("softmax", "sigmoid")}[
             self.kind
         ]
@@ -67,24 +67,24 @@ class RouterConfig:
         if self.kind == "expert":
             self._validate_capacities(f"{path}.capacity", recursions)
         elif self.capacity_factor is not None:
-            positive(path, self, "capacity_factor")
+            check_positive(path, self, "capacity_factor")
 
     def _validate_capacities(self, path: str, recursions: int) -> None:
-        shares = self.capacity
-        if shares is None:
+        capacity = self.capacity
+        if capacity is None:
             return
-        fix = f"Leave it None for {tuple(round(1 - r / recursions, 3) for r in range(recursions))}"
-        rule = f"needs one share per recursion ({recursions})"
-        check(len(shares) == recursions, path, shares, rule, fix)
-        for r, share in enumerate(shares):
-            rule = "must be in (0, 1]; it is the share of tokens kept at this recursion"
-            check(0 < share <= 1, f"{path}[{r}]", share, rule, "Try 0.5")
-        falling = all(a >= b for a, b in itertools.pairwise(shares))
-        rule = "must not increase: a recursion keeps some of the tokens of the one before"
-        check(falling, path, shares, rule, f"Try {tuple(sorted(shares, reverse=True))}")
+        default = tuple(round(1 - r / recursions, 3) for r in range(recursions))
+        rule = f"needs one fraction per recursion ({recursions})"
+        check(len(capacity) == recursions, path, capacity, rule, f"Leave it None for {default}")
+        for r, fraction in enumerate(capacity):
+            rule = "must be in (0, 1]; it is the fraction of tokens selected at this recursion"
+            check(0 < fraction <= 1, f"{path}[{r}]", fraction, rule, "Try 0.5")
+        decreasing = all(a >= b for a, b in itertools.pairwise(capacity))
+        rule = "must not increase: a recursion selects from the tokens of the previous one"
+        check(decreasing, path, capacity, rule, f"Try {tuple(sorted(capacity, reverse=True))}")
 
-    def shares(self, recursions: int) -> tuple[float, ...]:
-        """Share of the row's tokens that each recursion keeps, in [0, 1]."""
+    def capacities(self, recursions: int) -> tuple[float, ...]:
+        """Fraction of the sequence's tokens that each recursion selects, in [0, 1]."""
         if self.kind != "expert":
             return (1.0,) * recursions
         return self.capacity or tuple((recursions - r) / recursions for r in range(recursions))
@@ -92,12 +92,11 @@ class RouterConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RopeScaling:
-    """How the rotary embedding is stretched to rows longer than a model was first trained on.
+    """Scaling of the rotary embedding for sequences longer than a model was first trained on.
 
-    `linear`: every position is divided by `factor`. `llama3` (Llama 3.1): frequencies that turn
-    fewer than `low_freq_factor` times in `original_max_position_embeddings` tokens are divided by
-    `factor`, those that turn more than `high_freq_factor` times stay, those between are mixed
-    linearly.
+    `linear`: divides every position by `factor`. `llama3` (Llama 3.1): divides frequencies with
+    fewer than `low_freq_factor` periods in `original_max_position_embeddings` tokens by `factor`,
+    leaves those with more than `high_freq_factor` periods unchanged, and interpolates in between.
     """
 
     rope_type: Literal["none", "linear", "llama3"] = "none"
@@ -110,10 +109,10 @@ class RopeScaling:
         """Raises `ValueError` on a setting out of range."""
         if self.rope_type == "none":
             return
-        rule = "must be at least 1: scaling stretches positions, it does not squeeze them"
+        rule = "must be at least 1: scaling extends the context, it does not shorten it"
         check(self.factor >= 1, f"{path}.factor", self.factor, rule, "Try 8.0")
         if self.rope_type == "llama3":
-            positive(path, self, "low_freq_factor", "original_max_position_embeddings")
+            check_positive(path, self, "low_freq_factor", "original_max_position_embeddings")
             rule = f"must be greater than low_freq_factor={self.low_freq_factor}"
             ok = self.high_freq_factor > self.low_freq_factor
             check(ok, f"{path}.high_freq_factor", self.high_freq_factor, rule, "Try 4.0")
@@ -123,7 +122,7 @@ class RopeScaling:
 class ModelConfig:
     """A Llama-style decoder whose middle may be one block applied `num_recursions` times.
 
-    `num_layers` counts effective layers (what a plain model of the same depth would hold).
+    `num_layers` counts effective layers: those of a vanilla model of the same depth.
     """
 
     vocab_size: int = 256
@@ -150,7 +149,7 @@ class ModelConfig:
 
     @property
     def is_middle(self) -> bool:
-        """Whether the first and the last layer stand outside the shared block."""
+        """Whether the first and the last layer are outside the shared block."""
         return self.sharing.startswith("middle")
 
     @property
@@ -160,7 +159,7 @@ class ModelConfig:
 
     @property
     def shared_layers(self) -> int:
-        """Layers held by the shared block; for a plain model all of them."""
+        """Layers of the shared block; all layers for a vanilla model."""
         return (self.num_layers - 2 * self.is_middle) // self.num_recursions
 
     @property
@@ -169,8 +168,8 @@ class ModelConfig:
         return self.shared_layers + 2 * self.is_middle
 
     def validate(self, path: str = "model") -> None:
-        """Raises `ValueError` on a setting out of range or two that do not fit together."""
-        positive(
+        """Raises `ValueError` if a setting is out of range or two settings are incompatible."""
+        check_positive(
             path,
             self,
             "vocab_size",
@@ -180,7 +179,7 @@ class ModelConfig:
             "num_kv_heads",
             "head_dim",
         )
-        positive(
+        check_positive(
             path,
             self,
             "intermediate_size",
@@ -189,15 +188,15 @@ class ModelConfig:
             "norm_eps",
             "num_recursions",
         )
-        not_negative(path, self, "init_std")
+        check_not_negative(path, self, "init_std")
         rule = f"must divide num_heads={self.num_heads}; each key/value head serves the same number"
         if self.num_heads % self.num_kv_heads:
-            # Of a number that no model has they could not be counted.
-            counted = range(1, min(self.num_heads, 4096) + 1)
-            divisors = [g for g in counted if self.num_heads % g == 0]
+            # Bounded, so that an absurd num_heads does not take for ever.
+            candidates = range(1, min(self.num_heads, 4096) + 1)
+            divisors = [g for g in candidates if self.num_heads % g == 0]
             nearest = min(divisors, key=lambda g: abs(g - self.num_kv_heads))
             check(False, f"{path}.num_kv_heads", self.num_kv_heads, rule, f"Try {nearest}")
-        rule = "must be even: the rotary embedding turns pairs of channels"
+        rule = "must be even: the rotary embedding rotates pairs of channels"
         check(self.head_dim % 2 == 0, f"{path}.head_dim", self.head_dim, rule, "Try 64")
         self.rope_scaling.validate(f"{path}.rope_scaling")
         self._validate_sharing(path)
@@ -206,7 +205,7 @@ class ModelConfig:
     def _validate_sharing(self, path: str) -> None:
         routed = self.router.kind != "none"
         if self.sharing == "none":
-            rule = "a plain model (sharing='none') runs its layers once"
+            rule = "a vanilla model (sharing='none') runs its layers once"
             fix = "Set model.sharing='middle_cycle' or model.num_recursions=1"
             check(
                 self.num_recursions == 1, f"{path}.num_recursions", self.num_recursions, rule, fix

@@ -1,8 +1,8 @@
-"""Settings that had other names in earlier versions.
+"""Settings that were renamed since earlier versions.
 
-`SETTINGS` is the one table. `translated` and `translated_paths` are for what an earlier version
-recorded: configurations of runs, checkpoints and studies. What a person gives under an old name
-is refused, and `answer` is the sentence that says the new one.
+`SETTINGS` maps old names to new ones. `translated` and `translated_paths` convert recorded
+configurations of runs, checkpoints and studies. Old names on a command line are rejected;
+`rename_hint` is the sentence with the new name.
 """
 
 import re
@@ -46,54 +46,54 @@ SETTINGS = {
     "sharding.gather_shared": "sharding.all_gather_shared",
     "hosts.timeout": "hosts.heartbeat_timeout",
 }
-"""Dotted path in earlier versions -> dotted path now. The group of a setting is the same."""
+"""Old dotted path -> current dotted path. A setting never moves to another group."""
 
 
 def translated(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """A nested configuration, or the group of it at `prefix` (`model.`), under today's names.
+    """A nested configuration, or its group at `prefix` (`model.`), under the current names.
 
     Raises `ValueError` if it has a setting under both names, as a file edited by hand may.
     """
-    made: dict[str, Any] = {}
+    renamed: dict[str, Any] = {}
     for key, value in values.items():
         path = f"{prefix}{key}"
         name = SETTINGS.get(path, path).removeprefix(prefix)
         if name != key and name in values:
-            rule = f"is the old name of {prefix}{name}, which is given too"
-            raise ValueError(f"{path}={value!r}: {rule}. Keep {prefix}{name} alone")
-        made[name] = translated(value, f"{path}.") if isinstance(value, Mapping) else value
-    return made
+            rule = f"is the old name of {prefix}{name}, which is set too"
+            raise ValueError(f"{path}={value!r}: {rule}. Keep only {prefix}{name}")
+        renamed[name] = translated(value, f"{path}.") if isinstance(value, Mapping) else value
+    return renamed
 
 
 def translated_paths(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The same of settings by their dotted paths."""
+    """As `translated`, for settings by their dotted paths."""
     return {SETTINGS.get(path, path): value for path, value in values.items()}
 
 
 def translated_command(text: str) -> str:
-    """A command line with today's names in its `--config.NAME=VALUE`."""
+    """A command line with the current names in its `--config.NAME=VALUE`."""
     return re.sub(
         r"(--config\.)([\w.]+)(?==)",
-        lambda found: found[1] + SETTINGS.get(found[2], found[2]),
+        lambda match: match[1] + SETTINGS.get(match[2], match[2]),
         text,
     )
 
 
-def answer(path: str) -> str | None:
+def rename_hint(path: str) -> str | None:
     """`It is called seq_len now` for `length`; None unless `path` is an old name."""
     return f"It is called {SETTINGS[path]} now" if path in SETTINGS else None
 
 
-def leaf_answer(leaf: str) -> str | None:
-    """The same for the last part of a path, which is all that some errors tell."""
-    found = {new for old, new in SETTINGS.items() if old.rpartition(".")[2] == leaf}
-    return f"It is called {' or '.join(sorted(found))} now" if found else None
+def rename_hint_for_leaf(leaf: str) -> str | None:
+    """As `rename_hint`, for the last part of a path, where an error names nothing else."""
+    names = {new for old, new in SETTINGS.items() if old.rpartition(".")[2] == leaf}
+    return f"It is called {' or '.join(sorted(names))} now" if names else None
 
 
 __all__ = [
     "SETTINGS",
-    "answer",
-    "leaf_answer",
+    "rename_hint",
+    "rename_hint_for_leaf",
     "translated",
     "translated_command",
     "translated_paths",

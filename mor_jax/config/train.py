@@ -1,8 +1,8 @@
-"""The typed side of configuration: frozen dataclasses, parsing, validation.
+"""The settings of a training run: frozen dataclasses and their validation.
 
-`TrainConfig.from_dict` is the one place where a plain dictionary becomes typed. An unknown key, a
-value of another type or out of range raises `ValueError` with the setting's path, its value, the
-rule and a fix. Values that follow from others are properties, never stored twice.
+`TrainConfig.from_dict` is the only place where a plain dictionary becomes typed. An unknown key, a
+wrong type or a value out of range raises `ValueError` with the setting's path, its value, the rule
+and a fix. Derived values are properties and never stored.
 """
 
 import dataclasses
@@ -17,18 +17,25 @@ from mor_jax.config.model import (
     RouterConfig,
     Sharing,
 )
-from mor_jax.config.parsing import check, fail, not_negative, numbers, parse, positive
+from mor_jax.config.parsing import (
+    check,
+    check_not_negative,
+    check_numbers,
+    check_positive,
+    fail,
+    parse,
+)
 
-_ENDLESS = ("optim.clip_norm", "eval.batches", "eval.batch_size")
-"""No limit of the gradient; as much held-out text as there is."""
+_UNBOUNDED = ("optim.clip_norm", "eval.batches", "eval.batch_size")
+"""A huge value means no gradient clipping, or all of the validation data."""
 
-MOST_WORKERS = 1024
-MOST_AHEAD = 65536
+MAX_WORKERS = 1024
+MAX_PREFETCH = 65536
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OptimConfig:
-    """AdamW and its schedule. Step counts are optimiser steps."""
+    """AdamW and its learning-rate schedule. Step counts are optimiser steps."""
 
     lr: float = 3e-3
     schedule: Literal["trapezoid", "cosine", "constant"] = "trapezoid"
@@ -45,8 +52,12 @@ class OptimConfig:
 
     def validate(self, path: str, steps: int) -> None:
         """Raises `ValueError` on a setting out of range for a run of `steps` steps."""
-        positive(path, self, "lr", "eps", "clip_norm", "aux_router_lr_ratio", "max_skipped_steps")
-        not_negative(path, self, "warmup_steps", "decay_steps", "final_lr_ratio", "weight_decay")
+        check_positive(
+            path, self, "lr", "eps", "clip_norm", "aux_router_lr_ratio", "max_skipped_steps"
+        )
+        check_not_negative(
+            path, self, "warmup_steps", "decay_steps", "final_lr_ratio", "weight_decay"
+        )
         for name in ("b1", "b2"):
             value = getattr(self, name)
             check(0 <= value < 1, f"{path}.{name}", value, "must be in [0, 1)", "Try 0.9")
@@ -58,7 +69,7 @@ class OptimConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """What is read, how it is tokenised and packed. docs/data.md explains every source.
+    """Sources, tokenisation and packing of the data. docs/data.md explains every source.
 
     sources: `stdlib`, `text:GLOB`, `jsonl:GLOB`, `parquet:GLOB`, `tfds:NAME[:SPLIT]`,
         `tfds:DIR[:SPLIT]`, `hf:NAME[:SPLIT]`, `shards:DIR`; one weight each, normalised.
@@ -82,20 +93,20 @@ class DataConfig:
             rule = f"needs one positive weight per source ({len(self.sources)})"
             ok = len(self.weights) == len(self.sources) and all(w > 0 for w in self.weights)
             check(ok, f"{path}.weights", self.weights, rule, "Leave it None for equal weights")
-        rule = "must be in (0, 0.5]; it is the share of documents kept for evaluation"
+        rule = "must be in (0, 0.5]; it is the fraction of documents used for validation"
         ok = 0 < self.validation_fraction <= 0.5
         check(ok, f"{path}.validation_fraction", self.validation_fraction, rule, "Try 0.01")
-        not_negative(path, self, "seed", "num_workers", "prefetch")
-        for name, most in (("num_workers", MOST_WORKERS), ("prefetch", MOST_AHEAD)):
+        check_not_negative(path, self, "seed", "num_workers", "prefetch")
+        for name, most in (("num_workers", MAX_WORKERS), ("prefetch", MAX_PREFETCH)):
             rule = f"must be at most {most}: each is a process" if name == "num_workers" else ""
-            rule = rule or f"must be at most {most}: so many batches are kept in memory"
+            rule = rule or f"must be at most {most}: each prefetched batch is held in memory"
             ok = getattr(self, name) <= most
             check(ok, f"{path}.{name}", getattr(self, name), rule, "Try 2")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EvalConfig:
-    """Evaluation on held-out text. `interval`: steps between two; None: only at the end."""
+    """Evaluation on the validation split. `interval`: steps in between; None: only at the end."""
 
     interval: int | None = 100
     batches: int = 8
@@ -105,17 +116,17 @@ class EvalConfig:
 
     def validate(self, path: str) -> None:
         """Raises `ValueError` on a setting out of range."""
-        positive(path, self, "batches", "batch_size")
-        not_negative(path, self, "completion_tokens")
+        check_positive(path, self, "batches", "batch_size")
+        check_not_negative(path, self, "completion_tokens")
         if self.interval is not None:
-            positive(path, self, "interval")
+            check_positive(path, self, "interval")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
-    """When a checkpoint is written and which stay. `interval`: steps; None: only at the end.
+    """When checkpoints are written and retained. `interval`: steps; None: only at the end.
 
-    keep_steps: further steps after which one is written; these stay for good.
+    keep_steps: further steps to write a checkpoint at; these are never deleted.
     """
 
     interval: int | None = 200
@@ -125,17 +136,17 @@ class CheckpointConfig:
 
     def validate(self, path: str) -> None:
         """Raises `ValueError` on a setting out of range."""
-        positive(path, self, "max_to_keep")
+        check_positive(path, self, "max_to_keep")
         for name in ("interval", "keep_period"):
             if getattr(self, name) is not None:
-                positive(path, self, name)
+                check_positive(path, self, name)
         for i, step in enumerate(self.keep_steps):
-            check(step > 0, f"{path}.keep_steps[{i}]", step, "must be a step, from 1", "Try (100,)")
+            check(step > 0, f"{path}.keep_steps[{i}]", step, "must be at least 1", "Try (100,)")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LogConfig:
-    """Metrics go to `metrics.jsonl` always; TensorBoard and Weights & Biases when asked."""
+    """Logging to `metrics.jsonl` and, if enabled, to TensorBoard and Weights & Biases."""
 
     interval: int = 10
     tensorboard: bool = False
@@ -143,16 +154,16 @@ class LogConfig:
 
     def validate(self, path: str) -> None:
         """Raises `ValueError` on a setting out of range."""
-        positive(path, self, "interval")
+        check_positive(path, self, "interval")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MeshConfig:
-    """Devices per mesh axis; at most one may be None, which means the rest.
+    """Devices per mesh axis; at most one may be None: all remaining devices.
 
-    slice: copies of the mesh that only the data-centre network joins (TPU slices, or hosts without
-    a fast link). data: copies of the parameters inside a slice. fsdp: parts that parameters,
-    optimiser and rows are cut into. tensor: parts that heads, MLP and vocabulary are cut into.
+    slice: replicas connected only by the data-centre network (TPU slices, or hosts without a fast
+    interconnect). data: replicas of the parameters within a slice. fsdp: shards of parameters,
+    optimiser state and batch. tensor: shards of heads, MLP and vocabulary.
     """
 
     slice: int | None = 1
@@ -163,9 +174,11 @@ class MeshConfig:
     def validate(self, path: str) -> None:
         """Raises `ValueError` on a setting out of range."""
         sizes = dataclasses.asdict(self)
-        rest = [name for name, size in sizes.items() if size is None]
-        rule = "at most one axis may be None (the rest of the devices)"
-        check(len(rest) <= 1, f"{path}.{rest[-1] if rest else 'data'}", None, rule, "Set it to 1")
+        unset = [name for name, size in sizes.items() if size is None]
+        rule = "at most one axis may be None (all remaining devices)"
+        check(
+            len(unset) <= 1, f"{path}.{unset[-1] if unset else 'data'}", None, rule, "Set it to 1"
+        )
         for name, size in sizes.items():
             check(size is None or size > 0, f"{path}.{name}", size, "must be positive", "Try 1")
 
@@ -174,9 +187,9 @@ class MeshConfig:
 class ShardingConfig:
     """How a step uses the mesh.
 
-    all_gather_shared: `once`: the block that recursions share is gathered from its fsdp parts once
-    and serves all recursions and micro-batches (paper section 2.1); `per_recursion`: layer by
-    layer, each time it runs, which needs less memory. None: once where it fits the device.
+    all_gather_shared: `once`: all-gather the fsdp shards of the shared block once for all
+    recursions and micro-batches (paper section 2.1); `per_recursion`: gather each layer whenever it
+    runs, which needs less memory. None: `once` if it fits the device's memory.
     """
 
     all_gather_shared: Literal["once", "per_recursion"] | None = None
@@ -184,16 +197,16 @@ class ShardingConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class HostsConfig:
-    """How the processes of a run watch each other.
+    """How the processes of a run monitor each other.
 
-    heartbeat_timeout: seconds without a sign of life after which a process counts as lost.
+    heartbeat_timeout: seconds without a heartbeat after which a process counts as lost.
     """
 
     heartbeat_timeout: int = 30
 
     def validate(self, path: str) -> None:
         """Raises `ValueError` on a setting out of range."""
-        rule = "must be at least 5 seconds, so that a busy file system is no death"
+        rule = "must be at least 5 seconds, so that a slow file system does not count as a failure"
         check(
             self.heartbeat_timeout >= 5,
             f"{path}.heartbeat_timeout",
@@ -205,7 +218,7 @@ class HostsConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ProfileConfig:
-    """Traces of the device. steps: first and last step to record; None: none."""
+    """Profiler traces. steps: first and last step to record; None: no trace."""
 
     steps: tuple[int, ...] | None = None
 
@@ -220,11 +233,11 @@ class ProfileConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """Everything that a training run depends on.
+    """All settings of a training run.
 
-    batch_size: rows of a step over all devices, split into `grad_accum_steps` micro-batches.
-    loss_chunk_size: positions of each row whose logits exist at one time; None: all of them.
-    compilation_cache: keep compiled programs in the workdir, for the next start.
+    batch_size: sequences of a step over all devices, split into `grad_accum_steps` micro-batches.
+    loss_chunk_size: positions of each sequence whose logits are in memory at a time; None: all.
+    compilation_cache: keep compiled functions in the workdir, for the next start.
     """
 
     steps: int = 1000
@@ -248,28 +261,28 @@ class TrainConfig:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "TrainConfig":
-        """Parses and validates nested plain values. Raises `ValueError` on any misfit."""
+        """Parses and validates nested plain values. Raises `ValueError` if any is invalid."""
         cfg = parse(cls, values, "")
         cfg.validate()
         return cfg
 
     def to_dict(self) -> dict[str, Any]:
-        """Nested plain values, tuples kept; `from_dict` takes them back."""
+        """Nested plain values, with tuples; the inverse of `from_dict`."""
         return dataclasses.asdict(self)
 
     def validate(self) -> None:
-        """Raises `ValueError` on a setting out of range or two that do not fit together."""
-        numbers(self.to_dict(), endless=_ENDLESS)
-        positive("config", self, "steps", "batch_size", "grad_accum_steps")
+        """Raises `ValueError` if a setting is out of range or two settings are incompatible."""
+        check_numbers(self.to_dict(), unbounded=_UNBOUNDED)
+        check_positive("config", self, "steps", "batch_size", "grad_accum_steps")
         rule = f"must be between 2 and model.max_seq_len={self.model.max_seq_len}"
         ok = 2 <= self.seq_len <= self.model.max_seq_len
-        check(ok, "seq_len", self.seq_len, rule, "Shorten the rows or raise model.max_seq_len")
+        check(ok, "seq_len", self.seq_len, rule, "Lower seq_len or raise model.max_seq_len")
         rule = f"must divide batch_size={self.batch_size}; it is the number of micro-batches"
         ok = self.batch_size % self.grad_accum_steps == 0
         check(ok, "grad_accum_steps", self.grad_accum_steps, rule, "Try a divisor, such as 1 or 2")
-        not_negative("config", self, "z_loss_coeff", "seed")
+        check_not_negative("config", self, "z_loss_coeff", "seed")
         if self.loss_chunk_size is not None:
-            positive("config", self, "loss_chunk_size")
+            check_positive("config", self, "loss_chunk_size")
         self.model.validate("model")
         self.optim.validate("optim", self.steps)
         self.profile.validate("profile", self.steps)
@@ -277,11 +290,11 @@ class TrainConfig:
             getattr(self, name).validate(name)
 
     def validate_start(self) -> None:
-        """`validate`, and what a run that starts has to fulfil; one that ended may hold others."""
+        """`validate`, and further checks that apply only to a run that is about to start."""
         self.validate()
-        rule = f"must be a step of the run, in 1 .. {self.steps}; after others nothing is written"
+        rule = f"must be a step of the run, in 1 .. {self.steps}"
         for i, step in enumerate(self.checkpoint.keep_steps):
-            fix = "Leave it out, or raise steps"
+            fix = "Remove it, or raise steps"
             check(step <= self.steps, f"checkpoint.keep_steps[{i}]", step, rule, fix)
 
 

@@ -81,7 +81,7 @@ def _model_rows(cfg: ModelConfig, length: int) -> list[tuple[str, str]]:
     if cfg.router.kind != "none":
         shared += [("router", f"{cfg.router.arch}, {cfg.router.activation}, {cfg.router.gating}")]
     if cfg.router.kind == "expert":
-        shares = ", ".join(f"{share:.3g}" for share in cfg.router.shares(cfg.num_recursions))
+        shares = ", ".join(f"{share:.3g}" for share in cfg.router.capacities(cfg.num_recursions))
         multiple = cfg.router.capacity_multiple or 1
         shares += f", rounded up to multiples of {multiple} tokens" if multiple > 1 else ""
         shared += [("share of tokens kept", shares)]

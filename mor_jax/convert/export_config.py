@@ -131,7 +131,7 @@ def _mor(router: RouterConfig, recursions: int) -> Plain:
     }
     score = None if router.activation == "none" else router.activation
     if router.kind == "expert":
-        shares = router.shares(recursions)
+        shares = router.capacities(recursions)
         return common | {
             "capacity": ",".join(str(share) for share in shares),
             "expert": {

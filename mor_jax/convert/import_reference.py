@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mor_jax.config.optional_import import need
+from mor_jax.config.optional_import import require_package
 from mor_jax.config.parsing import check, fail
 from mor_jax.convert.fitting import check_stored
 from mor_jax.convert.hf_config import CONFIG, read_config
@@ -64,7 +64,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     Raises:
         ValueError: no YAML, none of the reference, or one that takes values from elsewhere.
     """
-    yaml = need("yaml", "reference_config", str(path))
+    yaml = require_package("yaml", "reference_config", str(path))
     check(path.is_file(), "reference_config", str(path), "is no file", "Check the path")
     try:
         settings = yaml.safe_load(path.read_text())

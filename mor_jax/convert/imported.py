@@ -9,7 +9,7 @@ from typing import Any
 
 from mor_jax.checkpoint.lazy_arrays import LazyArrays
 from mor_jax.config import ModelConfig
-from mor_jax.config.optional_import import need
+from mor_jax.config.optional_import import require_package
 from mor_jax.config.parsing import check, fail
 from mor_jax.convert.sources import Weights
 from mor_jax.convert.tokenizers.export import TOKENIZER_FILES
@@ -71,7 +71,7 @@ def check_tokenizer(files: Mapping[str, bytes], vocab_size: int, where: str) -> 
 def _largest(contents: bytes, where: str) -> int:
     """The largest token number of a tokenizer.json or SentencePiece model."""
     if where.endswith(".model"):
-        sentencepiece = need("sentencepiece", "path", where)
+        sentencepiece = require_package("sentencepiece", "path", where)
         pieces = sentencepiece.SentencePieceProcessor()
         try:
             pieces.LoadFromSerializedProto(contents)

@@ -28,7 +28,7 @@ def check_ours(directory: Path, shown: Path, name: str, *, quick: bool = False) 
     rule = f"has no {MARKER}, the list of what a conversion made (earlier releases left none)"
     fix = "If nothing in it is needed, delete it yourself; else choose another directory"
     check(made is not None, name, str(shown), rule, fix)
-    found = files.strangers(directory, made or {}, MARKER, quick=quick)
+    found = files.added_or_changed(directory, made or {}, MARKER, quick=quick)
     more = f" and {len(found) - 10} more" if len(found) > 10 else ""
     rule = f"holds what no conversion made: {', '.join(found[:10])}{more}"
     fix = "Move that elsewhere, or choose another directory"

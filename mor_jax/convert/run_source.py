@@ -54,7 +54,7 @@ def open_run(directory: epath.PathLike, step: int | None = None) -> RunSource:
     part = partial(pretrained.array, path)
     if found.step:
         checkpoints = Checkpointer(path, CheckpointConfig())
-        part = checkpoints.parts(found.step).read
+        part = checkpoints.partial_restore(found.step).read
         checkpoints.close()
     shapes = array_shapes(cfg.model, entries(cfg.model))
     specs = {name: ArraySpec(shape) for name, shape in shapes.items()}

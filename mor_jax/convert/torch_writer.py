@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from mor_jax.checkpoint.lazy_arrays import LazyArrays, ahead
-from mor_jax.config.optional_import import need
+from mor_jax.config.optional_import import require_package
 from mor_jax.config.parsing import check
 from mor_jax.convert.shards import Dtype, narrow
 
@@ -45,7 +45,7 @@ def write_torch(
     aliases = aliases or {}
     lost = sorted(name for name, other in aliases.items() if other not in tensors.specs)
     check(not lost, "aliases", lost, "name tensors that are not written", "Name what they repeat")
-    torch = need("torch", "path", str(path))
+    torch = require_package("torch", "path", str(path))
     kind = getattr(torch, _STORAGES[dtype])
     state = OrderedDict(
         (name, _Tensor(_Storage(kind, str(key), math.prod(spec.shape)), spec.shape))

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from mor_jax.config.parsing import flat
+from mor_jax.config.parsing import flatten_settings
 from mor_jax.distributed.initialize import requested_processes
 
 _MOST = 12
@@ -44,7 +44,7 @@ def agree_on_start(config: dict[str, Any], code: dict[str, str] | None = None) -
     }
     for part, fix in fixes.items():
         flats = [
-            {name: repr(value) for name, value in flat(process[part]).items()}
+            {name: repr(value) for name, value in flatten_settings(process[part]).items()}
             for process in everyone
         ]
         if lines := _differences(flats):

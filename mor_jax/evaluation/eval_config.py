@@ -3,7 +3,7 @@
 import dataclasses
 
 from mor_jax.config import TrainConfig
-from mor_jax.config.parsing import positive
+from mor_jax.config.parsing import check_positive
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -32,7 +32,7 @@ class EvalRequest:
 
 def config_for(cfg: TrainConfig, asked: EvalRequest) -> TrainConfig:
     """A run's configuration with the rows that are asked for. Raises `ValueError` as `evaluate`."""
-    positive("evaluation", asked, "fsdp")
+    check_positive("evaluation", asked, "fsdp")
     given = dataclasses.replace(
         cfg.eval,
         batches=cfg.eval.batches if asked.batches is None else asked.batches,

@@ -6,7 +6,7 @@ from typing import Any
 
 from mor_jax.checkpoint.load_weights import RunWeights
 from mor_jax.config import TrainConfig
-from mor_jax.config.optional_import import need
+from mor_jax.config.optional_import import require_package
 from mor_jax.config.parsing import check
 from mor_jax.evaluation.eval_config import EvalRequest
 from mor_jax.evaluation.perplexity import Evaluation, TextEvaluation
@@ -74,7 +74,7 @@ class EvalRunner:
         if tasks is not None:
             rule = "for tasks every device holds all parameters and takes rows"
             check(asked.fsdp == 1, "fsdp", asked.fsdp, rule, "Leave it out")
-            need("lm_eval", "tasks", ",".join(tasks.names))
+            require_package("lm_eval", "tasks", ",".join(tasks.names))
             from mor_jax.evaluation.lm_eval import command
 
             self._harness = command.prepare(tasks.names, tasks.options, tasks.batch_size)

@@ -19,7 +19,7 @@ def trained_shares(cfg: ModelConfig) -> tuple[float, ...]:
     if cfg.router.kind == "token":
         return tuple((nr - r) / nr for r in range(nr))
     if (cfg.router.capacity_multiple or 1) == 1:
-        return cfg.router.shares(nr)
+        return cfg.router.capacities(nr)
     # Rounded up, here by the longest row: how long those of training were is not known.
     return tuple(count / cfg.max_seq_len for count in capacity_tokens(cfg, cfg.max_seq_len))
 
@@ -28,7 +28,7 @@ def takes_all(cfg: ModelConfig) -> tuple[bool, ...]:
     """Recursions that every token goes through, whatever its scores."""
     if cfg.router.kind == "token":
         return tuple(r == 0 for r in range(cfg.num_recursions))
-    return tuple(share == 1.0 for share in cfg.router.shares(cfg.num_recursions))
+    return tuple(share == 1.0 for share in cfg.router.capacities(cfg.num_recursions))
 
 
 def wanted_shares(

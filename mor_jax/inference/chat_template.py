@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 
 from tokenizers import Tokenizer as Encoder
 
-from mor_jax.config.optional_import import need
+from mor_jax.config.optional_import import require_package
 from mor_jax.config.parsing import fail
 from mor_jax.data.tokenizers.base import Tokenizer
 from mor_jax.inference.load_model import LoadedModel
@@ -86,7 +86,7 @@ class ChatTemplate:
 
 def _environment(name: str) -> Any:
     """Jinja's sandbox, as Hugging Face sets it up for templates."""
-    sandbox = need("jinja2.sandbox", "chat_template", name)
+    sandbox = require_package("jinja2.sandbox", "chat_template", name)
     made = sandbox.ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
     )

@@ -6,7 +6,7 @@ from typing import Literal
 import jax
 
 from mor_jax.config import ModelConfig
-from mor_jax.config.parsing import check, not_negative, positive
+from mor_jax.config.parsing import check, check_not_negative, check_positive
 from mor_jax.inference.load_model import LoadedModel
 from mor_jax.models.decode.paged_cache import KVCacheSpec
 from mor_jax.runtime.free_memory import free_bytes
@@ -46,11 +46,11 @@ class EngineConfig:
 
     def validate(self, path: str = "engine") -> None:
         """Raises `ValueError` on a setting out of range."""
-        positive(path, self, "typical_length", "page", "piece", "max_waiting")
-        not_negative(path, self, "slack")
+        check_positive(path, self, "typical_length", "page", "piece", "max_waiting")
+        check_not_negative(path, self, "slack")
         for name in ("slots", "cache_bytes", "max_length"):
             if getattr(self, name) is not None:
-                positive(path, self, name)
+                check_positive(path, self, name)
         rule = "must be at least 2: a prompt has a token, and so has its answer"
         ok = self.max_length is None or self.max_length >= 2
         check(ok, f"{path}.max_length", self.max_length, rule, "Leave it out for the model's")

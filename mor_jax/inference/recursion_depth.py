@@ -58,7 +58,7 @@ def with_recursions(
         _warn(cfg.num_recursions, recursions)
     changed = dataclasses.replace(cfg, num_recursions=recursions, num_layers=layers)
     if cfg.router.kind == "expert":
-        shares = _first(cfg.router.shares(cfg.num_recursions), recursions)
+        shares = _first(cfg.router.capacities(cfg.num_recursions), recursions)
         router = dataclasses.replace(cfg.router, capacity=shares)
         changed = dataclasses.replace(changed, router=router)
     changed.validate()

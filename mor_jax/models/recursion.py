@@ -235,7 +235,7 @@ def _select_experts(
     """Expert-choice: the tokens of `recursion`, at most `slots`, and which candidates they are."""
     n, eligible = score.shape[1], candidates.valid
     causal = context.route.mode == "causal"
-    takes_all = context.cfg.router.shares(context.cfg.num_recursions)[recursion] == 1.0
+    takes_all = context.cfg.router.capacities(context.cfg.num_recursions)[recursion] == 1.0
     if takes_all if causal else slots == n:
         selected = jnp.ones(score.shape, bool) if eligible is None else eligible
         return candidates.select_all(), selected

@@ -24,7 +24,7 @@ MACHINE = allowed.Machine(rates=RATES, bandwidth=1e10, decoding=5e9, prefill=5e1
 
 
 def shares(cfg):
-    return cfg.router.shares(cfg.num_recursions)
+    return cfg.router.capacities(cfg.num_recursions)
 
 
 def test_the_full_shape_is_the_papers():

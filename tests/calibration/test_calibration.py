@@ -134,7 +134,7 @@ def test_the_command_writes_what_evaluation_then_finds(run, command):
     assert found["depth_causal"] == pytest.approx(1.75, abs=0.1)
     assert (found["calibration"], found["recursions"]) == ("fast", 3)
     _, out, _ = command("evaluate", here, "--recursions=2", "--batches=1", "--batch_size=8")
-    assert out.startswith(f"{run}, imported weights of a/model, 2 recursions in place of 3\n")
+    assert out.startswith(f"{run}, imported weights of a/model, 2 recursions instead of 3\n")
     # Without a curve, that of an older one of the name goes.
     _, out, _ = command("calibrate", here, "--name=fast", "--mean_depth=1.5", "--json")
     assert sum(json.loads(out)["wanted"]) == pytest.approx(1.5)

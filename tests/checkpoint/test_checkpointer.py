@@ -151,7 +151,7 @@ def test_facts_are_those_of_a_checked_checkpoint(store, state, tmp_path):
     save(store, state, 5, 10)
     flip(directory(tmp_path, 10))
     assert (store.facts()["step"], store.facts()["config"]) == (5, CONFIG)
-    with pytest.raises(ValueError, match=r"other bytes than were written.*Complete steps"):
+    with pytest.raises(ValueError, match=r"does not match its CRC-32.*Complete steps"):
         store.facts(10)
 
 
@@ -337,7 +337,7 @@ def test_a_full_disk_is_explained_and_harms_nothing(
 
     with monkeypatch.context() as patch:
         patch.setattr(ocp, "save_async", writer)
-        message = rf"{tmp_path}.*010: writing failed: no space left.*step 5, is untouched.*keep"
+        message = rf"{tmp_path}.*010: writing failed: no space left.*step 5, is intact.*keep"
         with pytest.raises(DiskFull, match=message):
             save(store, state, 10)
     assert not directory(tmp_path, 10).exists()
@@ -399,7 +399,7 @@ def test_a_failure_in_the_background_is_raised_once_and_saving_goes_on(store, st
     with monkeypatch.context() as patch:
         patch.setattr(ocp, "save_async", lambda *_: Failing(OSError("wire cut")))
         store.save(5, state, 50, CONFIG)
-        with pytest.raises(RuntimeError, match=r"writing failed: OSError: wire cut. No other yet"):
+        with pytest.raises(RuntimeError, match=r"failed: OSError: wire cut. There is no earlier"):
             store.save(10, state, 100, CONFIG)
     save(store, state, 10)
     assert store.latest_valid() == 10

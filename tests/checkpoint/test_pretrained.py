@@ -150,10 +150,14 @@ def flipped(file):
 @pytest.mark.parametrize(
     ("name", "damage", "message"),
     [
-        ("arrays/shared.mlp.up.safetensors", cut_short, r"shared\.mlp\.up.* bytes, was written"),
-        ("arrays/norm.scale.safetensors", flipped, r"norm\.scale.*other bytes than were written"),
+        ("arrays/shared.mlp.up.safetensors", cut_short, r"shared\.mlp\.up.* bytes, expected"),
+        ("arrays/norm.scale.safetensors", flipped, r"norm\.scale.*does not match its CRC-32"),
         ("arrays/norm.scale.safetensors", lambda f: f.unlink(), r"norm\.scale.* is missing"),
-        ("manifest.json", lambda f: f.unlink(), r"not written to its end.*manifest\.json is miss"),
+        (
+            "manifest.json",
+            lambda f: f.unlink(),
+            r"incomplete or damaged.*manifest\.json is miss",
+        ),
         ("manifest.json", cut_short, r"manifest\.json cannot be read"),
     ],
 )

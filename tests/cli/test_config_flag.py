@@ -56,9 +56,9 @@ WRONG = [
     (["--config={tmp}/syntax.py"], r"syntax\.py:1: .*':'"),
     (["--config={tmp}/module.py"], "module.py:1: ModuleNotFoundError: No module named 'nosuch'"),
     (["--config={tmp}/empty.py"], "empty.py: .*has no attribute 'get_config'"),
-    ([GOOD, "--config.stepz=3"], r"stepz=3: is no setting\. Did you mean --config\.steps\?"),
-    ([GOOD, "--config.optim.lrr=3"], r"optim\.lrr=3: is no setting\. .*--config\.optim\.lr\?"),
-    ([GOOD, "--config.optim.lr.x=3"], r"optim\.lr\.x=3: is no setting\. .*--config\.optim\.lr\?"),
+    ([GOOD, "--config.stepz=3"], r"stepz=3: unknown setting\. Did you mean --config\.steps\?"),
+    ([GOOD, "--config.optim.lrr=3"], r"optim\.lrr=3: unknown setting\. .*--config\.optim\.lr\?"),
+    ([GOOD, "--config.optim.lr.x=3"], r"optim\.lr\.x=3: unknown setting\. .*--config\.optim\.lr\?"),
     ([GOOD, "--config.steps=abc"], "--config.steps=abc: invalid literal for int"),
     ([GOOD, "--config.steps=1e3"], "--config.steps=1e3: invalid literal for int"),
     ([GOOD, "--config.optim=3"], "--config.optim=3: .* not a dict"),
@@ -68,11 +68,11 @@ WRONG = [
     *(
         (
             [GOOD, f"--config.{old}=1"],
-            f"--config.{old}=1: is no setting. It is called --config.{new} now",
+            f"--config.{old}=1: unknown setting. It is called --config.{new} now",
         )
         for old, new in SETTINGS.items()
     ),
-    (["--config={tmp}/sets.py"], r"sets\.py: length: is no setting\. It is called seq_len now$"),
+    (["--config={tmp}/sets.py"], r"sets\.py: length: unknown setting\. It is called seq_len now$"),
     (["--config={tmp}/reads.py"], r"reads\.py: width: is no .*called model\.hidden_size now$"),
     ([GOOD, "workdir=runs/a"], r"workdir=runs/a: is no flag.*--NAME=VALUE"),
 ]

@@ -234,9 +234,9 @@ def test_stored_layers(name, shared, unique):
 
 
 def test_shares_of_tokens_kept():
-    assert RouterConfig(kind="expert").shares(4) == (1.0, 0.75, 0.5, 0.25)
-    assert RouterConfig(kind="expert", capacity=(1.0, 0.2)).shares(2) == (1.0, 0.2)
-    assert RouterConfig(kind="token").shares(3) == (1.0, 1.0, 1.0)
+    assert RouterConfig(kind="expert").capacities(4) == (1.0, 0.75, 0.5, 0.25)
+    assert RouterConfig(kind="expert", capacity=(1.0, 0.2)).capacities(2) == (1.0, 0.2)
+    assert RouterConfig(kind="token").capacities(3) == (1.0, 1.0, 1.0)
 
 
 def test_unused_router_settings_are_not_checked():

@@ -93,7 +93,7 @@ def test_every_routed_variant_is_valid(routing, kv, sharing):
 def test_depth_is_the_nearest_below_the_plain_one():
     """The paper's 34 layers at 360m with 4 recursions are the one exception."""
     for size, (scheme, ends) in itertools.product(REAL_SIZES, (("middle", 2), ("all", 0))):
-        plain = common.LAYERS[size]["plain"]
+        plain = common.LAYERS[size]["vanilla"]
         for nr, layers in common.LAYERS[size][scheme].items():
             nearest = (plain - ends) // nr * nr + ends
             expected = 34 if (size, scheme, nr) == ("360m", "middle", 4) else nearest
@@ -116,7 +116,7 @@ def test_real_sizes_follow_the_papers_recipe(size):
         ("size=360", ["'360'", "135m, 360m", "Did you mean '360m'"]),
         ("recursions=5", ["'5'", "2, 3, 4", "Did you mean '4'"]),
         ("routing", ["'routing'", "expert, token"]),
-        ("recursions=2,recursions=3", ["'recursions=3'", "chosen twice"]),
+        ("recursions=2,recursions=3", ["'recursions=3'", "set twice"]),
         ("routing=expert,kv=share", ["kv=share", "Did you mean 'shared'"]),
     ],
 )
@@ -213,10 +213,10 @@ def test_settings_that_an_older_run_did_not_have_keep_their_defaults(tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (None, r"there is no file .*config\.json\. Write --config="),
+        (None, r"config\.json does not exist\. Write --config="),
         ('{"model": ', "is damaged"),
-        ('{"architectures": ["LlamaForCausalLM"]}', "is another program's"),
-        ("[1]", "is another program's"),
+        ('{"architectures": ["LlamaForCausalLM"]}', "is not of a run"),
+        ("[1]", "is not of a run"),
     ],
 )
 def test_a_directory_without_a_run_is_no_configuration(content, message, tmp_path):
@@ -227,7 +227,7 @@ def test_a_directory_without_a_run_is_no_configuration(content, message, tmp_pat
 
 
 def test_a_configuration_from_nowhere_is_refused():
-    with pytest.raises(ValueError, match="config argument '': there is no file"):
+    with pytest.raises(ValueError, match=r"config argument '': config\.json does not exist"):
         get("from_workdir")
 
 

@@ -8,7 +8,7 @@ from configs import mor
 from configs.from_workdir import get_config as from_workdir
 from mor_jax.checkpoint import run_dir
 from mor_jax.config import TrainConfig, old_names
-from mor_jax.config.parsing import changed, flat
+from mor_jax.config.parsing import flatten_settings, with_settings
 
 SETTINGS = old_names.SETTINGS
 
@@ -17,7 +17,7 @@ def old(values):
     """A configuration as version 0.1.0 wrote it."""
     names = {new: old for old, new in SETTINGS.items()}
     tree = {}
-    for path, value in flat(values).items():
+    for path, value in flatten_settings(values).items():
         *groups, leaf = names.get(path, path).split(".")
         node = tree
         for group in groups:
@@ -27,7 +27,7 @@ def old(values):
 
 
 def test_every_new_name_is_a_setting_and_no_old_one_is():
-    settings = flat(TrainConfig().to_dict())
+    settings = flatten_settings(TrainConfig().to_dict())
     assert set(SETTINGS.values()) <= settings.keys()
     assert not SETTINGS.keys() & settings.keys()
     assert len(set(SETTINGS.values())) == len(SETTINGS)
@@ -38,7 +38,9 @@ def test_what_was_recorded_under_old_names_is_the_same_configuration():
     before = old(run_dir.to_plain(cfg))
     assert "length" in before and "width" in before["model"]
     assert TrainConfig.from_dict(old_names.translated(before)) == cfg
-    assert old_names.translated_paths(flat(before)) == flat(run_dir.to_plain(cfg))
+    assert old_names.translated_paths(flatten_settings(before)) == flatten_settings(
+        run_dir.to_plain(cfg)
+    )
 
 
 def test_a_name_given_twice_is_refused():
@@ -50,8 +52,8 @@ def test_a_name_given_twice_is_refused():
 def test_an_old_name_in_a_configuration_is_answered_with_the_new_one(name):
     values = run_dir.to_plain(TrainConfig())
     with pytest.raises(ValueError) as error:
-        TrainConfig.from_dict(changed(values, {name: 1}))
-    assert str(error.value) == f"{name}=1: is no setting. It is called {SETTINGS[name]} now"
+        TrainConfig.from_dict(with_settings(values, {name: 1}))
+    assert str(error.value) == f"{name}=1: unknown setting. It is called {SETTINGS[name]} now"
 
 
 def test_an_old_directory_is_that_of_the_same_run(tmp_path):
@@ -67,5 +69,5 @@ def test_an_old_directory_is_that_of_the_same_run(tmp_path):
 
 
 def test_changes_are_allowed_under_new_names():
-    with pytest.raises(ValueError, match=r"^allow_changes=length: is no setting. It is called seq"):
+    with pytest.raises(ValueError, match=r"^allow_changes=length: unknown setting. It is called s"):
         run_dir._check_names(["length"], TrainConfig())

@@ -111,7 +111,9 @@ def test_the_references_checkpoint_leads_back_to_the_same_model(tmp_path, name):
     assert sum(stored.values()) == done.stored == unique_parameters(model(name))
     made = import_run("reference", str(done.output), ImportOptions(workdir=tmp_path / "back"))
     ours, theirs = model(name), made.cfg.model
-    assert theirs.router.shares(ours.num_recursions) == ours.router.shares(ours.num_recursions)
+    assert theirs.router.capacities(ours.num_recursions) == ours.router.capacities(
+        ours.num_recursions
+    )
     assert (theirs.kv_mode, theirs.sharing, theirs.num_layers) == (
         ours.kv_mode,
         ours.sharing,
@@ -137,9 +139,9 @@ def test_shards_have_an_index_and_load_as_one(tmp_path):
 
 @pytest.mark.parametrize(("text", "size"), [("2GB", 2 * 10**9), ("1.5 mb", 1500000), ("7", 7)])
 def test_sizes_are_read_with_units(text, size):
-    assert parsing.size("max_shard_size", text) == size
+    assert parsing.parse_bytes("max_shard_size", text) == size
     with pytest.raises(ValueError, match="max_shard_size='2 elephants'"):
-        parsing.size("max_shard_size", "2 elephants")
+        parsing.parse_bytes("max_shard_size", "2 elephants")
 
 
 def test_narrow_weights_are_rounded_and_too_large_ones_refused(tmp_path):

@@ -53,7 +53,9 @@ def test_every_variant_comes_in_bit_for_bit(name, tmp_path):
     same = dataclasses.replace(imported.cfg, router=cfg.router, attention=cfg.attention)
     assert same == cfg
     ours, theirs = imported.cfg.router, cfg.router
-    assert ours.shares(cfg.num_recursions) == pytest.approx(theirs.shares(cfg.num_recursions))
+    assert ours.capacities(cfg.num_recursions) == pytest.approx(
+        theirs.capacities(cfg.num_recursions)
+    )
     for field in ("kind", "arch", "gating"):
         assert getattr(ours, field) == getattr(theirs, field)
     if cfg.router.kind != "none":

@@ -188,7 +188,7 @@ def test_updates_of_shared_keys_take_effect_where_the_reference_has_them(sharing
         ),
         (
             {"recursive": RECURSION, "mor": {"enable": True, "capacity": "1.0,0.5"}},
-            "one share per recursion",
+            "one fraction per recursion",
         ),
         (
             {"recursive": RECURSION, "kv_sharing": {"enable": True, "num_recursion": 2}},

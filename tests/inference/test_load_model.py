@@ -86,7 +86,7 @@ def test_calibrations_that_do_not_fit_are_refused(run, tmp_path):
     calibration(run, thresholds=(0.0, 0.1))
     refused(r"made\.json: thresholds=\(0\.0, 0\.1\): needs one finite number for each of 3")
     calibration(run, thresholds=(0.0, float("nan"), 0.1))
-    refused(r"made\.json: thresholds\[1\]=nan: must be a number; NaN is none")
+    refused(r"made\.json: thresholds\[1\]=nan: must be a number, not NaN")
     calibration(run, thresholds=None, depth_bias=(0.0, 0.0, 0.0))
     refused(r"made\.json: thresholds=\(\): needs one finite number")
     calibration(run, weights="0123", step=200)

@@ -81,7 +81,7 @@ def test_the_legend_shows_depths_that_no_token_reached(tmp_path):
 
 
 def test_titles_and_legends_stay_inside(tmp_path):
-    name = "run, step 60, 4 recursions in place of 3, " + "w$i$d$e" * 30
+    name = "run, step 60, 4 recursions instead of 3, " + "w$i$d$e" * 30
     plots.depth_map(list("short"), [1, 2, 3, 4, 60], tmp_path / "map.png", title=f"It is {name}")
     records = [{"group": "'$$'", "shares": [0.0, *[1 / 30] * 30], "depth": 9.0}]
     figures.depth_figure({"token": records}, 30, name * 5, tmp_path / "depth.png")

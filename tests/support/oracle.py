@@ -92,7 +92,7 @@ def _expert(row, params, x):
     active = row.segments > 0
     depth, kv = active * 0, None
     sums = {name: [] for name in ("bce", "z", "candidates", "chosen")}
-    for r, share in enumerate(router.shares(cfg.num_recursions)):
+    for r, share in enumerate(router.capacities(cfg.num_recursions)):
         z = _logits(router, params["router"]["main"], x / router.temperature, r)
         trained = (
             z

@@ -101,7 +101,7 @@ def test_damaged_weights_are_refused_and_nothing_is_claimed(cfg, workdir):
     file = workdir / "initial" / "arrays" / "norm.scale.safetensors"
     file.write_bytes(file.read_bytes()[:-1])
     before = {path: path.read_bytes() for path in workdir.rglob("*") if path.is_file()}
-    with pytest.raises(ValueError, match=r"norm\.scale\.safetensors has .* bytes, was written"):
+    with pytest.raises(ValueError, match=r"norm\.scale\.safetensors has .* bytes, expected"):
         fit(dataclasses.replace(cfg, compilation_cache=False), workdir)
     after = {path: path.read_bytes() for path in workdir.rglob("*") if path.is_file()}
     after.pop(workdir / "lock", None)

@@ -422,7 +422,7 @@ def test_directories_of_others_are_left_alone(corpus, tmp_path):
     foreign = tmp_path / "thesis"
     foreign.mkdir()
     (foreign / "chapter1.tex").write_text("years of work")
-    with pytest.raises(ValueError, match=r"thesis: is not empty and not the directory of a run"):
+    with pytest.raises(ValueError, match=r"thesis: is neither empty nor the directory of a run"):
         fit(cfg, foreign)
     assert [p.name for p in foreign.iterdir()] == ["chapter1.tex"]
     assert (foreign / "chapter1.tex").read_text() == "years of work"

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from mor_jax.checkpoint.lazy_arrays import ArraySpec, LazyArrays
-from mor_jax.config.optional_import import need
+from mor_jax.config.optional_import import require_package
 from mor_jax.config.parsing import check, fail
 from mor_jax.convert.sources import gguf_header
 
@@ -91,7 +91,7 @@ def open_gguf(path: Path, architecture: str) -> tuple[LazyArrays, Metadata]:
     # Before the library decodes a large vocabulary for nothing.
     where, rule = f"{path}: general.architecture", f"only {architecture} is read"
     check(kind == architecture, where, kind, rule, f"Take a model of type {architecture}")
-    gguf = need("gguf", "path", str(path))
+    gguf = require_package("gguf", "path", str(path))
     try:
         # Places that a damaged file tells may be too large to add up, which it finds out.
         with np.errstate(over="ignore"):

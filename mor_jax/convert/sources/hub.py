@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from mor_jax.config.optional_import import need
+from mor_jax.config.optional_import import require_package
 from mor_jax.config.parsing import fail
 from mor_jax.convert.sources.paths import check_path
 from mor_jax.convert.sources.ways_out import way_out
@@ -50,7 +50,7 @@ class _Refused(Exception):
 
 
 def _fetched(name: str, fetch: Callable[[Any], str]) -> Path:
-    hub = need("huggingface_hub", "path", name)
+    hub = require_package("huggingface_hub", "path", name)
     try:
         return Path(fetch(hub))
     except _Refused as error:

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from mor_jax.checkpoint.lazy_arrays import ArraySpec, LazyArrays
-from mor_jax.config.optional_import import need
+from mor_jax.config.optional_import import require_package
 from mor_jax.config.parsing import fail
 from mor_jax.convert.sources.shards import open_shards
 
@@ -67,7 +67,7 @@ def widened(values: np.ndarray, dtype: str) -> np.ndarray:
 
 def _check_whole(path: Path) -> None:
     # The library checks what a header may say: ranges inside of the file, without gaps or overlaps.
-    safetensors = need("safetensors", "path", str(path))
+    safetensors = require_package("safetensors", "path", str(path))
     # A file that may not be read is no damaged one; the library does not tell them apart.
     path.open("rb").close()
     try:

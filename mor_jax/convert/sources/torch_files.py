@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from mor_jax.checkpoint.lazy_arrays import ArraySpec, LazyArrays
-from mor_jax.config.optional_import import need
+from mor_jax.config.optional_import import require_package
 from mor_jax.config.parsing import check, fail
 from mor_jax.convert.sources.shards import open_shards
 
@@ -27,7 +27,7 @@ def open_torch(path: Path) -> LazyArrays:
     Raises:
         ValueError: the file is damaged, needs code to be executed, or holds no state dict.
     """
-    torch = need("torch", "path", str(path))
+    torch = require_package("torch", "path", str(path))
     mapped = _Mapped(path)
     dtypes = dict(_dtypes(mapped.tensors))
     other = [f"{name} ({dtype})" for name, dtype in dtypes.items() if dtype not in _FLOATS]
@@ -88,7 +88,7 @@ def load_safely(path: Path) -> Any:
     Raises:
         ValueError: the file is damaged, or loading it would execute code.
     """
-    torch = need("torch", "path", str(path))
+    torch = require_package("torch", "path", str(path))
     with path.open("rb") as file:
         is_zip = file.read(2) == b"PK"
     rule = "is damaged: it lacks its end"
@@ -151,7 +151,7 @@ def _dtypes(tensors: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 
 
 def _state_dict(path: Path, loaded: Any) -> Mapping[str, Any]:
-    torch = need("torch", "path", str(path))
+    torch = require_package("torch", "path", str(path))
     while isinstance(loaded, Mapping):
         if any(isinstance(value, torch.Tensor) for value in loaded.values()):
             odd = [str(k) for k, v in loaded.items() if not isinstance(v, torch.Tensor)]

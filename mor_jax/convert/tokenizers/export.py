@@ -12,7 +12,7 @@ from typing import Any
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
-from mor_jax.config.optional_import import need
+from mor_jax.config.optional_import import require_package
 from mor_jax.config.parsing import check, fail
 from mor_jax.convert.tokenizers.sentencepiece import (
     Kind,
@@ -128,7 +128,9 @@ def _from_sentencepiece(
     contents: bytes, name: str
 ) -> tuple[tokenizers.Tokenizer, dict[str, str | None]]:
     """The tokenizer, and its special pieces by role."""
-    proto = need("sentencepiece.sentencepiece_model_pb2", "data.tokenizer", name).ModelProto()
+    proto = require_package(
+        "sentencepiece.sentencepiece_model_pb2", "data.tokenizer", name
+    ).ModelProto()
     proto.ParseFromString(contents)
     trainer, normal = proto.trainer_spec, proto.normalizer_spec
     kinds = [piece.type for piece in proto.pieces]

@@ -14,7 +14,7 @@ import sysconfig
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from mor_jax.config.optional_import import need
+from mor_jax.config.optional_import import require_package
 from mor_jax.config.parsing import check
 from mor_jax.data.sources import file_readers
 from mor_jax.data.sources.directories import kind_of
@@ -105,7 +105,7 @@ def open_documents(spec: str, text_key: str = "text", setting: str = "data.sourc
         check(kind in readers, setting, spec, rule, _meant(spec))
         check(bool(rest), setting, spec, "names no file", f"Write it as '{kind}:GLOB'")
         if kind == "parquet":
-            need("pyarrow", setting, spec)
+            require_package("pyarrow", setting, spec)
         files, reader = matching(rest, setting, spec), readers[kind]
     names = [(file.relative, file.size) for file in files]
     identity = hashlib.sha256(repr((kind, names)).encode()).hexdigest()[:32]

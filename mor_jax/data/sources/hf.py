@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from mor_jax.config.optional_import import need
+from mor_jax.config.optional_import import require_package
 from mor_jax.config.parsing import check, fail
 from mor_jax.data.sources.findings import SkippedRecords
 from mor_jax.data.sources.records import Field
@@ -31,7 +31,7 @@ def open_rows(
     be a part or a sum, such as `train[:10%]`; without one it is the only one, or else `train`.
     Raises `ValueError` on what is not there, and if the hub cannot be reached.
     """
-    library = need("datasets", setting, spec)
+    library = require_package("datasets", setting, spec)
     name, *more = _names(rest, setting, spec)
     folder = os.path.expanduser(name)
     if os.path.isdir(folder):

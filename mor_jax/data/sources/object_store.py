@@ -11,7 +11,7 @@ import os
 import re
 from typing import Any
 
-from mor_jax.config.optional_import import need
+from mor_jax.config.optional_import import require_package
 from mor_jax.config.parsing import check, fail
 
 SCHEME = "gs://"
@@ -34,7 +34,7 @@ class Bucket:
         ok = bool(name) and bool(self.path) and not set(name) & set("*?[")
         check(ok, setting, spec, rule, fix)
         self._name = name
-        self._module = need("pyarrow.fs", setting, spec)
+        self._module = require_package("pyarrow.fs", setting, spec)
         try:
             _ = self._module.GcsFileSystem
         except ImportError as error:

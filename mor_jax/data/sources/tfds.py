@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from mor_jax.config.optional_import import need
+from mor_jax.config.optional_import import require_package
 from mor_jax.config.parsing import check, fail
 from mor_jax.data.sources.findings import SkippedRecords
 from mor_jax.data.sources.records import Field
@@ -50,7 +50,7 @@ def open_examples(
 
 
 def _builder(name: str, split: str | None, setting: str, spec: str) -> Any:
-    tfds = need("tensorflow_datasets", setting, spec)
+    tfds = require_package("tensorflow_datasets", setting, spec)
     folder = Path(name).expanduser()
     if folder.is_dir():
         rule = f"{folder} is no prepared dataset: it has no dataset_info.json"

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from mor_jax.config.optional_import import need
+from mor_jax.config.optional_import import require_package
 from mor_jax.config.parsing import check, fail
 from mor_jax.data.tokenizers.base import Tokenizer
 
@@ -38,7 +38,7 @@ class HuggingFaceTokenizer(Tokenizer):
     """
 
     def __init__(self, name: str, path: Path, setting: str = "data.tokenizer") -> None:
-        tokenizers = need("tokenizers", setting, name)
+        tokenizers = require_package("tokenizers", setting, name)
         contents = path.read_bytes()
         try:
             self._tokenizer = tokenizers.Tokenizer.from_str(contents.decode("utf-8"))
@@ -85,7 +85,7 @@ class SentencePieceTokenizer(Tokenizer):
     """A SentencePiece model; its own end-of-sentence piece ends documents."""
 
     def __init__(self, name: str, path: Path, setting: str = "data.tokenizer") -> None:
-        sentencepiece = need("sentencepiece", setting, name)
+        sentencepiece = require_package("sentencepiece", setting, name)
         contents = path.read_bytes()
         self._pieces = sentencepiece.SentencePieceProcessor()
         try:

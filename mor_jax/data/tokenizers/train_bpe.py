@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 
-from mor_jax.config.optional_import import need
+from mor_jax.config.optional_import import require_package
 from mor_jax.config.parsing import check
 
 EOS = "<|endoftext|>"
@@ -27,7 +27,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int, setting: str = "--train-bpe
     for. Raises `ValueError` if `vocab_size` is out of range.
     """
     check_size(vocab_size, setting)
-    library = need("tokenizers", setting, str(vocab_size))
+    library = require_package("tokenizers", setting, str(vocab_size))
     byte_level = library.pre_tokenizers.ByteLevel
     tokenizer = library.Tokenizer(library.models.BPE())
     tokenizer.pre_tokenizer = byte_level(add_prefix_space=False)

@@ -15,7 +15,7 @@ from lm_eval.api.registry import register_model
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
-from mor_jax.config.parsing import check, parse, positive
+from mor_jax.config.parsing import check, check_positive, parse
 from mor_jax.evaluation.lm_eval import generation
 from mor_jax.evaluation.lm_eval.encoding import Encoding
 from mor_jax.evaluation.lm_eval.scoring import Pair, Scorer
@@ -56,7 +56,7 @@ class ModelArgs:
 
     def validate(self, longest: int, vocab_size: int) -> None:
         """Raises `ValueError` unless a model of this context and vocabulary can do it."""
-        positive("model_args", self, "max_gen_toks")
+        check_positive("model_args", self, "max_gen_toks")
         number, rule = self.max_length, f"must be in 2 .. {longest}, the model's context"
         ok = number is None or 2 <= number <= longest
         check(ok, "model_args.max_length", number, rule, "Leave it out for all of it")

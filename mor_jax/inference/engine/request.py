@@ -6,7 +6,7 @@ from typing import Literal
 
 import numpy as np
 
-from mor_jax.config.parsing import check, not_negative, positive
+from mor_jax.config.parsing import check, check_not_negative, check_positive
 
 MAX_LOGPROBS = 20
 """Alternatives that a request may ask for at each token."""
@@ -41,8 +41,8 @@ class SamplingParams:
         for name in numbers:
             value = getattr(self, name)
             check(math.isfinite(value), f"{path}.{name}", value, "must be finite", "Leave it out")
-        not_negative(path, self, "temperature")
-        positive(path, self, "repetition_penalty")
+        check_not_negative(path, self, "temperature")
+        check_positive(path, self, "repetition_penalty")
         ok = self.top_k is None or self.top_k > 0
         check(ok, f"{path}.top_k", self.top_k, "must be positive", "Leave it out to keep all")
         rule = "must be in (0, 1]; it is a probability"
@@ -81,7 +81,7 @@ class Request:
         """Raises `ValueError` unless a model of this vocabulary and context can answer it."""
         rule = "needs at least one token"
         check(len(self.prompt) > 0, f"{path}.prompt", self.prompt, rule, "Begin with the EOS token")
-        positive(path, self, "max_tokens")
+        check_positive(path, self, "max_tokens")
         self.sampling.validate(path)
         for name, tokens in (("prompt", self.prompt), ("stop_tokens", self.stop_tokens)):
             for i, token in enumerate(tokens):
@@ -102,7 +102,7 @@ class Request:
             ok = 0 <= self.logprobs <= MAX_LOGPROBS
             check(ok, f"{path}.logprobs", self.logprobs, rule, "Try 5")
         if self.deadline is not None:
-            positive(path, self, "deadline")
+            check_positive(path, self, "deadline")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

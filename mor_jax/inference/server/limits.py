@@ -3,7 +3,7 @@
 import dataclasses
 import math
 
-from mor_jax.config.parsing import check, not_negative, positive
+from mor_jax.config.parsing import check, check_not_negative, check_positive
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -41,9 +41,9 @@ class Limits:
             ok = math.isfinite(value) and value <= _MOST
             check(ok, f"{path}.{field.name}", value, rule, "Give a smaller one")
             if field.name == "drain":
-                not_negative(path, self, field.name)
+                check_not_negative(path, self, field.name)
             else:
-                positive(path, self, field.name)
+                check_positive(path, self, field.name)
 
 
 _MOST = 10**9

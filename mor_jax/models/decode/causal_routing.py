@@ -35,7 +35,7 @@ def _routers(cfg: ModelConfig, params: Params) -> Routers:
 
 def takes_all(cfg: ModelConfig) -> tuple[bool, ...]:
     """Recursions of expert-choice that every token enters that got there: capacity 1."""
-    return tuple(share == 1.0 for share in cfg.router.shares(cfg.num_recursions))
+    return tuple(share == 1.0 for share in cfg.router.capacities(cfg.num_recursions))
 
 
 def expert(

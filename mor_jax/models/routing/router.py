@@ -94,7 +94,7 @@ def kernel_multiple(platform: str, length: int) -> int:
 
 def warmup_capacity(router: RouterConfig, recursions: int, step: int | None) -> tuple[float, ...]:
     """Capacities at `step` of the warm-up, quantised to its stages; the final ones for None."""
-    final, warmup = router.shares(recursions), router.capacity_warmup_steps
+    final, warmup = router.capacities(recursions), router.capacity_warmup_steps
     if step is None or warmup == 0 or step >= warmup:
         return final
     stages = router.capacity_warmup_stages

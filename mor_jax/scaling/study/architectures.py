@@ -10,8 +10,8 @@ import re
 from pathlib import Path
 from typing import Any
 
-from mor_jax.config.old_names import answer
-from mor_jax.config.parsing import check, fail, flat
+from mor_jax.config.old_names import rename_hint
+from mor_jax.config.parsing import check, fail, flatten_settings
 from mor_jax.planning.variants import load_configuration
 
 FAMILIES = {"recursive": "recursive", "mor": "mor", "token": "mor"}
@@ -57,11 +57,11 @@ class Architecture:
         named = "" if is_width(size) else f"size={size}"
         choices = ",".join(filter(None, (self.choices, named)))
         config = self._load(choices)
-        settings = flat(config.to_dict())
+        settings = flatten_settings(config.to_dict())
         for setting in overrides:
             known = setting in settings
-            fix = answer(setting) or "docs/configuration.md lists them"
-            check(known, f"config.{setting}", overrides[setting], "is no setting", fix)
+            fix = rename_hint(setting) or "docs/configuration.md lists them"
+            check(known, f"config.{setting}", overrides[setting], "unknown setting", fix)
             try:
                 config.update_from_flattened_dict({setting: overrides[setting]})
             except TypeError as error:

@@ -11,7 +11,7 @@ from typing import Any
 
 from mor_jax.checkpoint.run_dir import to_plain
 from mor_jax.config import TrainConfig
-from mor_jax.config.parsing import check, flat
+from mor_jax.config.parsing import check, flatten_settings
 from mor_jax.models.flops import flops
 from mor_jax.models.param_count import effective_parameters, unique_parameters
 from mor_jax.scaling.study.budgets import Unit, flops_per_token, steps_for
@@ -158,7 +158,7 @@ def assemble(
 
 
 def _settings(base: dict[str, Any], cfg: TrainConfig) -> dict[str, Any]:
-    before, after = flat(base), flat(to_plain(cfg))
+    before, after = flatten_settings(base), flatten_settings(to_plain(cfg))
     return {key: value for key, value in after.items() if before.get(key, ...) != value}
 
 

@@ -12,7 +12,7 @@ from etils import epath
 
 from mor_jax.config import TrainConfig
 from mor_jax.config.old_names import translated, translated_command, translated_paths
-from mor_jax.config.parsing import changed, check, fail, flat
+from mor_jax.config.parsing import check, fail, flatten_settings, with_settings
 from mor_jax.files import write_atomic
 from mor_jax.scaling.study.seal import digest
 from mor_jax.training.resolved_settings import resolve_settings
@@ -101,7 +101,7 @@ class Manifest:
 
     def values(self, run: Run) -> dict[str, Any]:
         """The same as nested plain values."""
-        return changed(self.base, run.settings)
+        return with_settings(self.base, run.settings)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON values, with format and digest."""
@@ -193,7 +193,10 @@ def _differences(old: Manifest, new: Manifest) -> list[str]:
         if run.name not in runs:
             found.append(f"run {run.name} is not in the new plan")
             continue
-        before, after = flat(old.values(run)), flat(new.values(runs[run.name]))
+        before, after = (
+            flatten_settings(old.values(run)),
+            flatten_settings(new.values(runs[run.name])),
+        )
         differing = sorted(key for key in before | after if before.get(key) != after.get(key))
         for key in differing:
             found.append(f"{run.name}: {key} was {before.get(key)!r}, now {after.get(key)!r}")

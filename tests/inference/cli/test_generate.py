@@ -109,7 +109,7 @@ def test_lines_have_settings_of_their_own():
         ('{"prompt": "a", "top_p": "1"}', r"line 1\.top_p='1': must be a float"),
         (
             f'{{"prompt": "a", "top_p": {10**400}}}',
-            r"^line 1\.top_p=10+: must be a float, of which",
+            r"^line 1\.top_p=10+: must be a float of at most",
         ),
         ('{"messages": [{"role": "user"}]}', r"line 1\.messages\[0\]=.*a 'role' and a 'content'"),
         ('{"messages": []}', r"line 1\.messages=\[\]: must be a list of messages"),

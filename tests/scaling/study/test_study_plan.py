@@ -148,6 +148,9 @@ def test_training_reads_the_planned_settings(tmp_path):
         assert cfg.model.router.capacity_multiple == (
             None if cfg.model.router.kind == "none" else 1
         )
-    for bad, told in ((f"{study}/nothing", "has no run"), ("nowhere/run", "there is no file")):
-        with pytest.raises(ValueError, match=told):
+    for bad, message in (
+        (f"{study}/nothing", "has no run"),
+        ("nowhere/run", r"manifest\.json does not exist"),
+    ):
+        with pytest.raises(ValueError, match=message):
             from_study.get_config(bad)
