@@ -2,7 +2,7 @@
 
 import os
 
-from mor_jax.config.parsing import size
+from mor_jax.config.parsing import parse_bytes
 from mor_jax.convert import exports
 from mor_jax.convert.exports import ExportOptions, ExportResult, Target
 from mor_jax.convert.run_source import open_run
@@ -43,7 +43,7 @@ def export(
     options = ExportOptions(
         output=output,
         dtype=dtype,
-        shard_bytes=size("max_shard_size", max_shard_size),
+        shard_bytes=parse_bytes("max_shard_size", max_shard_size),
         unroll=unroll,
         replace=overwrite,
     )

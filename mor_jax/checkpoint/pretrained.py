@@ -181,7 +181,7 @@ def _check_shapes(saved: dict[str, str], cfg: ModelConfig, place: str, fix: str)
 
 
 def _check_same(saved: dict[str, str], model: dict[str, str], place: str, fix: str) -> None:
-    lines = manifest.differences(saved, model, "saved")
+    lines = manifest.differences(saved, model, "in the weights")
     if lines:
         raise ValueError(
             f"{place}: holds another model's weights:\n" + "\n".join(lines) + f"\n{fix}"

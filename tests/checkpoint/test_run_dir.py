@@ -86,7 +86,7 @@ def test_settings_of_another_version_are_differences(tmp_path):
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
-        ("notes.txt", "mine", r"not the directory of a run \(no config.json\)"),
+        ("notes.txt", "mine", r"nor the directory of a run \(no config.json\)"),
         ("config.json", '{"architectures": ["Llama"]}', "not of a run"),
         ("config.json", "[1]", "not of a run"),
         ("config.json", '{"model": ', "is damaged"),

@@ -73,7 +73,7 @@ WRONG = [
         for old, new in SETTINGS.items()
     ),
     (["--config={tmp}/sets.py"], r"sets\.py: length: unknown setting\. It is called seq_len now$"),
-    (["--config={tmp}/reads.py"], r"reads\.py: width: is no .*called model\.hidden_size now$"),
+    (["--config={tmp}/reads.py"], r"reads\.py: width: unknown .*called model\.hidden_size now$"),
     ([GOOD, "workdir=runs/a"], r"workdir=runs/a: is no flag.*--NAME=VALUE"),
 ]
 

@@ -54,7 +54,7 @@ WRONG = [
     # The run.
     (nested("steps", 0), "steps", "0", "greater than 0", "positive"),
     (nested("seq_len", 1), "seq_len", "1", "between 2 and", "model.max_seq_len"),
-    (nested("seq_len", 4096), "seq_len", "4096", "model.max_seq_len=2048", "Shorten"),
+    (nested("seq_len", 4096), "seq_len", "4096", "model.max_seq_len=2048", "Lower seq_len"),
     (nested("grad_accum_steps", 3), "grad_accum_steps", "3", "divide batch_size=8", "1 or 2"),
     (nested("loss_chunk_size", 0), "loss_chunk_size", "0", "greater than 0", "positive"),
     (nested("seed", -1), "seed", "-1", "negative", "0"),

@@ -108,7 +108,7 @@ def test_messages_name_value_rule_and_fix(path, value, message):
 def test_a_checkpoint_beyond_the_last_step_is_refused_where_a_run_starts():
     cfg = TrainConfig.from_dict(with_settings(EXPERT_RUN, {"checkpoint.keep_steps": (50, 1001)}))
     with pytest.raises(
-        ValueError, match=r"^checkpoint.keep_steps\[1\]=1001: must be a step of .*1000;"
+        ValueError, match=r"^checkpoint.keep_steps\[1\]=1001: must be a step of .*1000\."
     ):
         cfg.validate_start()
     TrainConfig.from_dict(
