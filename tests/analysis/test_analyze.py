@@ -108,6 +108,7 @@ def test_groups_hold_every_token_once(observed):
     assert space["tokens"] == here.sum() and space["token"] == ord(" ")
     assert space["depth"] == pytest.approx(observed.first.depth[here].mean(), rel=1e-4)
     tenths = found.of("loss_ahead", "causal")
+    assert len(tenths) == 10
     assert all(a["ahead"] <= b["ahead"] for a, b in itertools.pairwise(tenths))
 
 

@@ -240,7 +240,11 @@ def test_shares_of_tokens_kept():
 
 
 def test_unused_router_settings_are_not_checked():
-    ModelConfig(router=RouterConfig(kind="none", alpha=-1.0)).validate()
+    unused = RouterConfig(kind="none", alpha=-1.0)
+    ModelConfig(router=unused).validate()
+    routed = dataclasses.replace(unused, kind="expert")
+    with pytest.raises(ValueError, match=r"router\.alpha=-1\.0"):
+        ModelConfig(num_layers=6, num_recursions=3, sharing="cycle", router=routed).validate()
 
 
 def test_fail_and_check_state_path_value_rule_and_fix():

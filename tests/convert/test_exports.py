@@ -172,8 +172,9 @@ def test_a_checkpoint_of_eight_devices_is_read_without_them(tmp_path):
     alone = {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(Path(__file__).parents[2]), "PATH": ""}
     done = [sys.executable, "-c", code, str(tmp_path / "run"), str(tmp_path / "read.npz")]
     subprocess.run(done, check=True, env=alone)
-    read = np.load(tmp_path / "read.npz")
-    for path, value in flatten(params):
+    read, stored = np.load(tmp_path / "read.npz"), list(flatten(params))
+    assert sorted(read.files) == sorted(path for path, _ in stored)
+    for path, value in stored:
         np.testing.assert_array_equal(read[path], value)
 
 

@@ -218,9 +218,9 @@ def test_steps_of_the_paper_follow_from_its_budget(cfg, steps):
 def test_flops_are_proportional_to_layers():
     deep = _mor(3)
     shallow = dataclasses.replace(deep, num_layers=5)
-    for many, one in zip(
-        flops(deep, 512).routed[1:4], flops(shallow, 512).routed[1:4], strict=True
-    ):
+    pairs = list(zip(flops(deep, 512).routed[1:4], flops(shallow, 512).routed[1:4], strict=True))
+    assert len(pairs) == 3
+    for many, one in pairs:
         assert many.layers == 10
         assert one.layers == 1
         assert many.forward() - many.router == pytest.approx(10 * (one.forward() - one.router))

@@ -170,7 +170,7 @@ def test_a_study_is_read_fitted_and_reported(earlier, capsys):
         assert laws[architecture].a == pytest.approx(0.4, abs=5e-4)
         assert laws[architecture].parameters_at == pytest.approx(best, rel=1e-3)
     pages = write_report(fitted, points, study.to_dict(), epath.Path("study/report"))
-    assert all(page.exists() for page in pages)
+    assert pages and all(page.exists() for page in pages)
     # The command that planned it finds it planned.
     capsys.readouterr()
     assert isoflop.main(study.reproduce[0].split()[2:]) == 0

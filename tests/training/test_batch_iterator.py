@@ -1,7 +1,10 @@
 """Batches in order, with the number of their first row."""
 
+import types
+
 import numpy as np
 
+from mor_jax.training import batch_iterator
 from mor_jax.training.batch_iterator import BatchIterator
 from mor_jax.types import Batch
 
@@ -32,5 +35,27 @@ def test_batches_come_in_order_and_are_opened_once():
             got, batch = feed.next()
             assert got == batch.tokens[0, 0] == number
         assert feed.position == 9
-        assert feed.waited >= 0
     assert log == ["open 3", "close"]
+
+
+def test_the_last_wait_is_told_and_holds_the_opening(monkeypatch):
+    now, waits = [100.0], iter((3.0, 0.25, 0.0))
+    monkeypatch.setattr(batch_iterator, "time", types.SimpleNamespace(monotonic=lambda: now[0]))
+
+    class Slow(Numbers):
+        def __next__(self):
+            now[0] += next(waits)
+            return super().__next__()
+
+    def begin():
+        now[0] += 10.0
+        return Slow(0, [])
+
+    with BatchIterator(begin, 0) as feed:
+        assert feed.waited == 0
+        seen = []
+        for _ in range(3):
+            feed.next()
+            seen.append(feed.waited)
+            now[0] += 50.0
+    assert seen == [13.0, 0.25, 0.0]

@@ -238,7 +238,7 @@ def test_a_signal_inside_a_save_and_clocks_that_jump(whole, tmp_path, monkeypatc
     assert_same_run(cfg, directory, tmp_path / "run")
     spent = goodput(event_log.read(tmp_path / "run" / "events.jsonl"))
     assert (spent.starts, spent.again) == (2, 0)
-    assert all(seconds >= 0 for seconds in spent.seconds.values())
+    assert spent.seconds and min(spent.seconds.values()) >= 0
     # Nothing of the jumps, by a day.
     assert spent.total < 43200
 

@@ -56,10 +56,14 @@ def test_sentencepiece_in_a_directory_is_found(folder, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["bytes", "tokenizer.json", "pieces.model"])
-def test_decode_never_raises(folder, name):
+def test_numbers_outside_the_vocabulary_are_left_out_of_the_text(folder, name):
     tokenizer = load_tokenizer(name if name == "bytes" else str(folder / name))
-    assert isinstance(tokenizer.decode(np.array([0, 255, 254, 10**6, -1, 65, 3])), str)
-    assert tokenizer.decode([]) == ""
+    text = tokenizer.decode(np.array([0, 255, 254, 10**6, -1, 65, 3]))
+    assert text and text == tokenizer.decode([0, 255, 254, 65, 3])
+    if name == "bytes":
+        # What is no text becomes a replacement character; 0 ends documents.
+        assert text == "\ufffd\ufffdA\x03"
+    assert tokenizer.decode([10**6, -1]) == tokenizer.decode([]) == ""
 
 
 def test_bytes_are_256_and_zero_ends_documents():

@@ -54,7 +54,9 @@ def test_the_parametric_law_is_a_second_opinion(fitted):
 
 def test_gaps_at_equal_flops_hold_the_true_difference(fitted):
     for routing, leak in (("causal", 0.0), ("topk", 0.02)):
-        for gap in fitted.view(routing).gaps:
+        gaps = fitted.view(routing).gaps
+        assert len(gaps) == 3
+        for gap in gaps:
             sizes = [law.best(gap.budget) for law in (MOR, PLAIN)]
             mor, plain = (
                 law.loss(size, gap.budget / law.flops / size)
@@ -81,7 +83,9 @@ def test_tokens_follow_from_flops_per_token_between_the_runs():
         dataclasses.replace(p, flops_per_token=6 * p.unique + 4e8, tokens=p.tokens)
         for p in study({"plain": PLAIN}, noise=0.0)
     ]
-    for low in fit(points, QUICK).view().minima:
+    minima = fit(points, QUICK).view().minima
+    assert len(minima) == 3
+    for low in minima:
         assert low.tokens == pytest.approx(low.budget / (6 * low.parameters + 4e8), rel=0.01)
 
 
@@ -96,6 +100,7 @@ def test_a_minimum_outside_the_sizes_is_refused_and_the_rest_goes_on(shift, side
     assert all(line.startswith("mor-3") for line in lines) and len(lines) == 4
     assert "at 1e+17 FLOPs: no parabola: its minimum lies near" in lines[0] and side in lines[0]
     assert "Add sizes of about" in lines[0] and "minima at 0 of its 3 budgets" in lines[-1]
+    assert len(view.gaps) == 3
     assert all(gap.at_minima is None and gap.of_runs > 0 for gap in view.gaps)
 
 
