@@ -1,10 +1,10 @@
-"""Prints parameters, FLOPs and bytes of a configuration, per recursion.
+"""Counts parameters, FLOPs and bytes of a configuration, per recursion.
 
-    python launch/accounting.py --config=configs/mor.py:size=360m
-    python launch/accounting.py --config=configs/mor.py:size=360m,kv=shared --json
-    python launch/accounting.py --config=configs/mor.py:size=360m --platform=gpu
+    mor accounting --config=mor:size=360m
+    mor accounting --config=mor:size=360m,kv=shared --json
+    mor accounting --config=mor:size=360m --platform=gpu
 
-Conventions: docs/accounting.md.
+docs/accounting.md explains what is counted.
 """
 
 import dataclasses
@@ -15,7 +15,7 @@ from mor_jax.runtime.preemption import Signals
 
 _SIGNALS = Signals("nothing was written")
 if __name__ == "__main__":
-    # First of all: what follows takes seconds to import.
+    # First, because the imports below take seconds.
     _SIGNALS.__enter__()
 
 from absl import app, flags
@@ -23,19 +23,25 @@ from ml_collections import config_flags
 
 from mor_jax.cli import config_flag, option_names
 from mor_jax.config import TrainConfig
+from mor_jax.config.shipped import config_path
 from mor_jax.models.flops import effective_parameters, flops, memory, unique_parameters
 from mor_jax.runtime import exit_codes
 from mor_jax.training.resolved_settings import resolve_settings
 
-CONFIG = config_flags.DEFINE_config_file("config", "configs/mor.py", "what to account for")
+CONFIG = config_flags.DEFINE_config_file(
+    "config", config_path("mor"), "the configuration; default: mor"
+)
 LENGTH = flags.DEFINE_integer(
-    "length", None, "tokens of a row; the configuration's if unset", lower_bound=1
+    "length", None, "sequence length in tokens; default: the configuration's", lower_bound=1
 )
 _LENGTH = {"seq_len": "--length"}
 PLATFORM = flags.DEFINE_enum(
-    "platform", "cpu", ["cpu", "gpu", "tpu"], "where a run would train; rounds capacities"
+    "platform",
+    "cpu",
+    ["cpu", "gpu", "tpu"],
+    "platform of the training run: capacities are rounded to its tile sizes",
 )
-JSON = flags.DEFINE_bool("json", False, "print one JSON line instead of tables")
+JSON = flags.DEFINE_bool("json", False, "print one line of JSON instead of tables")
 
 
 def main(_: list[str]) -> None:
@@ -46,8 +52,8 @@ def main(_: list[str]) -> None:
             cfg.validate()
     except ValueError as error:
         names = option_names.flags_given()
-        told = option_names.as_typed(error, names | ({} if LENGTH.value is None else _LENGTH))
-        print(f"error: {told}", file=sys.stderr)
+        message = option_names.as_typed(error, names | ({} if LENGTH.value is None else _LENGTH))
+        print(f"error: {message}", file=sys.stderr)
         sys.exit(exit_codes.REFUSED)
     cfg, length = resolve_settings(cfg, PLATFORM.value), cfg.seq_len
     report, room = flops(cfg.model, length), memory(cfg.model, length)

@@ -1,12 +1,12 @@
-"""Calibrates at which depth a run's tokens leave when it generates: cheaper, or closer to training.
+"""Sets the mean depth of generation: thresholds of causal routing, computed from text.
 
-    python launch/calibrate.py --workdir=runs/mor --mean_depth=1.5 --name=fast
-    python launch/calibrate.py --workdir=runs/mor --curve
-    python launch/generate.py --workdir=runs/mor --calibration=fast --prompt="def "
+    mor calibrate --workdir=runs/mor --mean_depth=1.5 --name=fast
+    mor calibrate --workdir=runs/mor --curve
+    mor generate --workdir=runs/mor --calibration=fast --prompt="def "
 
 Writes `<workdir>/calibrations/<name>.json`: for expert-choice a threshold for each recursion, for
-token-choice a bias for each depth. Without --shares and --mean_depth it aims at the shares that
-training aimed at. One half of the text decides, the other half is measured.
+token-choice a bias for each depth. The default target is the capacity of each recursion in
+training. Thresholds are computed on one half of the text and measured on the other.
 """
 
 import argparse
@@ -14,6 +14,7 @@ import json
 import sys
 
 from mor_jax.cli import option_names
+from mor_jax.cli.parser import CommandParser
 from mor_jax.runtime import exit_codes, platform
 from mor_jax.runtime.preemption import Signals
 
@@ -23,7 +24,7 @@ _PATHS = {
     "data.sources": "source",
     "seq_len": "length",
 }
-"""Options under other names than their settings."""
+"""Options whose names differ from their settings."""
 
 POINTS = 9
 """Depths of a curve."""
@@ -82,27 +83,39 @@ def _numbers(text: str | None) -> tuple[float, ...] | None:
         raise ValueError(f"shares={text!r}: {rule}") from None
 
 
-def _parser() -> argparse.ArgumentParser:
-    about, _, more = (__doc__ or "").partition("\n")
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=about, epilog=more, formatter_class=raw)
+def _parser() -> CommandParser:
+    parser = CommandParser(__doc__)
     parser.add_argument("--workdir", required=True, help="run to calibrate")
-    parser.add_argument("--step", type=int, help="checkpoint; default: the newest good one")
-    parser.add_argument("--name", default="default", help="of the calibration (default: default)")
-    parser.add_argument("--shares", help="of all tokens, one a recursion, such as 1,0.5,0.25")
-    parser.add_argument("--mean_depth", type=float, help="recursions a token, in place of --shares")
-    parser.add_argument("--recursions", type=int, help="to run, in place of those trained")
+    parser.add_argument(
+        "--step", type=int, help="step of the checkpoint; default: the newest good one"
+    )
+    parser.add_argument(
+        "--name", default="default", help="name of the calibration (default: default)"
+    )
+    parser.add_argument(
+        "--shares", help="target share of tokens at each recursion, such as 1,0.5,0.25"
+    )
+    parser.add_argument(
+        "--mean_depth", type=float, help="target mean depth in recursions, instead of --shares"
+    )
+    parser.add_argument(
+        "--recursions", type=int, help="number of recursions to run; default: as trained"
+    )
     parser.add_argument(
         "--source",
         action="append",
-        help="text to calibrate on, all of it, written like data.sources; may be repeated; "
-        "default: the held-out part of the run's own text",
+        help="text to calibrate on, written like data.sources; all of it is used; may be repeated; "
+        "default: the validation part of the run's own text",
     )
-    parser.add_argument("--length", type=int, help="tokens of a row; default: the run's")
-    parser.add_argument("--batches", type=int, help="of each half; default: the run's eval.batches")
-    parser.add_argument("--batch_size", type=int, help="rows; default: the run's eval.batch_size")
+    parser.add_argument("--length", type=int, help="sequence length in tokens; default: the run's")
+    parser.add_argument(
+        "--batches", type=int, help="batches of each half; default: the run's eval.batches"
+    )
+    parser.add_argument(
+        "--batch_size", type=int, help="sequences per batch; default: the run's eval.batch_size"
+    )
     parser.add_argument("--curve", action="store_true", help="also measure loss against mean depth")
-    parser.add_argument("--points", type=int, help=f"depths of the curve (default: {POINTS})")
+    parser.add_argument("--points", type=int, help=f"points of the curve (default: {POINTS})")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     return parser
 

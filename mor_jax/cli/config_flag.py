@@ -5,6 +5,7 @@ import re
 import sys
 import traceback
 from collections.abc import Sequence
+from pathlib import Path
 
 from absl import flags
 from ml_collections import ConfigDict
@@ -63,8 +64,12 @@ def _told(error: Exception, argv: Sequence[str]) -> str:
     config = _given(argv)
     if isinstance(error, OSError):
         reason = str(error).strip().splitlines()[-1].strip().removeprefix(_LATE).rstrip(".")
-        near = difflib.get_close_matches(config.partition(":")[0], shipped(), n=1, cutoff=0.6)
-        fix = f"Did you mean {_CONFIG}={near[0]}?" if near else f"Give a file or one of {shipped()}"
+        name = config.partition(":")[0]
+        near = difflib.get_close_matches(name, shipped(), n=1, cutoff=0.6)
+        known = ", ".join(shipped())
+        fix = f"Did you mean {_CONFIG}={near[0]}?" if near else f"Give a file or one of: {known}"
+        if name and not Path(name).exists() and "/" not in name and not name.endswith(".py"):
+            return f"{_CONFIG}={config}: neither a file nor a shipped configuration. {fix}"
         return f"{_CONFIG}={config}: cannot be read: {reason}. {fix}"
     if isinstance(error, (flags.ValidationError, flags.Error)):
         # An exception in the configuration's file is told as a traceback; its own words do.

@@ -1,15 +1,15 @@
-"""Converts checkpoints: what this project trains for other programs, and theirs for it.
+"""Converts checkpoints: to Hugging Face, Llama and the reference, and from those and GGUF.
 
-    python launch/convert.py export --to=hf --workdir=runs/mor --output=exports/mor
-    python launch/convert.py export --to=llama --workdir=runs/recursive --output=DIR --unroll
-    python launch/convert.py export --to=reference --workdir=runs/mor --output=DIR
-    python launch/convert.py import --from=hf --source=PATH_OR_NAME --workdir=runs/smollm2
-    python launch/convert.py import --from=gguf --source=FILE.gguf --workdir=runs/smollm2 \\
+    mor convert export --to=hf --workdir=runs/mor --output=exports/mor
+    mor convert export --to=llama --workdir=runs/recursive --output=DIR --unroll
+    mor convert export --to=reference --workdir=runs/mor --output=DIR
+    mor convert import --from=hf --source=PATH_OR_NAME --workdir=runs/smollm2
+    mor convert import --from=gguf --source=FILE.gguf --workdir=runs/smollm2 \\
         --upcycle=recursions=3,sharing=middle_cycle,init=stepwise
-    python launch/convert.py import --from=reference --source=DIR --workdir=runs/theirs
-    python launch/convert.py refresh --path=exports/mor
+    mor convert import --from=reference --source=DIR --workdir=runs/theirs
+    mor convert refresh --path=exports/mor
 
-What is written is complete or absent, and an existing directory is refused. docs/conversion.md.
+The output is complete or absent; an existing directory is refused. docs/conversion.md.
 """
 
 import argparse
@@ -18,10 +18,10 @@ import shlex
 import signal
 import sys
 
-# Nothing is computed on a device; accelerators of this machine stay free.
+# Nothing runs on a device; accelerators of this machine stay free.
 os.environ["JAX_PLATFORMS"] = "cpu"
 
-from mor_jax.config.shipped import CONFIGS, TRAIN
+from mor_jax.cli.parser import CommandParser
 from mor_jax.runtime import exit_codes, host_memory
 
 
@@ -38,47 +38,53 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _stop(*_: object) -> None:
-    """Ends at once, without what was begun. An exception would come up inside of any library."""
+    """Ends at once and removes unfinished output. An exception could surface inside any library."""
     files = sys.modules.get("mor_jax.files")
     if files is None or files.remove_drafts():
         os.write(2, b"error: stopped; nothing was written\n")
         os._exit(exit_codes.STOPPED)
 
 
-def _parser() -> argparse.ArgumentParser:
-    about, _, more = (__doc__ or "").partition("\n")
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=about, epilog=more, formatter_class=raw)
+def _parser() -> CommandParser:
+    parser = CommandParser(__doc__)
     commands = parser.add_subparsers(required=True, metavar="export|import|refresh")
-    out = commands.add_parser("export", help="a run's weights for other programs")
+    out = commands.add_parser("export", help="write the weights of a run for other programs")
     out.set_defaults(run=_export)
     out.add_argument("--to", required=True, choices=("hf", "llama", "reference"))
-    out.add_argument("--workdir", required=True, help="run to read")
-    out.add_argument("--output", required=True, help="directory to write")
-    out.add_argument("--step", type=int, help="checkpoint; default: the newest good one")
+    out.add_argument("--workdir", required=True, help="run directory")
+    out.add_argument("--output", required=True, help="directory to write; must not exist")
+    out.add_argument(
+        "--step", type=int, help="step of the checkpoint; default: the newest good one"
+    )
     out.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
     out.add_argument("--max_shard_size", default="2GB", help="largest safetensors file")
-    out.add_argument("--unroll", action="store_true", help="write recursions out (--to=llama)")
-    out.add_argument("--overwrite", action="store_true", help="replace an existing directory")
-    inn = commands.add_parser("import", help="foreign weights as a run")
+    out.add_argument(
+        "--unroll",
+        action="store_true",
+        help="repeat the shared block for every recursion (--to=llama)",
+    )
+    out.add_argument("--overwrite", action="store_true", help="replace an earlier conversion")
+    inn = commands.add_parser("import", help="make a run from weights of another program")
     inn.set_defaults(run=_import)
     inn.add_argument("--from", required=True, dest="origin", choices=("hf", "reference", "gguf"))
-    inn.add_argument("--source", required=True, help="file, directory, or (hf) name on the hub")
-    inn.add_argument("--workdir", required=True, help="directory of the run to make")
+    inn.add_argument(
+        "--source", required=True, help="file, directory, or (hf) repository on the hub"
+    )
+    inn.add_argument("--workdir", required=True, help="run directory to make")
     inn.add_argument(
         "--dtype",
         default="float32",
         choices=("float32", "bfloat16"),
-        help="that training computes in; weights stay float32",
+        help="compute dtype of training; weights stay float32",
     )
-    inn.add_argument("--tokenizer", help="bytes, or a path; default: the source's own")
+    inn.add_argument("--tokenizer", help="bytes, or a path; default: that of the source")
     inn.add_argument("--upcycle", metavar="KEY=VALUE,...", help="recursions=3,sharing=...,init=...")
-    inn.add_argument("--reference_config", help="YAML of the reference's run")
-    inn.add_argument("--overwrite", action="store_true", help="replace an existing directory")
-    renew = commands.add_parser("refresh", help="an older export's modelling file, as of today")
+    inn.add_argument("--reference_config", help="YAML configuration of the reference run")
+    inn.add_argument("--overwrite", action="store_true", help="replace an earlier conversion")
+    renew = commands.add_parser("refresh", help="update the modeling file of an older export")
     renew.set_defaults(run=_refresh)
-    renew.add_argument("--path", required=True, help="directory of an export made with --to=hf")
-    renew.add_argument("--force", action="store_true", help="also a file that was changed")
+    renew.add_argument("--path", required=True, help="export made with --to=hf")
+    renew.add_argument("--force", action="store_true", help="also if the file was edited")
     return parser
 
 
@@ -127,11 +133,10 @@ def _import(options: argparse.Namespace) -> int:
     )
     for note in written.notes:
         print(f"note: {note}")
-    # Whole paths: the line works wherever it is pasted.
-    program = shlex.quote(str(TRAIN))
-    config = shlex.quote(f"--config={CONFIGS / 'from_workdir.py'}:{written.workdir}")
+    # An absolute path: the line works wherever it is pasted.
+    config = shlex.quote(f"--config=from_workdir:{written.workdir}")
     workdir = shlex.quote(f"--workdir={written.workdir}")
-    print(f"train from it: python {program} {config} {workdir}")
+    print(f"train from it: mor train {config} {workdir}")
     return exit_codes.OK
 
 

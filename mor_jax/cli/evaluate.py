@@ -1,15 +1,16 @@
-"""Evaluates a run: its newest checkpoint, or the weights that it starts from, on text or on tasks.
+"""Evaluates a run on text, or on tasks of lm-evaluation-harness.
 
-    python launch/evaluate.py --workdir=runs/mor
-    python launch/evaluate.py --workdir=runs/smollm2 --source="text:docs/*.md" --length=512
-    python launch/evaluate.py --workdir=runs/mor --tasks=hellaswag,piqa --num_fewshot=5 --limit=100
-    python launch/evaluate.py --workdir=runs/mor --watch
+    mor evaluate --workdir=runs/mor
+    mor evaluate --workdir=runs/smollm2 --source="text:docs/*.md" --length=512
+    mor evaluate --workdir=runs/mor --tasks=hellaswag,piqa --num_fewshot=5 --limit=100
+    mor evaluate --workdir=runs/mor --watch
 
-On text: loss (nats per token), perplexity, bits per byte, accuracy and mean depth, by depth, by
-position and by source; for routed models under causal and under top-k routing, with the leak
-between them. On tasks: lm-evaluation-harness in process, with every option of its own command
-(python -m lm_eval run --help) but --model and --device; --tasks=paper stands for the tasks of the
-Mixture-of-Recursions paper. A training job may be at work in the directory meanwhile.
+The newest good checkpoint is used, or the weights that the run starts from. On text: loss (nats per
+token), perplexity, bits per byte, accuracy and mean depth, also by depth, position and source;
+routed models are evaluated under causal and under top-k routing. On tasks: every option of
+lm-evaluation-harness (python -m lm_eval run --help) but --model and --device is passed on;
+--tasks=paper runs the tasks of the Mixture-of-Recursions paper. Training may continue in the same
+directory.
 """
 
 import argparse
@@ -18,6 +19,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from mor_jax.cli import option_names
+from mor_jax.cli.parser import CommandParser
 from mor_jax.runtime import exit_codes, platform
 from mor_jax.runtime.preemption import Signals
 
@@ -32,7 +34,7 @@ _PATHS = {
     "seq_len": "length",
     "evaluation.fsdp": "fsdp",
 }
-"""Options under other names than their settings."""
+"""Options whose names differ from their settings."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -114,53 +116,56 @@ def _options(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
     parser = _parser()
     options, others = parser.parse_known_args(argv)
     if others and not options.tasks:
-        parser.error(f"unrecognized arguments without --tasks: {' '.join(others)}")
+        parser.error(f"unknown options (they are passed on only with --tasks): {' '.join(others)}")
     rows = options.batch_size
     if rows is not None and not (rows.isdecimal() or (options.tasks and rows.startswith("auto"))):
         parser.error(f"argument --batch_size: invalid number of rows: {rows!r}")
     if options.watch and (options.step is not None or options.figure):
-        parser.error("--watch takes every step, and draws no --figure")
+        parser.error("--watch evaluates every checkpoint: leave out --step and --figure")
     if options.poll is not None and not options.watch:
-        parser.error("--poll is of --watch: add that, or leave --poll out")
+        parser.error("--poll needs --watch")
     if options.tasks and "" in options.tasks:
-        parser.error("--tasks is empty: name some, or leave it out")
+        parser.error("--tasks is empty: name tasks, or leave it out")
     if options.figure and options.tasks and not (options.text or options.source):
         parser.error("--figure shows losses on text: add --text or --source")
     return options, others
 
 
-def _parser() -> argparse.ArgumentParser:
-    about, _, more = (__doc__ or "").partition("\n")
-    raw = argparse.RawDescriptionHelpFormatter
-    # Shortened options could be meant for lm-eval.
-    parser = argparse.ArgumentParser(
-        description=about, epilog=more, formatter_class=raw, allow_abbrev=False
-    )
+def _parser() -> CommandParser:
+    parser = CommandParser(__doc__)
     add = parser.add_argument
     add("--workdir", required=True, help="run to evaluate")
-    add("--step", type=int, help="checkpoint; default: the newest good one")
+    add("--step", type=int, help="step of the checkpoint; default: the newest good one")
     add(
         "--source",
         action="append",
-        help="text to evaluate on, all of it, written like data.sources; may be repeated; default: "
-        "the held-out part of the run's own text",
+        help="text to evaluate on, written like data.sources; all of it is used; may be repeated; "
+        "default: "
+        "the validation part of the run's own text",
     )
-    add("--length", type=int, help="tokens of a row of text; default: the run's")
-    add("--batches", type=int, help="of text; default: the run's eval.batches")
-    add("--batch_size", help="rows; default: the run's eval.batch_size, for tasks auto")
-    add("--fsdp", type=int, default=1, help="devices that share each parameter")
-    add("--calibration", help="one of the run's, by name, or a file")
-    add("--recursions", type=int, help="to run, in place of those trained")
-    add("--tasks", nargs="+", help="of lm-eval, in place of text; its other options may follow")
-    add("--text", action="store_true", help="with --tasks: text as well")
+    add("--length", type=int, help="sequence length of text in tokens; default: the run's")
+    add("--batches", type=int, help="batches of text; default: the run's eval.batches")
+    add(
+        "--batch_size",
+        help="sequences per batch; default: the run's eval.batch_size; for tasks: auto",
+    )
+    add("--fsdp", type=int, default=1, help="devices over which each parameter is sharded")
+    add("--calibration", help="name of a calibration of the run, or a file")
+    add("--recursions", type=int, help="number of recursions to run; default: as trained")
+    add(
+        "--tasks",
+        nargs="+",
+        help="tasks of lm-evaluation-harness instead of text; its other options may follow",
+    )
+    add("--text", action="store_true", help="with --tasks: evaluate on text as well")
     add("--watch", action="store_true", help="evaluate every checkpoint, and each new one")
-    add("--poll", type=float, help="seconds between two looks of --watch; default 30")
-    add("--output", help="file of JSON lines to add to; default with --watch: the run's")
-    add("--figure", help="picture of the losses by position and depth: FILE.png")
-    add("--json", action="store_true", help="print JSON, one object for each checkpoint")
+    add("--poll", type=float, help="seconds between two checks of --watch; default 30")
+    add("--output", help="JSON lines file to append to; default with --watch: that of the run")
+    add("--figure", help="figure of the losses by position and depth: FILE.png")
+    add("--json", action="store_true", help="print one JSON object for each checkpoint")
     return parser
 
 
 if __name__ == "__main__":
-    with Signals("what was recorded stays"):
+    with Signals("recorded results are kept"):
         sys.exit(main())

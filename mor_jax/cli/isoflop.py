@@ -1,13 +1,13 @@
-"""Scaling studies at equal FLOPs: plan, run, watch, fit, report. docs/isoflop.md walks through one.
+"""Scaling studies at equal training FLOPs: plan, run, fit, report. Tutorial: docs/isoflop.md.
 
-    python launch/isoflop.py plan --study=studies/small --architectures=plain,mor-2 \\
+    mor isoflop plan --study=studies/small --architectures=plain,mor-2 \\
         --sizes=w32,w48,w64 --budgets=1e12,2e12,4e12 --config.batch_size=4
-    python launch/isoflop.py run --study=studies/small --jobs=2
-    python launch/isoflop.py status --study=studies/small
-    python launch/isoflop.py fit --study=studies/small
-    python launch/isoflop.py report --study=studies/small
+    mor isoflop run --study=studies/small --jobs=2
+    mor isoflop status --study=studies/small
+    mor isoflop fit --study=studies/small
+    mor isoflop report --study=studies/small
 
-Every one may be given again at any time. Settings of the runs are --config.NAME=VALUE of plan.
+Every command can be repeated. plan takes settings of the runs as --config.NAME=VALUE.
 """
 
 import argparse
@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from mor_jax.cli import option_names
+from mor_jax.cli.parser import CommandParser
 from mor_jax.config.shipped import CHECKOUT, CONFIGS, TRAIN
 from mor_jax.runtime import exit_codes, platform
 from mor_jax.runtime.preemption import Signals
@@ -51,8 +52,8 @@ def _plan(options: argparse.Namespace, rest: list[str]) -> int:
     from mor_jax.scaling.study.plan import make_plan
 
     manifest = make_plan(_asked(options, rest), CONFIGS)
-    again = [f"python launch/isoflop.py {name} --study={options.study}" for name in FOLLOWING]
-    planned = shlex.join(["python", "launch/isoflop.py", *options.given])
+    again = [f"mor isoflop {name} --study={options.study}" for name in FOLLOWING]
+    planned = shlex.join(["mor", "isoflop", *options.given])
     manifest = dataclasses.replace(manifest, reproduce=(planned, *again))
     if not options.dry_run:
         new = write(options.study, manifest)
@@ -216,7 +217,7 @@ def _fitted(options: argparse.Namespace) -> tuple[Any, Any, Any]:
     missing = [each for each in progress(options.study, manifest) if each.state != "done"]
     told = ", ".join(f"{each.run.name} ({each.problem or each.state})" for each in missing[:8])
     rule = f"{len(missing)} of {len(manifest.runs)} runs have no result: {told}"
-    fix = "Run them: python launch/isoflop.py run; or fit those that are there: --partial"
+    fix = "Run them: mor isoflop run; or fit those that are there: --partial"
     check(not missing or options.partial, "study", options.study, rule, fix)
     points = read_points(options.study)
     fitted = fit(points, FitOptions())
@@ -240,64 +241,77 @@ def _numbers(name: str, text: str) -> tuple[float, ...]:
 def _none(rest: list[str]) -> None:
     from mor_jax.config.parsing import check
 
-    fix = "python launch/isoflop.py --help lists the flags; settings of runs belong to plan"
+    fix = "mor isoflop --help lists the flags; settings of runs belong to plan"
     check(not rest, "arguments", rest, "are no flags of this subcommand", fix)
 
 
 def _console() -> Any:
     from rich.console import Console
 
-    # Not a terminal: lines are not to be broken at 80 columns.
+    # Outside a terminal, lines must not wrap at 80 columns.
     return Console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else 140)
 
 
-def _parser() -> argparse.ArgumentParser:
-    about, _, more = (__doc__ or "").partition("\n")
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(
-        description=about, epilog=more, formatter_class=raw, allow_abbrev=False
-    )
+def _parser() -> CommandParser:
+    parser = CommandParser(__doc__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    _plan_flags(_command(commands, "plan", _plan, "write the manifest of a study"))
-    run = _command(commands, "run", _run, "run what is not done yet")
+    _plan_flags(_command(commands, "plan", _plan, "choose the runs and write the manifest"))
+    run = _command(commands, "run", _run, "train the runs that are not complete")
     run.add_argument("--on", choices=["local", "slurm", "gke"], default="local")
-    run.add_argument("--jobs", type=int, default=1, help="runs at a time on this machine")
-    run.add_argument("--retries", type=int, default=1, help="further attempts of a failed run")
-    run.add_argument("--gpus", help="numbers of GPUs to deal out to the jobs: 0,1,2,3")
-    run.add_argument("--only", help="architectures, sizes or runs, with commas between")
-    status = _command(commands, "status", _status, "what is done, and what is left")
-    status.add_argument("--watch", type=float, metavar="SECONDS", help="again every so often")
-    fit = _command(commands, "fit", _fit, "minima, power laws, a parametric second opinion")
+    run.add_argument("--jobs", type=int, default=1, help="runs in parallel on this machine")
+    run.add_argument("--retries", type=int, default=1, help="retries of a failed run")
+    run.add_argument("--gpus", help="GPU indices to distribute over the jobs: 0,1,2,3")
+    run.add_argument("--only", help="comma-separated architectures, sizes or run names")
+    status = _command(commands, "status", _status, "progress of the study")
+    status.add_argument(
+        "--watch", type=float, metavar="SECONDS", help="print again at this interval"
+    )
+    fit = _command(commands, "fit", _fit, "fit minima, power laws and a parametric loss")
     fit.add_argument("--loss", choices=["causal", "topk"], default="causal")
     fit.add_argument("--size", choices=["unique", "effective"], default="unique")
-    report = _command(commands, "report", _report, "figures and a page of the whole study")
+    report = _command(commands, "report", _report, "write the figures and the report page")
     report.add_argument("--output", help="directory; default: STUDY/report")
     for command in (fit, report):
-        command.add_argument("--partial", action="store_true", help="although runs are missing")
+        command.add_argument("--partial", action="store_true", help="fit although runs are missing")
     return parser
 
 
-def _command(commands: Any, name: str, call: Any, about: str) -> argparse.ArgumentParser:
-    command = commands.add_parser(name, help=about, description=about, allow_abbrev=False)
+def _command(commands: Any, name: str, call: Any, about: str) -> CommandParser:
+    command = commands.add_parser(name, help=about, description=about)
     command.set_defaults(call=call)
     command.add_argument("--study", required=True, help="directory of the study")
     return command
 
 
-def _plan_flags(plan: argparse.ArgumentParser) -> None:
+def _plan_flags(plan: CommandParser) -> None:
     add = plan.add_argument
     add("--architectures", required=True, help="plain,recursive-3,mor-2,mor-3-shared,token-3,...")
-    add("--sizes", required=True, help="135m,360m,... or widths w32,w48,...")
-    add("--budgets", required=True, help="FLOPs: 2e18,5e18,16.5e18")
-    add("--unit", choices=["training", "paper"], default="training", help="what budgets count")
-    add("--seeds", type=int, default=1, help="seeds of every point")
-    add("--noise", metavar="SIZE@BUDGET", help="a point with more seeds")
-    add("--noise_seeds", type=int, default=3, help="seeds there")
-    add("--drop", help="points SIZE@BUDGET to leave out, with commas between")
+    add("--sizes", required=True, help="135m,360m,... or hidden sizes w32,w48,...")
+    add("--budgets", required=True, help="training FLOPs: 2e18,5e18,16.5e18")
+    add(
+        "--unit",
+        choices=["training", "paper"],
+        default="training",
+        help="which FLOPs the budgets count",
+    )
+    add("--seeds", type=int, default=1, help="seeds per point")
+    add("--noise", metavar="SIZE@BUDGET", help="a point with more seeds, for the seed noise")
+    add("--noise_seeds", type=int, default=3, help="seeds of the --noise point")
+    add("--drop", help="comma-separated points SIZE@BUDGET to leave out")
     add("--lr", type=float, help="learning rate at --lr_width; default: the configuration's")
     add("--lr_width", type=int, default=128)
-    add("--lr_power", type=float, default=0.5, help="rate ~ width ** -this")
-    add("--warmup", type=float, default=0.1, help="share of the smallest budget's steps")
+    add(
+        "--lr_power",
+        type=float,
+        default=0.5,
+        help="learning rate is proportional to width ** -POWER",
+    )
+    add(
+        "--warmup",
+        type=float,
+        default=0.1,
+        help="warm-up, as a fraction of the smallest budget's steps",
+    )
     add("--decay", type=float, default=0.2, help="share of a run's steps")
     add("--min_steps", type=int, default=100, help="fewer are refused")
     add("--tokens_per_parameter", type=float, default=20.0, help="where minima are expected")

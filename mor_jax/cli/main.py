@@ -2,6 +2,7 @@
 
 import difflib
 import importlib.util
+import os
 import re
 import sys
 from pathlib import Path
@@ -55,7 +56,7 @@ def main() -> None:
         run(name.replace("_", "-"), f"mor {name}")
     else:
         near = difflib.get_close_matches(name, COMMANDS, n=1, cutoff=0.0)[0]
-        _refuse(f"{name}: is no command. Did you mean mor {near}? mor --help lists all")
+        _refuse(f"{name}: unknown command. Did you mean mor {near}? mor --help lists all")
 
 
 def run(name: str, program: str | None = None) -> None:
@@ -71,7 +72,14 @@ def run(name: str, program: str | None = None) -> None:
     module = importlib.util.module_from_spec(spec)
     module.__name__ = "__main__"
     sys.modules["__main__"] = module
-    exec(spec.loader.get_code(spec.name), module.__dict__)  # type: ignore[attr-defined]
+    code = spec.loader.get_code(spec.name)  # type: ignore[attr-defined]
+    try:
+        exec(code, module.__dict__)
+    except BrokenPipeError:
+        # The reader of the output, such as `head`, has enough. What the interpreter still flushes
+        # must not complain either.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(exit_codes.OK)
 
 
 def usage() -> str:

@@ -1,12 +1,12 @@
-"""Prints what a run would need and reach on a pod, before there is one.
+"""Plans a run on devices that are not here: memory, traffic and step time.
 
-    python launch/plan.py --config=configs/mor.py:size=1.7b --topology=v5e:16x16
-    python launch/plan.py --config=configs/mor.py:size=7b --topology=v5p:8x8x8 --compare
-    python launch/plan.py --config=configs/mor.py:size=1.7b --topology=2xv5e:16x16 \\
+    mor plan --config=mor:size=1.7b --topology=v5e:16x16
+    mor plan --config=mor:size=7b --topology=v5p:8x8x8 --compare
+    mor plan --config=mor:size=1.7b --topology=2xv5e:16x16 \\
         --config.mesh.slice=2 --json
 
-The train step is compiled by the chip's own compiler; no accelerator is needed or used. TPUs need
-requirements-tpu.txt. What the tables say: docs/pod-plan.md.
+The compiler of the device compiles the real train step; no accelerator is needed or used. TPU
+topologies need requirements-tpu.txt. docs/pod-plan.md explains the tables.
 """
 
 import contextlib
@@ -21,10 +21,10 @@ from mor_jax.runtime.preemption import Signals
 
 _SIGNALS = Signals("nothing was written")
 if __name__ == "__main__":
-    # First of all: what follows takes seconds to import.
+    # First, because the imports below take seconds.
     _SIGNALS.__enter__()
 
-# Nothing runs here; an accelerator of this machine stays free.
+# Nothing runs on a device; an accelerator of this machine stays free.
 os.environ["JAX_PLATFORMS"] = "cpu"
 
 from absl import app, flags, logging
@@ -33,13 +33,19 @@ from ml_collections import config_flags
 from mor_jax.cli import config_flag, option_names
 from mor_jax.runtime import exit_codes
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "Configuration, such as configs/mor.py.")
-_TOPOLOGY = flags.DEFINE_string("topology", None, "Devices: v5e:16x16, 2xv5e:16x16, h100:8x4.")
-_TOKENS = flags.DEFINE_float("tokens", None, "Tokens of the whole run; default: its steps.")
-_COMPARE = flags.DEFINE_bool("compare", False, "Plain, recursive and MoR side by side.")
-_JSON = flags.DEFINE_bool("json", False, "Print one JSON line a plan instead of tables.")
+_CONFIG = config_flags.DEFINE_config_file(
+    "config", None, "Name of a shipped configuration or a file, with choices: mor:size=1.7b."
+)
+_TOPOLOGY = flags.DEFINE_string(
+    "topology", None, "Devices: v5e:16x16, 2xv5e:16x16 (two slices), h100:8x4."
+)
+_TOKENS = flags.DEFINE_float(
+    "tokens", None, "Tokens of the whole run; default: those of its steps."
+)
+_COMPARE = flags.DEFINE_bool("compare", False, "Compare vanilla, recursive and MoR.")
+_JSON = flags.DEFINE_bool("json", False, "Print one line of JSON for each plan instead of tables.")
 _TRY = flags.DEFINE_float(
-    "try_seconds", 300, "Time for other settings where these do not fit.", lower_bound=0
+    "try_seconds", 300, "Seconds to search for settings that fit, if these do not.", lower_bound=0
 )
 flags.mark_flags_as_required(["config", "topology"])
 
@@ -50,8 +56,8 @@ def main(_: list[str]) -> None:
     try:
         plans = _plans()
     except ValueError as error:
-        told = option_names.as_typed(error, option_names.flags_given())
-        print(f"error: {told}", file=sys.stderr)
+        message = option_names.as_typed(error, option_names.flags_given())
+        print(f"error: {message}", file=sys.stderr)
         sys.exit(exit_codes.REFUSED)
     seconds = time.perf_counter() - start
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -1,12 +1,12 @@
-"""Serves a run's model over HTTP, in the form of OpenAI's API.
+"""Serves a model over HTTP with OpenAI's API.
 
-    python launch/serve.py --workdir=runs/mor
-    python launch/serve.py --workdir=runs/mor --host=0.0.0.0 --port=8000 --slots=64 --cache=8GB \\
+    mor serve --workdir=runs/mor
+    mor serve --workdir=runs/mor --host=0.0.0.0 --port=8000 --slots=64 --cache=8GB \\
         --api_key_file=keys.txt
     curl localhost:8000/v1/completions -H 'Content-Type: application/json' \\
         -d '{"prompt": "Once upon a time", "max_tokens": 32}'
 
-SIGTERM or Ctrl-C finishes the answers under way (--drain) and ends with code 0. docs/serving.md.
+SIGTERM or Ctrl-C finishes running answers (--drain) and exits with code 0. docs/serving.md.
 """
 
 import argparse
@@ -16,6 +16,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from mor_jax.cli import option_names
+from mor_jax.cli.parser import CommandParser
 from mor_jax.runtime import exit_codes, platform
 from mor_jax.runtime.preemption import Signals
 
@@ -33,7 +34,7 @@ _PATHS = {
     "limits.write_timeout": "write_timeout",
     "limits.keep_alive": "keep_alive",
 }
-"""Options under other names than their settings."""
+"""Options whose names differ from their settings."""
 
 NEEDED = ("httptools", "jinja2", "prometheus_client", "starlette", "uvicorn")
 
@@ -111,34 +112,56 @@ def _limits(options: argparse.Namespace) -> "Limits":
     return limits
 
 
-def _parser() -> argparse.ArgumentParser:
-    about, _, more = (__doc__ or "").partition("\n")
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=about, epilog=more, formatter_class=raw)
+def _parser() -> CommandParser:
+    parser = CommandParser(__doc__)
     add = parser.add_argument
-    add("--workdir", required=True, help="run whose model is served")
-    add("--step", type=int, help="checkpoint; default: the newest good one")
-    add("--calibration", help="of launch/calibrate.py: its name, or a file")
-    add("--recursions", type=int, help="to run in place of those trained")
+    add("--workdir", required=True, help="run directory")
+    add("--step", type=int, help="step of the checkpoint; default: the newest good one")
+    add("--calibration", help="name or file of thresholds made by mor calibrate")
+    add("--recursions", type=int, help="number of recursions to run; default: as trained")
     add("--host", default="127.0.0.1", help="default: %(default)s; 0.0.0.0 for every interface")
     add("--port", type=int, default=8000, help="default: %(default)s; 0 takes a free one")
-    add("--slots", type=int, help="sequences at work at once; default: what the cache holds")
-    add("--cache", help="bytes for keys and values, such as 2GB; default: 32 full contexts")
+    add(
+        "--slots",
+        type=int,
+        help="sequences that decode together; default: as many as the cache holds",
+    )
+    add("--cache", help="memory of the KV cache, such as 2GB; default: 32 full contexts")
     add("--max_length", type=int, help="tokens of prompt and answer; default: the model's context")
     add("--dtype", choices=("float32", "bfloat16"), help="default: the model's; float32 on CPUs")
-    add("--max_waiting", type=int, default=1024, help="texts in the queue; default: %(default)s")
-    add("--timeout", type=float, default=600.0, help="seconds an answer may take; default: 600")
-    add("--drain", type=float, default=30.0, help="seconds to finish answers when told to end")
-    add("--api_key_file", help="file with a key a line; or set MOR_API_KEY")
-    add("--max_requests", type=int, default=2048, help="requests at once; default: %(default)s")
-    add("--max_choices", type=int, default=128, help="answers to a request; default: %(default)s")
-    add("--max_body", default="2MB", help="largest request; default: %(default)s")
-    add("--write_timeout", type=float, default=30.0, help="seconds an answer may lie unread")
-    add("--keep_alive", type=float, default=75.0, help="seconds a connection may idle; default: 75")
+    add(
+        "--max_waiting",
+        type=int,
+        default=1024,
+        help="largest number of waiting requests; default: %(default)s",
+    )
+    add(
+        "--timeout",
+        type=float,
+        default=600.0,
+        help="time limit of a request in seconds; default: 600",
+    )
+    add("--drain", type=float, default=30.0, help="seconds to finish running answers at shutdown")
+    add("--api_key_file", help="file with one key per line; or set MOR_API_KEY")
+    add(
+        "--max_requests",
+        type=int,
+        default=2048,
+        help="largest number of concurrent requests; default: %(default)s",
+    )
+    add("--max_choices", type=int, default=128, help="largest n of a request; default: %(default)s")
+    add("--max_body", default="2MB", help="largest request body; default: %(default)s")
+    add(
+        "--write_timeout",
+        type=float,
+        default=30.0,
+        help="seconds after which a client that does not read is disconnected",
+    )
+    add("--keep_alive", type=float, default=75.0, help="idle seconds of a connection; default: 75")
     return parser
 
 
 if __name__ == "__main__":
-    # Once it serves the server listens to signals itself.
-    with Signals("no request was taken", "The same command serves", exit_codes.OK):
+    # The running server handles signals itself.
+    with Signals("no request was accepted", "Run the same command again", exit_codes.OK):
         sys.exit(main())

@@ -1,4 +1,8 @@
-"""Trains a model: python launch/train.py --config=configs/mor.py:size=debug --workdir=runs/mor.
+"""Trains a model, or resumes a run.
+
+    mor train --config=mor:size=debug --workdir=runs/mor
+    mor train --config=mor:size=360m,recursions=2 --config.optim.lr=1e-3 --workdir=runs/mor-360m
+
 
 Exit codes are those of mor_jax/runtime/exit_codes.py; docs/faults.md explains them.
 """
@@ -11,7 +15,7 @@ from mor_jax.runtime.preemption import Diverged, ImmediateExit, Signals, Stopped
 
 _SIGNALS = Signals()
 if __name__ == "__main__":
-    # First of all: what follows takes seconds to import.
+    # First, because the imports below take seconds.
     _SIGNALS.__enter__()
 
 from absl import app, flags, logging
@@ -20,25 +24,29 @@ from ml_collections import config_flags
 from mor_jax.cli import config_flag, option_names
 from mor_jax.runtime import exit_codes, platform
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "Configuration, such as configs/mor.py.")
-_WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run; an existing one goes on.")
+_CONFIG = config_flags.DEFINE_config_file(
+    "config", None, "Name of a shipped configuration or a file, with choices: mor:size=360m."
+)
+_WORKDIR = flags.DEFINE_string("workdir", None, "Run directory; a run that is there resumes.")
 _ALLOW = flags.DEFINE_list(
-    "allow_changes", [], "Settings that may differ from the run's last start, such as optim.lr."
+    "allow_changes",
+    [],
+    "Settings that may differ from the last start of the run, such as optim.lr.",
 )
 _BRANCH = flags.DEFINE_string(
-    "branch", None, "RUN@STEP: where a new run starts that goes on from a step of another."
+    "branch", None, "RUN@STEP: start a new run from a step of another one."
 )
 _DISTRIBUTED = flags.DEFINE_enum(
     "distributed",
     "off",
     ["off", "auto", "manual"],
-    "Several processes: auto asks Slurm, Kubernetes, Open MPI or the TPU pod, manual needs the "
-    "next three.",
+    "Several processes: auto detects Slurm, Kubernetes, Open MPI or a TPU pod; manual needs "
+    "--coordinator, --processes and --process.",
 )
 _COORDINATOR = flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0.")
 _PROCESSES = flags.DEFINE_integer("processes", None, "Number of processes.")
-_PROCESS = flags.DEFINE_integer("process", None, "Which of them this is, from 0.")
-_WAIT = flags.DEFINE_integer("distributed_wait", 300, "Seconds for all processes to come.")
+_PROCESS = flags.DEFINE_integer("process", None, "Index of this process, from 0.")
+_WAIT = flags.DEFINE_integer("distributed_wait", 300, "Seconds to wait for all processes.")
 flags.mark_flags_as_required(["config", "workdir"])
 
 
@@ -68,11 +76,11 @@ def main(_: list[str]) -> None:
         initialize.shutdown()
         _leave("", diverged.code)
     except HostLost as lost:
-        # It has said so already.
+        # The peer monitor has printed the message.
         _leave("", lost.code)
     except (ValueError, WriteFailed) as error:
-        told = option_names.as_typed(error, option_names.flags_given())
-        print(f"error: {told}", file=sys.stderr, flush=True)
+        message = option_names.as_typed(error, option_names.flags_given())
+        print(f"error: {message}", file=sys.stderr, flush=True)
         initialize.wait_for_others()
         _leave("", exit_codes.of(error))
 
@@ -94,7 +102,7 @@ def _join() -> None:
 
 
 def _leave(message: str, code: int) -> NoReturn:
-    # A compiler at work in another thread would outlive the interpreter: nothing waits for it.
+    # Does not wait for a compilation that still runs in another thread.
     if message:
         print(message, file=sys.stderr)
     sys.stdout.flush()
@@ -106,4 +114,4 @@ if __name__ == "__main__":
     try:
         app.run(main, flags_parser=config_flag.parsed)
     except ImmediateExit as left:
-        _leave(f"stopped: {left}. The same command starts it again", exit_codes.STOPPED)
+        _leave(f"stopped: {left}. Run the same command again", exit_codes.STOPPED)

@@ -1,0 +1,78 @@
+"""The argument parser of the commands: what is wrong is said in one line, with the nearest option.
+
+Imports nothing that takes time: it comes before the rest of a command.
+"""
+
+import argparse
+import difflib
+import sys
+from collections.abc import Iterator, Sequence
+from typing import Any, NoReturn
+
+from mor_jax.runtime import exit_codes
+
+
+class CommandParser(argparse.ArgumentParser):
+    """An `ArgumentParser` whose errors are one line; the exit code is `exit_codes.REFUSED`.
+
+    about: the module's docstring: its first line is the description, the rest follows the options.
+    """
+
+    def __init__(self, about: str | None = None, **options: Any):
+        first, _, rest = (about or "").partition("\n")
+        # Help texts keep their lines; an option is written out, never shortened.
+        options = {
+            "formatter_class": argparse.RawDescriptionHelpFormatter,
+            "allow_abbrev": False,
+        } | options
+        if about is not None:
+            options |= {"description": first, "epilog": rest}
+        super().__init__(**options)
+        self._words: list[str] = []
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """As in argparse; remembers the words for the error."""
+        self._words = sys.argv[1:] if args is None else list(args)
+        return super().parse_known_args(args, namespace)
+
+    def error(self, message: str) -> NoReturn:
+        """Prints one line and ends the process."""
+        message = _without_prefix(message)
+        message = f"{message}{_nearest_choice(message)}"
+        hints = [f"{word}: unknown option. Did you mean {near}?" for word, near in self._unknown()]
+        message = (
+            hints[0] if hints else message.rstrip("?") + ("?" if message.endswith("?") else ".")
+        )
+        print(f"error: {message} {self.prog} --help lists all options", file=sys.stderr)
+        sys.exit(exit_codes.REFUSED)
+
+    def _unknown(self) -> Iterator[tuple[str, str]]:
+        """Options that this parser does not have, with the nearest one that it has."""
+        options = [name for name in self._option_string_actions if name.startswith("--")]
+        for word in _until_separator(self._words):
+            name = word.partition("=")[0]
+            near = difflib.get_close_matches(name, options, n=1, cutoff=0.6)
+            if name.startswith("--") and name not in options and near:
+                yield name, near[0]
+
+
+def _until_separator(words: Sequence[str]) -> Sequence[str]:
+    return words[: words.index("--")] if "--" in words else words
+
+
+def _without_prefix(message: str) -> str:
+    """`argument --step: invalid int value: 'x'` as `--step: invalid int value: 'x'`."""
+    return message.removeprefix("argument ").replace(
+        "the following arguments are required:", "missing:"
+    )
+
+
+def _nearest_choice(message: str) -> str:
+    """For `invalid choice: 'hff' (choose from 'hf', 'llama')`: the nearest of the choices."""
+    _, found, rest = message.partition("invalid choice: ")
+    value, _, choices = rest.partition(" (choose from ")
+    if not found or not choices:
+        return ""
+    names = [name.strip("' ") for name in choices.rstrip(")").split(",")]
+    near = difflib.get_close_matches(value.strip("'"), names, n=1, cutoff=0.0)
+    return f". Did you mean {near[0]}?" if near else ""
