@@ -1,1 +1,1 @@
-"""Calibration: the thresholds of causal routing, fitted to text. docs/serving.md."""
+"""Calibration: thresholds of causal routing, fitted to text. docs/serving.md."""

@@ -1,4 +1,4 @@
-"""Calibrations of a run: made, measured, told and written (`launch/calibrate.py`)."""
+"""Calibrates a run, measures the calibration and writes it (`launch/calibrate.py`)."""
 
 import dataclasses
 import json
@@ -35,9 +35,9 @@ _MOST_POINTS = 1000
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CalibrationTarget:
-    """What to calibrate for: shares of all tokens, or a mean depth, else what training aimed at.
+    """Target: shares of all tokens, or a mean depth; by default the target of training.
 
-    points: depths of a curve to measure besides; None: no curve.
+    points: number of depths of a curve to measure as well; None: no curve.
     """
 
     shares: tuple[float, ...] | None = None
@@ -45,7 +45,7 @@ class CalibrationTarget:
     points: int | None = None
 
     def validate(self) -> None:
-        """Raises `ValueError` for a curve that is none."""
+        """Raises `ValueError` for an invalid number of points."""
         rule = f"a curve needs at least 2 points, and at most {_MOST_POINTS}: each is measured"
         ok = self.points is None or 2 <= self.points <= _MOST_POINTS
         check(ok, "points", self.points, rule, "Try 9")
@@ -53,9 +53,9 @@ class CalibrationTarget:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CalibrationResult:
-    """A calibration, and what was measured: it, and the curve if one was asked for, deepest first.
+    """A calibration and its measurements, with those of a requested curve, deepest first.
 
-    length: tokens of a row.
+    length: tokens per sequence.
     """
 
     found: RunWeights
@@ -70,44 +70,46 @@ class CalibrationResult:
         return {**facts, **dataclasses.asdict(self.calibration), "points": points}
 
     def lines(self) -> list[str]:
-        """The same for a terminal."""
+        """A table for a terminal."""
         made = self.calibration
         width = max(len(point.name) for point in self.points) + 2
         columns = "  ".join(f"{f'rec. {r}':>6}" for r in range(made.recursions))
         head = f"{'':<{width}}{'mean depth':>10}{'loss':>9}{'work':>8}    {columns}"
-        told = [
+        lines = [
             str(self.found),
-            f"{made.text}: {made.tokens:,} tokens in rows of {self.length}, and as many to measure",
+            f"{made.text}: {made.tokens:,} tokens in sequences of {self.length}, "
+            "and as many to measure",
             "",
             head,
         ]
         for point in self.points:
             each = "  ".join(f"{share:>6.1%}" for share in point.shares)
-            told.append(
+            lines.append(
                 f"{point.name:<{width}}{point.depth:>10.3f}{point.loss:>9.4f}{point.work:>8.1%}"
                 f"    {each}"
             )
-        told += ["", "loss: nats per token; work: FLOPs, 100% with all tokens at all recursions"]
-        told.append("rec. r: share of all tokens that go through recursion r")
+        lines += ["", "loss: nats per token; work: FLOPs, 100% with all tokens at all recursions"]
+        lines.append("rec. r: share of all tokens that go through recursion r")
         if any(point.name == Calibrator.TRAINING_RULE for point in self.points):
-            told.append("the training rule looks at later tokens, which generation cannot")
-        return told
+            lines.append("the training rule compares with later tokens, which generation cannot")
+        return lines
 
 
 def calibrate(found: RunWeights, asked: EvalRequest, aim: CalibrationTarget) -> CalibrationResult:
-    """Calibrates the weights `found`; nothing is written.
+    """Calibrates the weights `found`; writes nothing.
 
-    asked: the text, its rows and batches (for each half), and recursions other than trained.
+    asked: the text, its sequences and batches (for each half), and recursions instead of the
+    trained number.
 
     Raises:
-        ValueError: what is asked for does not fit the model or the text.
+        ValueError: the request does not fit the model or the text.
     """
     aim.validate()
     cfg = config_for(found.cfg, asked)
     number = cfg.model.num_recursions if asked.recursions is None else asked.recursions
     params = found.params()
     check_finite(params, str(found))
-    # Rounding moves logits a little: they are taken in the dtype that generation computes in.
+    # Rounding moves logits a little, so they are computed in the dtype of generation.
     model = compute_config(cfg.model, None)
     model, params, _ = with_recursions(model, params, number)
     Calibrator.check(model)
@@ -136,7 +138,7 @@ def calibrate(found: RunWeights, asked: EvalRequest, aim: CalibrationTarget) -> 
 
 
 def _curve(calibrator: Calibrator, model: ModelConfig, points: int) -> Iterator[CalibrationPoint]:
-    """`points` depths from the least to all recursions, and other ways to run the model."""
+    """`points` depths from the least to all recursions, and the model's other routing modes."""
     lowest, highest = sum(takes_all(model)), model.num_recursions
     for depth in np.linspace(lowest, highest, points):
         name = "all recursions" if math.isclose(depth, highest) else f"depth {depth:.2f}"
@@ -148,25 +150,25 @@ def _curve(calibrator: Calibrator, model: ModelConfig, points: int) -> Iterator[
 
 
 def check_name(found: RunWeights, name: str) -> None:
-    """Raises `ValueError` unless a calibration may be saved as `name`; before the work is done."""
+    """Raises `ValueError` unless a calibration may be saved as `name`; call it before the work."""
     path = path_of(found.path, name)
     check_replaceable(path)
-    # Beside a calibration that is there, they are its curve.
+    # Next to an existing calibration, these files are its curve.
     there = [] if path.exists() else [file.name for file in _curve_files(path) if file.exists()]
-    rule = f"{there} would be replaced, and no calibration is there that made them"
-    check(not there, "name", str(path), rule, "Give another --name, such as 'fast' or FILE.json")
+    rule = f"{there} would be replaced, but belong to no calibration"
+    check(not there, "name", str(path), rule, "Choose another --name, such as 'fast' or FILE.json")
 
 
 def write(measured: CalibrationResult, name: str) -> list[epath.Path]:
-    """Writes the calibration `name` (or a file), and beside it the curve with its picture.
+    """Writes the calibration `name` (or a file), and next to it the curve and its plot.
 
-    Returns the files. Raises `ValueError` where they cannot be written.
+    Returns the files. Raises `ValueError` if they cannot be written.
     """
     path = path_of(measured.found.path, name)
     save(path, measured.calibration)
     curve, picture = _curve_files(path)
     if len(measured.points) == 1:
-        # Those of an older calibration of the name would be taken for this one's.
+        # Files of an older calibration of this name would look like part of this one.
         for old in (curve, picture):
             old.unlink(missing_ok=True)
         return [path]
@@ -179,5 +181,5 @@ def write(measured: CalibrationResult, name: str) -> list[epath.Path]:
 
 
 def _curve_files(path: epath.Path) -> tuple[epath.Path, epath.Path]:
-    """Where the curve of the calibration at `path` goes, and its picture."""
+    """Files of the curve of the calibration at `path`, and of its plot."""
     return path.with_name(f"{path.stem}.curve.jsonl"), path.with_name(f"{path.stem}.curve.png")

@@ -1,7 +1,7 @@
-"""Calibrates a model on one text: thresholds from its one half, what they give on the other.
+"""Calibrates a model on one text: fits thresholds on one half and measures them on the other.
 
-Recursions are calibrated one after the other, because who reaches a recursion depends on the
-thresholds before it. Token-choice decides once, so one pass over the text is enough.
+Recursions are calibrated one after the other, because the tokens that reach a recursion depend on
+the thresholds before it. Token-choice decides once, so one pass over the text is enough.
 """
 
 import dataclasses
@@ -28,9 +28,9 @@ from mor_jax.types import IGNORE, Array, Batch, Bool, Float, Params
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CalibrationPoint:
-    """One way to run a model, and what it gives on text that it was not calibrated on.
+    """Measurements of one way to run a model, on text that it was not calibrated on.
 
-    name: for people. wanted: shares asked for, where it was calibrated. shares: found, of all
+    name: for display. wanted: requested shares, if it was calibrated. shares: measured, of all
     tokens at each recursion. loss: nats per token. work: forward FLOPs over those with every token
     at every recursion. thresholds, depth_bias: as in `Calibration`.
     """
@@ -45,13 +45,13 @@ class CalibrationPoint:
 
     @property
     def depth(self) -> float:
-        """Mean recursions a token."""
+        """Mean recursions per token."""
         return sum(self.shares)
 
 
 @dataclasses.dataclass(frozen=True)
 class CalibrationText:
-    """Rows in batches of one size: half to calibrate on, half to measure on. name: for people."""
+    """Batches of one size: half to calibrate on, half to measure on. name: for display."""
 
     name: str
     fit: tuple[Batch, ...]
@@ -59,23 +59,23 @@ class CalibrationText:
 
     @classmethod
     def read(cls, cfg: TrainConfig, split: str) -> "CalibrationText":
-        """Takes `cfg.eval.batches` batches for each half, fewer where there is not enough text.
+        """Reads `cfg.eval.batches` batches for each half, fewer if the text is too short.
 
-        split: `heldout` or `all` of the sources. Rows alternate between the halves. Raises
-        `ValueError` if there are not two rows.
+        split: `heldout` or `all` of the sources. Sequences alternate between the halves. Raises
+        `ValueError` if there are fewer than two.
         """
         tokenizer = data.load_tokenizer(cfg.data.tokenizer)
         data.check_vocabulary(tokenizer, cfg.model.vocab_size)
         layout = data.Layout(length=cfg.seq_len, batch_size=cfg.eval.batch_size)
         read = data.validation_batches(cfg.data, tokenizer, layout, 2 * cfg.eval.batches, split, 1)
         rows = jax.tree.map(lambda *parts: np.concatenate(parts), *read)
-        # A last batch is filled up with rows without targets.
+        # The last batch is padded with sequences without targets.
         whole = np.flatnonzero(np.any(rows.targets != IGNORE, axis=1))
-        rule = f"gives {len(whole)} rows of {cfg.seq_len} tokens; two are needed"
+        rule = f"has {len(whole)} sequences of {cfg.seq_len} tokens; two are needed"
         fix = "Lower --length or give more text with --source"
         check(len(whole) >= 2, "data.sources", cfg.data.sources, rule, fix)
         names = ", ".join(cfg.data.sources)
-        name = f"held-out part of {names}" if split == "heldout" else names
+        name = f"validation split of {names}" if split == "heldout" else names
         size = min(cfg.eval.batch_size, len(whole) // 2)
         halves = (tuple(_batches(rows, whole[start::2], size)) for start in (0, 1))
         return cls(name, *halves)
@@ -87,7 +87,7 @@ class CalibrationText:
 
 
 def _batches(rows: Batch, chosen: np.ndarray, size: int) -> Iterator[Batch]:
-    # Whole batches alone, so that nothing is compiled twice.
+    # Only full batches, so that nothing is compiled twice.
     for start in range(0, len(chosen) - size + 1, size):
         part = chosen[start : start + size]
         yield jax.tree.map(lambda x, part=part: jnp.asarray(x[part]), rows)
@@ -100,7 +100,7 @@ class Calibrator:
 
     @staticmethod
     def check(cfg: ModelConfig) -> None:
-        """Raises `ValueError` for a model in which nothing is chosen."""
+        """Raises `ValueError` for a model that selects nothing."""
         rule = "has nothing to calibrate: every token takes every recursion"
         fix = "Give a run with routers; --recursions changes the depth of others"
         ok = cfg.router.kind != "none" and not all(takes_all(cfg))
@@ -119,7 +119,7 @@ class Calibrator:
         self._evaluate = CheckedFunction(evaluate, *rows)
         self._logits = CheckedFunction(partial(candidate_logits, cfg.model), *rows)
         self._scores = CheckedFunction(partial(depth_scores, cfg.model), *rows)
-        # Grids ask for the same first thresholds again and again.
+        # The points of a curve often share their first thresholds.
         self._known: dict[tuple[float, ...], tuple[np.ndarray, int]] = {}
 
     def calibrated(self, name: str, wanted: Sequence[float]) -> CalibrationPoint:
@@ -135,19 +135,19 @@ class Calibrator:
         return dataclasses.replace(point, wanted=wanted, thresholds=thresholds)
 
     def uncalibrated(self) -> CalibrationPoint:
-        """Causal routing as it is without a calibration."""
+        """Causal routing without a calibration."""
         return self._point("uncalibrated", "causal", self._params)
 
     def training_rule(self) -> CalibrationPoint:
-        """Top-k over whole rows, which looks at later tokens: no generation can do it."""
+        """Top-k over whole sequences. It compares with later tokens, which generation cannot."""
         return self._point(self.TRAINING_RULE, "topk", self._params)
 
     def thresholds(self, wanted: Sequence[float]) -> tuple[float, ...]:
-        """Expert-choice's alone, without a measurement."""
+        """The thresholds of expert-choice, without a measurement."""
         found: tuple[float, ...] = ()
         for share, always in zip(wanted, takes_all(self._cfg.model), strict=True):
             if always:
-                # The routing ignores it.
+                # Routing ignores it.
                 found += (0.0,)
                 continue
             logits, tokens = self._candidates(found)
@@ -182,7 +182,7 @@ class Calibrator:
     def _point(
         self, name: str, mode: str, params: Params, thresholds: tuple[float, ...] | None = None
     ) -> CalibrationPoint:
-        # Always an array, so that with and without thresholds are one program; 0 is the default.
+        # Always an array, so that one compiled function serves all; 0 is the default threshold.
         given = jnp.asarray(thresholds or (0.0,) * self._cfg.model.num_recursions, jnp.float32)
         sums = [self._evaluate(params, batch, given, mode=mode) for batch in self._text.unseen]
         total = jax.tree.map(lambda *leaves: np.sum(leaves, axis=0), *jax.device_get(sums))
@@ -201,7 +201,7 @@ class Calibrator:
 def candidate_logits(
     cfg: ModelConfig, params: Params, batch: Batch, thresholds: Float[Array, "r"]
 ) -> list[tuple[Float[Array, "b l"], Bool[Array, "b l"]]]:
-    """For each recursion of expert-choice: logits that decide, and whose token is a candidate.
+    """For each recursion of expert-choice: deciding logits, and which tokens are candidates.
 
     Under causal routing with `thresholds`, so recursion r's depend on those before it alone.
     """
@@ -216,7 +216,7 @@ def candidate_logits(
 
 
 def depth_scores(cfg: ModelConfig, params: Params, batch: Batch) -> Float[Array, "b l r"]:
-    """Scores of each depth by which token-choice decides, balancing bias included."""
+    """Scores of each depth that token-choice ranks, balancing bias included."""
     routing = forward(cfg, params, batch, Route(mode="causal")).routing
     assert routing is not None
     scores = token_score(cfg.router, routing.recursion_traces[0].logits)

@@ -80,7 +80,7 @@ def _watch(options: argparse.Namespace, others: list[str]) -> None:
     questions = _questions(options, others, run_dir.read_config(path))
     records = EvalLog(options.output or path / FILE, questions.result())
     watch = CheckpointWatcher(
-        path, records, poll=30.0 if options.poll is None else options.poll, told=_note
+        path, records, poll=30.0 if options.poll is None else options.poll, report=_note
     )
     for record in watch(lambda found: questions(found).record()):
         print(json.dumps(record) if options.json else line(record), flush=True)

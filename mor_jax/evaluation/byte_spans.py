@@ -1,7 +1,7 @@
-"""How many bytes of text the targets of a row stand for, so that losses compare across tokenizers.
+"""Bytes of text per target, so that losses can be compared across tokenizers.
 
-A loss in bits per byte is the cost of all targets, those that end documents too, over the bytes of
-the text alone: an end of document costs what it costs, but no byte of a text stands for it.
+Bits per byte is the loss of all targets, end-of-document tokens included, divided by the bytes of
+the text: end-of-document tokens add to the loss, but stand for no bytes.
 """
 
 import numpy as np
@@ -12,9 +12,9 @@ from mor_jax.types import IGNORE, Batch
 
 
 class TextBytes:
-    """Counts bytes of UTF-8, exactly: of the text as the tokenizer keeps it.
+    """Counts the exact UTF-8 bytes of the text, after the tokenizer's normalisation.
 
-    A tokenizer that writes a space before a text's first word has it there without a byte.
+    The space that some tokenizers add before the first word counts as no byte.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
@@ -29,10 +29,10 @@ class TextBytes:
             self._spaced[:] = [find(token).startswith(b" ") for token in tokens]
 
     def __call__(self, batch: Batch) -> tuple[np.ndarray, np.ndarray]:
-        """Bytes, and ends of documents, among the targets of each row: int64 [b] each."""
+        """Bytes and end-of-document tokens among the targets of each sequence: int64 [b] each."""
         targets = np.asarray(batch.targets)
-        here = targets != IGNORE
-        known = np.where(here, targets, self._eos)
+        valid = targets != IGNORE
+        known = np.where(valid, targets, self._eos)
         begins = np.asarray(batch.tokens) == self._eos
         lengths = self._lengths[known] - np.where(begins, self._spaced[known], 0)
-        return np.sum(lengths * here, axis=1), np.sum(here & (targets == self._eos), axis=1)
+        return np.sum(lengths * valid, axis=1), np.sum(valid & (targets == self._eos), axis=1)

@@ -1,4 +1,4 @@
-"""What to evaluate on, and a run's configuration changed to it."""
+"""Evaluation requests, and the configuration of a run adapted to one."""
 
 import dataclasses
 
@@ -8,12 +8,13 @@ from mor_jax.config.parsing import check_positive
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EvalRequest:
-    """What to evaluate on. None: as the run itself does it.
+    """What to evaluate on. None: as in the run's own evaluation.
 
-    sources: other text, all of it, written as `data.sources`. length: tokens of a row. batches,
-    batch_size: of rows. fsdp: devices over which each parameter is cut; the others take rows.
-    calibration: name or file of one, for causal routing. recursions: to run in place of those
-    trained or calibrated.
+    sources: other text, all of it, in the form of `data.sources`. length: tokens per sequence.
+    batches, batch_size: number of batches, and sequences per batch. fsdp: devices over which each
+    parameter is sharded; the batch is sharded over the others too. calibration: name or file of a
+    calibration, for causal routing. recursions: number to run instead of the trained or calibrated
+    one.
     """
 
     sources: tuple[str, ...] | None = None
@@ -26,12 +27,12 @@ class EvalRequest:
 
     @property
     def split(self) -> str:
-        """Of the documents: nothing is trained on other text, so all of it may be used."""
+        """Split of the documents: all of a text that is not in the training data."""
         return "heldout" if self.sources is None else "all"
 
 
 def config_for(cfg: TrainConfig, asked: EvalRequest) -> TrainConfig:
-    """A run's configuration with the rows that are asked for. Raises `ValueError` as `evaluate`."""
+    """The run's configuration with the requested data. Raises `ValueError` as `evaluate`."""
     check_positive("evaluation", asked, "fsdp")
     given = dataclasses.replace(
         cfg.eval,

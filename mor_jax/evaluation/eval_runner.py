@@ -1,4 +1,4 @@
-"""What is asked of weights: losses on text, tasks of lm-evaluation-harness, or both."""
+"""Runs an evaluation: losses on text, tasks of lm-evaluation-harness, or both."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -14,8 +14,11 @@ from mor_jax.evaluation.perplexity import Evaluation, TextEvaluation
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Tasks:
-    """names: of tasks, as `--tasks` has them. options: others of lm-eval's own command.
-    batch_size: rows, or auto."""
+    """Tasks of lm-evaluation-harness.
+
+    names: as in `--tasks`. options: other options of lm-eval's own command. batch_size: sequences,
+    or auto.
+    """
 
     names: tuple[str, ...]
     options: tuple[str, ...] = ()
@@ -24,21 +27,21 @@ class Tasks:
 
 @dataclasses.dataclass(frozen=True)
 class EvalResult:
-    """What was found of one checkpoint. tasks: as `lm_eval.simple_evaluate` returns it."""
+    """Results of one checkpoint. tasks: as `lm_eval.simple_evaluate` returns them."""
 
     found: RunWeights
     text: Evaluation | None
     tasks: dict[str, Any] | None
 
     def record(self) -> dict[str, Any]:
-        """JSON values for a file of many: `text` and `tasks`, what was asked for."""
+        """JSON values for a file of many results: `text` and `tasks`, as requested."""
         made: dict[str, Any] = {} if self.text is None else {"text": self.text.to_dict()}
         if self.tasks is not None:
             made |= {"tasks": self.tasks["results"], "groups": self.tasks.get("groups", {})}
         return made
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON values of this one alone: those of the text as they are, or with the tasks'."""
+        """JSON values of this result alone: those of the text, or of text and tasks."""
         if self.tasks is None:
             assert self.text is not None
             return self.text.to_dict()
@@ -47,7 +50,7 @@ class EvalResult:
         return {**facts, **self.record(), "harness": rest}
 
     def lines(self) -> list[str]:
-        """For a terminal: tables."""
+        """Tables for a terminal."""
         made = [] if self.text is None else self.text.lines()
         if self.tasks is not None:
             from mor_jax.evaluation.lm_eval import command
@@ -58,21 +61,21 @@ class EvalResult:
 
 
 class EvalRunner:
-    """The same for every checkpoint of a run: text is read and tasks are loaded once."""
+    """Runs the same evaluation on every checkpoint of a run; reads text and loads tasks once."""
 
     def __init__(
         self, cfg: TrainConfig, asked: EvalRequest, text: bool, tasks: Tasks | None
     ) -> None:
         """cfg: of the run. text: whether to evaluate on it.
 
-        Raises `ValueError` if text or tasks cannot be had as asked, or lm-eval is not installed.
+        Raises `ValueError` if the text or the tasks cannot be loaded, or lm-eval is not installed.
         """
         self._asked, self._tasks = asked, tasks
         self._text = TextEvaluation(cfg, asked) if text else None
         self._cfg = cfg
         self._harness: Any = None
         if tasks is not None:
-            rule = "for tasks every device holds all parameters and takes rows"
+            rule = "must be 1 with tasks: every device holds all parameters"
             check(asked.fsdp == 1, "fsdp", asked.fsdp, rule, "Leave it out")
             require_package("lm_eval", "tasks", ",".join(tasks.names))
             from mor_jax.evaluation.lm_eval import command
@@ -80,9 +83,9 @@ class EvalRunner:
             self._harness = command.prepare(tasks.names, tasks.options, tasks.batch_size)
 
     def __call__(self, found: RunWeights) -> EvalResult:
-        """Raises `ValueError` if the weights cannot be evaluated as asked."""
+        """Raises `ValueError` if the weights do not fit the request."""
         if self._text is not None and found.cfg != self._cfg:
-            # The run went on with other settings.
+            # The run resumed with other settings.
             self._text, self._cfg = TextEvaluation(found.cfg, self._asked), found.cfg
         text = None if self._text is None else self._text(found)
         tasks = None
@@ -93,14 +96,14 @@ class EvalRunner:
         return EvalResult(found, text, tasks)
 
     def result(self) -> dict[str, Any]:
-        """What is asked, as JSON values: tells answers apart in one file."""
+        """The request as JSON values; identifies its results in a file of many."""
         made = dataclasses.asdict(self._asked)
         made["text"] = self._text is not None
         return made | ({} if self._tasks is None else {"tasks": dataclasses.asdict(self._tasks)})
 
 
 def line(record: Mapping[str, Any]) -> str:
-    """One record of many, for a terminal."""
+    """One record as a line for a terminal."""
     parts = []
     text = record.get("text")
     if text is not None:

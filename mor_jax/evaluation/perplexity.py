@@ -1,4 +1,4 @@
-"""What a trained or imported model loses on held-out text."""
+"""Loss and perplexity of a trained or imported model on validation text."""
 
 import dataclasses
 import functools
@@ -29,9 +29,10 @@ from mor_jax.types import IGNORE, Batch, Params
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-    """cfg: as it was evaluated. text: what on, for people. values: see `to_dict`.
+    """Result of an evaluation on text.
 
-    calibration: what was asked for.
+    cfg: as evaluated. text: name of the data. rows: sequences. values: see `to_dict`. calibration:
+    as requested.
     """
 
     found: RunWeights
@@ -44,32 +45,32 @@ class Evaluation:
     def to_dict(self) -> dict[str, Any]:
         """JSON values. Means are over all targets, losses in nats, by routing (`modes`).
 
-        rows, targets, bytes (of their text), document_ends (targets without bytes). loss_*,
-        perplexity_*, bits_per_byte_* (None without text), accuracy_*; of routed models also depth_*
-        (mean recursions a token), depth_share_* (share of tokens at depth 0 .. Nr), leak
-        (loss_causal - loss_topk), by_depth. by_position: groups of positions in the row. sources:
-        the same for each alone.
+        rows (sequences), targets, bytes (of their text), document_ends (targets without bytes).
+        loss_*, perplexity_*, bits_per_byte_* (None without text), accuracy_*; routed: also depth_*
+        (mean recursions per token), depth_share_* (share of tokens at depth 0 .. Nr), leak
+        (loss_causal - loss_topk), by_depth. by_position: groups of positions in the sequence.
+        sources: the same values for each source.
         """
         facts = {"workdir": str(self.found.path), "step": self.found.step, "text": self.text}
         facts |= {"calibration": self.calibration, "recursions": self.cfg.model.num_recursions}
         return {**facts, "rows": self.rows, "length": self.cfg.seq_len, **self.values}
 
     def lines(self) -> list[str]:
-        """The same for a terminal: aligned tables."""
+        """Aligned tables for a terminal."""
         told = self.found.changes(self.cfg.model.num_recursions, self.calibration)
-        size = f"{self.rows} rows of {self.cfg.seq_len} tokens"
+        size = f"{self.rows} sequences of {self.cfg.seq_len} tokens"
         return [f"{self.found}{told}", *report.lines(f"{self.text}: {size}", self.values)]
 
 
 class TextEvaluation:
-    """Evaluates weights on one text that is read once; compiles once for a model and a routing."""
+    """Evaluates weights on one text, read once; compiles once per model and routing mode."""
 
     def __init__(self, cfg: TrainConfig, asked: EvalRequest) -> None:
         """cfg: of the run. Raises `ValueError` as `evaluate`."""
         self._asked, self._cfg = asked, config_for(cfg, asked)
         cfg = self._cfg
         number = jax.device_count()
-        rule = f"must divide the {number} devices that are here"
+        rule = f"must divide the {number} devices of this machine"
         check(number % asked.fsdp == 0, "fsdp", asked.fsdp, rule, "Leave it out")
         self._mesh = sharding.make_mesh(MeshConfig(fsdp=asked.fsdp))
         sharding.check_rows(self._mesh, "eval.batch_size", cfg.eval.batch_size)
@@ -81,7 +82,7 @@ class TextEvaluation:
         self._batches = data.validation_batches(*given, sharding.row_devices(self._mesh))
         self._sources = data.validation_sources(*given)
         self._bytes = TextBytes(tokenizer)
-        self._step = functools.lru_cache(maxsize=4)(self._program)
+        self._step = functools.lru_cache(maxsize=4)(self._compiled)
 
     def __call__(self, found: RunWeights) -> Evaluation:
         """Raises `ValueError` if weights, calibration or recursions do not fit."""
@@ -101,14 +102,14 @@ class TextEvaluation:
                 rows = [step(params, batch, mode=mode) for batch in batches]
                 sums[mode] = total([jax.device_get(row) for row in rows])
         names = ", ".join(cfg.data.sources)
-        text = names if asked.split == "all" else f"held-out part of {names}"
-        # A last batch is filled up with rows without targets.
+        text = names if asked.split == "all" else f"validation split of {names}"
+        # The last batch is padded with sequences without targets.
         rows = sum(int(np.any(b.targets != IGNORE, axis=1).sum()) for b in self._batches)
         values = self._values(cfg, sums, rows)
         return Evaluation(found, cfg, text, rows, values, asked.calibration)
 
     @staticmethod
-    def _program(cfg: TrainConfig, thresholds: tuple[float, ...] | None) -> CheckedFunction:
+    def _compiled(cfg: TrainConfig, thresholds: tuple[float, ...] | None) -> CheckedFunction:
         def step(params: Params, batch: Batch, mode: str) -> Any:
             return row_sums(cfg, params, batch, mode, thresholds)
 
@@ -132,10 +133,10 @@ class TextEvaluation:
 
 
 def evaluate(found: RunWeights, asked: EvalRequest) -> Evaluation:
-    """Losses of the weights `found`, nats per token, under every routing that the model has.
+    """Losses of the weights `found`, nats per token, under every routing mode of the model.
 
     Raises:
-        ValueError: text, rows, tokenizer, devices, calibration or recursions do not fit.
+        ValueError: text, sequences, tokenizer, devices, calibration or recursions do not fit.
     """
     return TextEvaluation(found.cfg, asked)(found)
 
@@ -147,7 +148,7 @@ def _means(
     ends: np.ndarray,
     rows: np.ndarray,
 ) -> dict[str, Any]:
-    """Values of some rows, together."""
+    """Values of the sequences `rows` together."""
     found: dict[str, Any] = {}
     size, routings = int(sizes[rows].sum()), modes(cfg.model)
     for mode in routings:
@@ -183,7 +184,7 @@ def _by_depth(cfg: TrainConfig, sums: dict[str, dict[str, np.ndarray]]) -> list[
 
 
 def _losses(sums: dict[str, dict[str, np.ndarray]], by: str) -> Sequence[dict[str, Any]]:
-    """Targets and loss of every group under every routing; None where there is no target."""
+    """Targets and loss of every group under every routing mode; None without targets."""
     made: list[dict[str, Any]] = [{} for _ in next(iter(sums.values()))[f"ce_{by}"][0]]
     for mode, found in sums.items():
         nats, targets = found[f"ce_{by}"].sum(axis=0), found[f"targets_{by}"].sum(axis=0)

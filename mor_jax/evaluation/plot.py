@@ -1,4 +1,4 @@
-"""A picture of an evaluation: loss by depth and by position in the row."""
+"""Plot of an evaluation: loss by depth and by position in the sequence."""
 
 import os
 from collections.abc import Mapping
@@ -10,16 +10,16 @@ from mor_jax.evaluation.report import NAMES
 from mor_jax.files import new_file
 from mor_jax.plotting import titles
 
-# What a picture says of where it comes from, and the field for it in each format.
-_MAKER = "mor_jax evaluation"
-_TELLS = {".png": "Software", ".svg": "Creator", ".pdf": "Creator"}
+# Marks our own files in their metadata; the field depends on the format.
+_CREATOR = "mor_jax evaluation"
+_METADATA_FIELD = {".png": "Software", ".svg": "Creator", ".pdf": "Creator"}
 _COLOURS = {"causal": "#c2410c", "topk": "#1d4ed8"}
 
 
 def draw(values: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
-    """values: as `Evaluation.to_dict` has them. Writes a PNG, SVG or PDF.
+    """Writes a PNG, SVG or PDF. values: as from `Evaluation.to_dict`.
 
-    Raises `ValueError` for another kind of file, or where it cannot be written.
+    Raises `ValueError` for another file type, or if the file cannot be written.
     """
     from matplotlib.figure import Figure
 
@@ -38,7 +38,9 @@ def draw(values: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
             shown = [g for g in values["by_depth"] if g[f"targets_{mode}"]]
             losses = [g[f"loss_{mode}"] for g in shown]
             axes[1].plot([g["depth"] for g in shown], losses, **style)
-    axes[0].set(xscale="log", xlabel="position in the row, from 1", ylabel="loss, nats per token")
+    axes[0].set(
+        xscale="log", xlabel="position in the sequence, from 1", ylabel="loss, nats per token"
+    )
     axes[0].set_title("Loss by position")
     if depths:
         axes[1].set(xlabel="recursions of the predicting token", ylabel="loss, nats per token")
@@ -47,24 +49,24 @@ def draw(values: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
         axes[0].legend()
     for one in axes:
         one.grid(alpha=0.3)
-    told = f"{Path(values['workdir']).name}, step {values['step']}: {values['text']}"
-    lines = titles.wrapped(told, 0.96 * figure.get_size_inches()[0], titles.SIZE)
+    title = f"{Path(values['workdir']).name}, step {values['step']}: {values['text']}"
+    lines = titles.wrapped(title, 0.96 * figure.get_size_inches()[0], titles.SIZE)
     figure.suptitle("\n".join(lines), fontsize=titles.SIZE, parse_math=False)
     try:
-        # Beside it first: a full disk would leave a picture that no evaluation seems to have drawn.
+        # Written to a temporary file first: a full disk would leave an unreadable plot.
         with new_file(Path(path)) as draft:
-            figure.savefig(draft, dpi=150, metadata={_TELLS[draft.suffix]: _MAKER})
+            figure.savefig(draft, dpi=150, metadata={_METADATA_FIELD[draft.suffix]: _CREATOR})
     except OSError as error:
-        fail("figure", str(path), f"cannot be written ({error})", "Give another --figure")
+        fail("figure", str(path), f"cannot be written ({error})", "Choose another --figure")
 
 
 def check_path(path: str | os.PathLike[str]) -> None:
-    """Raises `ValueError` unless a picture can be written there."""
+    """Raises `ValueError` unless a plot can be written to `path`."""
     where = Path(path)
     rule = "must end in .png, .svg or .pdf"
     check(where.suffix in (".png", ".svg", ".pdf"), "figure", str(path), rule, "Try loss.png")
     rule = "its directory does not exist"
-    check(where.parent.is_dir(), "figure", str(path), rule, "Make it first")
-    ours = not where.exists() or (where.is_file() and _MAKER.encode() in where.read_bytes())
-    rule = "is there and was not drawn by an evaluation; it is not replaced"
-    check(ours, "figure", str(path), rule, "Give another --figure")
+    check(where.parent.is_dir(), "figure", str(path), rule, "Create it first")
+    ours = not where.exists() or (where.is_file() and _CREATOR.encode() in where.read_bytes())
+    rule = "exists and is not the plot of an evaluation, so it is not replaced"
+    check(ours, "figure", str(path), rule, "Choose another --figure")

@@ -1,29 +1,29 @@
-"""An evaluation as lines for a terminal: aligned tables of losses."""
+"""Formats an evaluation for a terminal: aligned tables of losses."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 NAMES = {"causal": "causal", "topk": "top-k"}
-"""Routings for people, in the order of the tables."""
+"""Display names of the routing modes, in the order of the tables."""
 
 Row = Sequence[str]
 
 
 def lines(text: str, values: Mapping[str, Any]) -> list[str]:
-    """text: what was evaluated on. values: as `Evaluation.to_dict` has them."""
+    """All tables. text: name of the data. values: as from `Evaluation.to_dict`."""
     routed = "loss_topk" in values
-    told = f"{text}, {values['targets']:,} targets, {values['bytes']:,} bytes of text and "
-    made = [f"{told}{values['document_ends']:,} document ends", ""]
+    head = f"{text}, {values['targets']:,} targets, {values['bytes']:,} bytes of text and "
+    made = [f"{head}{values['document_ends']:,} document ends", ""]
     made += table(_losses(values, routed))
     if routed:
-        made += ["", "causal looks at no later token, as generation; top-k is the training rule,"]
-        made += ["and the leak what it gains by looking ahead"]
+        made += ["", "causal: no later token is used, as in generation; top-k: the training rule;"]
+        made += ["leak: causal loss minus top-k loss"]
     if len(values["sources"]) > 1:
         made += ["", *table(_sources(values["sources"], routed), left=1)]
     if routed:
-        made += ["", "loss by depth of the token that predicts, with the share of targets"]
+        made += ["", "loss by depth of the predicting token, with the share of targets"]
         made += table(_depths(values["by_depth"]))
-    made += ["", "loss by position in the row"]
+    made += ["", "loss by position in the sequence"]
     made += table(_positions(values["by_position"], routed))
     return made
 

@@ -1,4 +1,4 @@
-"""Evaluations as JSON lines: one for each checkpoint and each way to ask."""
+"""Evaluation results as JSON lines: one for each checkpoint and request."""
 
 import json
 import os
@@ -17,44 +17,44 @@ FILE = "evaluations.jsonl"
 
 
 class EvalLog:
-    """Lines of `step`, `time` (seconds since 1970), `asked` and what was found.
+    """Lines with `step`, `time` (seconds since 1970), `asked` (the request) and the results.
 
-    A line is written whole or, if the process is killed meanwhile, does not count.
+    An incomplete last line, left by a killed process, is ignored.
     """
 
     def __init__(self, path: epath.PathLike, asked: Mapping[str, Any]) -> None:
-        """asked: JSON values that tell this question from others in the same file.
+        """asked: JSON values that identify this request among others in the same file.
 
-        Raises `ValueError` if the file cannot be one of records, or its directory is not there.
+        Raises `ValueError` if the file has other contents, or its directory does not exist.
         """
         self.path = epath.Path(path)
         self.asked = json.loads(json.dumps(asked))
-        fix = "Name a file in a directory that exists"
+        fix = "Choose a file in an existing directory"
         check(self.path.parent.is_dir(), "output", str(path), "its directory does not exist", fix)
         check(not self.path.is_dir(), "output", str(path), "is a directory", fix)
-        # A device may have no end.
+        # Reading a device may never end.
         plain = not self.path.exists() or "://" in str(path) or Path(path).is_file()
-        check(plain, "output", str(path), "is no plain file", fix)
+        check(plain, "output", str(path), "is not a regular file", fix)
         self.steps()
 
     def steps(self) -> set[int]:
-        """Steps that were asked this before. Raises `ValueError` on lines that are no records."""
+        """Steps with results of this request. Raises `ValueError` on lines of another kind."""
         return {record["step"] for record in self._read() if record["asked"] == self.asked}
 
     def append(self, step: int, found: Mapping[str, Any]) -> dict[str, Any]:
-        """Adds a line; it is on the disk when this returns. Raises `ValueError` if it cannot."""
+        """Appends a line and syncs it to disk. Raises `ValueError` if it cannot be written."""
         record = {"step": step, "time": time.time(), "asked": self.asked, **found}
         line = json.dumps(record, ensure_ascii=False) + "\n"
         try:
             self._add(line)
         except OSError as error:
-            fix = "Give another --output, or make room"
+            fix = "Choose another --output, or free disk space"
             fail("output", str(self.path), f"cannot be written ({error})", fix)
         return record
 
     def _add(self, line: str) -> None:
         if "://" in str(self.path):
-            # Object stores have no appending; what is there is replaced at once.
+            # Object stores cannot append: the whole file is replaced.
             before = self.path.read_text() if self.path.exists() else ""
             self.path.write_text(before + line)
             return
@@ -74,19 +74,19 @@ class EvalLog:
         if not self.path.exists():
             return []
         found = []
-        # A file of something else has nothing but lines that look cut short.
+        # In a file of another kind every line looks torn.
         for number, record in read_json_lines(self.path, torn="any"):
             ok = isinstance(record, dict) and type(record.get("step")) is int
             if not (ok and isinstance(record.get("asked"), dict)):
-                rule = f"line {number} is no record of an evaluation"
-                fail("output", str(self.path), rule, "Name another file")
+                rule = f"line {number} is not a record of an evaluation"
+                fail("output", str(self.path), rule, "Choose another --output")
             found.append(record)
-        rule = "holds no record of an evaluation, but something else"
+        rule = "has other contents than records of evaluations"
         check(
             bool(found) or not self.path.read_bytes().strip(),
             "output",
             str(self.path),
             rule,
-            "Name another",
+            "Choose another --output",
         )
         return found

@@ -1,4 +1,4 @@
-"""Evaluating a run's checkpoints as they come, while it trains or after."""
+"""Evaluates the checkpoints of a run as they are saved, during or after training."""
 
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -17,11 +17,11 @@ Evaluate = Callable[[RunWeights], Mapping[str, Any]]
 
 
 class CheckpointWatcher:
-    """Every checkpoint once, the oldest first: those that are there, then each new one.
+    """Evaluates every checkpoint once, oldest first: existing ones, then each new one.
 
-    Steps in the file of records are not done again. The run may delete a checkpoint meanwhile; it
-    is passed over then, and so is one that is damaged. Ends when the run's last step is done. While
-    it waits it tells whether somebody trains.
+    Steps with a record in the file are skipped, and so are damaged checkpoints and those that the
+    run deletes in the meantime. Ends after the run's last step. While waiting, it reports whether
+    the run is training.
     """
 
     def __init__(
@@ -30,10 +30,10 @@ class CheckpointWatcher:
         records: EvalLog,
         *,
         poll: float = 30.0,
-        told: Callable[[str], None] = print,
+        report: Callable[[str], None] = print,
         wait: Callable[[float], None] = time.sleep,
     ) -> None:
-        """poll: seconds between two looks. told: called with news for people.
+        """poll: seconds between two checks. report: called with status messages.
 
         Raises `ValueError` if `directory` is not that of a run.
         """
@@ -41,14 +41,14 @@ class CheckpointWatcher:
         check(0 < poll <= 86400, "poll", poll, "must be seconds in (0, 86400]", "Try 30")
         self._path = run_dir.resolved_path(directory)
         run_dir.read_config(self._path)
-        self._records, self._told, self._wait = records, told, wait
+        self._records, self._report, self._wait = records, report, wait
         self._trainer = TrainerStatus(self._path)
         self._passed: set[int] = set()
 
     def __call__(self, evaluate: Evaluate) -> Iterator[dict[str, Any]]:
-        """Records as they are written. evaluate: gives what is recorded of a checkpoint.
+        """Yields records as they are written. evaluate: returns the values to record.
 
-        Raises `ValueError` as `evaluate`; what was recorded stays.
+        Raises `ValueError` as `evaluate`; earlier records stay in the file.
         """
         waiting: str | None = None
         while True:
@@ -58,14 +58,14 @@ class CheckpointWatcher:
                 record = self._one(step, evaluate)
                 if record is not None:
                     yield record
-            # Read again: a run may have been given more steps.
+            # Read again: the number of steps may have been raised.
             last = run_dir.read_config(self._path).steps
             if last in self._records.steps() | self._passed:
                 return
             trainer = self._trainer()
             if new or trainer != waiting:
-                self._told(
-                    f"waiting for checkpoints of {self._path} up to step {last}{_of(trainer)}"
+                self._report(
+                    f"waiting for checkpoints of {self._path} up to step {last}{_status(trainer)}"
                 )
                 waiting = trainer
             self._wait(self.poll)
@@ -77,20 +77,19 @@ class CheckpointWatcher:
             return self._records.append(step, evaluate(found))
         except (ValueError, OSError) as error:
             if step not in complete_steps(self._path):
-                self._pass(step, "the run has deleted this checkpoint meanwhile")
+                self._pass(step, "skipped, the run deleted this checkpoint")
             elif found is None:
-                self._pass(step, f"passed over: {error}")
+                self._pass(step, f"skipped: {error}")
             else:
                 raise
         return None
 
     def _pass(self, step: int, why: str) -> None:
         self._passed.add(step)
-        self._told(f"step {step}: {why}")
+        self._report(f"step {step}: {why}")
 
 
-def _of(trainer: str) -> str:
+def _status(trainer: str) -> str:
     if trainer:
-        return f"; {trainer} trains there"
-    told = "nobody trains there now, so there are none before launch/train.py goes on with it"
-    return f"; {told} (Ctrl-C ends this)"
+        return f"; {trainer} is training it"
+    return "; no process is training it; resume it with launch/train.py (Ctrl-C exits)"

@@ -1,4 +1,4 @@
-"""The batches of a run in order, and where it is in its data."""
+"""Iterates over the batches of a run and tracks its position in the data."""
 
 import time
 from collections.abc import Callable
@@ -8,10 +8,10 @@ from mor_jax.types import Batch
 
 
 class BatchIterator:
-    """Iterates batches; `position` is the number of the next row, `waited` the last wait in s."""
+    """Iterates batches; `position` the index of the next sequence, `waited` the last wait in s."""
 
     def __init__(self, begin: Callable[[], data.TrainBatches], position: int):
-        """begin: opens the batches from row `position` on."""
+        """begin: opens the batches from sequence `position` on."""
         self._begin = begin
         self._batches: data.TrainBatches | None = None
         self.position, self.waited = position, 0.0
@@ -23,12 +23,12 @@ class BatchIterator:
         self.close()
 
     def open(self) -> None:
-        """Starts to read ahead; otherwise the first `next` does."""
+        """Starts prefetching; otherwise the first `next` does."""
         if self._batches is None:
             self._batches = self._begin()
 
     def next(self) -> tuple[int, Batch]:
-        """The next batch with the number of its first row."""
+        """The next batch, with the index of its first sequence."""
         began = time.monotonic()
         self.open()
         assert self._batches is not None
@@ -38,7 +38,7 @@ class BatchIterator:
         return number, batch
 
     def close(self) -> None:
-        """Ends the threads and processes that read ahead."""
+        """Stops the threads and processes that prefetch."""
         if self._batches is not None:
             self._batches.close()
             self._batches = None

@@ -1,8 +1,8 @@
-"""The compiled train step of a run: built from shapes alone, in the background.
+"""The compiled train step of a run: compiled from shapes alone, in the background.
 
-Compiling takes longer than everything else before the first step, so it starts first, while the
-corpus is read and the state is made. During capacity warm-up the next program is compiled before
-its turn comes.
+Compilation takes longer than everything else before the first step, so it starts first, while the
+data is read and the state is initialised. During capacity warm-up the next step function is
+compiled in advance.
 """
 
 import concurrent.futures
@@ -25,13 +25,13 @@ from mor_jax.training.train_step import StepSpec, train_step
 from mor_jax.types import Batch, Params
 
 AHEAD = 50
-"""Steps before a program is needed at which its compilation starts."""
+"""Steps in advance at which the compilation of the next step function starts."""
 
 Step = Callable[[TrainState, Batch], tuple[TrainState, dict[str, Any]]]
 
 
 def jitted_steps(cfg: TrainConfig) -> Callable[[tuple[int, ...]], Any]:
-    """tokens kept per recursion -> jitted `train_step` with the state donated."""
+    """Maps token slots per recursion to a jitted `train_step` that donates the state."""
     optimizer = make_optimizer(cfg.optim, cfg.steps, abstract_params(cfg.model))
 
     @cache
@@ -73,7 +73,7 @@ def abstract_batch(cfg: TrainConfig, mesh: Mesh) -> Batch:
 
 
 class CompiledSteps:
-    """step number (from 1) -> compiled `train_step`; another one only where capacities differ."""
+    """Maps a step (from 1) to its compiled `train_step`; one for each set of capacities."""
 
     def __init__(self, cfg: TrainConfig, mesh: Mesh, state: TrainState):
         """state: `abstract_state`. Nothing is compiled before `prepare` or the first call."""
@@ -82,16 +82,16 @@ class CompiledSteps:
         self._made: dict[tuple[int, ...], concurrent.futures.Future[Step]] = {}
 
     def prepare(self, step: int) -> "concurrent.futures.Future[Step]":
-        """Starts compiling what `step` needs, unless that was done before."""
+        """Starts compiling the function of `step`, unless that has started already."""
         kept = capacity_tokens(self._cfg.model, self._cfg.seq_len, step)
         if kept not in self._made:
             made = self._made[kept] = concurrent.futures.Future()
-            # No daemon: an interpreter that ends while one compiles takes the process down with it.
+            # Not a daemon: exiting the interpreter during compilation would crash the process.
             threading.Thread(target=self._compile, args=(kept, made)).start()
         return self._made[kept]
 
     def __call__(self, step: int) -> Step:
-        """The program of `step`; waits for it. Raises what its compilation raised."""
+        """The compiled function of `step`; waits for it. Raises what its compilation raised."""
         program = self.prepare(step).result()
         self.prepare(min(step + AHEAD, self._cfg.steps))
         return program
@@ -102,5 +102,5 @@ class CompiledSteps:
                 batch = abstract_batch(self._cfg, self._mesh)
                 made.set_result(self._jitted(kept).lower(self._state, batch).compile())
         except BaseException as error:
-            # Handed on to whoever waits for the program.
+            # Raised again in the thread that waits for the function.
             made.set_exception(error)

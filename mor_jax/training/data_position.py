@@ -1,7 +1,7 @@
-"""What a checkpoint says about the data that was read, under the settings of the run that goes on.
+"""Position in the data when a run resumes from a checkpoint.
 
-Settings may have changed since it was saved (`--allow_changes`), also in a start that was killed
-before its first save: the checkpoint's own settings decide, not those of the last start.
+Settings may have changed since it was saved (`--allow_changes`), also by a process that was killed
+before its first save: the settings in the checkpoint count, not those of the last start.
 """
 
 import contextlib
@@ -17,40 +17,40 @@ from mor_jax.config import TrainConfig
 from mor_jax.config.parsing import check, fail
 
 _SAME = ("num_workers", "prefetch")
-"""Settings of `data` that change no row."""
+"""Settings of `data` that change no sequence."""
 
 
 def resumed_position(
     facts: Mapping[str, Any], cfg: TrainConfig, place: data.DataPosition, fingerprint: str
 ) -> data.DataPosition:
-    """Where the run of a checkpoint is in its data, under the settings `cfg`.
+    """Position of a checkpoint in the data, under the settings `cfg`.
 
     facts: position, config and extra of the checkpoint. place: the beginning of the data of `cfg`;
     fingerprint: its hash.
 
     Raises:
-        ValueError: which rows were read cannot be told under these settings, or the text changed.
+        ValueError: these settings do not determine which sequences were read, or the text changed.
     """
     config, extra = facts["config"], facts["extra"]
     notes = extra.get("data")
     if notes is None and not _changed(config["data"], cfg):
-        # Earlier versions noted one hash of all that the rows depend on.
+        # Earlier versions stored one hash of everything that the sequences depend on.
         manifest.check_data(facts, fingerprint)
     jumps = [(first, end) for first, end in extra.get("jumps", ())]
     return data.carried_over(data.DataPosition.of(facts["position"], notes, config), place, jumps)
 
 
 def check_state(facts: Mapping[str, Any], cfg: TrainConfig, state: Mapping[str, Any]) -> None:
-    """Looks whether a run can go on from the state of a checkpoint.
+    """Checks that a run can resume from the state of a checkpoint.
 
     facts: step and arrays of the checkpoint. state: shapes of the arrays of `cfg`, as checkpoints
     hold them.
 
     Raises:
-        ValueError: it holds others, or is of a step behind the last one of `cfg`.
+        ValueError: the arrays differ, or its step is after the last one of `cfg`.
     """
     rule = f"the run has finished step {facts['step']}"
-    fix = f"Give {facts['step']} or more, or start another with --branch=RUN@STEP"
+    fix = f"Give {facts['step']} or more, or start another run with --branch=RUN@STEP"
     check(facts["step"] <= cfg.steps, "steps", cfg.steps, rule, fix)
     saved, wanted = facts["arrays"], manifest.describe(state)
     names = [n for n in sorted(saved.keys() | wanted.keys()) if saved.get(n) != wanted.get(n)]
@@ -63,9 +63,9 @@ def check_state(facts: Mapping[str, Any], cfg: TrainConfig, state: Mapping[str, 
 
 
 def newest(workdir: epath.Path) -> dict[str, Any] | None:
-    """What the newest checkpoint says that can be read; None without one."""
+    """Facts of the newest readable checkpoint; None without one."""
     for step in reversed(complete_steps(workdir)):
-        # Whoever restores says of a damaged one so, and takes the one before as well.
+        # Restoring reports a damaged checkpoint, and falls back to the previous one too.
         with contextlib.suppress(manifest.Damaged):
             return manifest.read(step_directory(workdir, step))
     return None

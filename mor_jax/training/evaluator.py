@@ -1,7 +1,7 @@
-"""Losses on held-out text under both routings, depths, and a sampled completion.
+"""Losses on validation text under both routing modes, depths, and a sampled completion.
 
-The training rule of expert-choice looks at later tokens, so its held-out loss flatters the model;
-causal routing is what generation can do. Both are reported, under their own names.
+The training rule of expert-choice compares with later tokens, so its validation loss is too low;
+generation uses causal routing. Both are reported, under names of their own.
 """
 
 import dataclasses
@@ -24,13 +24,13 @@ CAUSAL = Route(mode="causal")
 
 
 def modes(cfg: ModelConfig) -> tuple[str, ...]:
-    """Routings that tell something apart: one suffices where nothing is routed."""
+    """Routing modes to evaluate; one suffices for a model without routing."""
     return ("causal",) if cfg.router.kind == "none" else ("topk", "causal")
 
 
 @dataclasses.dataclass(frozen=True)
 class Evaluator:
-    """Evaluates parameters on fixed batches; compiles once per routing."""
+    """Evaluates parameters on fixed batches; compiles once per routing mode."""
 
     cfg: TrainConfig
     batches: list[Batch]
@@ -43,14 +43,14 @@ class Evaluator:
         batches: list[Batch],
         thresholds: tuple[float, ...] | None = None,
     ) -> "Evaluator":
-        """With a jitted evaluation step. thresholds: of causal routing, as in `Route`."""
+        """Jits the evaluation step. thresholds: of causal routing, as in `Route`."""
         step = partial(eval_step, cfg, thresholds=thresholds)
         return cls(cfg, batches, jax.jit(step, static_argnums=2))
 
     def __call__(self, params: Params) -> dict[str, Any]:
-        """Means over all held-out tokens, nats per token, by name and routing.
+        """Means over all validation tokens, nats per token, by name and routing mode.
 
-        loss_*, accuracy_*; for routed models also depth_* (mean recursions a token) and
+        loss_*, accuracy_*; for routed models also depth_* (mean recursions per token) and
         depth_share_* (share of tokens at depth 0 .. Nr).
         """
         found: dict[str, Any] = {}
@@ -71,7 +71,7 @@ def complete(
 ) -> np.ndarray:
     """`number` tokens sampled after `prompt` (int32 [l]) at temperature 0.8, under causal routing.
 
-    Recomputes the row for every token: meant for a short sample, not for serving.
+    Recomputes the sequence for every token: for short samples, not for serving.
     """
     length = len(prompt) + number
     row = np.zeros((1, length), np.int32)
@@ -102,7 +102,7 @@ def token_depths(
     tokens: np.ndarray,
     thresholds: tuple[float, ...] | None = None,
 ) -> np.ndarray:
-    """Depth of every token (int32 [l]) of one row under causal routing; needs a routed model.
+    """Depth of every token (int32 [l]) of one sequence under causal routing; needs a routed model.
 
     thresholds: as in `Route`.
     """
@@ -118,6 +118,6 @@ def token_depths(
 
 
 def _whole(params: Params) -> NamedSharding | None:
-    # Every process gets all of a result, wherever the parameters are.
+    # Replicated, so every process has the whole result.
     where = jax.tree.leaves(params)[0].sharding
     return NamedSharding(where.mesh, PartitionSpec()) if isinstance(where, NamedSharding) else None

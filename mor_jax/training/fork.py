@@ -1,8 +1,8 @@
-"""A run that goes on from a step of another, to another end.
+"""Forks a run: a new run that starts from a checkpoint of another and ends at another step.
 
-A trapezoid schedule is flat between warm-up and decay, so one run's state in the flat part is also
-that of every run that ends elsewhere: budgets of a study are cut from one run in this way. The
-branch gets a copy of the checkpoint and of the metrics up to it; the other run is only read.
+A trapezoid schedule is flat between warm-up and decay, so a run's state in the flat part is also
+that of every run with another end: a study trains several budgets from one run in this way. The
+fork gets a copy of the checkpoint and of the metrics up to it; the other run is only read.
 """
 
 import dataclasses
@@ -23,12 +23,12 @@ from mor_jax.observability import metrics
 from mor_jax.training import optimizer
 
 _END = ("optim.schedule", "optim.decay_steps", "optim.final_lr_ratio")
-"""What a branch may have otherwise, beside what any run may change."""
+"""Settings that a fork may change, besides those that any run may change."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Fork:
-    """Where a run branches off: a checkpoint of the run in `source`, after `step`."""
+    """Where a run forks: the checkpoint of the run in `source` after `step`."""
 
     source: epath.Path
     step: int
@@ -43,7 +43,7 @@ class Fork:
         return cls(run_dir.resolved_path(source), int(step))
 
     def __str__(self) -> str:
-        """As `parse` takes it."""
+        """In the form that `parse` accepts."""
         return f"{self.source}@{self.step}"
 
 
@@ -54,15 +54,15 @@ def begin(
     allow: Sequence[str] = (),
     fits: Callable[[dict[str, Any]], Any] = lambda facts: None,
 ) -> None:
-    """Makes `path` the directory of a run of `cfg` that stands at the branch; once only.
+    """Makes `path` the directory of a run of `cfg` that starts at `branch`.
 
-    A branch that has a checkpoint already is left as it is. An interrupted copy is made again.
+    Does nothing for a fork that has a checkpoint already. Repeats an interrupted copy.
     allow: further settings that may differ from the other run's. fits: raises `ValueError` if the
-    run cannot go on from what a checkpoint holds.
+    run cannot resume from a checkpoint with these facts.
 
     Raises:
-        ValueError: the other run has no good checkpoint of that step, it is another model, its
-            learning rate was another up to there, or `path` holds a run from elsewhere.
+        ValueError: the other run has no valid checkpoint of that step, another model, or another
+            learning rate before it, or `path` holds a run that did not fork there.
     """
     note = path / run_dir.BRANCH_FILE
     if note.exists() and (there := json.loads(note.read_text())["from"]) != str(branch):
@@ -81,7 +81,7 @@ def begin(
     run_dir.claim_workdir(path, cfg, allow)
     log = branch.source / metrics.FILE
     if log.exists():
-        # The other run may be at work: its last line may be half there.
+        # The other run may be running: its last line may be incomplete.
         records = [record for _, record in read_json_lines(log)]
         kept = [record for record in records if record["step"] <= branch.step]
         write_atomic(path / metrics.FILE, "".join(f"{json.dumps(r)}\n" for r in kept))
@@ -95,7 +95,7 @@ def begin(
 
 
 def check_begun(path: epath.Path) -> None:
-    """Raises `ValueError` if `path` was to branch off another run and that was interrupted."""
+    """Raises `ValueError` if `path` is a fork whose copy was interrupted."""
     note = path / run_dir.BRANCH_FILE
     if jax.process_index() == 0 and note.exists() and not any_complete(path):
         there = json.loads(note.read_text())["from"]
@@ -104,7 +104,7 @@ def check_begun(path: epath.Path) -> None:
 
 
 def _check(cfg: TrainConfig, branch: Fork, allow: Sequence[str]) -> dict[str, Any]:
-    """What the checkpoint to branch off from holds, once it fits."""
+    """Facts of the checkpoint to fork from, after all checks."""
     there = (branch.source / run_dir.CONFIG_FILE).exists()
     fix = "Name the --workdir of a training run"
     check(there, "branch", str(branch), f"there is no run in {branch.source}", fix)
@@ -124,7 +124,7 @@ def _check(cfg: TrainConfig, branch: Fork, allow: Sequence[str]) -> dict[str, An
     rates = [
         np.asarray(jax.vmap(optimizer.schedule(c.optim, c.steps))(index)) for c in (source, cfg)
     ]
-    # Another number of steps moves the decay, and the same line in float32 by a rounding.
+    # Another number of steps moves the decay, and changes the schedule by rounding in float32.
     apart = np.flatnonzero(np.abs(rates[0] - rates[1]) > 1e-6 * cfg.optim.lr)
     if len(apart):
         rule = f"the learning rates of the two runs differ from step {apart[0] + 1} on"

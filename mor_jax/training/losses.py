@@ -1,7 +1,7 @@
 """Losses: arrays and sums in, scalars out.
 
-Cross-entropy works through the length of the rows in chunks, so the float32 logits of all tokens
-never exist at once. Sums are divided by the counts of the global batch, so that the split into
+Cross-entropy is computed in chunks of positions, so the float32 logits of all tokens never exist
+at once. Sums are divided by the counts of the global batch, so that the split into
 micro-batches never changes a result.
 """
 
@@ -36,7 +36,7 @@ class TextSums:
 class Counts:
     """What the sums of one optimiser step are divided by, over the global batch.
 
-    targets: tokens with a target. tokens: tokens that are no padding. candidates: tokens that
+    targets: tokens with a target. tokens: tokens without padding. candidates: tokens that
     each recursion chose from (expert-choice), else None. share: fraction of tokens that chose
     each depth, for the balancing loss of token-choice; None: that of the forward pass itself.
     """
@@ -48,7 +48,7 @@ class Counts:
 
 
 def batch_counts(cfg: ModelConfig, batch: Batch, kept: tuple[int, ...]) -> Counts:
-    """Counts of a batch whose recursions keep `kept` tokens a row (expert-choice)."""
+    """Counts of a batch. kept: token slots of each recursion per sequence (expert-choice)."""
     present = jnp.full(batch.tokens.shape[:1], batch.tokens.shape[1], jnp.float32)
     if batch.segments is not None:
         present = jnp.sum(batch.segments > 0, axis=1, dtype=jnp.float32)
@@ -69,9 +69,9 @@ def text_loss(
 ) -> tuple[Float[Array, ""], TextSums]:
     """Sum over targets of cross-entropy + z_coeff * log-partition^2, and its parts.
 
-    hidden: after the final norm. table: the output projection. chunk: positions of each row
-    worked on at one time. Gradients of both arrays are computed together with the loss, while the
-    logits of a chunk are there; only the first result carries a gradient.
+    hidden: after the final norm. table: the output projection. chunk: positions of each
+    sequence per chunk. Gradients of both arrays are computed together with the loss, while the
+    logits of a chunk exist; only the first result carries a gradient.
     """
     length = hidden.shape[1]
     size = length if chunk is None else min(chunk, length)
@@ -89,8 +89,8 @@ def token_losses(
 ) -> tuple[Float[Array, "b l"], Bool[Array, "b l"]]:
     """Cross-entropy of each target, nats, and whether it ranks first; 0 and False without target.
 
-    Arguments as in `text_loss`. Of logits that are equal the first one ranks first, as in an
-    argmax. Meant for evaluation: no gradient is kept.
+    Arguments as in `text_loss`. Of equal logits the first one ranks first, as in an argmax.
+    For evaluation: it has no gradient.
     """
     length = hidden.shape[1]
     size = length if chunk is None else min(chunk, length)
@@ -132,7 +132,7 @@ def _loss_fwd(hidden, table, targets, size, z_coeff):
         return (jax.tree.map(jnp.add, total, (loss, sums)), table_grad), hidden_grad
 
     chunks = (_chunks(hidden, size), _chunks(targets, size))
-    # Summed as (d, v): a CPU would have to transpose the slope of every chunk for (v, d).
+    # Summed as (d, v): for (v, d) a CPU would transpose the slope of every chunk.
     start = (_zeros(), jnp.zeros(table.shape[::-1], jnp.float32))
     (total, table_grad), hidden_grads = jax.lax.scan(body, start, chunks)
     hidden_grad = jnp.moveaxis(hidden_grads, 0, 1).reshape(hidden.shape)

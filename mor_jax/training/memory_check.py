@@ -1,8 +1,7 @@
-"""Whether a run can fit into memory at all, told before anything is compiled.
+"""Checks that a run can fit into memory, before anything is compiled.
 
-Only what is needed for certain is counted: the state, the tokens, and one residual stream of a
-micro-batch. So nothing is refused that could train; what passes may still be too much, and then the
-compiler or the system says so.
+Counts a lower bound: the state, the tokens, and one residual stream of a micro-batch. So no run
+that could train is rejected; one that passes may still run out of memory later.
 """
 
 import math
@@ -21,23 +20,27 @@ _TOKEN = 8
 
 
 def check_memory(cfg: TrainConfig, mesh: Mesh, state: TrainState, free: int | None = None) -> None:
-    """Raises `ValueError`, naming the setting, for a state or for rows that cannot fit.
+    """Raises `ValueError`, naming the setting, for a state or a batch that cannot fit.
 
-    state: shapes with shardings. free: bytes on each device, or on the host of CPUs; by default as
-    it is now.
+    state: shapes with shardings. free: bytes on each device, or on the host for CPUs; by default
+    the current ones.
     """
     free = free_bytes() if free is None else free
-    # Devices that are CPUs share what the host has.
+    # CPU devices share the memory of the host.
     sharing = jax.local_device_count() if jax.default_backend() == "cpu" else 1
     needed = sum(map(_bytes, jax.tree.leaves(state))) * sharing
     parameters = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(state.params))
-    fix = "Take a smaller model, or raise mesh.fsdp where there are more devices"
+    fix = "Use a smaller model, or raise mesh.fsdp if there are more devices"
     _fits("model", f"{parameters:,} parameters", needed, free, fix)
     width = cfg.model.hidden_size * (2 if cfg.model.dtype == "bfloat16" else 4)
     parts = mesh.size / sharing
     micro = cfg.batch_size / cfg.grad_accum_steps * width
     rows = (cfg.batch_size * _TOKEN + micro) * cfg.seq_len / parts
-    fix = "Lower it, or raise accumulate" if cfg.grad_accum_steps < cfg.batch_size else "Lower it"
+    fix = (
+        "Lower it, or raise grad_accum_steps"
+        if cfg.grad_accum_steps < cfg.batch_size
+        else "Lower it"
+    )
     _fits("batch_size", cfg.batch_size, rows, free, fix)
 
 

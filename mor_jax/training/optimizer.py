@@ -58,7 +58,7 @@ def group(path: str) -> Group:
 
 
 def decays(path: str) -> bool:
-    """Whether weight decay applies: to everything but norms and the router's bias."""
+    """Whether weight decay applies: to all parameters but norms and the router's bias."""
     norm = path.rsplit(".", 1)[-1] == "scale"
     return not norm and group(path) != "frozen"
 
@@ -78,11 +78,11 @@ def make_optimizer(
 ) -> optax.GradientTransformationExtraArgs:
     """AdamW for parameters of the structure of `params` (arrays or ShapeDtypeStructs).
 
-    `update(grads, state, params, ok=None)` needs `params` (decay). Where the boolean scalar `ok`
-    is False (a loss or a norm that is not finite) the updates are 0 and the state stays, whatever
-    the gradients hold. Moments are float32 and shaped like the parameters; `count` is the number
-    of updates applied (int32), which is also the index into the schedule. Raises `ValueError`
-    when `grads` hold other parameters than `params` did.
+    `update(grads, state, params, ok=None)` needs `params` (decay). If the boolean scalar `ok`
+    is False (a loss or a norm that is not finite), the updates are 0 and the state is unchanged,
+    whatever the gradients. Moments are float32 and shaped like the parameters; `count` is the
+    number of updates applied (int32), which is also the index into the schedule. Raises
+    `ValueError` when `grads` hold other parameters than `params` did.
     """
     names = paths(params)
     rate_of = schedule(cfg, steps)

@@ -1,7 +1,7 @@
-"""Settings left open that follow from where a run trains: written out once, for good.
+"""Settings whose default depends on the platform: resolved once, when a run starts.
 
-Capacities decide which tokens a model learned to choose, so they belong to the run and not to the
-machine that evaluates or continues it: its directory holds the number.
+Capacities decide which tokens a model learned to select, so they belong to the run and not to the
+machine that evaluates or resumes it: the run directory records them.
 """
 
 import dataclasses
@@ -15,9 +15,9 @@ from mor_jax.models.routing.router import kernel_multiple
 
 
 def resolve_settings(cfg: TrainConfig, platform: str) -> TrainConfig:
-    """`cfg` with `model.router.capacity_multiple` written out as a platform likes it.
+    """`cfg` with `model.router.capacity_multiple` resolved for a platform.
 
-    platform: see `sharding.platform`; `gpu` does as well. What is given stays.
+    platform: see `mesh.platform`, or `gpu`. An explicit value does not change.
     """
     router = cfg.model.router
     if router.kind == "none" or router.capacity_multiple is not None:
@@ -28,12 +28,12 @@ def resolve_settings(cfg: TrainConfig, platform: str) -> TrainConfig:
 def resolve_settings_in(
     directories: Sequence[epath.PathLike], cfg: TrainConfig, platform: str
 ) -> TrainConfig:
-    """The same for a run in the first of `directories` that holds one, which decides.
+    """The same, but the first of `directories` that holds a run decides.
 
-    A run from before there was the setting kept exactly the tokens that its capacities say.
+    A run older than the setting has the value 1.
 
     Raises:
-        ValueError: a directory holds something that is no run.
+        ValueError: a directory has other contents than a run.
     """
     open_ = cfg.model.router.kind != "none" and cfg.model.router.capacity_multiple is None
     for directory in directories if open_ else ():

@@ -1,7 +1,7 @@
 """One optimiser step and one evaluation step: pure functions, no input or output.
 
-`train.py` jits them in one place. Metrics are scalars by name, plus `depth_share`: the share of
-tokens at each depth.
+`compiled_step.py` jits the train step. Metrics are scalars by name, plus `depth_share`: the share
+of tokens at each depth.
 """
 
 import dataclasses
@@ -35,9 +35,9 @@ Metrics = dict[str, Array]
 
 @dataclasses.dataclass(frozen=True)
 class StepSpec:
-    """What is static in a step: the configuration, the optimiser, and tokens kept per recursion.
+    """Static arguments of a step: configuration, optimiser, and token slots per recursion.
 
-    kept: None for the final capacities; others only while capacities warm up.
+    kept: token slots of each recursion; None for the final capacities, others during warm-up.
     """
 
     cfg: TrainConfig
@@ -48,7 +48,7 @@ class StepSpec:
 def train_step(spec: StepSpec, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
     """One update from the global batch (means are over the global batch).
 
-    A loss or gradient that is not finite changes nothing but the counters of skipped steps.
+    If the loss or a gradient is not finite, only the counters of skipped steps change.
     """
     cfg = spec.cfg
     kept = spec.kept or capacity_tokens(cfg.model, cfg.seq_len)
@@ -78,9 +78,9 @@ def train_step(spec: StepSpec, state: TrainState, batch: Batch) -> tuple[TrainSt
 def gradients(
     cfg: TrainConfig, params: Params, batch: Batch, step: Array, kept: tuple[int, ...]
 ) -> tuple[Metrics, Params]:
-    """Metrics and gradients of the global batch; each device works on its own rows.
+    """Metrics and gradients of the global batch; each device processes its own sequences.
 
-    Rows never meet: only parameters, gradients and sums are exchanged. step: counted from 1.
+    Sequences are independent: only parameters, gradients and sums are exchanged. step: from 1.
     """
     cut = param_specs(logical_axes(cfg.model))
 
@@ -131,7 +131,7 @@ def accumulate(
         grads, metrics = grad_fn(params, cfg, batch, route, counts)
         return metrics, grads
 
-    # jit only so that the shapes and the loop's body share one trace, which takes seconds.
+    # jit lets the shapes and the loop's body share one trace, which takes seconds.
     @partial(jax.jit, inline=True)
     def part_grads(params: Params, part: Batch, step: Array, counts: Counts) -> Any:
         return grad_fn(params, cfg, part, dataclasses.replace(route, step=step), counts)
@@ -143,7 +143,7 @@ def accumulate(
     parts = micro_batches(batch, cfg.grad_accum_steps)
     first = jax.tree.map(lambda x: x[0], parts)
     shapes = jax.eval_shape(part_grads, params, first, route.step, counts)
-    # Gradients of gathered parameters may come in 16 bits, too few to add many of them.
+    # Gradients of gathered parameters may have 16 bits, too few to accumulate them.
     zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, jnp.float32), (shapes[1], shapes[0]))
     return jax.lax.scan(body, zeros, parts)[0]
 
@@ -160,7 +160,7 @@ def eval_step(
     mode: str,
     thresholds: Float[Array, "r"] | tuple[float, ...] | None = None,
 ) -> Metrics:
-    """Sums over a held-out batch under routing `mode`: nothing is divided yet.
+    """Sums over a validation batch under routing `mode`, not yet divided by counts.
 
     ce, correct, targets: of the text. depth_count: tokens at depth 0 .. Nr (routed models).
     thresholds: of causal routing, as in `Route`.
@@ -193,7 +193,7 @@ def _text_metrics(sums: TextSums, counts: Counts) -> Metrics:
 
 
 def _depth_counts(cfg: TrainConfig, routing: Routing, batch: Batch) -> Float[Array, "depths"]:
-    """Tokens, padding aside, that went through 0 .. Nr recursions."""
+    """Tokens, without padding, that went through 0 .. Nr recursions."""
     depths = jnp.arange(cfg.model.num_recursions + 1)[:, None, None]
     there = routing.depth[None] == depths
     if batch.segments is not None:

@@ -123,7 +123,7 @@ def test_a_checkpoint_beyond_the_last_step_is_refused_where_a_run_starts():
         # No more rows are read than there are.
         ("eval.batch_size", LARGEST - 7, None),
         ("eval.batches", 10**20, None),
-        ("model.hidden_size", 2**20, r"^model='[\d,]+ parameters': needs .* Take a smaller model"),
+        ("model.hidden_size", 2**20, r"^model='[\d,]+ parameters': needs .* Use a smaller model"),
         ("model.vocab_size", LARGEST - 7, r"^model='[\d,]+ parameters': needs"),
         ("model.intermediate_size", LARGEST - 7, r"^model='[\d,]+ parameters': needs"),
         ("model.num_layers", 2**30, r"^model='[\d,]+ parameters': needs"),

@@ -114,7 +114,7 @@ def test_what_is_not_there_is_refused(imported, trained, tmp_path, cfg):
     claim_workdir(tmp_path / "new", cfg)
     with pytest.raises(ValueError, match="holds no checkpoint"):
         load_run(tmp_path / "new")
-    with pytest.raises(ValueError, match="is no plain file"):
+    with pytest.raises(ValueError, match="is not a regular file"):
         EvalLog("/dev/zero", {})
     with pytest.raises(ValueError, match="fsdp=0: must be greater than 0"):
         evaluate(load_run(trained), EvalRequest(fsdp=0))
@@ -129,7 +129,7 @@ def test_evaluation_is_that_of_the_run_itself(trained, cfg):
     for name, value in wanted.items():
         assert found.values[name] == pytest.approx(value, rel=1e-4), name
     assert found.values["leak"] == pytest.approx(wanted["loss_causal"] - wanted["loss_topk"], 1e-2)
-    assert found.text.startswith("held-out part of text:") and found.rows == 16
+    assert found.text.startswith("validation split of text:") and found.rows == 16
     # Groups add up to the whole, under both routings.
     for mode in ("causal", "topk"):
         for groups in (found.values["by_position"], found.values["by_depth"]):
@@ -204,7 +204,7 @@ def test_bytes_of_subwords_are_exact(tmp_path):
 
 
 def test_every_checkpoint_is_evaluated_once(cfg, tmp_path):
-    """Those that are there, those that come; what the run deletes meanwhile is passed over."""
+    """Those that are there, those that come; what the run deletes meanwhile is skipped."""
     claim_workdir(tmp_path, cfg)
     state = {"params": GIVEN, "opt_state": {"mu": GIVEN}}
 
@@ -221,15 +221,17 @@ def test_every_checkpoint_is_evaluated_once(cfg, tmp_path):
     def watched(asked):
         records = EvalLog(tmp_path / FILE, asked)
         watch = CheckpointWatcher(
-            tmp_path, records, told=news.append, wait=lambda _: save(cfg.steps)
+            tmp_path, records, report=news.append, wait=lambda _: save(cfg.steps)
         )
         return [(record["step"], record["text"]) for record in watch(found)]
 
     save(1, 2)
     news: list[str] = []
     assert watched({"length": 16}) == [(1, {"checkpoint": 1}), (8, {"checkpoint": 8})]
-    assert news[0] == "step 2: the run has deleted this checkpoint meanwhile"
-    waits = f"waiting for checkpoints of {tmp_path} up to step {cfg.steps}; nobody trains there now"
+    assert news[0] == "step 2: skipped, the run deleted this checkpoint"
+    waits = (
+        f"waiting for checkpoints of {tmp_path} up to step {cfg.steps}; no process is training it"
+    )
     assert news[1].startswith(waits) and len(news) == 2
     assert watched({"length": 16}) == []
     # A process that is killed may leave half a line.
@@ -240,7 +242,7 @@ def test_every_checkpoint_is_evaluated_once(cfg, tmp_path):
     found_again = watched({"length": 8})
     assert [step for step, _ in found_again] == [1, 8]
     assert EvalLog(tmp_path / FILE, {"length": 16}).steps() == {1, 8}
-    with pytest.raises(ValueError, match="no record of an evaluation"):
+    with pytest.raises(ValueError, match="not a record of an evaluation"):
         EvalLog(tmp_path / "config.json", {})
 
 
@@ -262,12 +264,16 @@ def test_who_waits_is_told_who_trains(cfg, tmp_path, monkeypatch):
     # Told once, and again when it changes.
     found, news = ["", "", "process 1 on a", "process 1 on a", ""], []
     watch = CheckpointWatcher(
-        tmp_path, EvalLog(tmp_path / FILE, {}), told=news.append, wait=lambda _: None
+        tmp_path, EvalLog(tmp_path / FILE, {}), report=news.append, wait=lambda _: None
     )
     monkeypatch.setattr(watch, "_trainer", lambda: found.pop(0))
     with pytest.raises(IndexError):
         list(watch(lambda checkpoint: {}))
-    ends = ["nobody trains there now", "process 1 on a trains there", "nobody trains there now"]
+    ends = [
+        "no process is training it",
+        "process 1 on a is training it",
+        "no process is training it",
+    ]
     assert [end in line for end, line in zip(ends, news, strict=True)] == [True] * 3
 
 
@@ -310,7 +316,7 @@ def test_the_command_prints_a_table_or_json(trained, imported, tmp_path, capsys)
         draw(told, tmp_path / name)
         check_path(tmp_path / name)
         (tmp_path / name).write_bytes(b"\x89PNG holidays")
-        with pytest.raises(ValueError, match="was not drawn by an evaluation"):
+        with pytest.raises(ValueError, match="is not the plot of an evaluation"):
             draw(told, tmp_path / name)
         assert (tmp_path / name).read_bytes() == b"\x89PNG holidays"
     assert command.main([f"--workdir={imported}", *few, f"--output={tmp_path}/a.jsonl"]) == 0

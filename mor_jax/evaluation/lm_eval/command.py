@@ -1,4 +1,4 @@
-"""lm-eval's command on a run: its own options and defaults, its own tables and files."""
+"""lm-eval's command on a run, with its own options, defaults, tables and files."""
 
 import argparse
 import dataclasses
@@ -23,7 +23,7 @@ _SEEDS = ("random_seed", "numpy_random_seed", "torch_random_seed", "fewshot_rand
 
 @dataclasses.dataclass(frozen=True)
 class Harness:
-    """Tasks with their data, and how to evaluate: ready for any number of models."""
+    """Loaded tasks and evaluation settings, for any number of models."""
 
     cfg: EvaluatorConfig
     tasks: list[Any]
@@ -32,8 +32,8 @@ class Harness:
     def __call__(self, model: Mapping[str, Any]) -> dict[str, Any]:
         """Results of the model with these `model_args`, as `simple_evaluate` returns them.
 
-        Written to `--output_path` too. Raises `ValueError` as the model, or if the tasks cannot be
-        evaluated as asked.
+        Also written to `--output_path`. Raises `ValueError` as the model, or if the request
+        does not fit the tasks.
         """
         cfg = self.cfg
         log = dict(cfg.hf_hub_log_args)
@@ -55,7 +55,7 @@ class Harness:
         return plain(found)
 
     def _arguments(self, model: Mapping[str, Any]) -> dict[str, Any]:
-        """Everything that both the command and the function know by one name, and the rest."""
+        """Settings that command and function have under one name, and the remaining ones."""
         cfg = self.cfg
         known = inspect.signature(lm_eval.simple_evaluate).parameters
         same = {name: getattr(cfg, name) for name in known if hasattr(cfg, name)}
@@ -73,10 +73,10 @@ class Harness:
 
 
 def prepare(names: Sequence[str], options: Sequence[str], batch_size: str | None) -> Harness:
-    """names: of `--tasks`. options: all others that lm-eval's command takes.
+    """Loads tasks. names: of `--tasks`. options: other options of lm-eval's command.
 
     Raises:
-        ValueError: an option or a task is not known, or its data cannot be had.
+        ValueError: an option or a task is unknown, or its data cannot be loaded.
     """
     setup_logging("WARNING")
     cfg = configured(tasks.expanded(names), options, batch_size)
@@ -99,12 +99,12 @@ def configured(
     given = parser.parse_args(["run", "--tasks", *names, *size, *options])
     for name in ("model", "device"):
         value = getattr(given, name)
-        rule = "the model is the run, and JAX chooses its devices"
+        rule = "cannot be set: the model is the run, and JAX chooses its devices"
         check(value is None, name, value, rule, "Leave it out")
     try:
         cfg = EvaluatorConfig.from_cli(given)
     except (OSError, TypeError) as error:
-        fail("config", given.config, f"cannot be read ({error})", "Look at the file")
+        fail("config", given.config, f"cannot be read ({error})", "Check the file")
     parse(ModelArgs, cfg.model_args, "model_args.")
     generation.check_names(cfg.gen_kwargs)
     return cfg
@@ -122,7 +122,10 @@ def lines(results: Mapping[str, Any]) -> list[str]:
         made += ["", *make_table(results, "groups").rstrip().splitlines()]
     cut = results["config"]["truncated_contexts"]
     if cut:
-        made += ["", f"{cut} contexts were longer than the model reads and lost their beginnings"]
+        made += [
+            "",
+            f"{cut} contexts exceeded the maximum length and were truncated on the left",
+        ]
     return made
 
 

@@ -1,8 +1,8 @@
-"""Texts to tokens by the rules of lm-eval's own Hugging Face model, from the same tokenizer.
+"""Tokenizes texts by the rules of lm-eval's own Hugging Face model, with the same tokenizer.
 
-The tokenizer is what `launch/convert.py export` would write: special tokens that a text spells out
-are special tokens (chat templates need that), and a beginning of text is put in front where the
-tokenizer does so.
+The tokenizer is the one that `launch/convert.py export` would write: special tokens spelled out in
+a text are special tokens (chat templates need that), and a beginning-of-text token is prepended if
+the tokenizer does so.
 """
 
 from tokenizers import Tokenizer as Encoder
@@ -12,13 +12,16 @@ from mor_jax.data.tokenizers.base import Tokenizer
 
 
 class Encoding:
-    """eos_id: ends a text. prefix_id: what an empty context becomes, a beginning of text where the
-    tokenizer has one, else eos_id."""
+    """Encodes and decodes texts.
+
+    eos_id: end-of-text token. prefix_id: stands for an empty context; the beginning-of-text token
+    if the tokenizer has one, else eos_id.
+    """
 
     def __init__(
         self, tokenizer: Tokenizer, add_bos: bool | None = None, prefix: int | None = None
     ) -> None:
-        """add_bos: whether texts begin with what the tokenizer puts in front; None: as it does.
+        """add_bos: whether to prepend the beginning-of-text token; None: as the tokenizer does.
 
         Raises `ValueError` for a tokenizer that cannot be written as tokenizer.json.
         """
@@ -33,7 +36,7 @@ class Encoding:
         self._prefix_text = self.decode([self.prefix_id])
 
     def encode(self, text: str, add_special_tokens: bool | None = None) -> list[int]:
-        """add_special_tokens: None for the settings, but never twice the beginning of a text."""
+        """add_special_tokens: None: as configured, but never a second beginning-of-text token."""
         add = add_special_tokens
         if add is None:
             add = self._add_bos is not False
@@ -41,5 +44,5 @@ class Encoding:
         return self._encoder.encode(text, add_special_tokens=add).ids
 
     def decode(self, ids: list[int]) -> str:
-        """Text of the tokens, special ones by their names."""
+        """Text of the tokens, special ones by name."""
         return self._encoder.decode(ids, skip_special_tokens=False)

@@ -1,4 +1,4 @@
-"""Answers until a stop text, by the serving engine, under the names of lm-eval's settings."""
+"""Generation up to a stop text by the inference engine, with lm-eval's settings."""
 
 import dataclasses
 import math
@@ -13,13 +13,13 @@ from mor_jax.inference.load_model import LoadedModel
 _LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
 _DRAWS = ("top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
 _KNOWN = ("until", "do_sample", "temperature", "seed", *_DRAWS, *_LENGTHS)
-# What other engines know, where it changes nothing.
+# Settings of other engines, at values that change nothing.
 _NEUTRAL = {"num_beams": 1, "num_return_sequences": 1, "use_cache": True, "typical_p": 1.0}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GenerationRequest:
-    """Settings of an answer. stop: texts that end it."""
+    """Settings of one generation. stop: texts that end it."""
 
     max_tokens: int
     stop: tuple[str, ...] = ()
@@ -30,23 +30,25 @@ def check_names(settings: Mapping[str, Any]) -> None:
     """Raises `ValueError` for a setting that the engine does not have."""
     for name, value in settings.items():
         if name not in _KNOWN and not (name in _NEUTRAL and value == _NEUTRAL[name]):
-            rule = f"is not supported; there are {', '.join(_KNOWN)}"
+            rule = f"is not supported; supported are {', '.join(_KNOWN)}"
             fail(f"gen_kwargs.{name}", value, rule, "Leave it out")
 
 
 def generation_request(
     settings: Mapping[str, Any], max_tokens: int, max_length: int
 ) -> GenerationRequest:
-    """`generation_kwargs` of a task. Without `do_sample` or a temperature the best token is taken.
+    """`generation_kwargs` of a task. Greedy without `do_sample` or a temperature.
 
-    max_tokens: where none is asked for. max_length: of context and answer. Raises `ValueError` for
+    max_tokens: default. max_length: of context and generation together. Raises `ValueError` for
     a setting that the engine does not have.
     """
     check_names(settings)
     given = {name: value for name, value in settings.items() if value is not None}
     name = next((name for name in _LENGTHS if name in given), "max_gen_toks")
     number = _number(given, name, whole=True) if name in given else max_tokens
-    rule = f"must be between 1 and {max_length - 1}; context and answer share {max_length} tokens"
+    rule = (
+        f"must be between 1 and {max_length - 1}; context and generation share {max_length} tokens"
+    )
     fix = f"Set --gen_kwargs {name}={max(max_length // 2, 1)}"
     check(0 < number < max_length, f"gen_kwargs.{name}", number, rule, fix)
     until = given.get("until") or []
@@ -58,7 +60,7 @@ def generation_request(
     if not given.get("do_sample", temperature > 0):
         temperature = 0.0
     draws = {name: _number(given, name, name == "top_k") for name in _DRAWS if name in given}
-    # Transformers writes "all of them" as 0.
+    # In transformers 0 means all tokens.
     if draws.get("top_k") == 0:
         del draws["top_k"]
     seed = _number(given, "seed", whole=True) if "seed" in given else None
@@ -68,7 +70,7 @@ def generation_request(
 
 
 def _number(settings: Mapping[str, Any], name: str, whole: bool = False) -> Any:
-    """A setting as a number, be it written as a text."""
+    """A setting as a number, also if it is a string."""
     value = settings[name]
     try:
         number = float(value)
@@ -81,11 +83,11 @@ def _number(settings: Mapping[str, Any], name: str, whole: bool = False) -> Any:
 
 
 def requests(
-    contexts: Sequence[Sequence[int]], wishes: Sequence[GenerationRequest], seed: int
+    contexts: Sequence[Sequence[int]], generations: Sequence[GenerationRequest], seed: int
 ) -> list[Request]:
-    """seed: with a request's place it gives its own, where its settings name none."""
+    """Engine requests. seed: base seed; the index of a request is added to it."""
     made = []
-    for place, (context, wish) in enumerate(zip(contexts, wishes, strict=True)):
+    for place, (context, wish) in enumerate(zip(contexts, generations, strict=True)):
         own = wish.sampling.seed
         own = (seed + place) % 2**32 if own is None else (own + place) % 2**32
         sampling = dataclasses.replace(wish.sampling, seed=own)
@@ -95,9 +97,9 @@ def requests(
 
 
 def answers(
-    served: LoadedModel, asked: Sequence[Request], slots: int | None, told: Callable[[], None]
+    served: LoadedModel, asked: Sequence[Request], slots: int | None, progress: Callable[[], None]
 ) -> Iterator[str]:
-    """Texts in the order of the requests. told: called for each.
+    """Texts in the order of the requests. progress: called for each.
 
     Raises:
         ValueError: a request does not fit the model.
@@ -113,5 +115,5 @@ def answers(
             tokens, end = handle.result()
             if end.reason == "error":
                 raise RuntimeError(f"generation failed: {end.message}")
-            told()
+            progress()
             yield "".join(token.text for token in tokens) + end.text

@@ -1,4 +1,4 @@
-"""A run as a model of lm-evaluation-harness: `mor_jax` in its registry once this is imported.
+"""A run as a model of lm-evaluation-harness; importing this registers it as `mor_jax`.
 
 lm_eval.simple_evaluate(model="mor_jax", model_args={"path": "runs/mor"}, tasks=["piqa"])
 lm_eval.simple_evaluate(model=MorLM("runs/mor"), tasks=["piqa"])
@@ -28,21 +28,20 @@ _log = logging.getLogger("lm_eval.mor_jax")
 
 Answer = tuple[float, bool]
 
-_BEGUN = (
-    "%d of %d documents begin with %r, which is scored as a token after another of its kind and "
-    "costs many nats; lm-eval's hf model does the same. --model_args add_bos_token=False leaves it "
-    "out"
+_DOUBLE_PREFIX = (
+    "%d of %d documents begin with %r, which is scored after another %r and adds many nats, as in "
+    "lm-eval's hf model. Omit it with --model_args add_bos_token=False"
 )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelArgs:
-    """`--model_args` besides `path`. None: as the run has it.
+    """`--model_args` besides `path`. None: as in the run.
 
-    step: checkpoint. calibration: name or file of one. recursions: in place of those trained.
-    dtype: to compute in. max_length: tokens that are read at one time. max_gen_toks: of an answer,
-    where a task names no number. add_bos_token: whether to begin texts with what the tokenizer puts
-    in front. prefix_token_id: what an empty context becomes.
+    step: checkpoint. calibration: name or file of a calibration. recursions: number to run instead
+    of the trained one. dtype: to compute in. max_length: maximum sequence length. max_gen_toks:
+    tokens to generate if a task does not set them. add_bos_token: whether to prepend the
+    beginning-of-text token. prefix_token_id: token that stands for an empty context.
     """
 
     step: int | None = None
@@ -55,11 +54,11 @@ class ModelArgs:
     prefix_token_id: int | None = None
 
     def validate(self, longest: int, vocab_size: int) -> None:
-        """Raises `ValueError` unless a model of this context and vocabulary can do it."""
+        """Raises `ValueError` unless they fit a model of this context length and vocabulary."""
         check_positive("model_args", self, "max_gen_toks")
         number, rule = self.max_length, f"must be in 2 .. {longest}, the model's context"
         ok = number is None or 2 <= number <= longest
-        check(ok, "model_args.max_length", number, rule, "Leave it out for all of it")
+        check(ok, "model_args.max_length", number, rule, "Leave it out to use all of it")
         token, rule = self.prefix_token_id, f"must be in 0 .. {vocab_size - 1}"
         ok = token is None or 0 <= token < vocab_size
         check(ok, "model_args.prefix_token_id", token, rule, "Leave it out")
@@ -67,10 +66,10 @@ class ModelArgs:
 
 @register_model("mor_jax", "mor-jax")
 class MorLM(TemplateLM):
-    """Scores and generates under causal routing, whatever the routers were trained with.
+    """Scores and generates under causal routing, however the routers were trained.
 
     Tokens, contexts and truncation are those of lm-eval's `hf` model on the run's export. Results
-    depend on the batch size by rounding alone (docs/evaluation.md has the bound). Raises
+    depend on the batch size by rounding only (docs/evaluation.md has the bound). Raises
     `ValueError` as `load_model`.
     """
 
@@ -82,8 +81,8 @@ class MorLM(TemplateLM):
         device: str | None = None,
         **settings: Any,
     ) -> None:
-        """batch_size: rows; None or `auto`: as many as make 16,384 tokens. device: unread, JAX has
-        its own choice. settings: as `Settings`."""
+        """batch_size: sequences; None or `auto`: up to 16,384 tokens. device: ignored, JAX chooses.
+        settings: as in `ModelArgs`."""
         super().__init__()
         asked = parse(ModelArgs, settings, "model_args.")
         self.batch_size = rows_of(batch_size, max_batch_size)
@@ -107,12 +106,12 @@ class MorLM(TemplateLM):
 
     @property
     def prefix_token_id(self) -> int:
-        """What stands before a text without context."""
+        """The token that stands for an empty context."""
         return self.encoding.prefix_id
 
     @property
     def tokenizer_name(self) -> str:
-        """For names of caches: of the tokenizer's contents, not of its path."""
+        """Name for caches: depends on the tokenizer's contents, not on its path."""
         return self.served.tokenizer.fingerprint
 
     def tok_encode(
@@ -124,7 +123,7 @@ class MorLM(TemplateLM):
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[Answer]:
         """Log-likelihood of each continuation after its context, and whether it is greedy.
 
-        Raises `ValueError` for a continuation without tokens, or longer than the model reads.
+        Raises `ValueError` for a continuation without tokens, or longer than the maximum length.
         """
         for context, continuation in (request.args for request in requests):
             if context == "":
@@ -136,30 +135,35 @@ class MorLM(TemplateLM):
 
     def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
         before, after = super()._encode_pair(context, continuation)
-        # Blanks at the end of a context go to the continuation: of some contexts nothing is left.
+        # Trailing spaces of a context move to the continuation, which can leave the context empty.
         return before or [self.prefix_token_id], after
 
     @staticmethod
     def _check_scored(ok: bool, continuation: str) -> None:
-        check(ok, "continuation", continuation[:60], "is empty: nothing to score", "Mend the task")
+        check(ok, "continuation", continuation[:60], "is empty: nothing to score", "Fix the task")
 
     def loglikelihood_rolling(
         self, requests: list[Instance], disable_tqdm: bool = False
     ) -> list[float]:
-        """Log-likelihood of whole texts, in nats; long ones in windows, each token once."""
+        """Log-likelihood of whole texts, in nats; long texts in windows, each token scored once."""
         pairs: list[Pair] = []
         owners: list[int] = []
-        begun = 0
+        double = 0
         for number, (text,) in enumerate(request.args for request in requests):
             tokens = self.tok_encode(text)
-            begun += tokens[:1] == [self.prefix_token_id]
+            double += tokens[:1] == [self.prefix_token_id]
             windows = get_rolling_token_windows(
                 tokens, self.prefix_token_id, self.max_length, context_len=1
             )
             pairs += map(make_disjoint_window, windows)
             owners += [number] * (len(pairs) - len(owners))
-        if begun:
-            _log.warning(_BEGUN, begun, len(requests), self.encoding.decode([self.prefix_token_id]))
+        if double:
+            _log.warning(
+                _DOUBLE_PREFIX,
+                double,
+                len(requests),
+                *[self.encoding.decode([self.prefix_token_id])] * 2,
+            )
         found = [0.0] * len(requests)
         for owner, (value, _) in zip(owners, self._scored(pairs, disable_tqdm), strict=True):
             found[owner] += value
@@ -168,27 +172,29 @@ class MorLM(TemplateLM):
         return found
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        """Answers up to a stop text, without it; contexts that are too long lose their beginning.
+        """Generated texts up to a stop text; contexts that are too long are truncated on the left.
 
         Raises `ValueError` for a setting of generation that the engine does not have.
         """
         if not requests:
             return []
-        wishes = [
+        settings = [
             generation.generation_request(
                 request.args[1], self.settings.max_gen_toks, self.max_length
             )
             for request in requests
         ]
         contexts = [self.tok_encode(request.args[0]) for request in requests]
-        rooms = [self.max_length - wish.max_tokens for wish in wishes]
-        self._count(sum(len(c) > room for c, room in zip(contexts, rooms, strict=True)), contexts)
-        cut = [
-            context[-room:] or [self.prefix_token_id]
-            for context, room in zip(contexts, rooms, strict=True)
+        limits = [self.max_length - one.max_tokens for one in settings]
+        self._count(
+            sum(len(c) > limit for c, limit in zip(contexts, limits, strict=True)), contexts
+        )
+        truncated = [
+            context[-limit:] or [self.prefix_token_id]
+            for context, limit in zip(contexts, limits, strict=True)
         ]
-        asked = generation.requests(cut, wishes, self._seed)
-        # The same request again is drawn with other seeds.
+        asked = generation.requests(truncated, settings, self._seed)
+        # A repeated request is sampled with other seeds.
         self._seed += len(asked)
         found: list[str] = []
         with tqdm(total=len(asked), disable=disable_tqdm, desc="Generating") as bar:
@@ -200,7 +206,7 @@ class MorLM(TemplateLM):
     def apply_chat_template(
         self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
     ) -> str:
-        """The messages as a prompt; without a system message if the template takes none."""
+        """The messages as a prompt; omits a system message that the template does not support."""
         self._chat = self._chat or ChatTemplate(self.served)
         try:
             return self._rendered(self._chat, chat_history, add_generation_prompt)
@@ -208,11 +214,11 @@ class MorLM(TemplateLM):
             rest = [message for message in chat_history if message["role"] != "system"]
             if len(rest) == len(chat_history):
                 raise
-            _log.warning("the chat template takes no system message: it is left out")
+            _log.warning("the chat template does not support a system message; it is omitted")
             return self._rendered(self._chat, rest, add_generation_prompt)
 
     def chat_template(self, chat_template: bool | str = False) -> str | None:
-        """The template's source. Raises `ValueError` for a name, or where there is none."""
+        """Source of the template. Raises `ValueError` for a name, or if there is none."""
         if not chat_template:
             return None
         rule = "the model has one template, without a name"
@@ -222,7 +228,7 @@ class MorLM(TemplateLM):
         return self.served.chat_template
 
     def get_model_info(self) -> dict[str, Any]:
-        """What stands in the results about the model."""
+        """Facts about the model for the results."""
         cfg = self.served.cfg
         return {
             "model_num_parameters": unique_parameters(cfg),
@@ -243,8 +249,8 @@ class MorLM(TemplateLM):
         pairs = [(context, continuation) for _, context, continuation in requests]
         for texts, _, continuation in requests:
             number, what = len(continuation), texts[1][:60]
-            rule = f"has {number} tokens, and the model reads at most {self.max_length}"
-            fix = "Leave the document out with --samples, or take a model of longer context"
+            rule = f"has {number} tokens, the model supports at most {self.max_length}"
+            fix = "Leave the document out with --samples, or use a model with a longer context"
             check(number <= self.max_length, "continuation", what, rule, fix)
             self._check_scored(number > 0, what)
         return self._scored(pairs, disable_tqdm, [texts for texts, *_ in requests])
@@ -267,13 +273,15 @@ class MorLM(TemplateLM):
     def _count(self, number: int, of: Sequence[Any]) -> None:
         self.truncated += number
         if number:
-            told = "%d of %d contexts are longer than the model reads (%d tokens): beginnings cut"
-            _log.warning(told, number, len(of), self.max_length)
+            message = (
+                "%d of %d contexts exceed the maximum length (%d tokens), truncated on the left"
+            )
+            _log.warning(message, number, len(of), self.max_length)
 
     def _rendered(self, chat: ChatTemplate, messages: list[dict[str, str]], generates: bool) -> str:
         if generates:
             return chat.render(messages)
-        # The last message goes on: what the template puts after it is left out.
+        # The last message is continued: what the template appends to it is removed.
         text = chat.render(messages, generates=False)
         last = messages[-1]["content"].strip()
         end = text.rfind(last) + len(last)
@@ -283,7 +291,7 @@ class MorLM(TemplateLM):
 
 
 def rows_of(batch_size: int | str | None, most: int | None = None) -> int | None:
-    """Rows of a batch, None for our choice. Raises `ValueError` unless positive or `auto`."""
+    """Batch size, None for automatic. Raises `ValueError` unless positive or `auto`."""
     if batch_size is None or str(batch_size).partition(":")[0] == "auto":
         return most
     rule = "must be a positive number or 'auto'"

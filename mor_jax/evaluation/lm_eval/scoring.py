@@ -1,9 +1,9 @@
 """Log-likelihoods of continuations, under causal routing, in a few static shapes.
 
-Batches are filled up to one size and one of few lengths, so that a handful of programs is
-compiled. Filling is never routed nor attended to and rows never meet: what a request scores depends
-on the batch and on the requests beside it by rounding alone, because products of other shapes are
-added up in another order.
+Batches are padded to one size and one of a few lengths, so that only a few functions are compiled.
+Padding is never routed or attended to, and sequences are independent: the score of a request
+depends on the other requests of its batch by rounding only, because matrix products of other shapes
+add up in another order.
 """
 
 import dataclasses
@@ -31,22 +31,22 @@ Pair = tuple[Sequence[int], Sequence[int]]
 Answer = tuple[float, bool]
 
 _AUTO_TOKENS, _AUTO_ROWS = 2**14, 64
-"""Tokens and rows that a batch holds at most where its size is left to us."""
+"""Most tokens and sequences of a batch whose size is automatic."""
 
 _SHORTEST = 32
 _WINDOW = 32
-"""Logits are made for so many last positions, or for whole rows."""
+"""Logits are computed for this many last positions, or for whole sequences."""
 
 _ALTERNATIVES = 8
-"""Last tokens that one row is scored with: answers to one question often differ in that alone."""
+"""Last tokens scored with one sequence: answers to a question often differ in that token only."""
 
 _LOGITS = 2**26
-"""Logits that exist at one time."""
+"""Logits materialised at one time."""
 
 
 class _Row(NamedTuple):
-    """inputs: what the model reads. scored: last tokens of it that are targets, without the very
-    last one. last: alternatives for that one, each with the number of its request."""
+    """One sequence. inputs: tokens of the model's input. scored: targets before the last one.
+    last: alternatives for the last target, each with the index of its request."""
 
     inputs: tuple[int, ...]
     scored: int
@@ -55,8 +55,8 @@ class _Row(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class ScoringBatch:
-    """A batch: tokens [b l], their number [b], targets of the last w positions but one [b w], and
-    alternatives for the last [b k]. int32."""
+    """A batch, int32: tokens [b l], lengths [b], targets of the last w positions without the very
+    last [b w], alternatives for the last [b k]."""
 
     tokens: np.ndarray
     lengths: np.ndarray
@@ -65,9 +65,9 @@ class ScoringBatch:
 
 
 class Scorer:
-    """Scores continuations with one model; every device takes rows and holds all parameters.
+    """Scores continuations with one model; shards the batch over devices, replicates parameters.
 
-    batch_size: rows, raised to a multiple of the devices; None: as many as make 16,384 tokens.
+    batch_size: sequences, rounded up to a multiple of the devices; None: up to 16,384 tokens.
     """
 
     def __init__(
@@ -81,27 +81,27 @@ class Scorer:
         self._mesh = sharding.make_mesh(MeshConfig(fsdp=1))
         where = sharding.param_shardings(self._mesh, logical_axes(cfg), abstract_params(cfg))
         self._params = jax.device_put(params, where)
-        self._program = _program(cfg, thresholds, self._mesh)
+        self._score = _scoring_function(cfg, thresholds, self._mesh)
         self._max_length, self._batch_size = max_length, batch_size
         self._chunk = cfg.vocab_size
 
     def scores(self, pairs: Sequence[Pair]) -> Iterator[tuple[int, Answer]]:
-        """(number of the pair, (log-likelihood in nats, whether greedy decoding gives it)), batch
-        by batch, longest rows first. Of rows that are too long the end is read.
+        """(index of the pair, (log-likelihood in nats, whether greedy decoding gives it)), batch
+        by batch, longest sequences first. Sequences that are too long are truncated on the left.
 
         pairs: context, at least one token, and continuation, 1 .. max_length tokens.
         """
         waiting: list[tuple[list[_Row], Any]] = []
-        for part, filled in self._batches(_grouped(pairs, self._max_length)):
-            waiting.append((part, self._run(filled)))
-            # The next batch is on its way while the last one's results are read.
+        for part, batch in self._batches(_grouped(pairs, self._max_length)):
+            waiting.append((part, self._run(batch)))
+            # The device runs the next batch while the results of the last one are read.
             if len(waiting) > 1:
                 yield from _answers(*waiting.pop(0))
         for part, found in waiting:
             yield from _answers(part, found)
 
     def _batches(self, rows: list[_Row]) -> Iterator[tuple[list[_Row], ScoringBatch]]:
-        """Rows of about the same length together, the longest first."""
+        """Batches of sequences of similar length, the longest first."""
         short = [row for row in rows if row.scored < _WINDOW]
         long = [row for row in rows if row.scored >= _WINDOW]
         for some in (short, long):
@@ -112,10 +112,10 @@ class Scorer:
                 window = min(_WINDOW, length) if some is short else length
                 size = self.batch_rows(length, few)
                 part, left = left[:size], left[size:]
-                yield part, _filled(part, size, length, window)
+                yield part, _padded(part, size, length, window)
 
     def batch_rows(self, length: int, most: int) -> int:
-        """Rows of a batch of this length, about `most` at most."""
+        """Sequences per batch at this length, about `most` at most."""
         size = self._batch_size or max(1, min(_AUTO_ROWS, _AUTO_TOKENS // length))
         size = min(size, most)
         devices = self._mesh.size
@@ -126,12 +126,14 @@ class Scorer:
         where = sharding.batch_sharding(self._mesh)
         with jax.set_mesh(self._mesh):
             arrays = jax.device_put((rows.tokens, rows.lengths, rows.targets, rows.last), where)
-            return self._program(self._params, *arrays, chunk=min(chunk, rows.targets.shape[1]))
+            return self._score(self._params, *arrays, chunk=min(chunk, rows.targets.shape[1]))
 
 
 @functools.lru_cache(maxsize=8)
-def _program(cfg: ModelConfig, thresholds: tuple[float, ...] | None, mesh: Mesh) -> CheckedFunction:
-    """Compiled once for a model and a shape, whichever weights come; `mesh` tells devices apart."""
+def _scoring_function(
+    cfg: ModelConfig, thresholds: tuple[float, ...] | None, mesh: Mesh
+) -> CheckedFunction:
+    """The scoring function, compiled once per model, shape and mesh, for any weights."""
     route = Route(mode="causal", thresholds=thresholds)
 
     def run(
@@ -167,7 +169,7 @@ def _program(cfg: ModelConfig, thresholds: tuple[float, ...] | None, mesh: Mesh)
 
 
 def _grouped(pairs: Sequence[Pair], max_length: int) -> list[_Row]:
-    """Rows that answer all pairs; those that differ in the last token alone share one."""
+    """Sequences that score all pairs; pairs that differ only in the last token share one."""
     rows: list[_Row] = []
     open_rows: dict[tuple[tuple[int, ...], int], _Row] = {}
     for number, (context, continuation) in enumerate(pairs):
@@ -183,14 +185,14 @@ def _grouped(pairs: Sequence[Pair], max_length: int) -> list[_Row]:
 
 
 def _bucket(length: int, longest: int) -> int:
-    """The length that a row is filled up to: 32, 48, 64, 96, 128, ..., at most `longest`."""
+    """Length that a sequence is padded to: 32, 48, 64, 96, 128, ..., at most `longest`."""
     size = _SHORTEST
     while size < length:
         size = size * 3 // 2 if size & (size - 1) == 0 else size * 4 // 3
     return min(size, longest)
 
 
-def _filled(rows: Sequence[_Row], size: int, length: int, window: int) -> ScoringBatch:
+def _padded(rows: Sequence[_Row], size: int, length: int, window: int) -> ScoringBatch:
     tokens = np.zeros((size, length), np.int32)
     lengths = np.ones(size, np.int32)
     targets = np.full((size, window), IGNORE, np.int32)
@@ -206,7 +208,7 @@ def _filled(rows: Sequence[_Row], size: int, length: int, window: int) -> Scorin
 
 def _answers(rows: Sequence[_Row], found: Any) -> Iterator[tuple[int, Answer]]:
     ce, last, greedy, best = (np.asarray(x) for x in jax.device_get(found))
-    # Of a long text a sum in single precision is off by more than a ten-thousandth.
+    # Summed in single precision, a long text would be off by more than 1e-4.
     before = ce.sum(axis=1, dtype=np.float64)
     for i, row in enumerate(rows):
         for k, (number, token) in enumerate(row.last):

@@ -1,5 +1,5 @@
-"""Decoding: the same mathematics as the training modules, on tokens whose past is in a cache.
+"""Decoding with a KV cache: the same mathematics as the training modules.
 
-Everything here works on flat lists of tokens ("rows") of different sequences and depths, because
-that is what depth-wise batching hands to a shared block.
+All functions work on flat lists of tokens ("rows") of different sequences and depths, because
+depth-wise batching runs the shared block on such lists.
 """

@@ -1,9 +1,9 @@
-"""Attention over lists of pages, with work in proportion to what is stored.
+"""Paged attention whose work is proportional to the number of stored tokens.
 
-The softmax is accumulated piece by piece (Milakov and Gimelshein 2018): pages of all rows that ask
-form one queue, and a loop takes `chunk` pages of it at a time, whoever they belong to. Its rounds
-follow from the lengths of the lists at that moment, not from the longest row or from the room that
-a sequence might need.
+The softmax is accumulated online (Milakov and Gimelshein 2018): the pages of all rows form one
+queue, and a loop processes `chunk` pages of it at a time, whichever rows they belong to. The number
+of its rounds depends on the current lengths of the lists, not on the longest row or the maximum
+length of a sequence.
 """
 
 import dataclasses
@@ -15,16 +15,16 @@ from mor_jax.models.decode.paged_cache import Pages
 from mor_jax.types import Array, Float, Int
 
 _LOW = -1e30
-"""Stands for minus infinity: differences of it are 0, not NaN."""
+"""In place of minus infinity, so that differences are 0 instead of NaN."""
 
 _LIST_PARTS = 4
-"""The rows of one sequence share their keys, so a round of them takes fewer pages."""
+"""Rows of one sequence share their keys, so a round processes this many times fewer pages."""
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Softmax:
-    """What n queries of g groups of j heads have gathered so far: maximum, sum, mixed values."""
+    """Online softmax of n queries of g groups of j heads: maximum, sum, weighted values so far."""
 
     top: Float[Array, "n g j"]
     total: Float[Array, "n g j"]
@@ -32,7 +32,7 @@ class Softmax:
 
     @classmethod
     def empty(cls, q: Float[Array, "n g j k"]) -> "Softmax":
-        """Nothing yet."""
+        """The state before the first key."""
         shape = q.shape[:3]
         zeros = jnp.zeros(shape, jnp.float32)
         return cls(jnp.full(shape, _LOW), zeros, jnp.zeros(q.shape, jnp.float32))
@@ -41,23 +41,23 @@ class Softmax:
     def own(
         cls, q: Float[Array, "n g j k"], k: Float[Array, "n g k"], v: Float[Array, "n g k"]
     ) -> "Softmax":
-        """Each query has seen its own key and value."""
+        """The state after each query has attended to its own key and value."""
         top = _scores("ngjk,ngk->ngj", q, k)
         mixed = jnp.broadcast_to(v[:, :, None].astype(jnp.float32), q.shape)
         return cls(top, jnp.ones_like(top), mixed)
 
     def result(self, dtype: jnp.dtype) -> Float[Array, "n g j k"]:
-        """The attention's output; zero for a query that saw nothing."""
+        """The output of attention; zero for a query that saw no key."""
         return (self.mixed / jnp.maximum(self.total, 1e-37)[..., None]).astype(dtype)
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Queue:
-    """Pages to be visited, one an item; a number of rounds of `chunk` items covers them all.
+    """Pages to attend to, one per item, in `rounds` rounds of `chunk` items.
 
-    row: who asks. page: the page. used: entries of it that count, 0 for items that only fill a
-    round. limit: entries whose `reach` is beyond it do not count (updated sharing), else None.
+    row: the query's row. page: number of the page. used: valid entries of the page, 0 for items
+    that pad a round. limit: entries whose `reach` exceeds it are hidden (updated sharing), or None.
     """
 
     row: Int[Array, "w"]
@@ -76,14 +76,14 @@ class Queue:
         chunk: int,
         limit: Int[Array, "n"] | None = None,
     ) -> "Queue":
-        """The first `lengths` entries of each row's list. size: tokens of a page."""
+        """The first `lengths` entries of each row's list. size: tokens per page."""
         n, m = lists.shape
         chunk = min(chunk, n * m)
-        room = -(-n * m // chunk) * chunk
+        items = -(-n * m // chunk) * chunk
         pages = (lengths + size - 1) // size
         ends = jnp.cumsum(pages)
-        item = jnp.arange(room, dtype=jnp.int32)
-        how = "compare_all" if room * n <= 2**20 else "scan"
+        item = jnp.arange(items, dtype=jnp.int32)
+        how = "compare_all" if items * n <= 2**20 else "scan"
         row = jnp.searchsorted(ends, item, side="right", method=how).astype(jnp.int32)
         row = jnp.minimum(row, n - 1)
         number = item - (ends - pages)[row]
@@ -101,7 +101,7 @@ def by_queue(
     queue: Queue,
     reach: Int[Array, "p t"] | None = None,
 ) -> Softmax:
-    """Adds to `before` what the rows see of the queue's pages. q: scaled already."""
+    """Adds the pages of `queue` to the softmax state `before`. q: scaled queries."""
     rows = jnp.arange(q.shape[0], dtype=jnp.int32)
 
     def visit(i: Array, state: Softmax) -> Softmax:
@@ -117,11 +117,12 @@ def by_queue(
         top = jnp.maximum(state.top, jnp.max(best, axis=1))
         weight = jnp.exp(scores - _pick(top, row)[..., None])
         if queue.limit is not None:
-            # A row may see nothing of its first pages; otherwise what is masked is far below `top`.
+            # All entries of a row's first pages may be hidden; otherwise hidden ones are far below
+            # `top`.
             weight = jnp.where(mask, weight, 0.0)
         values = _pick(pages.v, page)
         mixed = _scores("pgjt,pgtk->pgjk", weight.astype(values.dtype), values)
-        # One product sums the items of each row; a scatter would take them one by one.
+        # One matrix product sums the items of each row; a scatter would add them one by one.
         whose = mine.astype(jnp.float32)
         old = jnp.exp(state.top - top)
         return Softmax(
@@ -135,7 +136,7 @@ def by_queue(
 
 @dataclasses.dataclass(frozen=True)
 class Extent:
-    """One list's pages, of which each of n rows sees the first `lengths` entries."""
+    """Pages of one list, of which each of n rows sees the first `lengths` entries."""
 
     pages: Int[Array, "m"]
     lengths: Int[Array, "n"]
@@ -149,17 +150,17 @@ def by_list(
     extent: Extent,
     seen: tuple[Int[Array, "p t"], Array] | None = None,
 ) -> Softmax:
-    """Adds to `before` what rows of one sequence see of its list.
+    """Adds the list of one sequence to the softmax state `before` of its rows.
 
-    seen: `reach` and the limit beyond which entries do not count.
+    seen: `reach`, and the limit beyond which entries are hidden.
     """
     size, m, lengths = pages.v.shape[2], extent.pages.shape[0], extent.lengths
     n, g, j, k = q.shape
     chunk = max(1, min(extent.chunk // _LIST_PARTS, m))
     tokens = chunk * size
     padded = jnp.pad(extent.pages, (0, -m % chunk))
-    # All queries of a group side by side: each round is two plain products a group.
-    asked = jnp.moveaxis(q, 1, 0).reshape(g, n * j, k)
+    # With all queries of a group side by side, each round is two matrix products per group.
+    queries = jnp.moveaxis(q, 1, 0).reshape(g, n * j, k)
     last = jnp.repeat(lengths, j)
 
     def visit(i: Array, state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
@@ -171,7 +172,7 @@ def by_list(
         mask = entry[None] < last[:, None]
         if seen is not None:
             mask &= _pick(seen[0], page).reshape(1, tokens) <= seen[1]
-        scores = jnp.where(mask[None], _scores("gqk,gkt->gqt", asked, keys), _LOW)
+        scores = jnp.where(mask[None], _scores("gqk,gkt->gqt", queries, keys), _LOW)
         best = jnp.maximum(top, jnp.max(scores, axis=-1))
         weight = jnp.where(mask[None], jnp.exp(scores - best[..., None]), 0.0)
         old = jnp.exp(top - best)

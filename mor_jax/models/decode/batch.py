@@ -1,4 +1,4 @@
-"""Rows through layers whose past is in the cache: where they write, and what they see."""
+"""Runs rows through layers with a KV cache: which entries they write, and which they see."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -15,15 +15,15 @@ from mor_jax.models.layers.rope import RotaryTables
 from mor_jax.types import Array, Bool, Float, Int
 
 Lists = Int[Array, "n m"] | Int[Array, "m"]
-"""Page numbers of one list for each row, or of one list that all rows share."""
+"""Page numbers of one list per row, or of one list that all rows share."""
 
 _ALWAYS = 127
-"""A limit that no token's reach is beyond."""
+"""A limit that no token's reach exceeds."""
 
 
 @dataclasses.dataclass(frozen=True)
 class AttentionAccess:
-    """How rows use the pages of a pool's layers. place: where theirs go. see: what they read."""
+    """How rows use the pages of layers. place: slots that they write. see: attends to entries."""
 
     place: CacheSlots
     see: Callable[[Float[Array, "n g j k"], Pages], Softmax]
@@ -32,9 +32,9 @@ class AttentionAccess:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class DecodeBatch:
-    """n rows of different sequences. live: False marks rows that only fill the shape.
+    """n rows of different sequences. valid: False marks padding rows.
 
-    slot: whose tables they use. position: in their sequence, from 0.
+    slot: row of the block tables. position: in the sequence, from 0.
     """
 
     slot: Int[Array, "n"]
@@ -45,7 +45,7 @@ class DecodeBatch:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class PrefillChunk:
-    """n rows of one sequence, in order, the live ones first or spread. Members as in `Rows`."""
+    """n rows of one sequence, in order; padding may be anywhere. Fields as in `DecodeBatch`."""
 
     slot: Int[Array, ""]
     position: Int[Array, "n"]
@@ -58,15 +58,15 @@ def run_layers(
     pages: Sequence[Pages],
     x: Float[Array, "n d"],
     at: tuple[RotaryTables, Array | int],
-    look: AttentionAccess,
+    access: AttentionAccess,
 ) -> tuple[Float[Array, "n d"], tuple[Pages, ...]]:
-    """n rows through all `layers`, each with its pages; the rows' entries are written before."""
+    """Runs n rows through `layers`, each with its pages; first writes the entries of the rows."""
     written: list[Pages] = []
 
     def mix(q: Array, k: Array, v: Array) -> Array:
-        here = write(pages[len(written)], look.place, k, v)
-        written.append(here)
-        return look.see(q, here).result(q.dtype)
+        updated = write(pages[len(written)], access.place, k, v)
+        written.append(updated)
+        return access.see(q, updated).result(q.dtype)
 
     for layer in layers:
         x = apply(cfg, layer, x, at, mix)
@@ -76,7 +76,7 @@ def run_layers(
 def all_tokens(
     geometry: KVCacheSpec, lists: Lists, rows: DecodeBatch | PrefillChunk, chunk: int
 ) -> AttentionAccess:
-    """For a list that every token is in, where its index is its position."""
+    """Access to a list that holds every token, so that entry i is position i."""
     see = _reader(geometry, lists, jnp.where(rows.valid, rows.position + 1, 0), chunk)
     place = _place(geometry, lists, rows.position, rows.valid)
     return AttentionAccess(place, lambda q, pages: see(Softmax.empty(q), q, pages))
@@ -90,28 +90,28 @@ def block(
     at: tuple[RotaryTables, Int[Array, "n"] | Int[Array, ""]],
     counts: Int[Array, "n"],
 ) -> tuple[Float[Array, "n d"], Cache]:
-    """Rows once through the shared block. at: their rotary tables and recursions.
+    """Runs rows once through the shared block. at: their rotary tables and recursions.
 
-    counts: entries that its list holds before each of the rows.
+    counts: entries in the list of each row before the row's own.
     """
     geometry, recursion = decoder.geometry, at[1]
     tables = decoder.tables.block[rows.slot]
     first, chunk, reach = tables[..., 0, :], decoder.chunk, cache.reach
     if geometry.cfg.kv_mode == "shared":
-        look = all_tokens(geometry, first, rows, chunk)
+        access = all_tokens(geometry, first, rows, chunk)
         writes = rows.valid & (recursion == 0)
-        look = dataclasses.replace(look, place=_place(geometry, first, rows.position, writes))
+        access = dataclasses.replace(access, place=_place(geometry, first, rows.position, writes))
     elif geometry.updates:
         whole = _place(geometry, first, rows.position, rows.valid)
         entered = jnp.broadcast_to(recursion, whole.page.shape).astype(jnp.int8)
         reach = reach.at[whole.page, whole.offset].set(entered, mode="drop")
-        look = _updated(decoder, reach, rows, recursion, counts)
+        access = _updated(decoder, reach, rows, recursion, counts)
     else:
         own = _own(tables, recursion)
         see = _reader(geometry, own, jnp.where(rows.valid, counts + 1, 0), chunk)
         place = _place(geometry, own, counts, rows.valid)
-        look = AttentionAccess(place, lambda q, pages: see(Softmax.empty(q), q, pages))
-    x, pages = run_layers(geometry.cfg, decoder.weights.block, cache.block, x, at, look)
+        access = AttentionAccess(place, lambda q, pages: see(Softmax.empty(q), q, pages))
+    x, pages = run_layers(geometry.cfg, decoder.weights.block, cache.block, x, at, access)
     return x, dataclasses.replace(cache, block=pages, reach=reach)
 
 
@@ -122,9 +122,9 @@ def _updated(
     recursion: Int[Array, "n"] | Int[Array, ""],
     counts: Int[Array, "n"],
 ) -> AttentionAccess:
-    """For updated sharing: recursion 0's entries that are not replaced, and the list's own.
+    """Access for updated sharing: recursion 0's entries unless replaced, and the recursion's own.
 
-    reach: holds the rows themselves already.
+    reach: includes the rows themselves already.
     """
     geometry, chunk = decoder.geometry, decoder.chunk
     tables = decoder.tables.block[rows.slot]
@@ -132,11 +132,11 @@ def _updated(
     limit = jnp.where(recursion == 0, _ALWAYS, recursion - 1)
     before = jnp.where(rows.valid, rows.position + 1, 0)
     later = jnp.where(rows.valid & (recursion > 0), counts + 1, 0)
-    kept = _reader(geometry, tables[..., 0, :], before, chunk, (reach, limit))
+    first = _reader(geometry, tables[..., 0, :], before, chunk, (reach, limit))
     fresh = _reader(geometry, own, later, chunk)
     place = _place(geometry, own, counts, rows.valid)
     return AttentionAccess(
-        place, lambda q, pages: fresh(kept(Softmax.empty(q), q, pages), q, pages)
+        place, lambda q, pages: fresh(first(Softmax.empty(q), q, pages), q, pages)
     )
 
 
@@ -147,9 +147,9 @@ def _reader(
     chunk: int,
     within: tuple[Int[Array, "p t"], Array] | None = None,
 ) -> Callable[[Softmax, Array, Pages], Softmax]:
-    """What adds the first `lengths` entries of one list a row, or of one of all rows.
+    """A function that attends to the first `lengths` entries of one list per row, or of one list.
 
-    within: `reach`, and the limit beyond which entries do not count.
+    within: `reach`, and the limit beyond which entries are hidden.
     """
     reach, limit = (None, None) if within is None else within
     if lists.ndim == 1:
@@ -160,13 +160,13 @@ def _reader(
 
 
 def _place(geometry: KVCacheSpec, lists: Lists, index: Int[Array, "n"], do: Array) -> CacheSlots:
-    """Entry `index` of each row's list, for the rows where `do`."""
+    """Slot of entry `index` of each row's list, for the rows where `do` is True."""
     each = jnp.broadcast_to(jnp.atleast_2d(lists), (index.shape[0], lists.shape[-1]))
     return CacheSlots.of(each, index, geometry.size, do)
 
 
 def _own(tables: Array, recursion: Int[Array, "n"] | Int[Array, ""]) -> Lists:
-    """The list of each row's recursion, or of that of all rows."""
+    """The list of each row's recursion, or of the recursion of all rows."""
     if tables.ndim == 2:
         return tables[recursion]
     return jnp.take_along_axis(tables, recursion[:, None, None], axis=1)[:, 0]

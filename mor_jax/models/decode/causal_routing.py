@@ -1,4 +1,4 @@
-"""Causal routing of single rows: each from its own state, so that no other token can change it."""
+"""Causal routing: each token is routed by its own state, independently of all others."""
 
 import dataclasses
 import functools
@@ -15,7 +15,7 @@ from mor_jax.types import Array, Bool, Float, Int, Params
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class RoutingDecision:
-    """What the routers say of n rows before a recursion. goes: they enter it. gate: their score."""
+    """Routing of n rows before a recursion. selected: they enter it. gate: their score."""
 
     selected: Bool[Array, "n"]
     gate: Float[Array, "n"]
@@ -34,8 +34,8 @@ def _routers(cfg: ModelConfig, params: Params) -> Routers:
 
 
 def takes_all(cfg: ModelConfig) -> tuple[bool, ...]:
-    """Recursions of expert-choice that every token enters that got there: capacity 1."""
-    return tuple(share == 1.0 for share in cfg.router.capacities(cfg.num_recursions))
+    """Recursions of expert-choice that all their candidates enter: capacity 1."""
+    return tuple(capacity == 1.0 for capacity in cfg.router.capacities(cfg.num_recursions))
 
 
 def expert(
@@ -45,22 +45,22 @@ def expert(
     x: Float[Array, "n d"],
     r: Int[Array, "n"] | Int[Array, ""],
 ) -> RoutingDecision:
-    """Expert-choice before recursion `r`, one for all rows or one for each (paper section 2.2.1).
+    """Expert-choice before recursion `r`, of all rows or of each (paper section 2.2.1).
 
-    thresholds: logits from which on a row goes on, of the router that learnt the choice.
+    thresholds: least logit of a selected row, of the router trained to predict the selection.
     """
     routers = _routers(cfg, params)
-    cooled = x.astype(jnp.float32) / cfg.router.temperature
-    logits = _logits(routers.main, cooled, r, cfg.num_recursions)
+    tempered = x.astype(jnp.float32) / cfg.router.temperature
+    logits = _logits(routers.main, tempered, r, cfg.num_recursions)
     trained = logits if routers.aux is None else _logits(routers.aux, x, r, cfg.num_recursions)
-    goes = jnp.array(takes_all(cfg))[r] | (trained >= thresholds[r])
-    return RoutingDecision(goes, expert_score(cfg.router, logits))
+    selected = jnp.array(takes_all(cfg))[r] | (trained >= thresholds[r])
+    return RoutingDecision(selected, expert_score(cfg.router, logits))
 
 
 def _logits(router: Router, x: Float[Array, "n d"], r: Array, recursions: int) -> Float[Array, "n"]:
     if r.ndim == 0:
         return router.one(x[None], r)[0]
-    # Rows of all recursions stand side by side: each router looks at all of them.
+    # Rows are at different recursions: every router scores all of them.
     every = jnp.stack([router.one(x[None], i)[0] for i in range(recursions)])
     return jnp.take_along_axis(every, r[None], axis=0)[0]
 
@@ -68,7 +68,7 @@ def _logits(router: Router, x: Float[Array, "n d"], r: Array, recursions: int) -
 def token(
     cfg: ModelConfig, params: Params, x: Float[Array, "n d"]
 ) -> tuple[Int[Array, "n"], Float[Array, "n"]]:
-    """Token-choice: last recursion of each row and its weight, from the stage's input."""
+    """Token-choice: last recursion of each row and its weight, from the input of recursion 0."""
     routers = _routers(cfg, params)
     weights = token_score(
         cfg.router, routers.main.joint(x.astype(jnp.float32)[None] / cfg.router.temperature)

@@ -1,4 +1,4 @@
-"""What every pass needs: the model, its weights, and its cache's tables."""
+"""Arguments of every decoding pass: the model, its weights, and the block tables."""
 
 import dataclasses
 
@@ -10,7 +10,7 @@ from mor_jax.types import Array, Float
 
 @dataclasses.dataclass(frozen=True)
 class Decoder:
-    """thresholds: logits from which on expert-choice sends a token on. chunk: pages of a round."""
+    """thresholds: least logits of tokens that expert-choice selects. chunk: pages per round."""
 
     geometry: KVCacheSpec
     weights: Weights

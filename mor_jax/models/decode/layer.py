@@ -1,7 +1,7 @@
-"""Weights as decoding wants them, and one layer on a list of rows.
+"""Weights in the layout for decoding, and one layer on a list of rows.
 
-Layers are separate arrays here, not a stack: a scan over layers would copy each layer's weights
-and pages out of the stack, which costs more than the arithmetic of a few rows.
+Layers are separate arrays, not a stack: a scan over layers would copy each layer's weights and
+pages out of the stack, which costs more than the arithmetic of a few rows.
 """
 
 import dataclasses
@@ -22,8 +22,9 @@ Mix = Callable[[Array, Array, Array], Array]
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Layer:
-    """One layer's weights in the model's dtype; queries, keys and values side by side, also gate
-    and up. Norm scales are float32, one row a recursion where they are not shared.
+    """Weights of one layer in the model's dtype; query, key and value fused, gate and up too.
+
+    Norm scales are float32, with one row per recursion if they are not shared.
     """
 
     norm1: Float[Array, "*r d"]
@@ -39,10 +40,10 @@ class Layer:
 class Weights:
     """A model's weights.
 
-    ends: the first and the last layer where they stand outside the block, else nothing. block: the
-    shared block's layers, or a plain model's. head: the output matrix, a copy also where it is
-    `embed`: lying this way it is multiplied a third faster on CPUs. router: parameters of the
-    routers, float32.
+    ends: the first and the last layer if they are outside the block, else empty. block: layers of
+    the shared block, or of a vanilla model. head: the output matrix, a copy even if tied to
+    `embed`: this layout is multiplied a third faster on CPUs. router: parameters of the routers,
+    float32.
     """
 
     embed: Float[Array, "v d"]
@@ -54,7 +55,7 @@ class Weights:
 
     @classmethod
     def of(cls, cfg: ModelConfig, params: Params) -> "Weights":
-        """From the parameters of a checkpoint; meant to be jitted."""
+        """From the parameters of a checkpoint; intended for `jax.jit`."""
         dtype = jnp.dtype(cfg.dtype)
         stack = "layers" if cfg.sharing == "none" else "shared"
         embed = params["embed"]["weight"].astype(dtype)
@@ -87,7 +88,7 @@ def rotary_tables(cfg: ModelConfig, position: Int[Array, "n"]) -> RotaryTables:
 def norm(
     cfg: ModelConfig, x: Float[Array, "n d"], scale: Float[Array, "*r d"], r: Array | int
 ) -> Float[Array, "n d"]:
-    """RMSNorm of n rows. r: recursion of each row [n], or of all of them."""
+    """RMSNorm of n rows. r: recursion of each row [n], or of all rows."""
     if scale.ndim == 1:
         return rms_norm(x, scale, cfg.norm_eps)
     ones = jnp.ones(x.shape[1], jnp.float32)
@@ -97,13 +98,13 @@ def norm(
 def project(
     cfg: ModelConfig, layer: Layer, x: Float[Array, "n d"], tables: RotaryTables, r: Array | int
 ) -> tuple[Float[Array, "n g j k"], Float[Array, "n g k"], Float[Array, "n g k"]]:
-    """Scaled queries, keys and values of n rows, turned to their positions."""
+    """Scaled queries, keys and values of n rows, with rotary embedding."""
     n, g, k = x.shape[0], cfg.num_kv_heads, cfg.head_dim
     wide = norm(cfg, x, layer.norm1, r) @ layer.qkv
     heads = wide.reshape(1, n, -1, k)
-    turned = apply_rope(heads[:, :, : cfg.num_heads + g], tables)[0]
-    q = (turned[:, : cfg.num_heads] * k**-0.5).reshape(n, g, -1, k)
-    return q, turned[:, cfg.num_heads :], heads[0, :, cfg.num_heads + g :]
+    rotated = apply_rope(heads[:, :, : cfg.num_heads + g], tables)[0]
+    q = (rotated[:, : cfg.num_heads] * k**-0.5).reshape(n, g, -1, k)
+    return q, rotated[:, cfg.num_heads :], heads[0, :, cfg.num_heads + g :]
 
 
 def apply(

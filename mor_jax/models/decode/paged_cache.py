@@ -1,15 +1,15 @@
-"""The cache: pools of pages, and who owns which.
+"""The paged KV cache: pools of pages, and block tables.
 
-A sequence keeps its keys and values in lists that grow token by token. What a list holds depends on
+Keys and values of a sequence are in lists that grow token by token. What a list holds depends on
 the model (paper section 2.2.2):
 
 - layers that every token passes have one list with every token;
-- recursion-wise caching has one list a recursion, with the tokens that entered it;
-- shared keys and values have one list with every token, written by recursion 0; where they are
-  updated, recursion r >= 1 has a list of its own with the tokens that entered it besides.
+- recursion-wise caching has one list per recursion, with the tokens that entered it;
+- shared keys and values have one list with every token, written by recursion 0; if they are
+  updated, recursion r >= 1 also has a list of its own, with the tokens that entered it.
 
 A list is a row of page numbers in a table; a page holds `size` tokens of all layers of its pool, so
-one table serves them all. Pages of different pools have different bytes.
+one table serves them all. Pages of different pools have different sizes in bytes.
 """
 
 import dataclasses
@@ -24,7 +24,7 @@ from mor_jax.types import Array, Float, Int
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Pages:
-    """All pages of one layer: p pages of t tokens. Keys lie across a page, ready to multiply."""
+    """All pages of one layer: p pages of t tokens. Keys are transposed, for the matrix product."""
 
     k: Float[Array, "p g k t"]
     v: Float[Array, "p g t k"]
@@ -35,9 +35,9 @@ class Pages:
 class Cache:
     """All keys and values.
 
-    ends: of the first and the last layer, where they stand outside the shared block. block: of each
-    layer of the shared block, or of a plain model. reach: for updated sharing, recursions that the
-    token of a list-0 entry entered, beyond which its entry counts no longer.
+    ends: of the first and the last layer, if they are outside the shared block. block: of each
+    layer of the shared block, or of a vanilla model. reach: for updated sharing, the last recursion
+    that the token of a list-0 entry entered; later recursions do not see the entry.
     """
 
     ends: tuple[Pages, ...]
@@ -48,9 +48,9 @@ class Cache:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class BlockTables:
-    """Page numbers of every slot's lists, m pages at most each; none is read past its list's end.
+    """Page numbers of every slot's lists, at most m per list; entries past its end are not read.
 
-    The last slot belongs to nobody: rows that are only there to fill a shape point to it.
+    The last slot is unused: padding rows point to it.
     """
 
     ends: Int[Array, "slots m"]
@@ -59,7 +59,7 @@ class BlockTables:
 
 @dataclasses.dataclass(frozen=True)
 class KVCacheSpec:
-    """What a model's cache is made of. size: tokens of a page."""
+    """Layout of a model's KV cache. size: tokens per page."""
 
     cfg: ModelConfig
     size: int
@@ -99,7 +99,7 @@ class KVCacheSpec:
         return jnp.zeros_like(recursion) if self.cfg.kv_mode == "shared" else recursion
 
     def holds_all(self, number: int) -> bool:
-        """Whether list `number` gets every token, whatever the routers say."""
+        """Whether list `number` gets every token, whatever the routers select."""
         if self.cfg.router.kind == "none":
             return True
         if number == 0 and self.cfg.kv_mode != "recursion":
@@ -129,7 +129,7 @@ class KVCacheSpec:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class CacheSlots:
-    """Where rows are written: page and place in it; a page past the last one writes nothing."""
+    """Where rows are written: page and offset in it; a page past the last one writes nothing."""
 
     page: Int[Array, "n"]
     offset: Int[Array, "n"]
@@ -138,7 +138,7 @@ class CacheSlots:
     def of(
         cls, lists: Int[Array, "n m"], index: Int[Array, "n"], size: int, do: Array
     ) -> "CacheSlots":
-        """Entry `index` of each row's list, for the rows where `do`."""
+        """Slot of entry `index` of each row's list, for the rows where `do` is True."""
         at = jnp.clip(index // size, 0, lists.shape[1] - 1)
         page = jnp.take_along_axis(lists, at[:, None], axis=1)[:, 0]
         return cls(jnp.where(do, page, jnp.iinfo(jnp.int32).max), index % size)
@@ -147,7 +147,7 @@ class CacheSlots:
 def write(
     pages: Pages, place: CacheSlots, k: Float[Array, "n g k"], v: Float[Array, "n g k"]
 ) -> Pages:
-    """Puts keys and values of n rows into their places, which are distinct."""
+    """Writes keys and values of n rows to their slots, which are distinct."""
     return Pages(
         pages.k.at[place.page, :, :, place.offset].set(k, mode="drop"),
         pages.v.at[place.page, :, place.offset, :].set(v, mode="drop"),

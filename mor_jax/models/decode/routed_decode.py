@@ -1,6 +1,6 @@
-"""Decoding for routed models: a token enters, goes through the block a few times, and leaves.
+"""Decoding for routed models: a token enters, passes the shared block several times, and exits.
 
-Rows of one call may stand at different recursions, because these share their weights (paper section
+Rows of one call may be at different recursions, because these share their weights (paper section
 2.2.2, continuous depth-wise batching). Routing is causal.
 """
 
@@ -23,11 +23,11 @@ from mor_jax.types import Array, Bool, Float, Int
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TokenState:
-    """Where n tokens stand between two recursions.
+    """State of n tokens between two recursions.
 
-    x: residual stream. origin: what token-choice started from (expert-choice: None). gate: score
-    that weighs the next pass. last: token-choice's last recursion. recursion: the next one.
-    taken: the router sends the token through it; without, the token is about to leave. depth:
+    x: residual stream. origin: input of recursion 0 for token-choice (expert-choice: None). gate:
+    score of the next pass. last: last recursion that token-choice chose. recursion: the next one.
+    taken: whether the router selected the token for it; otherwise the token exits next. depth:
     recursions that it went through.
     """
 
@@ -41,7 +41,7 @@ class TokenState:
 
     @classmethod
     def empty(cls, cfg: ModelConfig, n: int) -> "TokenState":
-        """n tokens that are nowhere."""
+        """n unused entries."""
         x = jnp.zeros((n, cfg.hidden_size), jnp.dtype(cfg.dtype))
         number = jnp.zeros(n, jnp.int32)
         origin = x if cfg.router.kind == "token" else None
@@ -58,7 +58,7 @@ class KVEntry:
 
     @classmethod
     def empty(cls, cfg: ModelConfig, n: int) -> "KVEntry":
-        """Of n tokens, all zero."""
+        """Zeros for n tokens."""
         zeros = jnp.zeros((n, cfg.num_kv_heads, cfg.head_dim), jnp.dtype(cfg.dtype))
         return cls(zeros, zeros)
 
@@ -66,7 +66,7 @@ class KVEntry:
 def enter(
     decoder: Decoder, cache: Cache, rows: DecodeBatch, token: Int[Array, "n"]
 ) -> tuple[TokenState, KVEntry]:
-    """New tokens: embedding, first layer, and the routers' first word."""
+    """Starts new tokens: embedding, first layer, and the first routing decision."""
     cfg, weights = decoder.cfg, decoder.weights
     x, entry = _end(decoder, cache, rows, weights.embed[token], 0)
     empty = TokenState.empty(cfg, x.shape[0])
@@ -74,19 +74,19 @@ def enter(
     assert router is not None
     if cfg.router.kind == "token":
         last, gate = causal_routing.token(cfg, router, x)
-        everyone = jnp.ones(x.shape[0], bool)
-        flight = dataclasses.replace(empty, x=x, origin=x, gate=gate, last=last, taken=everyone)
-        return flight, entry
-    verdict = causal_routing.expert(cfg, router, decoder.thresholds, x, empty.recursion)
-    return dataclasses.replace(empty, x=x, gate=verdict.gate, taken=verdict.selected), entry
+        all_selected = jnp.ones(x.shape[0], bool)
+        state = dataclasses.replace(empty, x=x, origin=x, gate=gate, last=last, taken=all_selected)
+        return state, entry
+    decision = causal_routing.expert(cfg, router, decoder.thresholds, x, empty.recursion)
+    return dataclasses.replace(empty, x=x, gate=decision.gate, taken=decision.selected), entry
 
 
 def needs_block(
     cfg: ModelConfig, taken: Bool[Array, "n"], recursion: Int[Array, "*n"]
 ) -> Bool[Array, "n"]:
-    """Tokens whose pass through the block does something. taken: the routers send them through.
+    """Tokens whose pass through the block has an effect. taken: the routers selected them.
 
-    Shared keys and values are those of all tokens, also of such that recursion 0 does not take.
+    Shared keys and values are those of all tokens, even if recursion 0 does not select them.
     """
     return taken if cfg.kv_mode == "recursion" else taken | (recursion == 0)
 
@@ -94,39 +94,39 @@ def needs_block(
 def writes_list(
     cfg: ModelConfig, runs: Bool[Array, "n"], recursion: Int[Array, "*n"]
 ) -> Bool[Array, "n"]:
-    """Tokens, of those that run, whose pass adds an entry to a list of the block's pool."""
+    """Tokens among those that run whose pass adds an entry to a list of the block's pool."""
     return runs & (recursion == 0) if cfg.kv_mode == "shared" else runs
 
 
 def advance(
-    decoder: Decoder, cache: Cache, rows: DecodeBatch, flight: TokenState, counts: Int[Array, "n"]
+    decoder: Decoder, cache: Cache, rows: DecodeBatch, state: TokenState, counts: Int[Array, "n"]
 ) -> tuple[TokenState, Bool[Array, "n"], Cache]:
-    """Every token once through the block; also which of them leave now, with their final `x`.
+    """Runs every token once through the block; also returns which exit now, with their final `x`.
 
-    counts: entries of the list that each row writes to. Rows that are not live stay as they are.
+    counts: entries of the list that each row writes to. Padding rows do not change.
     """
     cfg = decoder.cfg
-    runs = rows.valid & needs_block(cfg, flight.taken, flight.recursion)
-    does = dataclasses.replace(rows, valid=runs)
-    at = (rotary_tables(cfg, rows.position), flight.recursion)
-    y, cache = block(decoder, cache, does, flight.x, at, counts)
+    runs = rows.valid & needs_block(cfg, state.taken, state.recursion)
+    active = dataclasses.replace(rows, valid=runs)
+    at = (rotary_tables(cfg, rows.position), state.recursion)
+    y, cache = block(decoder, cache, active, state.x, at, counts)
     step = _token_step if cfg.router.kind == "token" else _expert_step
-    after, leaves = step(decoder, flight, y)
-    live = rows.valid
-    merged = jax.tree.map(lambda new, old: where_tokens(live, new, old), after, flight)
-    return merged, leaves & live, cache
+    after, exits = step(decoder, state, y)
+    valid = rows.valid
+    merged = jax.tree.map(lambda new, old: where_tokens(valid, new, old), after, state)
+    return merged, exits & valid, cache
 
 
 def leave(
     decoder: Decoder, cache: Cache, rows: DecodeBatch, x: Float[Array, "n d"]
 ) -> tuple[Float[Array, "n d"], KVEntry]:
-    """Last layer and final norm of tokens that left the block."""
+    """Last layer and final norm of tokens that exited the block."""
     x, entry = _end(decoder, cache, rows, x, 1)
     return norm(decoder.cfg, x, decoder.weights.norm, 0), entry
 
 
 def store(decoder: Decoder, cache: Cache, rows: DecodeBatch, entry: KVEntry, which: int) -> Cache:
-    """The cache with the rows' entries of the first (0) or the last (1) layer."""
+    """Writes the rows' entries of the first (0) or the last (1) layer."""
     geometry = decoder.geometry
     if not geometry.end_layers:
         return cache
@@ -138,49 +138,51 @@ def store(decoder: Decoder, cache: Cache, rows: DecodeBatch, entry: KVEntry, whi
 
 
 def _expert_step(
-    decoder: Decoder, flight: TokenState, y: Float[Array, "n d"]
+    decoder: Decoder, state: TokenState, y: Float[Array, "n d"]
 ) -> tuple[TokenState, Bool[Array, "n"]]:
     """x + gate * block(x), then the next recursion's router."""
     cfg = decoder.cfg
-    x = jnp.where(flight.taken[:, None], flight.x + weighted_output(cfg, flight.gate, y), flight.x)
-    following = flight.recursion + 1
-    asked = jnp.minimum(following, cfg.num_recursions - 1)
-    verdict = causal_routing.expert(cfg, decoder.weights.router or {}, decoder.thresholds, x, asked)
-    goes = flight.taken & (following < cfg.num_recursions) & verdict.selected
-    depth = flight.depth + flight.taken
-    after = dataclasses.replace(
-        flight, x=x, gate=verdict.gate, recursion=following, taken=goes, depth=depth
+    x = jnp.where(state.taken[:, None], state.x + weighted_output(cfg, state.gate, y), state.x)
+    next_recursion = state.recursion + 1
+    recursion = jnp.minimum(next_recursion, cfg.num_recursions - 1)
+    decision = causal_routing.expert(
+        cfg, decoder.weights.router or {}, decoder.thresholds, x, recursion
     )
-    return after, ~goes
+    selected = state.taken & (next_recursion < cfg.num_recursions) & decision.selected
+    depth = state.depth + state.taken
+    after = dataclasses.replace(
+        state, x=x, gate=decision.gate, recursion=next_recursion, taken=selected, depth=depth
+    )
+    return after, ~selected
 
 
 def _token_step(
-    decoder: Decoder, flight: TokenState, y: Float[Array, "n d"]
+    decoder: Decoder, state: TokenState, y: Float[Array, "n d"]
 ) -> tuple[TokenState, Bool[Array, "n"]]:
-    """block(x) until the token's own depth, where it leaves as origin + weight * block(x)."""
-    assert flight.origin is not None
-    leaves = flight.recursion >= flight.last
-    final = flight.origin + weighted_output(decoder.cfg, flight.gate, y)
-    x = jnp.where(leaves[:, None], final, y)
-    following = flight.recursion + 1
-    depth = flight.depth + 1
-    after = dataclasses.replace(flight, x=x, recursion=following, taken=~leaves, depth=depth)
-    return after, leaves
+    """block(x) until the token's own depth, where it exits as origin + weight * block(x)."""
+    assert state.origin is not None
+    exits = state.recursion >= state.last
+    final = state.origin + weighted_output(decoder.cfg, state.gate, y)
+    x = jnp.where(exits[:, None], final, y)
+    next_recursion = state.recursion + 1
+    depth = state.depth + 1
+    after = dataclasses.replace(state, x=x, recursion=next_recursion, taken=~exits, depth=depth)
+    return after, exits
 
 
 def weighted_output(
     cfg: ModelConfig, gate: Float[Array, "n"], y: Float[Array, "n d"]
 ) -> Float[Array, "n d"]:
-    """The block's output as it is added: multiplied by the score under `weighted` gating."""
+    """The block's output, multiplied by the score under `weighted` gating."""
     return gate[:, None].astype(y.dtype) * y if cfg.router.gating == "weighted" else y
 
 
 def _end(
     decoder: Decoder, cache: Cache, rows: DecodeBatch, x: Float[Array, "n d"], which: int
 ) -> tuple[Float[Array, "n d"], KVEntry]:
-    """The first (0) or the last (1) layer, where the model has them.
+    """The first (0) or the last (1) layer, if the model has them.
 
-    The cache is only read: a branch of a program that wrote to it would have to copy it.
+    The cache is only read: a `lax.cond` branch that wrote to it would have to copy it.
     """
     geometry, cfg = decoder.geometry, decoder.cfg
     entries = [KVEntry.empty(cfg, x.shape[0])]

@@ -1,4 +1,4 @@
-"""Decoding for models whose tokens all take the same way: plain and recursive ones."""
+"""Decoding for models without routing: vanilla and recursive ones."""
 
 import dataclasses
 from collections.abc import Callable
@@ -28,7 +28,7 @@ class LayerStep(NamedTuple):
 
 
 def steps(cfg: ModelConfig) -> list[LayerStep]:
-    """Effective layers in the order in which they run."""
+    """Effective layers in order of execution."""
     size, nr = cfg.shared_layers, cfg.num_recursions
     pairs = [(s, r) for r in range(nr) for s in range(size)]
     if cfg.is_sequence:
@@ -45,23 +45,23 @@ def decode(
     return norm(decoder.cfg, x, decoder.weights.norm, 0), cache
 
 
-def prefill(decoder: Decoder, cache: Cache, piece: PrefillChunk, token: Int[Array, "n"]) -> Cache:
-    """Stores n tokens of one sequence, whose predictions nobody asks for."""
-    return _run(decoder, cache, piece, token, predicts=False)[1]
+def prefill(decoder: Decoder, cache: Cache, chunk: PrefillChunk, token: Int[Array, "n"]) -> Cache:
+    """Stores keys and values of n tokens of one sequence; no logits are computed."""
+    return _run(decoder, cache, chunk, token, predicts=False)[1]
 
 
-def _looks(
+def _layer_access(
     decoder: Decoder, rows: DecodeBatch | PrefillChunk
 ) -> Callable[[LayerStep], AttentionAccess]:
     geometry, tables, chunk = decoder.geometry, decoder.tables, decoder.chunk
     ends, block = tables.ends[rows.slot], tables.block[rows.slot]
-    made = [
+    block_access = [
         all_tokens(geometry, block[..., number, :], rows, chunk) for number in range(geometry.lists)
     ]
-    at_ends = all_tokens(geometry, ends, rows, chunk) if geometry.end_layers else None
+    end_access = all_tokens(geometry, ends, rows, chunk) if geometry.end_layers else None
 
     def of(step: LayerStep) -> AttentionAccess:
-        return at_ends if step.pool == "ends" else made[step.list]
+        return end_access if step.pool == "ends" else block_access[step.list]
 
     return of
 
@@ -74,29 +74,29 @@ def _run(
     *,
     predicts: bool = True,
 ) -> tuple[Float[Array, "n d"], Cache]:
-    cfg, weights, looks = decoder.cfg, decoder.weights, _looks(decoder, rows)
+    cfg, weights, access_of = decoder.cfg, decoder.weights, _layer_access(decoder, rows)
     x = weights.embed[token]
     tables = rotary_tables(cfg, rows.position)
     pools = {"ends": list(cache.ends), "block": list(cache.block)}
-    way = steps(cfg)
-    for step in way:
+    layers = steps(cfg)
+    for step in layers:
         layer = getattr(weights, step.pool)[step.layer]
-        pool, look = pools[step.pool], looks(step)
+        pool, access = pools[step.pool], access_of(step)
         if cfg.kv_mode == "shared" and step.pool == "block" and step.recursion > 0:
             # Later recursions read what the first one stored.
-            x = apply(cfg, layer, x, (tables, step.recursion), _reader(look, pool[step.layer]))
-        elif step is way[-1] and not predicts:
+            x = apply(cfg, layer, x, (tables, step.recursion), _reader(access, pool[step.layer]))
+        elif step is layers[-1] and not predicts:
             _, k, v = project(cfg, layer, x, tables, step.recursion)
-            pool[step.layer] = write(pool[step.layer], look.place, k, v)
+            pool[step.layer] = write(pool[step.layer], access.place, k, v)
         else:
-            here, at = (pool[step.layer],), (tables, step.recursion)
-            x, (pool[step.layer],) = run_layers(cfg, (layer,), here, x, at, look)
-    kept = dataclasses.replace(cache, ends=tuple(pools["ends"]), block=tuple(pools["block"]))
-    return x, kept
+            pages, at = (pool[step.layer],), (tables, step.recursion)
+            x, (pool[step.layer],) = run_layers(cfg, (layer,), pages, x, at, access)
+    updated = dataclasses.replace(cache, ends=tuple(pools["ends"]), block=tuple(pools["block"]))
+    return x, updated
 
 
-def _reader(look: AttentionAccess, pages: Pages) -> Callable[..., Array]:
+def _reader(access: AttentionAccess, pages: Pages) -> Callable[..., Array]:
     def mix(q: Array, k: Array, v: Array) -> Array:
-        return look.see(q, pages).result(q.dtype)
+        return access.see(q, pages).result(q.dtype)
 
     return mix
