@@ -258,9 +258,9 @@ def test_who_waits_is_told_who_trains(cfg, tmp_path, monkeypatch):
     trainer = TrainerStatus(tmp_path, clock=lambda: next(times))
     for sign, owner in (("1", "another process"), ("1", "another process"), ("1", ""), ("2", "a")):
         lock.write_text(sign)
-        assert bool(trainer._by_signs()) == bool(owner)
+        assert bool(trainer._by_heartbeat()) == bool(owner)
     lock.unlink()
-    assert trainer._by_signs() == ""
+    assert trainer._by_heartbeat() == ""
     # Told once, and again when it changes.
     found, news = ["", "", "process 1 on a", "process 1 on a", ""], []
     watch = CheckpointWatcher(
