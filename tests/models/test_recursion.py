@@ -15,13 +15,13 @@ from support.tiny import TINY
 
 from mor_jax.models.attention import KeyValue, SequenceContext
 from mor_jax.models.block import SavedOutputs, Stack
-from mor_jax.models.layers.rope import rotary
+from mor_jax.models.layers.rope import compute_rotary_tables
 from mor_jax.models.recursion import (
     ActiveTokens,
     RecursionContext,
-    run_expert,
-    run_plain,
-    run_token,
+    run_expert_choice,
+    run_token_choice,
+    run_unrouted,
 )
 from mor_jax.models.routing.router import Route, Routers
 
@@ -40,11 +40,11 @@ class MarkingBlock(Stack):
         # A routed model adds the block's output itself; in the others it holds the input already.
         self.residual, self.calls = residual, nnx.data([])
 
-    def __call__(self, x, scope, *, recursion=0, shared=None, row=None, keep=()):
-        call = {"tokens": x.shape[1], "scope": scope, "shared": shared, "keep": keep}
+    def __call__(self, x, context, *, recursion=0, shared_kv=None, sequence=None, save=()):
+        call = {"tokens": x.shape[1], "context": context, "shared_kv": shared_kv, "save": save}
         self.calls.append(call)
         mark = jnp.zeros_like(x).at[..., 1 + recursion].set(x[..., 7])
-        kv = KeyValue(x[None, :, :, None], x[None, :, :, None]) if "kv" in keep else None
+        kv = KeyValue(x[None, :, :, None], x[None, :, :, None]) if "kv" in save else None
         return (x + mark if self.residual else mark), SavedOutputs(kv=kv)
 
 
@@ -63,12 +63,12 @@ def context(name, capacity=(0.75, 0.5, 0.25), route=None, **router):
 def run(stage, x, row):
     """The stage's output, its routing, and what its block was handed, from one compilation."""
     kind = stage.cfg.router.kind
-    stages = {"expert": run_expert, "token": run_token, "none": run_plain}
+    stages = {"expert": run_expert_choice, "token": run_token_choice, "none": run_unrouted}
 
     def traced(x, row):
         out, routing = stages[kind](stage, x, row)
         calls = stage.shared.calls
-        return out, routing, [(call["scope"].index, call["shared"]) for call in calls]
+        return out, routing, [(call["context"].index, call["shared_kv"]) for call in calls]
 
     return jax.jit(traced)(x, row)
 
@@ -79,7 +79,7 @@ def inputs(seed=0, segments=None):
     x = rng.normal(size=(ROWS, LENGTH, 32)).astype(np.float32)
     x[..., MARKS], x[..., 7] = 0, 1
     positions = jnp.tile(jnp.arange(LENGTH, dtype=jnp.int32), (ROWS, 1))
-    tables = rotary(positions, 8, 1e4, TINY["plain"].rope_scaling)
+    tables = compute_rotary_tables(positions, 8, 1e4, TINY["plain"].rope_scaling)
     return jnp.asarray(x), SequenceContext(tables, segments)
 
 
@@ -149,7 +149,7 @@ def test_padding_is_never_processed(name):
 
 def test_the_route_may_name_other_counts():
     x, row = inputs()
-    out, *_ = run(context("expert", route=Route(counts=(8, 3, 3))), x, row)
+    out, *_ = run(context("expert", route=Route(capacity_tokens=(8, 3, 3))), x, row)
     np.testing.assert_array_equal(processed(x, out), nested_choice(x, (8, 3, 3)))
 
 
@@ -157,7 +157,7 @@ def test_causal_routing_asks_each_token_alone():
     x, row = inputs()
     route = Route(mode="causal", thresholds=(0.0, -0.2, 0.3))
     stage = context("expert", capacity=(1.0, 0.5, 0.25), route=route)
-    assert stage.counts(LENGTH) == (LENGTH,) * DEPTH
+    assert stage.capacity_tokens(LENGTH) == (LENGTH,) * DEPTH
     out, routing, _ = run(stage, x, row)
     scores = np.moveaxis(np.asarray(x)[..., SCORES], -1, 0)
     # The first recursion has room for all and takes all.
@@ -186,7 +186,7 @@ def test_recursions_with_keys_of_their_own_see_their_tokens_places():
     *_, handed = run(stage, x, row)
     want = nested_choice(x, (6, 4, 2))
     assert [call["tokens"] for call in stage.shared.calls] == [6, 4, 2]
-    assert [call["keep"] for call in stage.shared.calls] == [()] * DEPTH
+    assert [call["save"] for call in stage.shared.calls] == [()] * DEPTH
     for (index, shared), chosen in zip(handed, want, strict=True):
         assert index.tolist() == [np.flatnonzero(one).tolist() for one in chosen]
         assert shared is None
@@ -197,7 +197,7 @@ def test_shared_keys_are_those_of_all_tokens_of_the_first_recursion():
     stage = context("expert_kv")
     out, _, handed = run(stage, x, row)
     first, *later = stage.shared.calls
-    assert first["tokens"] == LENGTH and first["keep"] == ("kv",)
+    assert first["tokens"] == LENGTH and first["save"] == ("kv",)
     assert [call["tokens"] for call in later] == [4, 2]
     for _, shared in handed[1:]:
         np.testing.assert_array_equal(shared.k[0, :, :, 0], x)
@@ -235,7 +235,7 @@ def test_token_choice_leaves_after_the_depth_that_it_picked():
 
 def test_token_choice_turns_the_lowest_weights_away_where_room_is_short():
     x, row = inputs()
-    out, routing, _ = run(context("token", route=Route(counts=(6, 3, 1))), x, row)
+    out, routing, _ = run(context("token", route=Route(capacity_tokens=(6, 3, 1))), x, row)
     choice, gate = token_weights(x)
     active, passes, lost = np.ones((ROWS, LENGTH), bool), np.zeros((ROWS, LENGTH), int), []
     for r, count in enumerate((6, 3, 1)):
@@ -284,9 +284,9 @@ def test_without_routers_every_token_passes_every_recursion(name):
 
 def test_levels_within_levels_know_their_places_in_the_row():
     whole = ActiveTokens()
-    first = whole.next(jnp.asarray([[1, 3, 4], [0, 2, 5]], jnp.int32), None, 6)
+    first = whole.select(jnp.asarray([[1, 3, 4], [0, 2, 5]], jnp.int32), None, 6)
     valid = jnp.asarray([[True, True], [True, False]])
-    second = first.next(jnp.asarray([[0, 2], [1, 2]], jnp.int32), valid, 3)
+    second = first.select(jnp.asarray([[0, 2], [1, 2]], jnp.int32), valid, 3)
     assert second.index.tolist() == [[1, 4], [2, 5]]
     row = jnp.arange(12.0).reshape(2, 6, 1)
 
@@ -301,8 +301,8 @@ def test_levels_within_levels_know_their_places_in_the_row():
 
 
 def test_a_level_of_all_tokens_hands_them_through():
-    first = ActiveTokens().next(jnp.asarray([[1, 3]], jnp.int32), None, 4)
-    again = first.all_of()
+    first = ActiveTokens().select(jnp.asarray([[1, 3]], jnp.int32), None, 4)
+    again = first.select_all()
     here = jnp.arange(2.0)[None, :, None]
     assert again.gather(here) is here and again.scatter(here + 1, here) is here
     assert again.index is first.index
