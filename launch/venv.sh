@@ -1,6 +1,7 @@
 # shellcheck shell=bash
 # Sourced by the scripts beside it: makes and fills the project's own virtual environment.
-# Defines: root (the repository), python (the environment's interpreter), install FILE...
+# Defines: root (the repository), python (the environment's interpreter), install FILE..., which
+# installs requirements files and the command `mor`.
 # LATEST=1 installs the newest versions that the ranges allow, in an environment of their own,
 # instead of those of requirements.lock: that finds what tomorrow's releases break.
 
@@ -49,7 +50,7 @@ install() {
     echo "requirements.lock: is missing. Get it back: git checkout requirements.lock" >&2
     return 1
   fi
-  wanted="$(cd "$root" && cat "$@" requirements.lock | cksum) $*"
+  wanted="$(cd "$root" && cat "$@" requirements.lock pyproject.toml | cksum) $*"
   if [[ -z "${LATEST:-}" && -f "$stamp" ]] && grep -qxF "$wanted" "$stamp"; then
     return
   fi
@@ -59,6 +60,8 @@ install() {
     args=(--constraint "$root/requirements.lock")
   fi
   for file in "$@"; do args+=(--requirement "$root/$file"); done
+  # The command `mor`, of this checkout.
+  args+=(--editable "$root")
   echo "Installing $* into $(basename "$venv") (${LATEST:+newest versions; }a few minutes)"
   "$python" -m pip --version >/dev/null 2>&1 || "$python" -m ensurepip --upgrade >/dev/null
   "$python" -m pip install --quiet --disable-pip-version-check "${args[@]}"

@@ -32,7 +32,7 @@ def clone(tmp_path):
     """The launch scripts and requirements alone, in a path with a space, and a fake Python."""
     root = tmp_path / "a clone"
     shutil.copytree(ROOT / "launch", root / "launch", ignore=shutil.ignore_patterns("*.py"))
-    for path in ROOT.glob("requirements*"):
+    for path in [*ROOT.glob("requirements*"), ROOT / "pyproject.toml"]:
         shutil.copy(path, root)
     python = tmp_path / "fakepython"
     python.write_text(FAKE_PYTHON)
@@ -71,6 +71,7 @@ def test_quickstart_makes_the_environment_and_starts_training(clone):
     assert code == 0
     assert any("-m venv" in call and str(clone / ".venv") in call for call in calls)
     assert len(installs(calls)) == 1 and str(clone / "requirements.txt") in installs(calls)[0]
+    assert installs(calls)[0].endswith(f"--editable {clone}")
     expected = f"{clone}/launch/train.py --config={clone}/configs/quickstart.py"
     assert calls[-1] == f"{expected} --workdir={clone}/runs/quickstart --config.steps=5"
 

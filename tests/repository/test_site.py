@@ -112,7 +112,7 @@ def test_paths_and_symbols_of_find_your_way_exist():
 
 
 def test_the_notebook_ran_on_the_way(site):
-    """What its cells print is on the page: a depth for every byte, equal losses of run and export."""
+    """Its cells print a depth for every byte, and equal losses of the run and its export."""
     page = re.sub(r"<[^>]+>", "", (site / "first_steps.html").read_text())
     assert re.search(r"def mean\(values\):\n[1-3]{17}\n", page)
     losses = re.findall(r"(?:run|export) +loss (\d\.\d{4})", page)
