@@ -31,7 +31,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mor_jax.checkpoint.lazy_arrays import nested
 from mor_jax.convert.import_gguf import import_gguf
-from mor_jax.convert.imported import ImportedModel
+from mor_jax.convert.imported_model import ImportedModel
 from mor_jax.convert.parity.compare import by_magnitude
 from mor_jax.data import Tokenizer, load_tokenizer
 from mor_jax.models.params import forward, unembed

@@ -37,7 +37,7 @@ from mor_jax import data
 from mor_jax.checkpoint.lazy_arrays import nested
 from mor_jax.config import DataConfig, EvalConfig, ModelConfig, OptimConfig, TrainConfig
 from mor_jax.convert.import_gguf import import_gguf
-from mor_jax.convert.imported import ImportedModel
+from mor_jax.convert.imported_model import ImportedModel
 from mor_jax.convert.init_strategies import STRATEGIES
 from mor_jax.convert.upcycle import UpcycleOptions, upcycle, upcycled_config
 from mor_jax.models.param_count import unique_parameters

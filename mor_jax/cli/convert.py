@@ -147,8 +147,8 @@ def _refresh(options: argparse.Namespace) -> int:
     if not done.changed:
         print(f"{done.path}: {MODELING} is current, {done.after}; nothing to do")
         return exit_codes.OK
-    kept = "" if done.kept is None else f"; the changed file is now {done.kept.name}"
-    print(f"{done.path}: {MODELING} renewed, from {done.before} to {done.after}{kept}")
+    backup = "" if done.backup is None else f"; the changed file is now {done.backup.name}"
+    print(f"{done.path}: {MODELING} refreshed, from {done.before} to {done.after}{backup}")
     return exit_codes.OK
 
 

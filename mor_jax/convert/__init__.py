@@ -1,1 +1,1 @@
-"""Other implementations' models: names, configurations, layer selection, and proof of parity."""
+"""Imports and exports: names, configurations, upcycling, and parity with the reference."""

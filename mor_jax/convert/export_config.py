@@ -1,4 +1,4 @@
-"""Our configuration in other programs' words: config.json of Hugging Face, the reference's YAML."""
+"""Translates our configuration to a Hugging Face config.json or the reference's YAML."""
 
 import dataclasses
 from typing import Any
@@ -53,33 +53,33 @@ def _rope_scaling(cfg: ModelConfig) -> Plain | None:
     scaling = cfg.rope_scaling
     if scaling.rope_type == "none":
         return None
-    found: Plain = {"rope_type": scaling.rope_type, "factor": scaling.factor}
+    values: Plain = {"rope_type": scaling.rope_type, "factor": scaling.factor}
     if scaling.rope_type == "llama3":
-        found |= {
+        values |= {
             "low_freq_factor": scaling.low_freq_factor,
             "high_freq_factor": scaling.high_freq_factor,
             "original_max_position_embeddings": scaling.original_max_position_embeddings,
         }
-    return found
+    return values
 
 
 def reference_options(cfg: ModelConfig) -> Plain:
     """The blocks `recursive`, `mor` and `kv_sharing` with which the reference builds this model.
 
     Raises:
-        ValueError: the reference's code has no such model.
+        ValueError: the reference's code cannot express the model.
     """
     shared = cfg.sharing != "none"
-    rule = "the reference replaces keys and values under expert-choice with middle_cycle alone"
+    rule = "the reference updates keys and values only with expert-choice and middle_cycle"
     expert = cfg.router.kind == "expert" and cfg.sharing == "middle_cycle"
     check(
         cfg.kv_mode != "shared_update" or expert, "model.kv_mode", cfg.kv_mode, rule, "Use --to=hf"
     )
-    rule = "the reference shares keys and values in cycle, sequence and middle_cycle only"
+    rule = "the reference shares keys and values only in cycle, sequence and middle_cycle"
     known = cfg.kv_mode == "recursion" or cfg.sharing != "middle_sequence"
     check(known, "model.sharing", cfg.sharing, rule, "Use --to=hf")
     scaling = cfg.rope_scaling.rope_type
-    rule = "the reference turns positions as they are, and our import of its files refuses another"
+    rule = "the reference does not scale rotary positions"
     check(scaling == "none", "model.rope_scaling.rope_type", scaling, rule, "Use --to=hf")
     _check_capacities(cfg.router)
     sharing = {"num_recursion": cfg.num_recursions, "sharing": cfg.sharing} if shared else {}
@@ -101,19 +101,19 @@ def reference_options(cfg: ModelConfig) -> Plain:
         },
         "mor": _mor(cfg.router, cfg.num_recursions),
     }
-    # Their code looks up every option, also those of what is switched off.
+    # The reference's code reads every option, even those of a disabled block.
     return {**merge_options(blocks), "relaxation": {"enable": False}}
 
 
 def _check_capacities(router: RouterConfig) -> None:
     exact = router.kind != "expert" or router.capacity_multiple in (None, 1)
     path, value = "model.router.capacity_multiple", router.capacity_multiple
-    rule = "the reference keeps int(capacity * length) tokens and rounds nothing up"
+    rule = "the reference selects int(capacity * seq_len) tokens and never rounds up"
     check(exact, path, value, rule, "Use --to=hf, or train with 1")
     path, value = "model.router.capacity_factor", router.capacity_factor
-    rule = "the reference has room for every token at every recursion"
-    free = router.kind != "token" or value is None
-    check(free, path, value, rule, "Use --to=hf, or train with None")
+    rule = "the reference has no capacity limit for token-choice"
+    unlimited = router.kind != "token" or value is None
+    check(unlimited, path, value, rule, "Use --to=hf, or train with None")
 
 
 def _mor(router: RouterConfig, recursions: int) -> Plain:

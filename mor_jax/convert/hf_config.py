@@ -1,7 +1,7 @@
-"""A Hugging Face config.json -> `ModelConfig`: plain Llama, and our own export.
+"""Translates a Hugging Face config.json to `ModelConfig`: plain Llamas and our own exports.
 
-Both ways in which releases of transformers write it are read: `rope_theta` with `rope_scaling`, and
-`rope_parameters`. What our models do not compute is refused by its name.
+Reads both formats of transformers: `rope_theta` with `rope_scaling`, and `rope_parameters`. Options
+that our models do not support are errors that name the option.
 """
 
 import dataclasses
@@ -17,7 +17,7 @@ from mor_jax.convert.hf_rope import rope
 
 CONFIG = "config.json"
 
-# Our setting -> its name in config.json: of any Llama, and of our own export besides.
+# Our setting -> its name in config.json: those of any Llama, then those of our own exports.
 SHAPE = {
     "vocab_size": "vocab_size",
     "hidden_size": "hidden_size",
@@ -38,14 +38,14 @@ STRUCTURE = {
     "router": "router",
 }
 _ROUTER = "model.router."
-# The settings of the router keep the names that exports had from the first: the modeling file
-# beside an older export can be refreshed, and reads them.
+# Router settings keep their original names in config.json, so that a refreshed modelling file can
+# read older exports.
 ROUTER = {
     new.removeprefix(_ROUTER): old.removeprefix(_ROUTER)
     for old, new in SETTINGS.items()
     if old.startswith(_ROUTER)
 }
-# Options of which our models have one value only: the first, or another word for it.
+# Options for which our models support one value only: the first one or its synonyms.
 FIXED: dict[str, tuple[Any, ...]] = {
     "hidden_act": ("silu", "swish"),
     "attention_bias": (False,),
@@ -59,7 +59,7 @@ FIXED: dict[str, tuple[Any, ...]] = {
     "per_layer_config": (None, {}),
 }
 TIED = "tie_word_embeddings"
-# What config.json of an export has to say, or transformers does not read the file beside it.
+# Required in the config.json of an export, or transformers ignores the file beside it.
 AUTO_MAP = {
     "AutoConfig": "modeling_mor.MoRConfig",
     "AutoModelForCausalLM": "modeling_mor.MoRForCausalLM",
@@ -73,43 +73,44 @@ _REQUIRED = (
 )
 _LENGTH = "max_position_embeddings"
 _SIZES = ("num_key_value_heads", "head_dim", _LENGTH)
-MOST = {"num_hidden_layers": 10**5, "num_attention_heads": 10**5, "num_recursions": 10**4}
-"""More is a damaged file: names of so many layers would fill the memory."""
+MAX_SIZES = {"num_hidden_layers": 10**5, "num_attention_heads": 10**5, "num_recursions": 10**4}
+"""Larger values mean a damaged file: names of so many layers would fill the memory."""
 
 
 def read_config(directory: Path) -> dict[str, Any]:
     """The config.json in `directory`. Raises `ValueError` if it is missing or damaged."""
     path = directory / CONFIG
-    fix = "Give a directory that holds config.json beside the weights"
-    check(path.is_file(), str(path), None, "is missing; it says what model this is", fix)
+    fix = "Pass a directory with config.json beside the weights"
+    check(path.is_file(), str(path), None, "is missing; it describes the model", fix)
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        settings = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
         fail(str(path), None, f"is damaged ({error})", "Copy or download it again")
-    kind = type(found).__name__
-    check(isinstance(found, dict), str(path), kind, "is no group of settings", "Copy it again")
-    return found
+    kind = type(settings).__name__
+    rule = "must be a JSON object of settings"
+    check(isinstance(settings, dict), str(path), kind, rule, "Copy it again")
+    return settings
 
 
 def llama_config(hf: Mapping[str, Any], where: str = CONFIG, *, tied: bool) -> ModelConfig:
-    """The plain model that a Llama configuration describes; float32, validated.
+    """The vanilla model that a Llama configuration describes; float32, validated.
 
     tied: whether the tensors share embedding and unembedding.
 
     Raises:
-        ValueError: another architecture, an option that our models do not have, or a size that is
-            missing.
+        ValueError: another architecture, an unsupported option, or a missing size.
     """
     check_llama(hf, where)
     heads, width = hf["num_attention_heads"], hf["hidden_size"]
+    kv_heads, head_dim = hf.get("num_key_value_heads"), hf.get("head_dim")
     theta, scaling = rope(hf, where)
     values = {
         "vocab_size": hf["vocab_size"],
         "hidden_size": width,
         "num_layers": hf["num_hidden_layers"],
         "num_heads": heads,
-        "num_kv_heads": heads if (told := hf.get("num_key_value_heads")) is None else told,
-        "head_dim": width // heads if (told := hf.get("head_dim")) is None else told,
+        "num_kv_heads": heads if kv_heads is None else kv_heads,
+        "head_dim": width // heads if head_dim is None else head_dim,
         "intermediate_size": hf["intermediate_size"],
         "max_seq_len": hf.get("max_position_embeddings", 2048),
         "rope_theta": theta,
@@ -127,13 +128,15 @@ def mor_config(hf: Mapping[str, Any], where: str = CONFIG, *, tied: bool) -> Mod
     """The model that the config.json of one of our own exports describes; float32, validated.
 
     Raises:
-        ValueError: settings that are missing, unknown or do not fit together.
+        ValueError: settings that are missing, unknown or inconsistent.
     """
     theta, scaling = rope(hf, where)
     names = SHAPE | STRUCTURE
     missing = [name for name in names.values() if hf.get(name) is None]
-    check(not missing, where, missing, "lacks these settings of our export", "Export it again")
-    for name in MOST:
+    check(
+        not missing, where, missing, "lacks these settings of a mor_jax export", "Export it again"
+    )
+    for name in MAX_SIZES:
         check_size(hf, name, where)
     values = {ours: hf[name] for ours, name in names.items()}
     if isinstance(values["router"], Mapping):
@@ -141,7 +144,7 @@ def mor_config(hf: Mapping[str, Any], where: str = CONFIG, *, tied: bool) -> Mod
     fixed = {"rope_theta": theta, "tie_embeddings": tied, "dtype": "float32"}
     cfg = parse(ModelConfig, values | fixed, f"{where}: ")
     if cfg.router.kind != "none" and cfg.router.capacity_multiple is None:
-        # Exports that do not say otherwise were made of runs that rounded nothing.
+        # Exports without the setting come from runs that did not round capacities.
         cfg = dataclasses.replace(cfg, router=dataclasses.replace(cfg.router, capacity_multiple=1))
     cfg = dataclasses.replace(cfg, rope_scaling=scaling)
     cfg.validate(where)
@@ -149,55 +152,55 @@ def mor_config(hf: Mapping[str, Any], where: str = CONFIG, *, tied: bool) -> Mod
 
 
 def check_llama(hf: Mapping[str, Any], where: str) -> None:
-    """Raises `ValueError` unless `hf` is a Llama that computes what our plain models compute."""
+    """Raises `ValueError` unless `hf` is a Llama that computes what our vanilla models compute."""
     kind = hf.get("model_type", "llama")
-    rule = "only the Llama architecture is read"
-    check(kind == "llama", f"{where}: model_type", kind, rule, "Take a model of type llama")
+    rule = "only the Llama architecture is supported"
+    check(kind == "llama", f"{where}: model_type", kind, rule, "Use a model of type llama")
     classes = hf.get("architectures") or ["LlamaForCausalLM"]
-    rule = "only a language model is read: the output over the vocabulary must be there"
-    ok = isinstance(classes, list) and "LlamaForCausalLM" in classes
-    check(ok, f"{where}: architectures", classes, rule, "Take the LlamaForCausalLM checkpoint")
+    rule = "only language models with an output over the vocabulary are supported"
+    valid = isinstance(classes, list) and "LlamaForCausalLM" in classes
+    check(valid, f"{where}: architectures", classes, rule, "Use the LlamaForCausalLM checkpoint")
     missing = [name for name in _REQUIRED if hf.get(name) is None]
     check(not missing, where, missing, "lacks these sizes of the model", "Add them")
     for name in (*_REQUIRED, *_SIZES):
         check_size(hf, name, where)
-    other = hf.get("transformers_weights")
-    rule = "names another file of weights than those that are looked for here"
-    fix = "Take the setting out, and give that file as --source"
-    check(other is None, f"{where}: transformers_weights", other, rule, fix)
+    weights = hf.get("transformers_weights")
+    rule = "names a weight file that this program does not look for"
+    fix = "Remove the setting, and pass that file as --source"
+    check(weights is None, f"{where}: transformers_weights", weights, rule, fix)
     for name, allowed in FIXED.items():
         value = hf.get(name, allowed[0])
-        rule = f"our models have {allowed[0]!r} and nothing else"
+        rule = f"our models support only {allowed[0]!r}"
         fix = "This model cannot be converted without changing what it computes"
         check(value in allowed, f"{where}: {name}", value, rule, fix)
 
 
 def check_size(hf: Mapping[str, Any], name: str, where: str) -> None:
-    """Raises `ValueError` unless the setting `name` is silent or a number of a sensible size."""
+    """Raises `ValueError` unless the setting `name` is unset or an integer of a sensible size."""
     value = hf.get(name)
-    least = 2 if name == _LENGTH else 1
-    ok = value is None or (type(value) is int and value >= least)
-    rule = f"must be a whole number of at least {least}"
-    check(ok, f"{where}: {name}", value, rule, "Mend it, or take the model's file again")
-    most = MOST.get(name, 2**31 - 1)
-    rule = f"is more than any model has ({most})"
-    check(value is None or value <= most, f"{where}: {name}", value, rule, "Copy it again")
+    lowest = 2 if name == _LENGTH else 1
+    valid = value is None or (type(value) is int and value >= lowest)
+    rule = f"must be a whole number of at least {lowest}"
+    check(valid, f"{where}: {name}", value, rule, "Correct it, or copy the model's file again")
+    highest = MAX_SIZES.get(name, 2**31 - 1)
+    rule = f"is more than any model has ({highest})"
+    check(value is None or value <= highest, f"{where}: {name}", value, rule, "Copy it again")
 
 
 def is_tied(hf: Mapping[str, Any], where: str) -> bool:
-    """Whether `hf` says that embedding and unembedding are one. Raises `ValueError` if unclear."""
-    told = hf.get(TIED, False)
+    """Whether `hf` ties embedding and unembedding. Raises `ValueError` unless it is a boolean."""
+    tied = hf.get(TIED, False)
     rule = "must be true or false"
-    check(type(told) is bool, f"{where}: {TIED}", told, rule, "Write it without quotes")
-    return told
+    check(type(tied) is bool, f"{where}: {TIED}", tied, rule, "Write it without quotes")
+    return tied
 
 
 def remarks(hf: Mapping[str, Any]) -> tuple[str, ...]:
-    """What an import should say of a configuration that it takes."""
+    """Notes for the import's report about an accepted configuration."""
     notes = []
     if "model_type" not in hf and not hf.get("architectures"):
-        notes.append("config.json names neither model_type nor architectures: read as a llama")
+        notes.append("config.json has neither model_type nor architectures: read as a llama")
     code = hf.get("auto_map")
     if code and not (hf.get("model_type") == "mor" and code == AUTO_MAP):
-        notes.append(f"config.json names code of its own, which was not looked at: auto_map={code}")
+        notes.append(f"config.json refers to custom code, which is ignored: auto_map={code}")
     return tuple(notes)

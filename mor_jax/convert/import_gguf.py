@@ -1,7 +1,7 @@
-"""A GGUF file of the architecture llama -> our parameters, dequantized, and its tokenizer.
+"""Imports a GGUF file of the architecture llama: dequantized parameters and the tokenizer.
 
-llama.cpp turns neighbouring channels of a head where Llama turns halves, so its files hold the rows
-of query and key projections in another order; it is undone here.
+llama.cpp rotates neighbouring channels of a head, Hugging Face rotates halves. GGUF files therefore
+store the rows of query and key projections in another order, which is undone here.
 """
 
 import math
@@ -12,9 +12,9 @@ import numpy as np
 from mor_jax.checkpoint.lazy_arrays import LazyArrays
 from mor_jax.config import ModelConfig, RopeScaling
 from mor_jax.config.parsing import check, fail
-from mor_jax.convert.fitting import check_layers
-from mor_jax.convert.imported import ImportedModel, check_tokenizer, facts_of
+from mor_jax.convert.imported_model import ImportedModel, check_tokenizer, source_facts
 from mor_jax.convert.names import EMBEDDING, HEAD, llama_entries
+from mor_jax.convert.size_checks import check_layers
 from mor_jax.convert.sources import Weights
 from mor_jax.convert.sources.gguf_file import Metadata, open_gguf
 from mor_jax.convert.sources.hub import locate_model
@@ -39,7 +39,7 @@ _LAYER = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
-# Metadata of llama models that compute something else, with the value that changes nothing.
+# Metadata of llama variants that we do not support, with the value that has no effect.
 _NEUTRAL = {
     "expert_count": 0,
     "expert_used_count": 0,
@@ -56,15 +56,15 @@ _NEUTRAL = {
 def import_gguf(path: str, tokenizer: bool = True) -> ImportedModel:
     """The model in the GGUF file `path`, or of the hub: `owner/name/FILE.gguf`.
 
-    tokenizer: whether the one inside the file is wanted.
+    tokenizer: whether to read the tokenizer inside the file.
 
     Raises:
-        ValueError: a damaged file, another architecture, settings that our models do not have,
+        ValueError: a damaged file, another architecture, settings that our models do not support,
             tensors that do not fit, or a tokenizer that cannot be rebuilt exactly.
     """
     file = locate_model(path)
-    rule = "is a directory; a model is one file of those in it"
-    check(not file.is_dir(), "path", path, rule, "Give the path of a .gguf file")
+    rule = "is a directory; a model is a single file"
+    check(not file.is_dir(), "path", path, rule, "Pass the path of a .gguf file")
     raw, fields = open_gguf(file, "llama")
     cfg = _config(raw, fields)
     renamed = [_hf_name(name) for name in raw.specs]
@@ -75,16 +75,18 @@ def import_gguf(path: str, tokenizer: bool = True) -> ImportedModel:
         check_tokenizer(files, cfg.vocab_size, str(file))
     notes: tuple[str, ...] = ()
     if any(spec.dtype not in ("F32", "F16", "BF16") for spec in raw.specs.values()):
-        notes = ("weights were quantized in the file; these are its numbers, not the original's",)
+        notes = (
+            "the file is quantized: weights are the dequantized values, not the original ones",
+        )
     weights = Weights(raw, "GGUF", notes)
     name = fields.get("general.name", str)
-    return ImportedModel(cfg, params, files, facts_of(weights, architecture="llama", name=name))
+    return ImportedModel(cfg, params, files, source_facts(weights, architecture="llama", name=name))
 
 
 def _config(raw: LazyArrays, fields: Metadata) -> ModelConfig:
     for key, neutral in _NEUTRAL.items():
         value = fields.get(f"llama.{key}", type(neutral), neutral)
-        rule = f"our models compute as with {neutral}"
+        rule = f"our models support only {neutral}"
         fix = "This model cannot be converted exactly"
         check(value == neutral, f"{fields.where}: llama.{key}", value, rule, fix)
     width, heads = _number(fields, "embedding_length"), _number(fields, "attention.head_count")
@@ -92,15 +94,16 @@ def _config(raw: LazyArrays, fields: Metadata) -> ModelConfig:
     head_dim = _number(fields, "attention.key_length", width // heads)
     for key in ("rope.dimension_count", "attention.value_length"):
         value = _number(fields, key, head_dim)
-        rule = f"must be the width of a head, {head_dim}"
-        check(value == head_dim, f"{fields.where}: llama.{key}", value, rule, "No other is read")
+        rule = f"must equal the head dimension, {head_dim}"
+        fix = "This model cannot be converted"
+        check(value == head_dim, f"{fields.where}: llama.{key}", value, rule, fix)
     embedding = raw.specs.get("token_embd.weight")
     check(embedding is not None, str(raw.where), None, "lacks token_embd.weight", "Copy it again")
     axes = len(embedding.shape)
     rule = "must have two axes, tokens and channels"
     check(axes == 2, f"{raw.where}: token_embd.weight", embedding.shape, rule, "Copy it again")
     theta = float(fields.get("llama.rope.freq_base", float, 10000.0))
-    fields.check_there(_EPS)
+    fields.check_present(_EPS)
     cfg = ModelConfig(
         vocab_size=embedding.shape[0],
         hidden_size=width,
@@ -112,7 +115,7 @@ def _config(raw: LazyArrays, fields: Metadata) -> ModelConfig:
         max_seq_len=_number(fields, "context_length"),
         rope_theta=theta,
         rope_scaling=_scaling(raw, fields, head_dim, theta),
-        norm_eps=_shortest(fields.get(_EPS, float)),
+        norm_eps=_shortest_decimal(fields.get(_EPS, float)),
         tie_embeddings="output.weight" not in raw.specs,
         dtype="float32",
     )
@@ -121,24 +124,25 @@ def _config(raw: LazyArrays, fields: Metadata) -> ModelConfig:
 
 
 def _number(fields: Metadata, key: str, default: int | None = None) -> int:
-    """A size that may be told once or for every layer.
+    """A size that is given once or for every layer.
 
-    Raises `ValueError` if layers differ, or it is no number of at least 1.
+    Raises `ValueError` if layers differ, or it is not a number of at least 1.
     """
     key = f"llama.{key}"
     if default is None:
-        fields.check_there(key)
-    told = fields.get_list(key, int) if fields.is_list(key) else [fields.get(key, int, default)]
-    rule = "differs between layers; our layers are alike"
-    check(len(set(told)) == 1, f"{fields.where}: {key}", told[:5], rule, "It cannot be converted")
+        fields.check_present(key)
+    values = fields.get_list(key, int) if fields.is_list(key) else [fields.get(key, int, default)]
+    rule = "differs between layers; all our layers have the same sizes"
+    fix = "This model cannot be converted"
+    check(len(set(values)) == 1, f"{fields.where}: {key}", values[:5], rule, fix)
     rule = "must be a number of at least 1, and below 2**31"
-    ok = 0 < told[0] < 2**31
-    check(ok, f"{fields.where}: {key}", told[0], rule, "Copy or convert it again")
-    return told[0]
+    valid = 0 < values[0] < 2**31
+    check(valid, f"{fields.where}: {key}", values[0], rule, "Copy or convert it again")
+    return values[0]
 
 
-def _shortest(value: float) -> float:
-    # Stored as float32: 1e-05 comes back as 9.99999974e-06, which rounds to the same float32.
+def _shortest_decimal(value: float) -> float:
+    # The file stores float32: 1e-05 reads as 9.99999974e-06, which is the same float32.
     return float(str(np.float32(value)))
 
 
@@ -147,60 +151,64 @@ def _scaling(raw: LazyArrays, fields: Metadata, head_dim: int, theta: float) -> 
     kind = fields.get(key, str, "none")
     factor = fields.get("llama.rope.scale_linear", float, 1.0)
     factor = fields.get("llama.rope.scaling.factor", float, factor)
-    ok = kind in ("none", "linear")
-    rule = "only linear and Llama 3.1's scaling are computed here"
-    check(ok, f"{fields.where}: {key}", kind, rule, "It cannot be converted exactly")
+    fix = "This model cannot be converted exactly"
+    valid = kind in ("none", "linear")
+    rule = "only linear and Llama 3.1's scaling are supported"
+    check(valid, f"{fields.where}: {key}", kind, rule, fix)
     if ROPE_FACTORS in raw.specs:
-        check(kind == "none", f"{fields.where}: {key}", kind, f"{ROPE_FACTORS} scales too", rule)
+        check(kind == "none", f"{fields.where}: {key}", kind, f"{ROPE_FACTORS} scales too", fix)
         return _llama3(raw, fields, head_dim, theta)
     if factor == 1.0 or (kind == "none" and key in fields.fields):
         return RopeScaling()
-    return RopeScaling(rope_type="linear", factor=_shortest(factor))
+    return RopeScaling(rope_type="linear", factor=_shortest_decimal(factor))
 
 
 def _llama3(raw: LazyArrays, fields: Metadata, head_dim: int, theta: float) -> RopeScaling:
-    """Scaling whose divisors of the frequencies the file holds, one for each channel pair."""
+    """Llama 3.1's scaling, from the frequency divisors in the file, one per channel pair."""
     divisors = np.asarray(raw.read(ROPE_FACTORS), np.float64)
-    check(divisors.shape == (head_dim // 2,), ROPE_FACTORS, divisors.shape, "has no such shape", "")
+    rule = f"must have the shape ({head_dim // 2},)"
+    check(divisors.shape == (head_dim // 2,), ROPE_FACTORS, divisors.shape, rule, "Copy it again")
     if np.all(divisors == 1.0):
         return RopeScaling()
-    turns = theta ** (-np.arange(0, head_dim, 2) / head_dim) / (2 * math.pi)
-    factor, low, high = _shortest(divisors.max()), 1.0, 4.0
-    told = fields.get("llama.rope.scaling.original_context_length", int)
-    # A file seldom tells the length. Published models have 8192; others are powers of two as well.
-    for length in [int(told)] if told else [8192, *(2**n for n in range(10, 21))]:
-        kept = np.clip((turns * length - low) / (high - low), 0.0, 1.0)
-        if np.allclose(divisors, 1.0 / ((1.0 - kept) / factor + kept), rtol=1e-4):
+    rotations = theta ** (-np.arange(0, head_dim, 2) / head_dim) / (2 * math.pi)
+    factor, low, high = _shortest_decimal(divisors.max()), 1.0, 4.0
+    original = fields.get("llama.rope.scaling.original_context_length", int)
+    # Few files give the length. Published models have 8192; others are powers of two as well.
+    for length in [int(original)] if original else [8192, *(2**n for n in range(10, 21))]:
+        unscaled = np.clip((rotations * length - low) / (high - low), 0.0, 1.0)
+        if np.allclose(divisors, 1.0 / ((1.0 - unscaled) / factor + unscaled), rtol=1e-4):
             return RopeScaling(
                 rope_type="llama3", factor=factor, original_max_position_embeddings=length
             )
-    rule = "holds divisors of the rotary frequencies that are not those of Llama 3.1"
-    fail(
-        f"{fields.where}: {ROPE_FACTORS}", divisors.tolist(), rule, "It cannot be converted exactly"
-    )
+    rule = "contains divisors of the rotary frequencies that are not those of Llama 3.1"
+    fix = "This model cannot be converted exactly"
+    fail(f"{fields.where}: {ROPE_FACTORS}", divisors.tolist(), rule, fix)
 
 
 def _renamed(raw: LazyArrays, cfg: ModelConfig) -> LazyArrays:
-    """Names and row order of Hugging Face. Unknown names stay as they are, to be told as such."""
+    """Names and row order of Hugging Face. Unknown names are unchanged, for error messages."""
     names = {_hf_name(name): name for name in raw.specs if name != ROPE_FACTORS}
-    turned = {"self_attn.q_proj.weight": cfg.num_heads, "self_attn.k_proj.weight": cfg.num_kv_heads}
+    rotated = {
+        "self_attn.q_proj.weight": cfg.num_heads,
+        "self_attn.k_proj.weight": cfg.num_kv_heads,
+    }
 
     def read(name: str) -> np.ndarray:
         values = raw.read(names[name])
-        heads = turned.get(".".join(name.split(".")[-3:]))
-        return values if heads is None else _halves(values, heads)
+        heads = rotated.get(".".join(name.split(".")[-3:]))
+        return values if heads is None else _to_halves(values, heads)
 
     return LazyArrays(raw.where, {hf: raw.specs[name] for hf, name in names.items()}, read)
 
 
 def _hf_name(name: str) -> str:
-    found = re.fullmatch(r"blk\.(\d+)\.(\w+)\.weight", name)
-    if found and found[2] in _LAYER:
-        return f"model.layers.{found[1]}.{_LAYER[found[2]]}.weight"
+    match = re.fullmatch(r"blk\.(\d+)\.(\w+)\.weight", name)
+    if match and match[2] in _LAYER:
+        return f"model.layers.{match[1]}.{_LAYER[match[2]]}.weight"
     return _ENDS.get(name, name)
 
 
-def _halves(rows: np.ndarray, heads: int) -> np.ndarray:
-    """Rows of neighbouring channels (0, 1), (2, 3) .. -> halves: all the first, all the second."""
+def _to_halves(rows: np.ndarray, heads: int) -> np.ndarray:
+    """Reorders rows from channel pairs (0, 1), (2, 3), ... to halves: 0, 2, ..., then 1, 3, ..."""
     pairs = rows.reshape(heads, -1, 2, rows.shape[-1])
     return pairs.swapaxes(1, 2).reshape(rows.shape)

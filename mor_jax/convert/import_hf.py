@@ -1,7 +1,4 @@
-"""A Hugging Face directory, or a repository of the hub -> our parameters.
-
-Plain Llama models, and what our own export wrote.
-"""
+"""Imports a Hugging Face directory or hub repository: plain Llamas and our own exports."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -12,7 +9,6 @@ import numpy as np
 
 from mor_jax.checkpoint.lazy_arrays import LazyArrays
 from mor_jax.config import ModelConfig
-from mor_jax.convert.fitting import check_layers, check_sizes
 from mor_jax.convert.hf_config import (
     CONFIG,
     is_tied,
@@ -21,45 +17,46 @@ from mor_jax.convert.hf_config import (
     read_config,
     remarks,
 )
-from mor_jax.convert.imported import ImportedModel, facts_of, tokenizer_beside
+from mor_jax.convert.imported_model import ImportedModel, source_facts, tokenizer_beside
 from mor_jax.convert.names import EMBEDDING, HEAD, TensorName, llama_entries, mor_entries
+from mor_jax.convert.size_checks import check_layers, check_sizes
 from mor_jax.convert.sources import check_readable, open_weights
 from mor_jax.convert.sources.hub import locate_model
 from mor_jax.convert.views import as_params
 
 
 def import_hf(path: str, weights: str | None = None, tokenizer: bool = True) -> ImportedModel:
-    """The model in directory `path`, or of the hub's repository `owner/name[@revision]`.
+    """The model in directory `path`, or in the hub's repository `owner/name[@revision]`.
 
-    weights: where the tensors lie, if not beside config.json: a file or a directory, such as one
-    of a trainer. tokenizer: whether the one that lies there is wanted.
+    weights: file or directory of the tensors, if they are not beside config.json. tokenizer:
+    whether to read the tokenizer beside the model.
 
     Raises:
-        ValueError: no model, another architecture than Llama or ours, options that we do not have,
-            or tensors that do not make the model that config.json describes.
+        ValueError: no model, another architecture than Llama or ours, unsupported options, or
+            tensors that do not match config.json.
     """
-    place = locate_model(path)
-    directory = place if place.is_dir() else place.parent
-    check_readable(place)
+    location = locate_model(path)
+    directory = location if location.is_dir() else location.parent
+    check_readable(location)
     hf = read_config(directory)
     where = str(directory / CONFIG)
-    found = open_weights(
+    opened = open_weights(
         Path(os.path.expanduser(weights)) if weights else _weights(path, directory)
     )
-    tied, notes = are_tied(found.tensors, hf, where)
-    cfg, table = _model(hf, where, tied, found.tensors)
-    params = as_params(cfg, table, found.tensors)
+    tied, notes = are_tied(opened.tensors, hf, where)
+    cfg, table = _model(hf, where, tied, opened.tensors)
+    params = as_params(cfg, table, opened.tensors)
     notes = (*remarks(hf), *notes)
     if hf.get("thresholds") or hf.get("routing", "causal") != "causal":
-        told = "routing and thresholds in config.json belong to generation: not taken over"
-        notes = (*notes, told)
-    facts = facts_of(found, architecture=hf.get("model_type", "llama"), notes=notes)
+        note = "routing and thresholds in config.json apply to generation only and are not imported"
+        notes = (*notes, note)
+    facts = source_facts(opened, architecture=hf.get("model_type", "llama"), notes=notes)
     files = tokenizer_beside(directory, cfg.vocab_size) if tokenizer else None
     return ImportedModel(cfg, params, files, facts)
 
 
 def _weights(path: str, directory: Path) -> Path:
-    # A file that was named is read even where others lie beside it.
+    # An explicitly given file is read even if there are others beside it.
     named = Path(os.path.expanduser(path))
     return named if named.is_file() and named.name != CONFIG else directory
 
@@ -80,18 +77,18 @@ def _model(
 def are_tied(
     tensors: LazyArrays, hf: Mapping[str, Any], where: str
 ) -> tuple[bool, tuple[str, ...]]:
-    """Whether the unembedding repeats the embedding, and a note where config.json says otherwise.
+    """Whether embedding and unembedding are tied, and a note if config.json says otherwise.
 
-    The tensors decide where both are there; without an unembedding it is as config.json says.
+    The tensors decide if both exist; otherwise config.json does.
     """
-    told = is_tied(hf, where)
+    declared = is_tied(hf, where)
     specs = tensors.specs
     if HEAD not in specs or EMBEDDING not in specs:
-        return told, ()
+        return declared, ()
     alike = specs[HEAD].shape == specs[EMBEDDING].shape
     tied = alike and np.array_equal(tensors.read(HEAD), tensors.read(EMBEDDING))
-    if tied == told:
+    if tied == declared:
         return tied, ()
-    words = ("are one", "differ") if tied else ("differ", "are one")
-    note = f"embedding and unembedding {words[0]}, though config.json says that they {words[1]}"
+    actual, claimed = ("tied", "untied") if tied else ("untied", "tied")
+    note = f"embedding and unembedding are {actual}, though config.json says {claimed}"
     return tied, (note,)

@@ -1,4 +1,4 @@
-"""Foreign weights into the directory of a run that can be trained, evaluated, served, exported."""
+"""Imports foreign weights as a run, which can be trained, evaluated, served and exported."""
 
 import dataclasses
 import json
@@ -16,24 +16,24 @@ from mor_jax.checkpoint import run_dir as workdir
 from mor_jax.checkpoint.lazy_arrays import LazyArrays
 from mor_jax.config import DataConfig, EvalConfig, ModelConfig, OptimConfig, TrainConfig
 from mor_jax.config.parsing import check
-from mor_jax.convert.directory import PathLike, absolute, check_target, fresh_directory
-from mor_jax.convert.imported import ImportedModel
+from mor_jax.convert.imported_model import ImportedModel
+from mor_jax.convert.output_directory import PathLike, absolute, check_target, fresh_directory
 from mor_jax.convert.upcycle import parse_upcycle, upcycle, upcycle_notes, upcycled_config
 
 Origin = Literal["hf", "reference", "gguf"]
 ORIGINS: tuple[Origin, ...] = get_args(Origin)
 
 TOKENIZER = "tokenizer"
-"""Directory inside of a run for the tokenizer that came with its weights."""
+"""Subdirectory of a run for the tokenizer imported with its weights."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ImportOptions:
-    """How an import is written.
+    """Options of an import.
 
-    workdir: the new run. dtype: that training computes in; weights are float32. tokenizer: another
-    one than the source's: `bytes`, or a path. upcycle: text for `parse_upcycle`. config: the
-    reference's YAML. replace: an existing directory gives way.
+    workdir: the new run. dtype: compute dtype of training; weights are float32. tokenizer: `bytes`
+    or a path, instead of the source's own. upcycle: text for `parse_upcycle`. config: the
+    reference's YAML. replace: replace an earlier import.
     """
 
     workdir: PathLike
@@ -46,7 +46,10 @@ class ImportOptions:
 
 @dataclasses.dataclass(frozen=True)
 class ImportResult:
-    """What an import made. stored: parameters. facts: of the source. notes: for the reader."""
+    """Result of an import.
+
+    stored: number of parameters. facts: about the source. notes: remarks to print.
+    """
 
     workdir: Path
     cfg: TrainConfig
@@ -57,35 +60,37 @@ class ImportResult:
 
 
 def import_run(origin: Origin, source: str, options: ImportOptions) -> ImportResult:
-    """Reads `source` and makes a run of it; the directory is complete or absent.
+    """Imports `source` as a run; the directory is complete or absent.
 
-    Memory: one array of our model and one tensor of theirs.
+    Memory: one array of our model and one tensor of the source.
 
     Raises:
-        ValueError: the source is no such model or damaged, tensors do not fit (all are listed),
-            an option or the directory does not fit. Nothing is left then.
+        ValueError: the source is not such a model or is damaged, tensors do not fit (all are
+            listed), or an option or the directory is invalid. Nothing is left behind then.
     """
     check(origin in ORIGINS, "from", origin, f"must be one of {ORIGINS}", "Try 'hf'")
-    rule = "only checkpoints of the reference are described by one"
-    ok = options.config is None or origin == "reference"
-    check(ok, "reference_config", options.config, rule, "Leave it out")
+    rule = "applies to --from=reference only"
+    valid = options.config is None or origin == "reference"
+    check(valid, "reference_config", options.config, rule, "Omit it")
     sources = [path for path in (source, options.config, options.tokenizer) if path is not None]
-    place = {"replace": options.replace, "sources": sources, "name": "workdir"}
-    target = check_target(options.workdir, **place)
+    output = {"replace": options.replace, "sources": sources, "name": "workdir"}
+    target = check_target(options.workdir, **output)
     start = time.perf_counter()
     imported = _readers(options)[origin](source)
     notes = [str(note) for note in imported.facts.get("notes", ())]
     model, params = imported.cfg, imported.params
     if options.upcycle is not None:
-        model, params, how = _upcycled(imported, options.upcycle)
-        notes += how
+        model, params, upcycle_remarks = _upcycled(imported, options.upcycle)
+        notes += upcycle_remarks
     files = {} if options.tokenizer else dict(imported.tokenizer or {})
-    name = str(target / TOKENIZER) if files else _named(options.tokenizer, model.vocab_size)
+    name = (
+        str(target / TOKENIZER) if files else _check_tokenizer(options.tokenizer, model.vocab_size)
+    )
     if name is None:
-        notes.append("no tokenizer came with it: set data.tokenizer before training")
+        notes.append("the source has no tokenizer: set data.tokenizer before training")
     cfg = run_config(dataclasses.replace(model, dtype=options.dtype), name or "bytes")
     facts = {**imported.facts, "from": f"{source} ({origin})", "notes": notes, "tokenizer": name}
-    with fresh_directory(target, **place) as draft:
+    with fresh_directory(target, **output) as draft:
         for file, content in files.items():
             (draft / TOKENIZER).mkdir(exist_ok=True)
             (draft / TOKENIZER / file).write_bytes(content)
@@ -97,7 +102,7 @@ def import_run(origin: Origin, source: str, options: ImportOptions) -> ImportRes
 
 
 def run_config(model: ModelConfig, tokenizer: str) -> TrainConfig:
-    """A recipe to go on from trained weights: small steps, rows that fit a small machine.
+    """A training configuration for imported weights, sized for a small machine.
 
     All of it may be changed until the first checkpoint is written.
     """
@@ -115,10 +120,10 @@ def run_config(model: ModelConfig, tokenizer: str) -> TrainConfig:
 
 
 def _readers(options: ImportOptions) -> dict[Origin, Callable[[str], ImportedModel]]:
-    # The libraries of the origins that are not asked for stay unread.
+    # Imported here so that only the requested origin's libraries are needed.
     from mor_jax.convert import import_gguf, import_hf, import_reference
 
-    # With a tokenizer that was named, the source's own need not be one that can be read.
+    # If --tokenizer is given, the source's own tokenizer is not read.
     own = options.tokenizer is None
     return {
         "hf": partial(import_hf.import_hf, tokenizer=own),
@@ -130,28 +135,28 @@ def _readers(options: ImportOptions) -> dict[Origin, Callable[[str], ImportedMod
 
 
 def _only_yaml(source: str) -> str:
-    # The reference keeps it elsewhere; our own exports have it beside the weights.
+    # The reference stores it elsewhere; our own exports have it beside the weights.
     path = Path(os.path.expanduser(source))
     check(path.exists(), "source", source, "is neither a file nor a directory", "Check the path")
     folder = path if path.is_dir() else path.parent
-    found = sorted(str(file) for file in folder.glob("*.yaml"))
-    rule = f"{folder} holds {len(found)} YAML files, and one has to describe the model"
-    fix = "Give --reference_config=FILE, the training run's YAML from conf/pretrain/"
-    check(len(found) == 1, "reference_config", None, rule, fix)
-    return found[0]
+    files = sorted(str(file) for file in folder.glob("*.yaml"))
+    rule = f"{folder} contains {len(files)} YAML files, and exactly one must describe the model"
+    fix = "Pass --reference_config=FILE, the training run's YAML from conf/pretrain/"
+    check(len(files) == 1, "reference_config", None, rule, fix)
+    return files[0]
 
 
 def _upcycled(imported: ImportedModel, text: str) -> tuple[ModelConfig, LazyArrays, list[str]]:
-    wish = parse_upcycle(text)
-    model = upcycled_config(imported.cfg, wish)
-    params = upcycle(imported.cfg, model, imported.params, wish)
-    return model, params, upcycle_notes(imported.cfg, wish)
+    chosen = parse_upcycle(text)
+    model = upcycled_config(imported.cfg, chosen)
+    params = upcycle(imported.cfg, model, imported.params, chosen)
+    return model, params, upcycle_notes(imported.cfg, chosen)
 
 
-def _named(tokenizer: str | None, vocab_size: int) -> str | None:
-    # One that was named stays where it is, and must fit.
+def _check_tokenizer(tokenizer: str | None, vocab_size: int) -> str | None:
+    """The name of a tokenizer from --tokenizer, which stays where it is and must fit."""
     if tokenizer is None:
         return None
-    found = data.load_tokenizer(tokenizer, "tokenizer")
-    data.check_vocabulary(found, vocab_size)
+    loaded = data.load_tokenizer(tokenizer, "tokenizer")
+    data.check_vocabulary(loaded, vocab_size)
     return tokenizer if tokenizer == "bytes" else str(absolute(tokenizer))

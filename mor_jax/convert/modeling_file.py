@@ -1,7 +1,7 @@
-"""The modelling file of exports: how it is written, and how that of an earlier export is renewed.
+"""The modelling file of exports: writes it, and refreshes that of an earlier export.
 
-Every export carries its own copy, which the releases of transformers that follow may outgrow. The
-copy ends with a checksum of itself: only one that is as it was written is replaced unasked.
+Every export has its own copy, which later releases of transformers may break. The copy ends with
+its checksum: an edited copy is replaced only with --force.
 """
 
 import dataclasses
@@ -11,14 +11,14 @@ from importlib import resources
 from pathlib import Path
 
 from mor_jax.config.parsing import check
-from mor_jax.convert.directory import PathLike, absolute, replace_file
 from mor_jax.convert.hf_config import AUTO_MAP, CONFIG, read_config
-from mor_jax.convert.marker import MARKER, renew
+from mor_jax.convert.output_directory import PathLike, absolute, replace_file
+from mor_jax.convert.output_manifest import MANIFEST, updated_manifest
 from mor_jax.convert.sources.paths import check_path
 
 MODELING = "modeling_mor.py"
 _SEAL = "# SHA-256 of all lines above, as mor_jax wrote them: "
-# Files of exports from before they had a number and a checksum of their own.
+# SHA-256 of files from before they had a version number and a checksum line.
 _UNNUMBERED = {
     "48aca225be9cad065513671c24fbbaf20b0df3656f17cf0d77eab1f9be43e268",
     "9ad8cf5c920c83d8e6902647534a688a9f29c1827492246ff883ef638be261e7",
@@ -30,115 +30,117 @@ _UNNUMBERED = {
 
 
 def modeling_text() -> str:
-    """The file as an export of today carries it."""
+    """The current modelling file, with its checksum line."""
     source = (resources.files("mor_jax.convert.hf") / MODELING).read_text(encoding="utf-8")
     return f"{source}\n{_SEAL}{_sum(source)}\n"
 
 
 def modeling_version() -> str:
-    """What it is called: "version 2 (956c41b6)"."""
+    """Its version and checksum: "version 2 (956c41b6)"."""
     return _version(modeling_text())
 
 
 @dataclasses.dataclass(frozen=True)
 class RefreshResult:
-    """What became of an export's modelling file.
+    """Result of a refresh.
 
-    before, after: its versions, in words. changed: whether it was replaced. kept: where an edited
-    file went; None: it had not been edited.
+    before, after: versions of the file, as text. changed: whether it was replaced. backup: the copy
+    of an edited file; None if it was not edited.
     """
 
     path: Path
     before: str
     after: str
     changed: bool
-    kept: Path | None = None
+    backup: Path | None = None
 
 
 def refresh(path: PathLike, *, force: bool = False) -> RefreshResult:
-    """Gives an export the modelling file of today; weights and settings stay as they are.
+    """Replaces an export's modelling file by the current one; weights and settings do not change.
 
-    The file is the old one or the new one at any time. force: also one that was edited, which is
-    kept beside, or one of a newer mor_jax.
+    The replacement is atomic. force: also replaces an edited file, after making a backup, or a file
+    of a newer mor_jax.
 
     Raises:
-        ValueError: no export of ours is there, its file was edited or is newer, or it cannot be
-            written.
+        ValueError: `path` is not an export of ours, its file was edited or is newer, or it cannot
+            be written.
     """
     check_path("path", path)
-    place = absolute(path)
-    _check_export(place)
-    target, new = place / MODELING, modeling_text()
+    export = absolute(path)
+    _check_export(export)
+    target, new = export / MODELING, modeling_text()
     after = modeling_version()
-    rule = f"must be a file, that of the export's {MODELING}"
+    rule = f"must be a file, the export's {MODELING}"
     check(not target.is_dir(), "path", str(target), rule, "Move the directory away")
     if not target.is_file():
         _write(target, new)
-        return RefreshResult(place, "no file at all", after, True)
+        return RefreshResult(export, "no file", after, True)
     old = _read(target)
     if old == new:
-        return RefreshResult(place, after, after, False)
+        return RefreshResult(export, after, after, False)
     before, edited = _version(old), _is_edited(old)
     if not force:
-        rule = "was changed after the export, and would lose the changes"
-        fix = "Give --force: the changed file is kept beside the new one"
+        rule = "was changed after the export, and the changes would be lost"
+        fix = "Pass --force: the changed file is kept as a backup"
         check(not edited, "path", str(target), rule, fix)
         rule = f"is {before}, newer than that of this mor_jax ({after})"
-        fix = "Update mor_jax, or give --force to go back"
+        fix = "Update mor_jax, or pass --force to downgrade"
         check(_number(old) <= _number(new), "path", str(target), rule, fix)
-    kept = None
+    backup = None
     if edited:
-        kept = target.with_name(f"modeling_mor-edited-{_sum(old)[:8]}.py")
-        replace_file(kept, target.read_bytes())
+        backup = target.with_name(f"modeling_mor-edited-{_sum(old)[:8]}.py")
+        replace_file(backup, target.read_bytes())
     _write(target, new)
-    return RefreshResult(place, before, after, True, kept)
+    return RefreshResult(export, before, after, True, backup)
 
 
 def _write(target: Path, text: str) -> None:
     replace_file(target, text.encode())
-    # It is what this project made again: the export may be replaced like any other.
-    listed = renew(target.parent, target.name)
-    if listed is not None:
-        replace_file(target.with_name(MARKER), listed)
+    # The file counts as unmodified again, so that --overwrite may replace the export.
+    manifest = updated_manifest(target.parent, target.name)
+    if manifest is not None:
+        replace_file(target.with_name(MANIFEST), manifest)
 
 
-def _check_export(place: Path) -> None:
+def _check_export(export: Path) -> None:
     fix = "Give the directory of an export made with --to=hf"
-    check(place.is_dir(), "path", str(place), "is no directory", fix)
-    config = read_config(place)
-    where = str(place / CONFIG)
+    check(export.is_dir(), "path", str(export), "is not a directory", fix)
+    config = read_config(export)
+    where = str(export / CONFIG)
     kind = config.get("model_type")
-    rule = "only exports of type mor carry a modelling file of ours"
+    rule = "only exports of type mor have a modelling file of mor_jax"
     check(kind == "mor", f"{where}: model_type", kind, rule, fix)
-    named = config.get("auto_map")
-    rule = f"must name the classes of {MODELING} beside it, or transformers reads another file"
+    auto_map = config.get("auto_map")
+    rule = f"must name the classes of {MODELING} beside it, or transformers loads another file"
     fix = f"Set it to {AUTO_MAP}"
-    ok = isinstance(named, dict) and all(named.get(name) == to for name, to in AUTO_MAP.items())
-    check(ok, f"{where}: auto_map", named, rule, fix)
+    valid = isinstance(auto_map, dict) and all(
+        auto_map.get(name) == to for name, to in AUTO_MAP.items()
+    )
+    check(valid, f"{where}: auto_map", auto_map, rule, fix)
 
 
 def _read(target: Path) -> str:
-    # Git on Windows writes other line ends, which change nothing.
+    # Git on Windows converts line ends, which does not count as an edit.
     contents = target.read_bytes().replace(b"\r\n", b"\n")
-    # Bytes that are no text would be an edit like any other.
+    # Invalid UTF-8 counts as an edit.
     return contents.decode("utf-8", errors="surrogateescape")
 
 
 def _is_edited(text: str) -> bool:
-    body, found, seal = text.rpartition(f"\n{_SEAL}")
-    if found:
+    body, separator, seal = text.rpartition(f"\n{_SEAL}")
+    if separator:
         return seal.strip() != _sum(body)
     return _sum(text) not in _UNNUMBERED
 
 
 def _number(text: str) -> int:
-    found = re.search(r"^FILE_VERSION = (\d+)$", text, re.MULTILINE)
-    return int(found[1]) if found else 0
+    match = re.search(r"^FILE_VERSION = (\d+)$", text, re.MULTILINE)
+    return int(match[1]) if match else 0
 
 
 def _version(text: str) -> str:
     number = _number(text)
-    return f"version {number} ({_sum(text)[:8]})" if number else "a version without a number"
+    return f"version {number} ({_sum(text)[:8]})" if number else "an unnumbered version"
 
 
 def _sum(text: str) -> str:

@@ -20,7 +20,7 @@ import timing
 import upcycle
 
 from mor_jax.checkpoint.lazy_arrays import flatten, from_arrays
-from mor_jax.convert.imported import ImportedModel
+from mor_jax.convert.imported_model import ImportedModel
 from mor_jax.convert.init_strategies import STRATEGIES
 from mor_jax.models.flops import computed_shares, flops
 from mor_jax.models.params import abstract_params

@@ -51,11 +51,11 @@ def test_what_is_taken_turns_as_in_transformers(name):
     assert theirs.attention_scaling == 1.0
 
 
-TWICE = "is told twice"
+TWICE = "is given twice"
 REFUSED = {
     "linear beside default": (
         {"rope_scaling": {"type": "linear", "factor": 4.0}, "rope_parameters": DEFAULT},
-        ["rope_scaling.rope_type='linear'", "rope_parameters", "'default'", "transformers takes"],
+        ["rope_scaling.rope_type='linear'", "rope_parameters", "'default'", "transformers uses"],
     ),
     "default beside linear": (
         {"rope_scaling": {"rope_type": "default"}, "rope_parameters": LINEAR},
@@ -63,7 +63,7 @@ REFUSED = {
     ),
     "yarn beside default": (
         {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}, "rope_parameters": DEFAULT},
-        ["rope_scaling.rope_type='yarn'", "only default, linear, llama3"],
+        ["rope_scaling.rope_type='yarn'", "supported kinds are default, linear, llama3"],
     ),
     "base dropped by transformers": (
         {"rope_scaling": LINEAR, "rope_parameters": LINEAR | {"rope_theta": 5.0}},
@@ -95,7 +95,7 @@ REFUSED = {
     ),
     "kinds of layers": (
         {"rope_parameters": {"full_attention": LINEAR, "sliding_attention": DEFAULT}},
-        ["rope_parameters.full_attention", "some of the layers"],
+        ["rope_parameters.full_attention", "settings of single layers"],
     ),
     "no number of llama3": (
         {"rope_scaling": {k: v for k, v in LLAMA3.items() if k[0] != "o"}},
@@ -115,15 +115,15 @@ BASES = [0, -1.0, float("nan"), float("inf"), 10**400, True, "10000", [[]], {}, 
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_contradictions_are_refused_naming_both(name):
-    told, words = REFUSED[name]
+    settings, words = REFUSED[name]
     with pytest.raises(ValueError) as error:
-        rope(told, "config.json")
+        rope(settings, "config.json")
     assert all(word in str(error.value) for word in ["config.json: ", *words]), error.value
     assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("base", BASES, ids=lambda base: str(base)[:9])
 def test_bases_that_are_none_are_refused(base):
-    for told in ({"rope_theta": base}, {"rope_parameters": {"rope_theta": base}}):
-        with pytest.raises(ValueError, match=r"rope_theta.*(must be a number|some of the)"):
-            rope(told, "c")
+    for settings in ({"rope_theta": base}, {"rope_parameters": {"rope_theta": base}}):
+        with pytest.raises(ValueError, match=r"rope_theta.*(must be a number|settings of)"):
+            rope(settings, "c")

@@ -122,7 +122,7 @@ def test_the_recursive_class_keeps_an_unembedding_of_its_own(tmp_path):
     (tmp_path / "checkpoint-8" / "config.json").write_text(json.dumps(told))
     imported = import_reference(checkpoint, file)
     assert not imported.cfg.tie_embeddings
-    assert "differ, though config.json says" in imported.facts["notes"][0]
+    assert "are untied, though config.json says" in imported.facts["notes"][0]
     assert HEAD in {row.name for row in entries(imported.cfg) if not row.is_alias}
 
 
@@ -142,10 +142,10 @@ def test_a_yaml_of_another_model_lists_what_does_not_fit(tmp_path):
 @pytest.mark.parametrize(
     ("text", "reason"),
     [
-        ("a: [", "is no YAML file"),
+        ("a: [", "is not a YAML file"),
         ("learning_rate: 1", "has none of the settings"),
         ("- recursive", "has none of the settings"),
-        ("recursive: {enable: true, num_recursion: '${n}'}", "takes these values from elsewhere"),
+        ("recursive: {enable: true, num_recursion: '${n}'}", "has unresolved references"),
         ("recursive: {enable: true}\nrelaxation: {enable: true}", "unknown block"),
         ("mor: {enable: true, rand_router: true}\nrecursive: {enable: true}", "random routing"),
     ],
@@ -159,5 +159,5 @@ def test_yaml_files_that_do_not_tell_are_refused(text, reason, tmp_path):
 
 def test_a_missing_yaml_is_named(tmp_path):
     checkpoint, _ = write(tmp_path, EXPERT)
-    with pytest.raises(ValueError, match=r"reference_config='.*none\.yaml': is no file"):
+    with pytest.raises(ValueError, match=r"reference_config='.*none\.yaml': does not exist"):
         import_reference(checkpoint, str(tmp_path / "none.yaml"))

@@ -60,7 +60,7 @@ def test_what_is_there_stays_unless_it_may_be_replaced(plain, tmp_path):
     with pytest.raises(ValueError, match=r"notes\.md \(added\)"):
         import_run("hf", str(done.output), options)
     assert (tmp_path / "run" / "notes.md").read_text() == "mine"
-    with pytest.raises(ValueError, match="which is read"):
+    with pytest.raises(ValueError, match="which is a source"):
         import_run("hf", str(done.output), dataclasses.replace(options, workdir=done.output))
 
 
@@ -97,8 +97,8 @@ def test_a_run_that_was_moved_keeps_its_tokenizer(plain, tmp_path):
     (tmp_path / "run").rename(tmp_path / "moved")
     done = export(open_run(tmp_path / "moved"), "hf", ExportOptions(output=tmp_path / "out"))
     assert "tokenizer.json" in done.files
-    told = json.loads((tmp_path / "out" / "generation_config.json").read_text())
-    assert told["temperature"] == 0.5 and told["eos_token_id"] == 0
+    settings = json.loads((tmp_path / "out" / "generation_config.json").read_text())
+    assert settings["temperature"] == 0.5 and settings["eos_token_id"] == 0
     shutil.rmtree(tmp_path / "moved" / "tokenizer")
     with pytest.raises(ValueError, match=r"not there any more.*Put it back"):
         open_run(tmp_path / "moved")

@@ -1,4 +1,4 @@
-"""The modelling file of exports: sealed when written, renewed later, never at a user's expense."""
+"""The modelling file of exports: sealed when written, refreshed later, edits never lost."""
 
 import json
 import os
@@ -15,8 +15,8 @@ from transformers import AutoModelForCausalLM
 
 from mor_jax.convert import modeling_file
 from mor_jax.convert.hf_config import AUTO_MAP
-from mor_jax.convert.marker import check_ours, write_marker
 from mor_jax.convert.modeling_file import MODELING, modeling_text, refresh
+from mor_jax.convert.output_manifest import check_unmodified, write_manifest
 from mor_jax.runtime import exit_codes
 
 COMMAND = [sys.executable, str(Path(__file__).parents[2] / "launch" / "convert.py"), "refresh"]
@@ -45,14 +45,14 @@ def state(folder):
 
 
 @pytest.mark.parametrize(
-    ("text", "told"), [(OLD, "a version without a number"), (sealed(OLDER), "version 1 (")]
+    ("text", "told"), [(OLD, "an unnumbered version"), (sealed(OLDER), "version 1 (")]
 )
 def test_an_older_file_is_renewed_and_nothing_else(export, text, told):
     (export / MODELING).write_text(text)
     (export / MODELING).chmod(0o640)
     before = state(export)
     done = refresh(export)
-    assert done.changed and done.kept is None and done.before.startswith(told)
+    assert done.changed and done.backup is None and done.before.startswith(told)
     assert done.after.startswith(f"version {NOW} (")
     assert state(export) == before | {MODELING: modeling_text().encode()}
     assert (export / MODELING).stat().st_mode & 0o777 == 0o640
@@ -61,20 +61,20 @@ def test_an_older_file_is_renewed_and_nothing_else(export, text, told):
 
 
 def test_a_renewed_export_may_still_be_replaced(export):
-    write_marker(export)
+    write_manifest(export)
     refresh(export)
-    check_ours(export, export, "path")
+    check_unmodified(export, export, "path")
     (export / MODELING).write_text(sealed(NEWER) + "x")
     with pytest.raises(ValueError, match=r"modeling_mor\.py \(changed\)"):
-        check_ours(export, export, "path")
-    kept = refresh(export, force=True).kept
-    with pytest.raises(ValueError, match=rf"made: {kept.name} \(added\)\."):
-        check_ours(export, export, "path")
+        check_unmodified(export, export, "path")
+    backup = refresh(export, force=True).backup
+    with pytest.raises(ValueError, match=rf"made: {backup.name} \(added\)\."):
+        check_unmodified(export, export, "path")
 
 
 def test_a_file_that_is_missing_is_written(export):
     (export / MODELING).unlink()
-    assert refresh(export).before == "no file at all"
+    assert refresh(export).before == "no file"
     assert (export / MODELING).read_text() == modeling_text()
 
 
@@ -86,14 +86,14 @@ def test_a_changed_file_stays_unless_it_is_forced_and_then_beside(export, text):
         refresh(export)
     assert (export / MODELING).read_bytes() == contents
     done = refresh(export, force=True)
-    assert done.kept.read_bytes() == contents
+    assert done.backup.read_bytes() == contents
     assert (export / MODELING).read_text() == modeling_text()
 
 
 def test_line_ends_of_windows_are_no_change(export):
     (export / MODELING).write_bytes(sealed(OLDER).replace("\n", "\r\n").encode())
     done = refresh(export)
-    assert done.changed and done.kept is None
+    assert done.changed and done.backup is None
 
 
 def test_an_empty_path_and_a_directory_in_the_way_are_refused(export, monkeypatch):
@@ -170,7 +170,7 @@ def test_the_command_renews_a_saved_model_that_then_generates(tmp_path):
         lines += done.stdout.splitlines()
     assert (
         len(lines) == 2
-        and "renewed, from version 1 (" in lines[0]
+        and "refreshed, from version 1 (" in lines[0]
         and f"to version {NOW}" in lines[0]
     )
     assert f"is current, version {NOW}" in lines[1]

@@ -103,7 +103,7 @@ def test_rounded_capacities_are_not_for_the_reference():
     cfg = routed("expert", {})
     assert reference_options(cfg)["mor"]["type"] == "expert"
     rounded = with_multiple(cfg, 128)
-    words = r"model\.router\.capacity_multiple=128: .*rounds nothing.*--to=hf, or train with 1"
+    words = r"model\.router\.capacity_multiple=128: .*never rounds up.*--to=hf, or train with 1"
     with pytest.raises(ValueError, match=words):
         reference_options(rounded)
     # Token-choice has no capacities there.

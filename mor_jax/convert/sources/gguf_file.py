@@ -53,7 +53,7 @@ class Metadata:
         """Whether the file has several values of `key`."""
         return key in self.fields and isinstance(self._raw(key), list)
 
-    def check_there(self, key: str) -> None:
+    def check_present(self, key: str) -> None:
         """Raises `ValueError` if the file has no `key`."""
         check(key in self.fields, f"{self.where}: {key}", None, "is missing", _AGAIN)
 

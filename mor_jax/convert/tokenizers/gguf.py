@@ -53,7 +53,7 @@ def tokenizer_files(fields: Metadata) -> dict[str, bytes]:
     kind = fields.get(key, str)
     rule = f"only {sorted(builders)} are rebuilt"
     check(kind in builders, f"{fields.where}: {key}", kind, rule, _OTHER)
-    fields.check_there("tokenizer.ggml.tokens")
+    fields.check_present("tokenizer.ggml.tokens")
     texts = fields.get_list("tokenizer.ggml.tokens", str)
     twice = len(texts) - len(set(texts))
     rule = "tokens of the same text cannot be told apart"
@@ -95,7 +95,7 @@ def _chat(fields: Metadata) -> Any:
         return template
     rows = [("default", template)] if template else []
     for name in named:
-        fields.check_there(f"tokenizer.chat_template.{name}")
+        fields.check_present(f"tokenizer.chat_template.{name}")
         rows.append((name, fields.get(f"tokenizer.chat_template.{name}", str)))
     return [{"name": name, "template": text} for name, text in rows]
 
@@ -106,7 +106,7 @@ def _byte_level(
     pre, cut = fields.get("tokenizer.ggml.pre", str), _cut(fields)
     rule = f"of the rules to cut text, {sorted(CUTS)} are known exactly"
     check(cut is not None, f"{fields.where}: tokenizer.ggml.pre", pre, rule, _OTHER)
-    fields.check_there("tokenizer.ggml.merges")
+    fields.check_present("tokenizer.ggml.merges")
     merges = [tuple(merge.split(" ")) for merge in fields.get_list("tokenizer.ggml.merges", str)]
     vocabulary = {text: number for number, text in enumerate(texts)}
     known = (len(m) == 2 and {*m, "".join(m)} <= vocabulary.keys() for m in merges)
@@ -143,7 +143,7 @@ def _added(
 def _sentencepiece(
     fields: Metadata, texts: Sequence[str], kinds: Sequence[int]
 ) -> tokenizers.Tokenizer:
-    fields.check_there("tokenizer.ggml.scores")
+    fields.check_present("tokenizer.ggml.scores")
     scores = fields.get_list("tokenizer.ggml.scores", float)
     if len(scores) != len(texts):
         where = f"{fields.where}: tokenizer.ggml.scores"

@@ -1,4 +1,4 @@
-"""Output directories are whole or absent, and nobody's work is overwritten unasked."""
+"""Output directories are complete or absent, and no other work is overwritten."""
 
 import os
 import shutil
@@ -11,12 +11,12 @@ from pathlib import Path
 import pytest
 
 from mor_jax import files
-from mor_jax.convert.directory import check_target, fresh_directory
-from mor_jax.convert.marker import MARKER
+from mor_jax.convert.output_directory import check_target, fresh_directory
+from mor_jax.convert.output_manifest import MANIFEST
 
 KILLED = """
 import os, signal, sys
-from mor_jax.convert.directory import fresh_directory
+from mor_jax.convert.output_directory import fresh_directory
 with fresh_directory(sys.argv[1]) as draft:
     (draft / "half").write_text("x")
     os.kill(os.getpid(), signal.SIGKILL)
@@ -67,10 +67,10 @@ def test_what_is_there_is_refused_unless_it_may_be_replaced(tmp_path):
     with pytest.raises(RuntimeError), fresh_directory(out, replace=True) as draft:
         (draft / "b").write_text("2")
         raise RuntimeError
-    assert names(out) == ["config.json", MARKER]
+    assert names(out) == ["config.json", MANIFEST]
     with fresh_directory(out, replace=True) as draft:
         (draft / "b").write_text("2")
-    assert names(out) == ["b", MARKER] and names(tmp_path) == ["out"]
+    assert names(out) == ["b", MANIFEST] and names(tmp_path) == ["out"]
     with pytest.raises(ValueError, match="is a file"), fresh_directory(out / "b", replace=True):
         pass
     with pytest.raises(ValueError, match="b is a file"), fresh_directory(out / "b" / "c"):
@@ -87,7 +87,7 @@ def write(path, text="mine"):
     path.write_text(text)
 
 
-# What becomes of a directory after the conversion, and what the refusal has to name.
+# Changes to a directory after the conversion, and what the error has to name.
 CHANGES = {
     "a file beside": (lambda out: write(out / "thesis.tex"), r"thesis\.tex \(added\)"),
     "hidden": (lambda out: write(out / ".notes"), r"\.notes \(added\)"),
@@ -97,30 +97,33 @@ CHANGES = {
     "longer": (lambda out: write(out / "config.json", "mine"), r"config\.json \(changed\)"),
     "of the same size": (lambda out: write(out / "config.json", "2"), r"config\.json \(changed\)"),
     "many": (lambda out: [write(out / f"{i}") for i in range(40)], r"17 \(added\) and 30 more"),
-    "a run with checkpoints": (lambda out: (out / "checkpoints").mkdir(), "holds the checkpoints"),
-    "no list": (lambda out: (out / MARKER).unlink(), f"has no {MARKER}.*delete it yourself"),
-    "another list": (lambda out: write(out / MARKER, '{"files": [1]}'), f"has no {MARKER}"),
-    "a damaged list": (lambda out: write(out / MARKER, '{"fil'), f"has no {MARKER}"),
+    "a run with checkpoints": (
+        lambda out: (out / "checkpoints").mkdir(),
+        "contains the checkpoints",
+    ),
+    "no list": (lambda out: (out / MANIFEST).unlink(), f"has no {MANIFEST}.*Delete it yourself"),
+    "another list": (lambda out: write(out / MANIFEST, '{"files": [1]}'), f"has no {MANIFEST}"),
+    "a damaged list": (lambda out: write(out / MANIFEST, '{"fil'), f"has no {MANIFEST}"),
 }
 
 
 @pytest.mark.parametrize("change", CHANGES)
 def test_only_what_a_conversion_made_is_ever_replaced(change, tmp_path):
     out = made(tmp_path / "out")
-    happens, words = CHANGES[change]
-    happens(out)
+    edit, message = CHANGES[change]
+    edit(out)
     before = everything(out)
-    with pytest.raises(ValueError, match=words) as told, fresh_directory(out, replace=True):
+    with pytest.raises(ValueError, match=message) as error, fresh_directory(out, replace=True):
         pass
     assert everything(out) == before and names(tmp_path) == ["out"]
-    assert "\n" not in str(told.value)
+    assert "\n" not in str(error.value)
 
 
 def test_a_project_with_a_configuration_is_no_conversion(tmp_path):
     project = tmp_path / "project"
     write(project / "config.json", "{}")
     write(project / "thesis.tex")
-    with pytest.raises(ValueError, match=f"has no {MARKER}"):
+    with pytest.raises(ValueError, match=f"has no {MANIFEST}"):
         check_target(project, replace=True)
 
 
@@ -147,7 +150,7 @@ def test_a_copied_directory_may_be_replaced(tmp_path):
     (copied / "config.json").unlink()
     with fresh_directory(copied, replace=True) as draft:
         write(draft / "b")
-    assert names(copied) == ["b", MARKER]
+    assert names(copied) == ["b", MANIFEST]
 
 
 def test_what_is_read_is_not_replaced(tmp_path):
@@ -156,7 +159,7 @@ def test_what_is_read_is_not_replaced(tmp_path):
         (draft / "config.json").write_text("1")
         write(draft / "inner" / "a")
     for source in (out, out / "inner", out / "config.json", tmp_path):
-        with pytest.raises(ValueError, match=f"is {source}, which is read"):
+        with pytest.raises(ValueError, match=f"is {source}, which is a source"):
             check_target(out, replace=True, sources=[source])
     check_target(out, replace=True, sources=["some/model", tmp_path / "other"])
     check_target(out / "new", replace=True, sources=[out])
@@ -164,7 +167,10 @@ def test_what_is_read_is_not_replaced(tmp_path):
 
 def test_two_writers_of_one_place(tmp_path):
     out = tmp_path / "out"
-    with pytest.raises(ValueError, match="meanwhile"), fresh_directory(out) as draft:
+    with (
+        pytest.raises(ValueError, match="another conversion wrote it"),
+        fresh_directory(out) as draft,
+    ):
         (draft / "a").write_text("1")
         out.mkdir()
         (out / "first").write_text("1")
@@ -178,7 +184,7 @@ def test_a_directory_is_put_back_if_the_writer_died_between_the_two_renames(tmp_
     out.rename(tmp_path / f".partial-out-replaced-{socket.gethostname()}-{dead.pid}")
     with pytest.raises(ValueError, match="not empty"), fresh_directory(out):
         pass
-    assert names(tmp_path) == ["out"] and names(out) == ["config.json", MARKER]
+    assert names(tmp_path) == ["out"] and names(out) == ["config.json", MANIFEST]
 
 
 def test_only_leavings_of_the_same_place_are_taken_away(tmp_path):

@@ -1,4 +1,4 @@
-"""What every import gives: a configuration, weights to be read one at a time, a tokenizer."""
+"""The result of reading a foreign model: configuration, lazily read weights, tokenizer."""
 
 import dataclasses
 import json
@@ -18,10 +18,10 @@ from mor_jax.data.tokenizers.load import files_beside
 
 @dataclasses.dataclass(frozen=True)
 class ImportedModel:
-    """A foreign model.
+    """A foreign model, ready to be written as a run.
 
-    cfg: in float32. params: our parameters by dotted path. tokenizer: its files by name, None
-    where there was none. facts: what the report of a conversion says about the source.
+    cfg: with dtype float32. params: our parameters by dotted path. tokenizer: its files by name,
+    None if there is none. facts: the entries about the source in the conversion's report.
     """
 
     cfg: ModelConfig
@@ -30,12 +30,14 @@ class ImportedModel:
     facts: Mapping[str, Any]
 
 
-def facts_of(weights: Weights, tensors: LazyArrays | None = None, **more: Any) -> dict[str, Any]:
-    """The report's lines on a source: where, format, tensors by stored dtype, notes, and `more`."""
+def source_facts(
+    weights: Weights, tensors: LazyArrays | None = None, **more: Any
+) -> dict[str, Any]:
+    """Report entries about a source: path, format, tensors by stored dtype, notes, and `more`."""
     specs = (tensors or weights.tensors).specs
     stored = Counter(spec.dtype for spec in specs.values())
-    wide = [name for name, spec in specs.items() if spec.dtype in ("float64", "F64")]
-    rounded = [f"{len(wide)} tensors of float64 were rounded to float32"] if wide else []
+    float64 = [name for name, spec in specs.items() if spec.dtype in ("float64", "F64")]
+    rounded = [f"{len(float64)} float64 tensors were rounded to float32"] if float64 else []
     notes = (*weights.notes, *more.pop("notes", ()), *rounded)
     return {
         "source": weights.tensors.where,
@@ -47,7 +49,7 @@ def facts_of(weights: Weights, tensors: LazyArrays | None = None, **more: Any) -
 
 
 def tokenizer_beside(directory: Path, vocab_size: int) -> dict[str, bytes] | None:
-    """The tokenizer's files in `directory`, None if there is no tokenizer.json nor .model.
+    """The tokenizer's files in `directory`; None without tokenizer.json and tokenizer.model.
 
     Raises:
         ValueError: a damaged file, or a tokenizer with more tokens than the model has.
@@ -62,31 +64,36 @@ def tokenizer_beside(directory: Path, vocab_size: int) -> dict[str, bytes] | Non
 def check_tokenizer(files: Mapping[str, bytes], vocab_size: int, where: str) -> None:
     """Raises `ValueError` unless every token of the tokenizer has a row of the embedding."""
     name = "tokenizer.json" if "tokenizer.json" in files else "tokenizer.model"
-    largest = _largest(files[name], f"{where}/{name}")
+    largest = _largest_id(files[name], f"{where}/{name}")
     rule = f"has a token {largest}, but the model embeds {vocab_size} tokens, 0 to {vocab_size - 1}"
-    fix = "Name the tokenizer that the model was trained with: --tokenizer=DIR"
+    fix = "Pass the tokenizer that the model was trained with: --tokenizer=DIR"
     check(largest < vocab_size, f"{where}/{name}", largest + 1, rule, fix)
 
 
-def _largest(contents: bytes, where: str) -> int:
-    """The largest token number of a tokenizer.json or SentencePiece model."""
+def _largest_id(contents: bytes, where: str) -> int:
+    """The largest token ID of a tokenizer.json or SentencePiece model."""
     if where.endswith(".model"):
         sentencepiece = require_package("sentencepiece", "path", where)
-        pieces = sentencepiece.SentencePieceProcessor()
+        processor = sentencepiece.SentencePieceProcessor()
         try:
-            pieces.LoadFromSerializedProto(contents)
+            processor.LoadFromSerializedProto(contents)
         except RuntimeError as error:
-            fail(where, f"{len(contents)} bytes", f"is no SentencePiece model ({error})", "Copy it")
-        return pieces.vocab_size() - 1
+            fail(
+                where,
+                f"{len(contents)} bytes",
+                f"is not a SentencePiece model ({error})",
+                "Copy it again",
+            )
+        return processor.vocab_size() - 1
     try:
-        told = json.loads(contents)
-        vocabulary = told["model"]["vocab"]
+        settings = json.loads(contents)
+        vocabulary = settings["model"]["vocab"]
         ids = list(vocabulary.values()) if isinstance(vocabulary, dict) else range(len(vocabulary))
-        numbers = [*ids, *(token["id"] for token in told.get("added_tokens") or ())]
-        odd = [number for number in numbers if type(number) is not int]
-        if odd:
-            raise ValueError(f"a token has the number {odd[0]!r}")
+        numbers = [*ids, *(token["id"] for token in settings.get("added_tokens") or ())]
+        invalid = [number for number in numbers if type(number) is not int]
+        if invalid:
+            raise ValueError(f"a token has the ID {invalid[0]!r}")
         return max(numbers)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        rule = f"is damaged or no Hugging Face tokenizer ({error!r})"
+        rule = f"is damaged or not a Hugging Face tokenizer ({error!r})"
         fail(where, f"{len(contents)} bytes", rule, "Copy or download it again")
