@@ -22,13 +22,13 @@ from mor_jax.config import TrainConfig
 from mor_jax.models.params import init_params
 from mor_jax.models.routing.router import capacity_tokens
 from mor_jax.runtime.host_memory import keep_freed_memory
-from mor_jax.runtime.platform import skip_absent
+from mor_jax.runtime.platform import use_cpu_without_accelerator
 from mor_jax.training.compiled_step import jitted_steps
 from mor_jax.training.optimizer import make_optimizer
 from mor_jax.training.train_state import new_state
 from mor_jax.types import IGNORE, Batch, Params
 
-skip_absent()
+use_cpu_without_accelerator()
 RESULTS = Path(__file__).resolve().parent / "results"
 
 

@@ -28,7 +28,7 @@ for name in INT TERM USR1; do
 done
 
 stopped() {
-  echo "stopped: SIG$1: $2. The same command goes on" >&2
+  echo "stopped: SIG$1: $2. Run the same command again to resume" >&2
   exit 75
 }
 

@@ -42,7 +42,7 @@ def evaluate(
     Raises:
         ValueError: no weights, or text or tasks that do not fit them.
     """
-    platform.skip_absent()
+    platform.use_cpu_without_accelerator()
     from mor_jax.checkpoint.load_weights import load_run
     from mor_jax.evaluation import EvalRequest
     from mor_jax.evaluation.eval_runner import EvalRunner, Tasks

@@ -245,7 +245,7 @@ def load(
             does not fit, recursions that the model cannot run, or routers that were not trained to
             decide without later tokens and no calibration.
     """
-    platform.skip_absent()
+    platform.use_cpu_without_accelerator()
     with run_directory(source) as directory:
         loaded = load_model(directory, step=step, calibration=calibration, recursions=recursions)
     return Model(loaded)

@@ -47,7 +47,7 @@ def train(
         Stopped: a signal ended the run early; the same call resumes it.
         Diverged: too many steps in a row were not finite, also after one rollback.
     """
-    platform.skip_absent()
+    platform.use_cpu_without_accelerator()
     cfg = train_config(config, settings or {})
     from mor_jax.training.trainer import fit
 

@@ -30,7 +30,7 @@ _PATHS = {
 
 def main(argv: list[str] | None = None) -> int:
     options = _parser().parse_args(argv)
-    platform.skip_absent()
+    platform.use_cpu_without_accelerator()
     from mor_jax.analysis import command
 
     given = dict(vars(options))

@@ -32,7 +32,7 @@ POINTS = 9
 
 def main(argv: list[str] | None = None) -> int:
     options = _parser().parse_args(argv)
-    platform.skip_absent()
+    platform.use_cpu_without_accelerator()
     from mor_jax.calibration import calibrate
     from mor_jax.checkpoint.load_weights import load_run
     from mor_jax.evaluation import EvalRequest

@@ -39,7 +39,7 @@ _PATHS = {
 
 def main(argv: list[str] | None = None) -> int:
     options, others = _options(argv)
-    platform.skip_absent()
+    platform.use_cpu_without_accelerator()
     try:
         option_names.check_filled(options, "output", "figure", "calibration", "workdir")
         _watch(options, others) if options.watch else _once(options, others)

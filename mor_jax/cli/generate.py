@@ -28,7 +28,7 @@ _PATHS = {"engine.slots": "slots", "engine.cache_bytes": "cache"}
 
 def main(argv: list[str] | None = None) -> int:
     options = _parser().parse_args(argv)
-    platform.skip_absent()
+    platform.use_cpu_without_accelerator()
     try:
         return _generate(options)
     except BrokenPipeError:
@@ -169,7 +169,7 @@ def _tidy(_: str) -> None:
 
 if __name__ == "__main__":
     signals = Signals("unfinished answers are not written")
-    signals.on_leaving(_tidy)
+    signals.on_exit(_tidy)
     signals.__enter__()
     # A terminal that cannot show a character prints a question mark.
     if isinstance(sys.stdout, io.TextIOWrapper):

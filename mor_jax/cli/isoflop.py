@@ -32,7 +32,7 @@ def main(argv: list[str] | None = None) -> int:
     options.given = sys.argv[1:] if argv is None else argv
     # Shells leave the ~ of --study=~/x alone.
     options.study = os.path.expanduser(options.study)
-    platform.skip_absent()
+    platform.use_cpu_without_accelerator()
     try:
         option_names.check_filled(options, "study", "output")
         return options.call(options, rest)

@@ -46,7 +46,7 @@ def main(argv: list[str] | None = None) -> int:
         fix = "pip install -c requirements.lock -r requirements-serve.txt"
         print(f"error: {', '.join(missing)} not installed. Try {fix}", file=sys.stderr)
         return exit_codes.ERROR
-    platform.skip_absent()
+    platform.use_cpu_without_accelerator()
     try:
         option_names.check_filled(options, "calibration", "workdir")
         return _serve(options)

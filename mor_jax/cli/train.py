@@ -52,7 +52,7 @@ flags.mark_flags_as_required(["config", "workdir"])
 
 def main(_: list[str]) -> None:
     logging.set_verbosity(logging.WARNING)
-    platform.skip_absent()
+    platform.use_cpu_without_accelerator()
     from mor_jax.checkpoint.checkpointer import WriteFailed
     from mor_jax.config import TrainConfig
     from mor_jax.distributed import initialize

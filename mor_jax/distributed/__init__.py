@@ -1,1 +1,1 @@
-"""Devices and processes: the mesh, collectives, start, heartbeat and end of a job."""
+"""Devices and processes: the mesh, collectives, initialisation, heartbeats and shutdown."""

@@ -1,6 +1,6 @@
-"""Which rows of a batch each process reads: those that its own devices hold.
+"""The data-parallel rank of each process: it reads the sequences that its devices hold.
 
-Usually every process has rows of its own. Where mesh axis `tensor` runs over several processes,
+Usually every process reads different sequences. If the mesh axis `tensor` spans several processes,
 these hold, and read, the same ones.
 """
 
@@ -11,27 +11,27 @@ from jax.sharding import Mesh
 from mor_jax.config.parsing import check
 
 
-def reader(mesh: Mesh) -> tuple[int, int]:
-    """Which reader this process is, and how many there are. Raises `ValueError` as `share_of`."""
+def data_parallel_rank(mesh: Mesh) -> tuple[int, int]:
+    """Rank of this process and number of ranks. Raises `ValueError` as `rank_of` does."""
     processes = np.array([device.process_index for device in mesh.devices.flat])
-    return share_of(jax.process_index(), processes.reshape(-1, mesh.shape["tensor"]))
+    return rank_of(jax.process_index(), processes.reshape(-1, mesh.shape["tensor"]))
 
 
-def share_of(process: int, holders: np.ndarray) -> tuple[int, int]:
-    """Which reader `process` is, and how many there are; readers have equal shares of the rows.
+def rank_of(process: int, holders: np.ndarray) -> tuple[int, int]:
+    """Data-parallel rank of `process` and number of ranks; all ranks read equally many sequences.
 
-    holders: the process of each device, one line for each row of a batch of as many rows as the
-    mesh holds at least, [rows tensor]. Raises `ValueError` if two processes would hold some rows
-    in common and others not, or unequal shares.
+    holders: the process of each device, [sequences tensor], for the smallest batch of the mesh.
+    Raises `ValueError` if two processes would share some of their sequences but not all, or hold
+    different numbers of them.
     """
-    held: dict[int, list[int]] = {}
-    for row, processes in enumerate(holders):
+    by_process: dict[int, list[int]] = {}
+    for sequence, processes in enumerate(holders):
         for holder in set(processes.tolist()):
-            held.setdefault(holder, []).append(row)
-    readers = sorted({tuple(part) for part in held.values()})
-    rule = "some rows of a batch would lie on parts of several processes"
-    fix = "Use a number that divides the devices of a process, or is a multiple of them"
-    equal = len({len(part) for part in readers}) == 1
-    disjoint = sum(map(len, readers)) == len(holders)
+            by_process.setdefault(holder, []).append(sequence)
+    ranks = sorted({tuple(sequences) for sequences in by_process.values()})
+    rule = "some sequences of a batch would be split over several processes"
+    fix = "Use a divisor of the number of devices per process, or a multiple of it"
+    equal = len({len(sequences) for sequences in ranks}) == 1
+    disjoint = sum(map(len, ranks)) == len(holders)
     check(equal and disjoint, "mesh.tensor", holders.shape[1], rule, fix)
-    return readers.index(tuple(held[process])), len(readers)
+    return ranks.index(tuple(by_process[process])), len(ranks)

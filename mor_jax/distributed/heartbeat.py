@@ -1,10 +1,10 @@
-"""The processes of a run watch each other, so that none waits for ever for one that is gone.
+"""Heartbeats: the processes of a run monitor each other, so that none waits for a lost one.
 
-Each writes a heartbeat `<workdir>/hosts/<i>.json`, a counter and what it is doing, and reads those
-of others. Silence is measured by one's own monotonic clock between changes of the counter: clocks
-of other machines, and jumps of one's own, do not matter. When a process dies, the others may hang
-in a collective, get an exception out of one, or be ended by JAX; whichever comes first, each
-prints one message that names the dead process, and ends with `exit_codes.HOST_LOST`.
+Each process writes a heartbeat `<workdir>/hosts/<i>.json` with a counter and its current phase, and
+reads those of others. The time without a heartbeat is measured with the local monotonic clock, so
+neither other machines' clocks nor clock changes matter. When a process dies, the others may hang in
+a collective, get an exception from one, or be aborted by JAX; whichever comes first, each prints
+one message that names the lost process, and exits with `exit_codes.HOST_LOST`.
 """
 
 import json
@@ -28,21 +28,21 @@ from mor_jax.runtime import exit_codes
 DIRECTORY = "hosts"
 
 _BEATS = 6
-"""Signs of life within `hosts.heartbeat_timeout`."""
+"""Heartbeats within `hosts.heartbeat_timeout`."""
 
 _NEIGHBOURS = 8
-"""Processes that each one watches; what one finds, all read in `_END`."""
+"""Processes that each process watches; it reports a lost one to all others in `_END`."""
 
 _END = "end.json"
-"""Why the run ends; beside the heartbeats, written by the first who knows."""
+"""File with the reason why the run ends, written by the first process that detects it."""
 
-_PATIENCE = 5
-"""Seconds for a process that knows that its run is over to end by itself."""
+_EXIT_GRACE = 5
+"""Seconds for the main thread to exit after a process was lost."""
 
-_SIGHT = 30
-"""Seconds after which a network file system shows the new files of other machines."""
+_VISIBILITY_TIMEOUT = 30
+"""Seconds until a network file system shows new files of other machines."""
 
-_AGAIN = "Start the same command again to go on from the last checkpoint"
+_RESUME = "Run the same command again to resume from the last checkpoint"
 
 _STATUSES = tuple(
     f"{status}:"
@@ -57,13 +57,13 @@ _STATUSES = tuple(
 )
 
 _SIZE = 2048
-"""Bytes of a heartbeat: rewritten in place, it takes no new space, so a full disk is no death."""
+"""Bytes of a heartbeat. It is rewritten in place, so it needs no space on a full disk."""
 
 
 class HostLost(RuntimeError):
-    """Another process of the run is gone. The message names it; `code`: the exit code to end with.
+    """Another process of the run was lost. The message names it; `code`: the exit code to use.
 
-    The message was printed already.
+    The message has already been printed.
     """
 
     def __init__(self, message: str, code: int = exit_codes.HOST_LOST):
@@ -72,37 +72,37 @@ class HostLost(RuntimeError):
 
 
 class PeerMonitor:
-    """Watches over the processes of a run inside the block. Costs nothing for a single one.
+    """Monitors the processes of a run inside the block. Does nothing for a single process.
 
-    All processes enter it together; it makes `path`/hosts. timeout: seconds of silence after which
-    a process counts as lost. Raises `ValueError` on entering if the processes do not see each
-    other's files.
+    All processes enter it together; it creates `path`/hosts. timeout: seconds without a heartbeat
+    after which a process counts as lost. Raises `ValueError` on entry if the processes do not see
+    each other's files.
     """
 
     def __init__(self, path: epath.Path, timeout: int):
         self._directory, self._timeout = path / DIRECTORY, timeout
         self._index, self._count = jax.process_index(), jax.process_count()
-        self._several = self._count > 1
+        self._multiprocess = self._count > 1
         self._every = timeout / _BEATS
         self._phase, self._counter = "start", 0
-        self._last_word: dict[str, Any] = {"state": "running"}
+        self._status: dict[str, Any] = {"state": "running"}
         self._lost: HostLost | None = None
-        self._telling, self._told = threading.Lock(), False
-        self._ended, self._known = threading.Event(), threading.Event()
+        self._print_lock, self._printed = threading.Lock(), False
+        self._ended, self._lost_event = threading.Event(), threading.Event()
         self._aborts = AbortHandler(self._on_abort)
 
     def __enter__(self) -> "PeerMonitor":
-        if self._several:
+        if self._multiprocess:
             me = {"host": socket.gethostname(), "pid": os.getpid(), "id": uuid.uuid4().hex}
             self._peers = gather(me)
-            self._meet()
+            self._exchange_first_heartbeats()
             self._thread = threading.Thread(target=self._watch, name="hosts", daemon=True)
             self._thread.start()
             self._aborts.catch()
         return self
 
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
-        if not self._several:
+        if not self._multiprocess:
             return
         if error is None or getattr(error, "code", None) == exit_codes.STOPPED:
             self.finished()
@@ -113,74 +113,74 @@ class PeerMonitor:
             self._aborts.release()
 
     def phase(self, name: str) -> None:
-        """Notes what this process is doing, such as `compile` or `step 12`."""
+        """Sets the current phase of this process, such as `compile` or `step 12`."""
         self._phase = name
 
     def failed(self, error: BaseException) -> None:
-        """Leaves word that this process ends with an error; the others end with the same code."""
+        """Reports that this process ends with an error; the others exit with the same code."""
         code = exit_codes.of(error)
         text = f"{type(error).__name__}: {error}"
-        self._leave("failed", code, text)
+        self._report("failed", code, text)
 
     def stopped(self, reason: str) -> None:
-        """Leaves word that this process stops at once, and the others have to as well."""
-        self._leave("stopped", exit_codes.STOPPED, reason)
+        """Reports that this process stops at once; the others stop too."""
+        self._report("stopped", exit_codes.STOPPED, reason)
 
     def finished(self) -> None:
-        """Leaves word that this process ends as it should; the others go on."""
-        self._leave("finished", exit_codes.OK, "")
+        """Reports that this process ends normally; the others continue."""
+        self._report("finished", exit_codes.OK, "")
 
     def diagnose(self, error: BaseException) -> HostLost | None:
-        """Whether `error`, out of a collective or a save, came from the end of another process.
+        """Whether `error`, from a collective or a save, was caused by the loss of another process.
 
-        Waits for the evidence, up to the timeout. None: the error is this process's own, or there
-        are no others.
+        Waits up to the timeout until that is certain. Returns None if the error is this process's
+        own or there are no other processes.
         """
         if isinstance(error, HostLost):
             return error
-        if not self._several:
+        if not self._multiprocess:
             return None
-        if _from_elsewhere(error):
+        if _is_distributed_error(error):
             self._await_evidence()
         if self._lost is not None:
-            self._tell()
+            self._print_once()
         return self._lost
 
     def _await_evidence(self) -> None:
-        """Until it is known who is lost, or would be if anybody were.
+        """Waits until a lost process is known, or would have been detected.
 
-        In beats, as silence is counted: on a machine that is busy with other things the watch needs
-        longer. A file system that hangs stops the beats, so there is an end to it.
+        Counted in heartbeats, because the watching thread is slower on a busy machine, with a time
+        limit, because a hanging file system stops the heartbeats.
         """
         enough = self._counter + math.ceil(self._timeout / self._every) + 3
         end = time.monotonic() + 3 * self._timeout
         while self._counter < enough and time.monotonic() < end:
-            if self._known.wait(self._every):
+            if self._lost_event.wait(self._every):
                 return
 
-    def _leave(self, state: str, code: int, text: str) -> None:
-        if not self._several or self._last_word["state"] != "running":
+    def _report(self, state: str, code: int, text: str) -> None:
+        if not self._multiprocess or self._status["state"] != "running":
             return
-        self._last_word = {"state": state, "code": code, "text": text[:600]}
+        self._status = {"state": state, "code": code, "text": text[:600]}
         self._beat()
         if state != "finished":
-            self._publish(self._told_by(self._index, self._last_word | {"phase": self._phase}))
+            self._publish(self._reported_by(self._index, self._status | {"phase": self._phase}))
 
-    def _meet(self) -> None:
-        """The first heartbeats; everybody sees everybody's or all raise `ValueError`."""
+    def _exchange_first_heartbeats(self) -> None:
+        """Writes the first heartbeats. Raises `ValueError` everywhere unless all see all files."""
         try:
             self._directory.mkdir(parents=True, exist_ok=True)
             write_atomic(self._directory / f"{self._index}.json", self._record())
             problem = ""
         except OSError as error:
-            problem = f"cannot write there ({error})"
+            problem = f"cannot write to it ({error})"
         gather(0)
         unseen = [] if problem else self._unseen()
         if unseen:
             problem = f"does not see the files of processes {unseen}"
         problems = gather(problem)
         if any(problems):
-            lines = [f"  {self._who(i)}: {text}\n" for i, text in enumerate(problems) if text]
+            lines = [f"  {self._name(i)}: {text}\n" for i, text in enumerate(problems) if text]
             raise ValueError(
                 f"workdir={self._directory.parent}: must be one directory for all processes of the "
                 f"run, but in {self._directory}\n{''.join(lines)}"
@@ -188,7 +188,7 @@ class PeerMonitor:
             )
 
     def _unseen(self) -> list[int]:
-        until = time.monotonic() + _SIGHT
+        until = time.monotonic() + _VISIBILITY_TIMEOUT
         unseen = list(range(self._count))
         while unseen and time.monotonic() < until:
             unseen = [i for i in unseen if self._read(i) is None]
@@ -196,7 +196,7 @@ class PeerMonitor:
         return unseen
 
     def _watch(self) -> None:
-        """The thread: beats and reads until a process is lost or the block ends."""
+        """The thread: writes and reads heartbeats until a process is lost or the block ends."""
         watched = [(self._index + k) % self._count for k in range(1, self._count)][:_NEIGHBOURS]
         seen: dict[int, Any] = {}
         silent = dict.fromkeys(watched, 0.0)
@@ -205,7 +205,7 @@ class PeerMonitor:
             self._counter += 1
             self._beat()
             now = time.monotonic()
-            # Whoever was suspended must not take the time for the silence of others.
+            # If this process was suspended, that time must not count as silence of the others.
             passed, before = min(now - before, 2 * self._every), now
             for i in watched:
                 record = self._read(i) or seen.get(i)
@@ -226,30 +226,30 @@ class PeerMonitor:
         if state == "lost":
             return HostLost(record["text"], record["code"])
         if state in ("stopped", "failed"):
-            return self._told_by(i, record)
+            return self._reported_by(i, record)
         if silent < self._timeout:
             return None
-        why = f"has given no sign of life for {silent:.0f} s "
-        why += f"(hosts.heartbeat_timeout={self._timeout})"
-        where = f"last in phase {record.get('phase', 'start')!r}"
-        mine = f"Process {self._index} was in phase {self._phase!r}"
-        return HostLost(f"host lost: {self._who(i)} {why}; {where}. {mine}. {_AGAIN}")
+        rule = f"has sent no heartbeat for {silent:.0f} s "
+        rule += f"(hosts.heartbeat_timeout={self._timeout})"
+        theirs = f"last in phase {record.get('phase', 'start')!r}"
+        ours = f"Process {self._index} was in phase {self._phase!r}"
+        return HostLost(f"host lost: {self._name(i)} {rule}; {theirs}. {ours}. {_RESUME}")
 
-    def _told_by(self, i: int, record: dict[str, Any]) -> HostLost:
-        """The end of a process that left word."""
-        what = "stopped: " if record["state"] == "stopped" else "host failed: "
-        text = f"{what}{self._who(i)} ended in phase {record['phase']!r}: {record['text']}"
-        again = f". {_AGAIN}" if record["state"] == "stopped" else ""
-        return HostLost(text + again, record["code"])
+    def _reported_by(self, i: int, record: dict[str, Any]) -> HostLost:
+        """The loss of a process that reported its end."""
+        prefix = "stopped: " if record["state"] == "stopped" else "host failed: "
+        text = f"{prefix}{self._name(i)} ended in phase {record['phase']!r}: {record['text']}"
+        advice = f". {_RESUME}" if record["state"] == "stopped" else ""
+        return HostLost(text + advice, record["code"])
 
     def _publish(self, lost: HostLost) -> None:
-        """Tells all processes, also those that do not watch this one; the first word stays."""
+        """Reports it to all processes, also to those that do not watch this one; the first wins."""
         if self._published() is None:
             end = {"run": self._peers[0]["id"], "text": str(lost), "code": lost.code}
             try:
                 write_atomic(self._directory / _END, json.dumps(end))
             except OSError as error:
-                # The neighbours read it in the heartbeat.
+                # The neighbours still read it in the heartbeat.
                 print(f"process {self._index}: {_END} not written: {error}", file=sys.stderr)
 
     def _published(self) -> HostLost | None:
@@ -260,38 +260,38 @@ class PeerMonitor:
         return HostLost(end["text"], end["code"]) if end["run"] == self._peers[0]["id"] else None
 
     def _end(self, lost: HostLost) -> None:
-        """Tells the others, gives the main thread time to end the process, then ends it."""
+        """Informs the others, waits for the main thread to end the process, then ends it."""
         self._lost = lost
-        self._last_word = {"state": "lost", "code": lost.code, "text": str(lost)}
+        self._status = {"state": "lost", "code": lost.code, "text": str(lost)}
         self._beat()
         self._publish(lost)
-        self._known.set()
-        self._tell()
-        if not self._ended.wait(_PATIENCE):
+        self._lost_event.set()
+        self._print_once()
+        if not self._ended.wait(_EXIT_GRACE):
             _exit(lost.code)
 
-    def _tell(self) -> None:
-        # Once; whichever thread comes later waits until it is said, since it may end the process.
-        with self._telling:
-            if not self._told:
+    def _print_once(self) -> None:
+        # The lock makes a second thread wait for the output, because it may then end the process.
+        with self._print_lock:
+            if not self._printed:
                 print(self._lost, file=sys.stderr, flush=True)
-            self._told = True
+            self._printed = True
 
     def _on_abort(self) -> None:
-        """JAX, told by its coordinator or missing it, is about to abort this process."""
+        """Called when JAX is about to abort this process, for a lost process or coordinator."""
         self._await_evidence()
         if self._lost is not None:
-            self._tell()
-            self._ended.wait(_PATIENCE)
+            self._print_once()
+            self._ended.wait(_EXIT_GRACE)
             _exit(self._lost.code)
 
-    def _who(self, i: int) -> str:
+    def _name(self, i: int) -> str:
         peer = self._peers[i]
         return f"process {i} of {self._count} (host {peer['host']}, pid {peer['pid']})"
 
     def _record(self) -> str:
         me = self._peers[self._index]
-        record = {**me, "counter": self._counter, "phase": self._phase, **self._last_word}
+        record = {**me, "counter": self._counter, "phase": self._phase, **self._status}
         return f"{json.dumps(record):<{_SIZE}}"
 
     def _beat(self) -> None:
@@ -304,11 +304,11 @@ class PeerMonitor:
                     file.write(self._record())
                     file.truncate()
         except OSError as error:
-            # The next beat may come through; if none does, the others will say so.
+            # The next heartbeat may succeed; if none does, the others report it.
             print(f"process {self._index}: no heartbeat: {path}: {error}", file=sys.stderr)
 
     def _read(self, i: int) -> dict[str, Any] | None:
-        # None: not there, of an earlier run, or just being written.
+        # None: missing, of an earlier run, or just being written.
         try:
             record = json.loads((self._directory / f"{i}.json").read_text())
         except (OSError, ValueError):
@@ -316,9 +316,9 @@ class PeerMonitor:
         return record if record.get("id") == self._peers[i]["id"] else None
 
 
-def _from_elsewhere(error: BaseException | None) -> bool:
-    # JAX raises what a collective or its coordinator reports as errors of several types; the text
-    # begins with the status. Memory that does not suffice, RESOURCE_EXHAUSTED, is one's own.
+def _is_distributed_error(error: BaseException | None) -> bool:
+    # JAX raises errors of collectives and of its coordinator as several types; the text begins with
+    # the status. RESOURCE_EXHAUSTED (out of memory) is this process's own error.
     while error is not None:
         if str(error).startswith(_STATUSES):
             return True

@@ -1,7 +1,7 @@
-"""The mesh, the one table from logical axes to mesh axes, and the shardings that follow.
+"""The device mesh, the rules from logical axes to mesh axes, and the resulting shardings.
 
-Nothing is replicated silently: an axis that the table does not name, or a size that the mesh does
-not divide, is an error that names the parameter.
+Nothing is replicated silently: an axis without a rule, or a size that the mesh does not divide, is
+an error that names the parameter.
 """
 
 from typing import Any
@@ -18,7 +18,7 @@ from mor_jax.types import Params
 
 AXES = ("slice", "data", "fsdp", "tensor")
 
-# Logical axis of a parameter or of a batch -> mesh axes that cut it; () keeps it whole.
+# Logical axis of a parameter or of a batch -> mesh axes that shard it; (): replicated.
 RULES: dict[str, tuple[str, ...]] = {
     "batch": ("slice", "data", "fsdp"),
     "length": ("tensor",),
@@ -38,7 +38,7 @@ def make_mesh(cfg: MeshConfig, devices: list[jax.Device] | None = None) -> Mesh:
     """A mesh with the axes `AXES` over `devices` (default: all of them).
 
     On TPUs neighbours in the mesh are neighbours in the slice, and axis `slice` runs over slices;
-    elsewhere devices stand in the order of their processes.
+    on other platforms devices are in the order of their processes.
 
     Raises:
         ValueError: the axes do not multiply to the number of devices, or `slice` is not the number
@@ -46,61 +46,60 @@ def make_mesh(cfg: MeshConfig, devices: list[jax.Device] | None = None) -> Mesh:
     """
     devices = jax.devices() if devices is None else devices
     sizes = {name: getattr(cfg, name) for name in AXES}
-    given = int(np.prod([size for size in sizes.values() if size is not None]))
-    rule = f"the axes multiply to {given}, but there are {len(devices)} devices"
-    fix = "Set one axis to None, which means the rest"
+    product = int(np.prod([size for size in sizes.values() if size is not None]))
+    rule = f"the axes multiply to {product}, but there are {len(devices)} devices"
+    fix = "Set one axis to None to use all remaining devices"
     if None in sizes.values():
         axis = max((n for n, size in sizes.items() if size is not None), key=lambda n: sizes[n])
-        others = given // sizes[axis]
+        others = product // sizes[axis]
         fit = [s for s in range(1, sizes[axis]) if len(devices) % (others * s) == 0]
         fix = f"Try mesh.{axis}={fit[-1]}" if fit else "Make their product divide the devices"
-    fits = len(devices) % given == 0 if None in sizes.values() else len(devices) == given
+    fits = len(devices) % product == 0 if None in sizes.values() else len(devices) == product
     check(fits, "mesh", sizes, rule, fix)
-    shape = tuple(len(devices) // given if size is None else size for size in sizes.values())
+    shape = tuple(len(devices) // product if size is None else size for size in sizes.values())
     if devices[0].platform != "tpu":
         return Mesh(np.asarray(devices).reshape(shape), AXES)
-    # Devices of a topology that is not here only say their slice where there are several.
+    # Devices of a topology description have a slice_index only if there are several slices.
     slices = len({getattr(device, "slice_index", 0) for device in devices})
     if slices == 1:
         return Mesh(create_device_mesh(shape, devices, allow_split_physical_axes=True), AXES)
-    rule = f"the devices are in {slices} slices, which only the data-centre network joins"
+    rule = f"the devices are in {slices} slices, connected only by the data-centre network"
     check(shape[0] == slices, "mesh.slice", shape[0], rule, f"Set it to {slices}")
     inside, between = (1, *shape[1:]), (slices, 1, 1, 1)
     grid = create_hybrid_device_mesh(inside, between, devices, allow_split_physical_axes=True)
     return Mesh(grid, AXES)
 
 
-def row_devices(mesh: Mesh) -> int:
-    """Devices that take rows of a batch each: a batch is a multiple of so many rows."""
+def batch_shards(mesh: Mesh) -> int:
+    """Number of shards of a batch: batch sizes are multiples of it."""
     return int(np.prod([mesh.shape[axis] for axis in RULES["batch"]]))
 
 
-def check_rows(mesh: Mesh, path: str, rows: int, parts: int = 1) -> None:
-    """Raises `ValueError` unless each of `parts` equal parts of a batch fits the devices.
+def check_batch_size(mesh: Mesh, path: str, rows: int, parts: int = 1) -> None:
+    """Raises `ValueError` unless the devices can shard each of `parts` micro-batches evenly.
 
-    path: the setting that says how many `rows` there are.
+    path: the setting that holds the batch size `rows`.
     """
-    cut = row_devices(mesh)
-    unit = cut * parts
-    rule = f"must be a multiple of {unit}: {cut} devices (mesh axes {RULES['batch']}) hold as many"
-    rule += f" rows of each of {parts} micro-batches" if parts > 1 else " rows each"
+    shards = batch_shards(mesh)
+    unit = shards * parts
+    rule = f"must be a multiple of {unit}: {shards} devices (mesh axes {RULES['batch']}) shard "
+    rule += f"each of {parts} micro-batches" if parts > 1 else "it"
     check(rows % unit == 0, path, rows, rule, f"Try {-(-rows // unit) * unit}")
 
 
-def check_length(mesh: Mesh, length: int) -> None:
-    """Raises `ValueError` unless the devices of a row can each hold a part of its `length`."""
-    cut = int(np.prod([mesh.shape[axis] for axis in RULES["length"]]))
-    rule = (
-        f"must be a multiple of {cut}, the devices (mesh axes {RULES['length']}) that share a row"
-    )
-    check(length % cut == 0, "length", length, rule, f"Try {-(-length // cut) * cut}")
+def check_seq_len(mesh: Mesh, length: int) -> None:
+    """Raises `ValueError` unless the devices that share a sequence split its `length` evenly."""
+    shards = int(np.prod([mesh.shape[axis] for axis in RULES["length"]]))
+    rule = f"must be a multiple of {shards}, the devices (mesh axes {RULES['length']}) that share "
+    rule += "a sequence"
+    check(length % shards == 0, "seq_len", length, rule, f"Try {-(-length // shards) * shards}")
 
 
 def spec_of(axes: tuple[str, ...]) -> PartitionSpec:
     """The partition of an array with these logical axes. Raises `ValueError` on an unknown one."""
     for axis in axes:
         if axis not in RULES:
-            fail("axis", axis, f"sharding.RULES knows {sorted(RULES)}", "Add it to the table")
+            fail("axis", axis, f"must be one of {sorted(RULES)}", "Add it to mesh.RULES")
     return PartitionSpec(*(RULES[axis] or None for axis in axes))
 
 
@@ -113,14 +112,14 @@ def param_shardings(mesh: Mesh, axes: Params, shapes: Params) -> Params:
     """A sharding for every parameter, from its logical axes and its shape.
 
     Raises:
-        ValueError: a size is not a multiple of the devices that cut it.
+        ValueError: a size is not a multiple of the number of its shards.
     """
 
     def sharding(path: Any, shape: jax.ShapeDtypeStruct, names: tuple[str, ...]) -> NamedSharding:
         where = jax.tree_util.keystr(path, simple=True, separator=".")
         for name, size in zip(names, shape.shape, strict=True):
             parts = int(np.prod([mesh.shape[axis] for axis in RULES.get(name, ())]))
-            rule = f"axis {name!r} of {where} is cut over {parts} devices ({RULES.get(name)})"
+            rule = f"axis {name!r} of {where} is sharded over {parts} devices ({RULES.get(name)})"
             check(size % parts == 0, name, size, rule, "Use a mesh that divides it")
         return NamedSharding(mesh, spec_of(names))
 
@@ -128,26 +127,26 @@ def param_shardings(mesh: Mesh, axes: Params, shapes: Params) -> Params:
 
 
 def state_shardings(mesh: Mesh, abstract: Any, params: Params) -> Any:
-    """Shardings of a state: moments lie as their parameters do, scalars are everywhere.
+    """Shardings of a train state: moments are sharded as their parameters, scalars replicated.
 
-    abstract: any tree that repeats the parameter tree inside; params: `param_shardings`.
+    abstract: any tree that contains copies of the parameter tree. params: of `param_shardings`.
     """
     structure = jax.tree.structure(params)
-    everywhere = NamedSharding(mesh, PartitionSpec())
+    replicated = NamedSharding(mesh, PartitionSpec())
 
     def is_params(node: Any) -> bool:
         return jax.tree.structure(node) == structure
 
     return jax.tree.map(
-        lambda node: params if is_params(node) else everywhere, abstract, is_leaf=is_params
+        lambda node: params if is_params(node) else replicated, abstract, is_leaf=is_params
     )
 
 
 def platform() -> str:
-    """What the computation is for: `cpu`, `tpu`, `cuda` or `rocm`.
+    """Platform of the computation: `cpu`, `tpu`, `cuda` or `rocm`.
 
-    The devices of the mesh (`jax.set_mesh`) count, which may be a topology that is not here; else
-    this process's own.
+    That of the current mesh (`jax.set_mesh`), which may be a topology description; without a mesh,
+    that of this process's devices.
     """
     device = jax.sharding.get_abstract_mesh().abstract_device
     name = get_backend().platform if device is None else device.platform
@@ -157,5 +156,5 @@ def platform() -> str:
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Rows over all data-parallel devices, positions whole."""
+    """Batch axis sharded over all data-parallel devices, positions replicated."""
     return NamedSharding(mesh, spec_of(("batch",)))

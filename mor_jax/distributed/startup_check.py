@@ -1,4 +1,4 @@
-"""What all processes of a run must have in common before it starts: settings, code, devices."""
+"""Checks that all processes of a run have the same settings, code and devices."""
 
 import functools
 import hashlib
@@ -17,7 +17,7 @@ from mor_jax.config.parsing import flatten_settings
 from mor_jax.distributed.initialize import requested_processes
 
 _MOST = 12
-"""Differences that a message lists."""
+"""Largest number of differences in a message."""
 
 _SOURCES, _COMMIT = "mor_jax sources", "mor_jax commit"
 
@@ -25,10 +25,10 @@ _SOURCES, _COMMIT = "mor_jax sources", "mor_jax commit"
 def agree_on_start(config: dict[str, Any], code: dict[str, str] | None = None) -> None:
     """Compares settings, code and devices of all processes; call it before anything is written.
 
-    config: the resolved configuration. code: what `code_version` gives, the default.
+    config: the resolved configuration. code: by default the result of `code_version`.
 
     Raises:
-        ValueError: they differ; in every process, saying which process has what.
+        ValueError: they differ; raised in every process, with the values of each process.
     """
     if jax.process_count() == 1:
         return
@@ -38,7 +38,7 @@ def agree_on_start(config: dict[str, Any], code: dict[str, str] | None = None) -
     plain = json.loads(json.dumps(config))
     everyone = gather({"launch": launch, "code": mine, "config": plain})
     fixes = {
-        "launch": "Start each with the same --processes, the number of them",
+        "launch": "Start each with the same --processes",
         "code": "Install the same code and packages on every host",
         "config": "Start every process with the same --config",
     }
@@ -48,15 +48,15 @@ def agree_on_start(config: dict[str, Any], code: dict[str, str] | None = None) -
             for process in everyone
         ]
         if lines := _differences(flats):
-            rest = [f"  and {len(lines) - _MOST} more"] if len(lines) > _MOST else []
-            listed = "\n".join(lines[:_MOST] + rest)
+            more = [f"  and {len(lines) - _MOST} more"] if len(lines) > _MOST else []
+            listed = "\n".join(lines[:_MOST] + more)
             raise ValueError(f"the processes of the run differ in their {part}:\n{listed}\n{fix}")
 
 
 def code_version() -> dict[str, str]:
-    """What decides how this process computes: our sources by content, and the packages that matter.
+    """Versions of this process's code: a hash of our sources, the git commit, and package versions.
 
-    Contents tell an edited tree from its commit, and are there where git is not.
+    The hash detects an edited tree, and works without git.
     """
     package = Path(__file__).parent.parent
     digest = hashlib.sha256()
@@ -67,7 +67,7 @@ def code_version() -> dict[str, str]:
 
 
 def gather(value: Any) -> list[Any]:
-    """A JSON value of every process, in their order; all call it together."""
+    """Gathers a JSON value from every process, in order; all processes call it together."""
     if jax.process_count() == 1:
         return [value]
     text = np.frombuffer(json.dumps(value).encode(), np.uint8)
@@ -84,17 +84,17 @@ def _check_device_counts() -> None:
         listed = "".join(f"  process {i}: {counts[i]}\n" for i in sorted(counts))
         raise ValueError(
             f"the processes of the run have different numbers of devices:\n{listed}"
-            "Give each the same number: look for CUDA_VISIBLE_DEVICES, JAX_NUM_CPU_DEVICES or "
-            "--devices, and for a device that is broken"
+            "Give each the same number: check CUDA_VISIBLE_DEVICES, JAX_NUM_CPU_DEVICES, "
+            "--devices, and for a broken device"
         )
 
 
 def _differences(flats: list[dict[str, str]]) -> list[str]:
-    """`setting: process 0: a; processes 1, 2: b` for each on which not all agree."""
+    """`setting: process 0: a; processes 1, 2: b` for each setting that differs."""
     lines = []
     keys = functools.reduce(set.union, map(set, flats), set())
     if len({values.get(_SOURCES) for values in flats}) == 1:
-        # Equal sources are equal, whatever git knows about them; the commit only helps a reader.
+        # With equal sources the commit does not matter.
         keys.discard(_COMMIT)
     for key in sorted(keys):
         holders: dict[str, list[int]] = {}

@@ -1,4 +1,4 @@
-"""How all processes of a run learn in the same step that one of them was asked to end."""
+"""Lets all processes of a run stop in the same step when one of them receives a signal."""
 
 from typing import Any
 
@@ -9,26 +9,26 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 
 class StopConsensus:
-    """`number -> the largest number of any process`, one call late.
+    """`number -> maximum over all processes`, one call late.
 
-    Every process calls it equally often, once a step. The numbers meet in a maximum over all
-    devices that runs beside the step and is read in the next call, so that nobody waits for it. A
-    single process needs no agreement: it gets its own number back at once.
+    Every process calls it once per step. The maximum over all devices is computed asynchronously
+    with the step and read in the next call, so no process waits for it. A single process gets its
+    own number back at once.
     """
 
     def __init__(self, mesh: Mesh, *, several: bool | None = None):
-        """several: whether to go over the devices; by default where there are more processes."""
-        self._several = jax.process_count() > 1 if several is None else several
-        self._cut = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
+        """several: whether to compute over the devices; default: with several processes."""
+        self._multiprocess = jax.process_count() > 1 if several is None else several
+        self._sharding = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
         self._max = jax.jit(jnp.max, out_shardings=NamedSharding(mesh, PartitionSpec()))
-        self._asked: Any = None
+        self._previous: Any = None
 
     def __call__(self, number: int) -> int:
-        """The largest number given in the call before, by any process; 0 in the first call."""
-        if not self._several:
+        """The largest number of the previous call, of any process; 0 in the first call."""
+        if not self._multiprocess:
             return number
-        mine = np.full(len(self._cut.addressable_devices), number, np.int32)
-        shape = (self._cut.mesh.size,)
-        largest = self._max(jax.make_array_from_process_local_data(self._cut, mine, shape))
-        asked, self._asked = self._asked, largest
-        return 0 if asked is None else int(asked)
+        mine = np.full(len(self._sharding.addressable_devices), number, np.int32)
+        shape = (self._sharding.mesh.size,)
+        largest = self._max(jax.make_array_from_process_local_data(self._sharding, mine, shape))
+        previous, self._previous = self._previous, largest
+        return 0 if previous is None else int(previous)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from mor_jax.config import ModelConfig
-from mor_jax.distributed.collectives import all_gather_param, constrain, row_axes
+from mor_jax.distributed.collectives import all_gather_param, batch_axes, constrain
 from mor_jax.models.attention import Attention, KeyValue, SequenceContext
 from mor_jax.models.layers.initializers import Axes
 from mor_jax.models.layers.mlp import SwiGLU
@@ -129,7 +129,7 @@ class Stack(nnx.Module):
 
     def _gathered(self, weights: nnx.State, dtype: jnp.dtype) -> nnx.State:
         """All-gathers the parameters of one layer; gathered matrices are cast to `dtype`."""
-        if not row_axes():
+        if not batch_axes():
             return weights
 
         def gather(path: tuple[Any, ...], variable: nnx.Variable) -> nnx.Variable:

@@ -14,7 +14,7 @@ from flax import nnx
 from jax.sharding import PartitionSpec
 
 from mor_jax.config import ModelConfig
-from mor_jax.distributed.collectives import all_gather_param, row_axes
+from mor_jax.distributed.collectives import all_gather_param, batch_axes
 from mor_jax.models.param_count import unique_parameters
 from mor_jax.models.routing.router import Route
 from mor_jax.models.transformer import ModelOutput, Transformer
@@ -113,7 +113,7 @@ def gather(cfg: ModelConfig, params: Params, shared: bool) -> Params:
     Under `shard_map_over_batch` parameters that FSDP shards are all-gathered either here, once, or
     by the layer that uses them, each time it runs. Matrices are cast to the model's dtype.
     """
-    if not row_axes():
+    if not batch_axes():
         return params
     axes, sizes = logical_axes(cfg), abstract_params(cfg)
     dtype = jnp.dtype(cfg.dtype)

@@ -180,7 +180,7 @@ def _fake_cpu_devices(topology: Topology) -> list[jax.Device]:
 def mesh_of(cfg: TrainConfig, topology: Topology) -> Mesh:
     """The configured mesh over the topology's devices. Raises ValueError if they do not match."""
     mesh = sharding.make_mesh(cfg.mesh, devices(topology))
-    sharding.check_rows(mesh, "batch_size", cfg.batch_size, cfg.grad_accum_steps)
+    sharding.check_batch_size(mesh, "batch_size", cfg.batch_size, cfg.grad_accum_steps)
     return mesh
 
 

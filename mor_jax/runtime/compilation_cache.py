@@ -1,8 +1,8 @@
-"""Compiled programs kept between the starts of a run, in `<workdir>/compilation_cache`.
+"""JAX's persistent compilation cache of a run, in `<workdir>/compilation_cache`.
 
-A process that is killed while it writes an entry leaves a part of it, which would be found unusable
-and never be replaced. So the sizes of entries known to be whole are noted (`seal`), and the next
-start drops all others.
+A process that is killed while it writes an entry leaves a truncated one, which JAX can neither use
+nor replace. Therefore `seal` records the sizes of complete entries, and the next start deletes all
+others.
 """
 
 import contextlib
@@ -23,40 +23,39 @@ _VARIABLE = "JAX_COMPILATION_CACHE_DIR"
 
 
 class Cache:
-    """The entries of one run."""
+    """The cache entries of one run."""
 
     def __init__(self, path: epath.Path):
         self._path, self._seen = path, {}
 
     def seal(self, *, idle: bool = False) -> None:
-        """Notes the entries that have not grown since the last call as whole.
+        """Records as complete the entries that have not grown since the last call.
 
-        idle: nothing is being compiled any more, so all are.
+        idle: nothing is being compiled, so all entries are complete.
         """
         if jax.process_index() != 0 or not self._path.exists():
             return
         seen = _sizes(self._path)
-        whole = {name: size for name, size in seen.items() if idle or self._seen.get(name) == size}
-        if whole != _noted(self._path):
-            write_atomic(self._path / _SIZES, json.dumps(whole, indent=1))
+        complete = {n: size for n, size in seen.items() if idle or self._seen.get(n) == size}
+        if complete != _recorded_sizes(self._path):
+            write_atomic(self._path / _SIZES, json.dumps(complete, indent=1))
         self._seen = seen
 
 
 @contextlib.contextmanager
-def kept_in(workdir: epath.Path, wanted: bool) -> Iterator[Cache | None]:
-    """Lets JAX keep compiled programs in `workdir` and look for them there, inside the block.
+def use_cache_dir(workdir: epath.Path, enabled: bool) -> Iterator[Cache | None]:
+    """Makes JAX use a compilation cache in `workdir` inside the block.
 
-    None, and nothing changes, if it is not `wanted` or JAX_COMPILATION_CACHE_DIR names another
-    place.
+    Yields None, and changes nothing, if not `enabled` or if JAX_COMPILATION_CACHE_DIR is set.
     """
-    if not wanted or os.environ.get(_VARIABLE):
+    if not enabled or os.environ.get(_VARIABLE):
         yield None
         return
     path, before = workdir / DIRECTORY, jax.config.jax_compilation_cache_dir
     if jax.process_index() == 0 and path.exists():
-        noted = _noted(path)
+        recorded = _recorded_sizes(path)
         for name, size in _sizes(path).items():
-            if noted.get(name) != size:
+            if recorded.get(name) != size:
                 (path / name).unlink()
     _use(str(path))
     try:
@@ -67,11 +66,11 @@ def kept_in(workdir: epath.Path, wanted: bool) -> Iterator[Cache | None]:
 
 def _use(path: str | None) -> None:
     jax.config.update("jax_compilation_cache_dir", path)
-    # The directory is read at the first compilation and not again.
+    # JAX reads the setting only at the first compilation.
     compilation_cache.reset_cache()
 
 
-def _noted(path: epath.Path) -> dict[str, int]:
+def _recorded_sizes(path: epath.Path) -> dict[str, int]:
     file = path / _SIZES
     return json.loads(file.read_text()) if file.exists() else {}
 
@@ -80,4 +79,4 @@ def _sizes(path: epath.Path) -> dict[str, int]:
     return {p.name: p.stat().length for p in path.iterdir() if p.name.endswith("-cache")}
 
 
-__all__ = ["DIRECTORY", "Cache", "kept_in"]
+__all__ = ["DIRECTORY", "Cache", "use_cache_dir"]

@@ -1,36 +1,36 @@
-"""Exit codes of all commands: what a scheduler may read from them. docs/faults.md explains them.
+"""Exit codes of all commands, for schedulers. docs/faults.md explains them.
 
-Anything else (a negative code, 137, 139) means that the process was killed or crashed: the same
-command goes on from the newest good checkpoint.
+Any other code (negative, 137, 139) means that the process was killed or crashed: the same command
+resumes from the newest valid checkpoint.
 """
 
 import errno
 
 OK = 0
 ERROR = 1
-"""Something went wrong under way, such as a disk that is full; the message says what."""
+"""A failure at run time, such as a full disk; see the message."""
 REFUSED = 2
-"""A setting, the data or the directory does not fit; the message says what, nothing was changed."""
+"""Invalid settings, data or directory; see the message. Nothing was changed."""
 STOPPED = 75
-"""Ended on a signal, everything worth saving saved: run the same command again."""
+"""Stopped by a signal after saving: run the same command again to resume."""
 HOST_LOST = 76
 """Another process of the run died or hung: run the same command again."""
 DIVERGED = 77
-"""Steps were not finite again after the one rollback: a person has to look, do not requeue."""
+"""Non-finite steps again after the one rollback: needs inspection, do not requeue."""
 
 
 _DISK = {errno.ENOSPC, errno.EDQUOT, errno.EIO}
 
 
 def of(error: BaseException) -> int:
-    """The code to end with after `error`, that which it carries itself if it does.
+    """The exit code for `error`: its own attribute `code` if it has one.
 
-    A `ValueError` that tells of a full or failing disk is no refusal.
+    A `ValueError` caused by a full or failing disk gives `ERROR`, not `REFUSED`.
     """
     code = getattr(error, "code", None)
     if isinstance(code, int):
         return code
-    behind = error.__cause__ or error.__context__
-    if isinstance(behind, OSError) and behind.errno in _DISK:
+    cause = error.__cause__ or error.__context__
+    if isinstance(cause, OSError) and cause.errno in _DISK:
         return ERROR
     return REFUSED if isinstance(error, ValueError) else ERROR

@@ -1,17 +1,17 @@
-"""What the vendors publish about accelerators, keyed by the name JAX gives a device.
+"""Published specifications of accelerators, by JAX's `device_kind`.
 
-Numbers are peaks for dense bfloat16 products with float32 accumulation. NVIDIA's sheets print the
-figure for 2:4 sparse matrices; half of it stands here. A device that is not listed, a CPU among
-them, has no peak: every function then answers None, never an estimate.
+Peaks are for dense bfloat16 products with float32 accumulation: half of the figure for 2:4 sparse
+matrices in NVIDIA's data sheets. For devices that are not listed, CPUs included, every function
+returns None, never an estimate.
 
 Sources. TPU: cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e,tpu7x}; the links of v4 after Jouppi et
 al., "TPU v4" (ISCA 2023), six of 50 GB/s in each direction. NVIDIA: the data sheets of A100
 (nvidia-a100-datasheet), H100, H200, GH200, L4, L40S and HGX B200.
 
-Data-centre network. TPU: the same pages; v5p 50 Gbit/s a chip and TPU7x and v6e 100 Gbit/s ("Data
-center network (DCN) bandwidth per chip", page tpu7x), v5e 6.4 Tbit/s for a pod of 256 chips. For v4
-nothing is published. GPUs that stand eight in a DGX: one network card each, 200 Gbit/s for A100
-(DGX A100 user guide), 400 Gbit/s for H100, H200 and B200 (DGX BasePOD reference architecture).
+Data-centre network. TPU: the same pages; v5p 50 Gbit/s per chip and TPU7x and v6e 100 Gbit/s ("Data
+center network (DCN) bandwidth per chip", page tpu7x), v5e 6.4 Tbit/s for a pod of 256 chips, v4
+unpublished. GPUs of a DGX with eight: one network card each, 200 Gbit/s for A100 (DGX A100 user
+guide), 400 Gbit/s for H100, H200 and B200 (DGX BasePOD reference architecture).
 """
 
 import dataclasses
@@ -23,10 +23,10 @@ _GIB = 2**30
 class Chip:
     """One device as JAX counts devices.
 
-    peak: FLOP/s, dense bfloat16. memory: bytes. bandwidth: bytes/s of that memory.
-    interconnect: bytes/s to other devices of its kind, both directions summed; None without links
-    of its own (PCIe only). data_centre: bytes/s in each direction to other slices or nodes; None
-    where nothing is published.
+    peak: FLOP/s, dense bfloat16. memory: bytes. bandwidth: memory bandwidth, bytes/s.
+    interconnect: bytes/s to other devices of its kind, both directions summed; None without a
+    dedicated link (PCIe only). data_centre: bytes/s in each direction to other slices or nodes;
+    None if unpublished.
     """
 
     peak: float
@@ -60,7 +60,7 @@ CHIPS: dict[str, Chip] = {
     "TPU v5p": _V5P,
     "TPU v6 lite": _V6E,
     "TPU v6e": _V6E,
-    # JAX sees the two halves of this chip as two devices, so each has half of the published
+    # JAX treats the two halves of this chip as two devices; each has half of the published
     # 2307 TFLOP/s, 192 GiB, 7380 GB/s, 1200 GB/s and 100 Gbit/s.
     "TPU7x": _chip(1153.5, 96.0, 3690.0, 600.0, 50.0),
     "NVIDIA A100-SXM4-40GB": _chip(312.0, 40.0, 1555.0, 600.0, 200.0),
@@ -79,7 +79,7 @@ CHIPS: dict[str, Chip] = {
 
 
 def peak_flops(device_kind: str) -> float | None:
-    """Dense bfloat16 FLOP/s of `jax.Device.device_kind`; None where no peak is published here."""
+    """Dense bfloat16 FLOP/s of `jax.Device.device_kind`; None if it is not listed."""
     chip = CHIPS.get(device_kind)
     return None if chip is None else chip.peak
 
@@ -87,10 +87,10 @@ def peak_flops(device_kind: str) -> float | None:
 def mfu(
     flops_per_token: float, tokens_per_second: float, device_kind: str, devices: int = 1
 ) -> float | None:
-    """Share of the devices' peak that `flops_per_token * tokens_per_second` amounts to, 0 .. 1.
+    """`flops_per_token * tokens_per_second` as a fraction of the devices' peak, 0 .. 1.
 
-    With model FLOPs of the tokens actually routed this is the model FLOPs utilisation; with
-    hardware FLOPs it is the hardware utilisation. None on a device without a listed peak.
+    With the model FLOPs of the tokens actually routed this is the model FLOPs utilisation (MFU);
+    with hardware FLOPs, the hardware FLOPs utilisation. None if the device is not listed.
     tokens_per_second: of all `devices` together.
     """
     peak = peak_flops(device_kind)

@@ -1,31 +1,29 @@
-"""Keeping freed memory: the CPU backend allocates large buffers anew in every step.
+"""Keeps freed memory in the process: the CPU backend reallocates large buffers in every step.
 
-By default glibc returns blocks beyond 32 MB to the system when they are freed, and each step then
-pays for mapping and clearing every page of its activations again, which can take longer than the
-arithmetic on them.
+By default glibc returns freed blocks larger than 32 MB to the system, so each step has to map and
+clear every page of its activations again, which can take longer than the arithmetic on them.
 """
 
 import ctypes
 import sys
 
-# Options of mallopt(3): when to give memory back, what to map by itself and how often, and how many
-# pools threads have.
+# Parameters of mallopt(3).
 _TRIM_THRESHOLD, _MMAP_THRESHOLD, _MMAP_MAX, _ARENA_MAX = -1, -3, -4, -8
 _LARGEST = 2**31 - 1
 
 
 def keep_freed_memory() -> bool:
-    """Tells glibc to keep freed blocks for reuse; False where there is no glibc.
+    """Makes glibc keep freed blocks for reuse; returns False if there is no glibc.
 
-    Works best before the first array exists. Peak memory stays what it was.
+    Works best before the first array exists. Does not change peak memory.
     """
     return _set((_TRIM_THRESHOLD, _LARGEST), (_MMAP_THRESHOLD, _LARGEST))
 
 
 def share_freed_memory() -> bool:
-    """The same for threads that hand large blocks to each other; False where there is no glibc.
+    """As `keep_freed_memory`, for threads that pass large blocks to each other.
 
-    Every block comes from one pool, which nothing is mapped beside. Call it before any thread is
+    All blocks come from a single arena, without separate mappings. Call it before any thread is
     started.
     """
     return _set((_TRIM_THRESHOLD, _LARGEST), (_MMAP_MAX, 0), (_ARENA_MAX, 1))

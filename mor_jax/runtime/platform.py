@@ -1,23 +1,23 @@
-"""Which devices JAX need not look for. Imports nothing heavy, so that it can come before JAX."""
+"""Selects JAX's CPU platform on machines without an accelerator. Does not import JAX."""
 
 import os
 import sys
 from pathlib import Path
 
-# TPUs, NVIDIA GPUs (the last one under Windows), AMD GPUs.
+# TPUs, NVIDIA GPUs (the last one under Windows Subsystem for Linux), AMD GPUs.
 _DEVICES = ("accel*", "vfio/[0-9]*", "nvidia*", "dxg", "kfd")
 
 
-def skip_absent(devices: Path = Path("/dev")) -> None:
-    """Keeps JAX to the CPU where there is no device file of an accelerator.
+def use_cpu_without_accelerator(devices: Path = Path("/dev")) -> None:
+    """Restricts JAX to the CPU if no device file of an accelerator exists.
 
-    Otherwise libtpu, which a plan for a pod needs installed, looks for its TPU and complains at
-    length. What JAX_PLATFORMS says goes first. To be called before JAX looks for its devices.
+    Otherwise libtpu, which pod planning requires, searches for a TPU and prints long warnings.
+    JAX_PLATFORMS takes precedence. Call it before JAX initialises its devices.
     """
     if sys.platform != "linux" or os.environ.get("JAX_PLATFORMS"):
         return
     if not any(found for pattern in _DEVICES for found in devices.glob(pattern)):
         os.environ["JAX_PLATFORMS"] = "cpu"
         if "jax" in sys.modules:
-            # It has read the environment already.
+            # An imported JAX has already read the environment.
             sys.modules["jax"].config.update("jax_platforms", "cpu")

@@ -65,7 +65,7 @@ class Loop:
             Profile(run.path, cfg.profile) as profile,
         ):
             self._metrics, self._progress = metrics, progress
-            self._services.signals.on_leaving(lambda _: progress.__exit__())
+            self._services.signals.on_exit(lambda _: progress.__exit__())
             self._services.events.restart_clock()
             if self._start.eval_pending and (caught := self._evaluate(self._first)):
                 self._stop(self._first, caught)
@@ -82,7 +82,7 @@ class Loop:
                 if caught:
                     self._stop(step, caught)
             self._services.checkpoints.wait()
-            self._services.signals.nothing_new = "the last step was saved"
+            self._services.signals.nothing_to_save = "the last step was saved"
             if not self._evaluated:
                 with progress.busy("evaluating"):
                     self._evaluated = run.evaluator(self._state.params)
@@ -122,7 +122,7 @@ class Loop:
                     return False
 
     def _under_way(self, program: Any) -> None:
-        self._services.signals.something_new()
+        self._services.signals.mark_unsaved()
         report = memory(program)
         self._services.events.write("memory", **report)
         self._progress.note(memory_line(report))
@@ -232,7 +232,7 @@ class Loop:
         name = signal.Signals(caught).name
         self._services.events.write("stop", step=step, reason=name)
         saved = f"stopped after step {step}, saved in {self._run.path}"
-        raise Stopped(f"{name}: {saved}. The same command goes on")
+        raise Stopped(f"{name}: {saved}. Run the same command again to resume")
 
 
 def _due(step: int, every: int | None, steps: int) -> bool:

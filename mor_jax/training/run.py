@@ -12,7 +12,7 @@ from mor_jax import data
 from mor_jax.checkpoint.checkpointer import Checkpointer
 from mor_jax.config import TrainConfig
 from mor_jax.distributed import mesh as sharding
-from mor_jax.distributed.data_shard import reader
+from mor_jax.distributed.data_shard import data_parallel_rank
 from mor_jax.distributed.heartbeat import PeerMonitor
 from mor_jax.distributed.stop_consensus import StopConsensus
 from mor_jax.observability.event_log import Events
@@ -123,7 +123,7 @@ class TrainResult:
 
 def batch_layout(mesh: Mesh, cfg: TrainConfig, batch_size: int) -> data.Layout:
     """Global batches of `batch_size` sequences, and the part of them that this process reads."""
-    host, hosts = reader(mesh)
+    host, hosts = data_parallel_rank(mesh)
     return data.Layout(length=cfg.seq_len, batch_size=batch_size, host=host, hosts=hosts)
 
 

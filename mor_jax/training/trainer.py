@@ -29,7 +29,7 @@ from mor_jax.models.layers.remat import check_remat
 from mor_jax.models.params import abstract_params, logical_axes
 from mor_jax.observability.event_log import FILE, Events, read
 from mor_jax.observability.goodput import goodput
-from mor_jax.runtime.compilation_cache import kept_in
+from mor_jax.runtime.compilation_cache import use_cache_dir
 from mor_jax.runtime.host_memory import keep_freed_memory
 from mor_jax.runtime.preemption import Diverged, ImmediateExit, Signals, Stopped, StoppedEarly
 from mor_jax.training.batch_iterator import BatchIterator
@@ -73,7 +73,7 @@ def fit(
         HostLost: another process of the run is gone.
     """
     with signals or Signals() as signals:
-        signals.looks = True
+        signals.polls = True
         try:
             path = run_dir.resolved_path(directory)
             _prepare(cfg)
@@ -84,7 +84,7 @@ def fit(
         except ImmediateExit as left:
             raise StoppedEarly(f"{left}. The same command starts it again") from None
         finally:
-            signals.looks = False
+            signals.polls = False
 
 
 def _prepare(cfg: TrainConfig) -> None:
@@ -113,10 +113,10 @@ def _fit(
     changes = _everywhere(lambda: run_dir.check_workdir(path, cfg, allow)) or []
     with contextlib.ExitStack() as stack:
         undo = _everywhere(lambda: stack.enter_context(run_dir.lock_run_dir(path)))
-        signals.on_leaving(lambda _: undo())
-        cache = stack.enter_context(kept_in(path, cfg.compilation_cache))
+        signals.on_exit(lambda _: undo())
+        cache = stack.enter_context(use_cache_dir(path, cfg.compilation_cache))
         peers = stack.enter_context(PeerMonitor(path, cfg.hosts.heartbeat_timeout))
-        signals.on_leaving(peers.stopped)
+        signals.on_exit(peers.stopped)
         try:
             peers.phase("assembling")
             run = _assemble(cfg, path, signals.check)
@@ -217,9 +217,9 @@ def _train(run: Run, services: RunServices, start: ResumePoint) -> dict[str, Any
 
 def _assemble(cfg: TrainConfig, path: epath.Path, look: Callable[[], None]) -> Run:
     mesh = sharding.make_mesh(cfg.mesh)
-    sharding.check_rows(mesh, "batch_size", cfg.batch_size, cfg.grad_accum_steps)
-    sharding.check_rows(mesh, "eval.batch_size", cfg.eval.batch_size)
-    sharding.check_length(mesh, cfg.seq_len)
+    sharding.check_batch_size(mesh, "batch_size", cfg.batch_size, cfg.grad_accum_steps)
+    sharding.check_batch_size(mesh, "eval.batch_size", cfg.eval.batch_size)
+    sharding.check_seq_len(mesh, cfg.seq_len)
     check_remat(cfg.model.remat)
     placement = sharding.param_shardings(mesh, logical_axes(cfg.model), abstract_params(cfg.model))
     abstract = abstract_state(cfg, mesh, placement)
@@ -232,7 +232,7 @@ def _assemble(cfg: TrainConfig, path: epath.Path, look: Callable[[], None]) -> R
     _check_completion(cfg, tokenizer)
     look()
     layout = batch_layout(mesh, cfg, cfg.eval.batch_size)
-    given, multiple = (cfg.data, tokenizer, layout, cfg.eval.batches), sharding.row_devices(mesh)
+    given, multiple = (cfg.data, tokenizer, layout, cfg.eval.batches), sharding.batch_shards(mesh)
     heldout = data.validation_batches(*given, multiple=multiple)
     evaluator = Evaluator.of(cfg, [place(mesh, batch) for batch in heldout])
     look()

@@ -84,11 +84,11 @@ def test_a_process_that_dies_or_hangs_is_named_by_the_other(victim, kind, tmp_pa
         assert other.code() == exit_codes.HOST_LOST
         message = line_with(other, "host lost:")
         # At most two of its heartbeats, half a second each, are added at a time.
-        assert re.search("no sign of life for [34] s", message), message
+        assert re.search("sent no heartbeat for [34] s", message), message
         assert f"process {victim} of 2 (host {HERE}, pid {started[victim].pid})" in message
         assert "last in phase 'step " in message
         assert f"Process {1 - victim} was in phase 'step " in message
-        assert "hosts.heartbeat_timeout=3" in message and "Start the same command again" in message
+        assert "hosts.heartbeat_timeout=3" in message and "Run the same command again" in message
 
 
 def test_an_error_of_one_process_is_told_by_the_other(tmp_path):
@@ -174,11 +174,11 @@ def test_coordinator_that_does_not_answer_is_named():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("host:1", 2, None), "--process=None: --distributed=manual needs it"),
-        ((None, None, None), "--coordinator=None: --distributed=manual needs it"),
-        (("host:1", None, 0), "--processes=None: --distributed=manual needs it"),
+        (("host:1", 2, None), "--process=None: is required by --distributed=manual"),
+        ((None, None, None), "--coordinator=None: is required by --distributed=manual"),
+        (("host:1", None, 0), "--processes=None: is required by --distributed=manual"),
         (("host:1", 0, 0), "--processes=0: must be positive"),
-        (("host:1", 2, 2), r"--process=2: must be in 0 .. 1, as --processes=2"),
+        (("host:1", 2, 2), r"--process=2: must be in 0 .. 1, with --processes=2"),
         (("host", 2, 0), "--coordinator='host': must be HOST:PORT"),
         (("host:70000", 2, 0), "--coordinator='host:70000': must be HOST:PORT"),
         ((":80", 2, 0), "--coordinator=':80': must be HOST:PORT"),
@@ -204,7 +204,7 @@ def test_word_of_the_end_reaches_those_who_do_not_watch(tmp_path, monkeypatch):
     codes = queue.Queue()
     # Heartbeats twenty times a second; those of the others stand still, and are not missed.
     monkeypatch.setattr(heartbeat, "_BEATS", 20 * PATIENCE)
-    monkeypatch.setattr(heartbeat, "_PATIENCE", 0)
+    monkeypatch.setattr(heartbeat, "_EXIT_GRACE", 0)
     monkeypatch.setattr(heartbeat, "_exit", codes.put)
     folder = tmp_path / heartbeat.DIRECTORY
     folder.mkdir()
@@ -231,7 +231,7 @@ def test_evidence_is_awaited_in_heartbeats(tmp_path, monkeypatch, beats, known):
         watch._counter += beats
         return len(waits) == 50
 
-    monkeypatch.setattr(watch._known, "wait", wait)
+    monkeypatch.setattr(watch._lost_event, "wait", wait)
     watch._await_evidence()
     assert (len(waits) == 50) == known
     assert known or len(waits) == heartbeat._BEATS + 3

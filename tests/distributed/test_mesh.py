@@ -127,7 +127,7 @@ def test_parameters_are_cut_as_the_table_says():
 
 def test_what_does_not_divide_is_refused_by_name():
     cfg = dataclasses.replace(TINY["plain"], num_heads=3, num_kv_heads=1)
-    with pytest.raises(ValueError, match=r"kv_heads=1: .*layers\.attention\.k is cut over 2"):
+    with pytest.raises(ValueError, match=r"kv_heads=1: .*layers\.attention\.k is sharded over 2"):
         param_shardings(make_mesh(MESHES["all"]), logical_axes(cfg), abstract_params(cfg))
     with pytest.raises(ValueError, match=r"axis='colour': sharding\.RULES knows"):
         spec_of(("embed", "colour"))

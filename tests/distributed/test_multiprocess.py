@@ -31,7 +31,7 @@ from mor_jax.checkpoint.run_dir import claim_workdir
 from mor_jax.config import CheckpointConfig, DataConfig, EvalConfig, LogConfig, MeshConfig
 from mor_jax.data.streams.packing import PackedSequences
 from mor_jax.distributed import initialize
-from mor_jax.distributed.data_shard import share_of
+from mor_jax.distributed.data_shard import rank_of
 from mor_jax.models.params import abstract_params
 from mor_jax.observability import event_log
 from mor_jax.observability.metrics import read
@@ -255,14 +255,16 @@ def test_the_global_batch_is_the_same_for_any_number_of_hosts(hosts, corpus):
 )
 def test_readers_are_those_that_hold_rows_of_their_own(rows, tensor, processes, expected):
     holders = np.repeat(np.arange(processes), rows * tensor // processes).reshape(rows, tensor)
-    assert [share_of(i, holders) for i in range(processes)] == expected
+    assert [rank_of(i, holders) for i in range(processes)] == expected
 
 
 def test_a_tensor_axis_that_straddles_processes_is_refused():
     # Four devices a process, six a row: process 1 has parts of both rows.
     holders = np.repeat(np.arange(3), 4).reshape(2, 6)
-    with pytest.raises(ValueError, match=r"mesh\.tensor=6: .*parts of several processes.*multiple"):
-        share_of(0, holders)
+    with pytest.raises(
+        ValueError, match=r"mesh\.tensor=6: .*split over several processes.*multiple"
+    ):
+        rank_of(0, holders)
 
 
 TIMEOUT = 15
@@ -340,7 +342,7 @@ def test_a_killed_process_is_named(killed):
     _, pid, code, output = killed
     assert code == exit_codes.HOST_LOST, output
     assert "host lost: process 1 of 2" in output and f"pid {pid})" in output
-    silent = int(re.search(r"no sign of life for (\d+) s", output)[1])
+    silent = int(re.search(r"sent no heartbeat for (\d+) s", output)[1])
     # A third of the time at most is added at once.
     assert TIMEOUT <= silent <= TIMEOUT + TIMEOUT // 3
 

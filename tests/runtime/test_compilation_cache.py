@@ -9,7 +9,7 @@ from etils import epath
 
 from mor_jax.config import ProfileConfig
 from mor_jax.observability.profiling import Profile, memory, memory_line
-from mor_jax.runtime.compilation_cache import kept_in
+from mor_jax.runtime.compilation_cache import use_cache_dir
 
 
 @pytest.fixture
@@ -34,7 +34,7 @@ def entries(path):
 
 def test_programs_are_kept_and_those_cut_by_a_kill_are_replaced(tmp_path, no_cache):
     before = jax.config.jax_compilation_cache_dir
-    with kept_in(epath.Path(tmp_path), True) as cache:
+    with use_cache_dir(epath.Path(tmp_path), True) as cache:
         compile_one()
         cache.seal(idle=True)
     whole = entries(tmp_path)
@@ -44,7 +44,7 @@ def test_programs_are_kept_and_those_cut_by_a_kill_are_replaced(tmp_path, no_cac
     cut = next(iter(whole))
     (tmp_path / "compilation_cache" / cut).write_bytes(whole[cut][:10])
     (tmp_path / "compilation_cache" / "another-cache").write_bytes(b"half of")
-    with kept_in(epath.Path(tmp_path), True):
+    with use_cache_dir(epath.Path(tmp_path), True):
         assert entries(tmp_path).keys() == whole.keys() - {cut}
         compile_one()
     # Compiled anew: an entry holds the time that it took, so its bytes differ a little.
@@ -57,7 +57,7 @@ def test_programs_are_kept_and_those_cut_by_a_kill_are_replaced(tmp_path, no_cac
 def test_an_entry_counts_when_it_has_stopped_growing(tmp_path, no_cache):
     folder = tmp_path / "compilation_cache"
     folder.mkdir()
-    with kept_in(epath.Path(tmp_path), True) as cache:
+    with use_cache_dir(epath.Path(tmp_path), True) as cache:
         (folder / "a-cache").write_bytes(b"1")
         cache.seal()
         (folder / "a-cache").write_bytes(b"12")
@@ -65,16 +65,16 @@ def test_an_entry_counts_when_it_has_stopped_growing(tmp_path, no_cache):
         cache.seal()
         cache.seal()
         (folder / "b-cache").write_bytes(b"123")
-    with kept_in(epath.Path(tmp_path), True):
+    with use_cache_dir(epath.Path(tmp_path), True):
         assert entries(tmp_path) == {"a-cache": b"12"}
 
 
 def test_a_place_named_by_the_user_or_none_is_left_alone(tmp_path, no_cache, monkeypatch):
     before = jax.config.jax_compilation_cache_dir
-    with kept_in(epath.Path(tmp_path), False) as cache:
+    with use_cache_dir(epath.Path(tmp_path), False) as cache:
         assert cache is None
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", os.fspath(tmp_path / "mine"))
-    with kept_in(epath.Path(tmp_path), True) as cache:
+    with use_cache_dir(epath.Path(tmp_path), True) as cache:
         assert cache is None
         assert jax.config.jax_compilation_cache_dir == before
     assert list(tmp_path.iterdir()) == []

@@ -42,12 +42,14 @@ def test_what_does_not_fit_is_refused_before_it_runs(monkeypatch):
 
     program, rows = CheckedFunction(total, "eval.batch_size", 4096), jnp.ones((4096, 8))
     monkeypatch.setattr(free_memory, "free_bytes", lambda: 40_000)
-    with pytest.raises(ValueError, match=r"eval\.batch_size=4096: batches of 4,096 rows need") as e:
+    with pytest.raises(
+        ValueError, match=r"eval\.batch_size=4096: batches of 4,096 sequences need"
+    ) as e:
         program(jnp.ones((8, 64)), rows, power=2)
     jax.effects_barrier()
     assert not ran and "0.0 MB are free. Try 128" in str(e.value)
     monkeypatch.setattr(free_memory, "free_bytes", lambda: 4)
-    with pytest.raises(ValueError, match="Shorten the rows"):
+    with pytest.raises(ValueError, match="Shorten the sequences"):
         program(jnp.ones((8, 64)), rows, power=2)
     monkeypatch.undo()
     for power in (1, 2):

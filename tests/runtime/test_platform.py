@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from mor_jax.runtime.platform import skip_absent
+from mor_jax.runtime.platform import use_cpu_without_accelerator
 
 
 @pytest.mark.parametrize(
@@ -23,5 +23,5 @@ def test_what_is_absent_is_not_looked_for(files, said, expected, tmp_path, monke
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
     monkeypatch.setenv("JAX_PLATFORMS", said)
-    skip_absent(tmp_path)
+    use_cpu_without_accelerator(tmp_path)
     assert os.environ["JAX_PLATFORMS"] == expected

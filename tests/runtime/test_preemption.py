@@ -28,8 +28,8 @@ import hashlib, sys
 sys.path.insert(0, sys.argv[1])
 from mor_jax.runtime.preemption import Signals
 with Signals() as signals:
-    signals.on_leaving(lambda reason: print("last word:", reason, flush=True))
-    signals.nothing_new = sys.argv[2]
+    signals.on_exit(lambda reason: print("last word:", reason, flush=True))
+    signals.nothing_to_save = sys.argv[2]
     print("ready", flush=True)
     hashlib.pbkdf2_hmac("sha256", b"", b"", 10**9)
 """
@@ -63,22 +63,22 @@ def blocked(nothing_new: str, kind: int, every: float = PATIENCE) -> tuple[int, 
 
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
 def test_with_nothing_to_save_a_run_leaves_at_once_even_inside_a_compiler(kind):
-    code, output = blocked("no step was finished", kind)
+    code, output = blocked("no step was completed", kind)
     assert code == exit_codes.STOPPED == 75
-    word = f"{kind.name}: left at once, no step was finished"
-    assert output == f"last word: {word}\nstopped: {word}. The same command goes on\n"
+    word = f"{kind.name}: exited at once, no step was completed"
+    assert output == f"last word: {word}\nstopped: {word}. Run the same command again to resume\n"
 
 
 def test_a_second_signal_leaves_at_once_without_saving():
     # Longer than what counts as one request; when signals arrive is the machine's affair.
     code, output = blocked("", signal.SIGTERM, every=1.5)
     assert code == exit_codes.STOPPED
-    assert "SIGTERM: left at once, without saving" in output
+    assert "SIGTERM: exited at once, without saving" in output
 
 
 def test_the_same_signal_twice_at_once_and_another_kind_are_one_request():
     with Signals() as signals:
-        signals.nothing_new = ""
+        signals.nothing_to_save = ""
         for kind in (signal.SIGUSR1, signal.SIGUSR1, signal.SIGTERM):
             os.kill(os.getpid(), kind)
         assert signals.caught == "SIGUSR1"
@@ -88,21 +88,21 @@ def test_a_signal_is_noted_and_raised_where_the_program_looks():
     before = [signal.getsignal(kind) for kind in KINDS]
     with Signals() as signals:
         with signals:
-            signals.nothing_new = ""
+            signals.nothing_to_save = ""
             os.kill(os.getpid(), signal.SIGTERM)
             assert (signals.number, signals.caught) == (signal.SIGTERM, "SIGTERM")
         # Leaving the inner block leaves the outer one listening.
         assert signal.getsignal(signal.SIGTERM) not in before
     assert [signal.getsignal(kind) for kind in KINDS] == before
     with Signals() as signals:
-        signals.looks = True
+        signals.polls = True
         signals.check()
         os.kill(os.getpid(), signal.SIGINT)
         # Nothing comes up in the middle of other code: the program looks.
-        with pytest.raises(ImmediateExit, match="SIGINT: left at once, no step was finished"):
+        with pytest.raises(ImmediateExit, match="SIGINT: exited at once, no step was completed"):
             signals.check()
         with pytest.raises(ImmediateExit):
-            signals.something_new()
+            signals.mark_unsaved()
 
 
 def test_beside_the_main_thread_there_are_no_signals_and_no_errors():
@@ -177,6 +177,6 @@ def test_every_command_is_ended_while_it_imports(name, tmp_path):
     )
     # A server that is told to end before it serves has done what it was told.
     assert done.returncode == (exit_codes.OK if name == "serve" else exit_codes.STOPPED)
-    assert done.stderr.startswith(f"stopped: {kind.name}: left at once, ")
+    assert done.stderr.startswith(f"stopped: {kind.name}: exited at once, ")
     assert done.stderr.count("\n") == 1 and "The same command" in done.stderr
     assert not done.stdout and not list(tmp_path.iterdir())

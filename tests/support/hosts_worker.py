@@ -31,7 +31,7 @@ heartbeat._BEATS = 2 * TIMEOUT
 # For those who are to notice that somebody is gone.
 SHORT = 3
 # This machine's file system shows new files at once.
-heartbeat._SIGHT = 2
+heartbeat._VISIBILITY_TIMEOUT = 2
 
 
 def say(**values: object) -> None:

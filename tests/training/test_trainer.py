@@ -146,7 +146,7 @@ def test_before_the_first_finished_step_a_signal_ends_the_run_at_once(
     cfg, directory = whole
     with monkeypatch.context() as patch:
         interrupt(patch, at, heldout=2)
-        with pytest.raises(Stopped, match=r"SIGTERM: left at once, no step was finished.*again"):
+        with pytest.raises(Stopped, match=r"SIGTERM: exited at once, no step was completed.*again"):
             fit(cfg, tmp_path / "run")
     # What was not claimed yet is as before; what was is taken up.
     assert (tmp_path / "run").exists() == (at == 1)
@@ -193,7 +193,7 @@ def test_an_evaluation_is_left_for_a_signal_and_made_up_for(whole, tmp_path, mon
         # Taken up again and again from there, it has the evaluation once.
         with monkeypatch.context() as patch:
             interrupt(patch, at=1, heldout=2)
-            with pytest.raises(Stopped, match="no step was finished"):
+            with pytest.raises(Stopped, match="no step was completed"):
                 fit(cfg, tmp_path / "run")
     fit(cfg, tmp_path / "run")
     assert_same_run(cfg, directory, tmp_path / "run")
@@ -400,7 +400,7 @@ def wrong_settings(corpus):
             {
                 "mesh": dataclasses.replace(config(corpus).mesh, data=1, tensor=8),
             },
-            r"kv_heads=2: .*layers\.attention\.k is cut over 8 devices",
+            r"kv_heads=2: .*layers\.attention\.k is sharded over 8 devices",
         ),
         "source": (
             {"data": dataclasses.replace(corpus, sources=("text:/nowhere/*.txt",))},

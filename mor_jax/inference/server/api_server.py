@@ -20,7 +20,7 @@ from mor_jax.inference.server.app import ApiApp
 from mor_jax.inference.server.connection import bounded
 from mor_jax.inference.server.limits import SEND_BUFFER, Limits
 from mor_jax.runtime import exit_codes
-from mor_jax.runtime.preemption import AGAIN
+from mor_jax.runtime.preemption import REPEAT_SECONDS
 
 LOG = logging.getLogger("mor_jax.serve")
 
@@ -93,7 +93,7 @@ class Server(uvicorn.Server):
         self._api, self._engine, self._limits, self._ready = api, engine, limits, ready
         self._loop: asyncio.AbstractEventLoop | None = None
         self._draining: asyncio.Task[None] | None = None
-        self._asked = -AGAIN
+        self._asked = -REPEAT_SECONDS
         self.code, self.hangs = exit_codes.OK, False
 
     @contextlib.contextmanager
@@ -134,7 +134,7 @@ class Server(uvicorn.Server):
 
     def _signal(self, name: str) -> None:
         now = time.monotonic()
-        if now - self._asked >= AGAIN:
+        if now - self._asked >= REPEAT_SECONDS:
             self._ask(name)
         self._asked = now
 

@@ -114,8 +114,8 @@ class _Runner:
 
     def __call__(self, signals: Signals) -> dict[str, str]:
         # A signal is only noted: the jobs have something to save.
-        signals.nothing_new = ""
-        signals.on_leaving(lambda _: self._end())
+        signals.nothing_to_save = ""
+        signals.on_exit(lambda _: self._end())
         for found in progress(self._study, self._manifest):
             if found.state == "done":
                 self._done.add(found.run.name)
