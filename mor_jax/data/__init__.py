@@ -1,4 +1,4 @@
-"""Data: corpora, tokenizers, packing and batches. docs/data.md describes sources and settings."""
+"""Data: sources, tokenizers, packing and batches. See docs/data.md."""
 
 from mor_jax.data.loader import (
     Layout,
@@ -12,18 +12,17 @@ from mor_jax.data.loader import (
     validation_sources,
 )
 from mor_jax.data.ngram_baseline import ngram_loss
-from mor_jax.data.position import DataPosition, Jump, ahead, carried_over
+from mor_jax.data.position import DataPosition, SkippedRange, advance, resume_position
 from mor_jax.data.tokenizers.base import Tokenizer
 from mor_jax.data.tokenizers.load import check_vocabulary, load_tokenizer
 
 __all__ = [
     "DataPosition",
-    "Jump",
     "Layout",
+    "SkippedRange",
     "Tokenizer",
     "TrainBatches",
-    "ahead",
-    "carried_over",
+    "advance",
     "check_vocabulary",
     "fingerprint",
     "load_tokenizer",
@@ -31,6 +30,7 @@ __all__ = [
     "open_corpus",
     "open_streams",
     "position_of",
+    "resume_position",
     "train_batches",
     "validation_batches",
     "validation_sources",

@@ -1,8 +1,8 @@
-"""Batches: from configured sources to this host's rows of every global batch.
+"""Batches: from configured sources to this host's sequences of every global batch.
 
-The state of the whole pipeline is a `Place`, the number of the next row and what each source was
-read up to: the rows that follow are a pure function of it, of the configuration and of the seed,
-whatever the size of a batch and the number of hosts.
+The state of the pipeline is a `DataPosition`: the index of the next sequence, and the position in
+each source. The sequences that follow are a pure function of it, of the configuration and of the
+seed, independent of the batch size and the number of hosts.
 """
 
 import dataclasses
@@ -15,22 +15,22 @@ import numpy as np
 
 from mor_jax.config import DataConfig
 from mor_jax.config.parsing import check
-from mor_jax.data.position import DataPosition, Jump, RowOrder, ahead, first_position
+from mor_jax.data.position import DataPosition, RowOrder, SkippedRange, advance, first_position
 from mor_jax.data.shards.reader import open_shards
 from mor_jax.data.sources.documents import Documents, open_documents
-from mor_jax.data.streams.mixture import shares_of
-from mor_jax.data.streams.packing import PackedSequences, Row, rows_per_host
+from mor_jax.data.streams.mixture import apportion
+from mor_jax.data.streams.packing import PackedSequences, Row, evenly_spaced
 from mor_jax.data.streams.token_streams import TokenStream, tokenize
 from mor_jax.data.tokenizers.base import Tokenizer
 from mor_jax.types import IGNORE, Batch
 
-# grain takes half a second to import; evaluation and preparation do without it.
+# grain takes half a second to import; evaluation and data preparation do not need it.
 if TYPE_CHECKING:
     import grain
 
 
-_MOST_ROWS = 2**40
-"""More held-out rows than any text has, few enough to be counted in doubles."""
+_MAX_SEQUENCES = 2**40
+"""More validation sequences than any corpus has, and exact in float64."""
 
 
 @functools.lru_cache(maxsize=8)
@@ -40,7 +40,7 @@ def _tokenized(key: "_Key") -> dict[str, TokenStream]:
 
 @dataclasses.dataclass(frozen=True)
 class _Key:
-    """A tokenised source in memory; equal keys share it for the life of the process."""
+    """Cache key of a tokenised source in memory."""
 
     documents: Documents = dataclasses.field(compare=False)
     spec: str
@@ -57,12 +57,12 @@ def open_streams(cfg: DataConfig, tokenizer: Tokenizer, split: str) -> list[Toke
     for i, spec in enumerate(cfg.sources):
         setting = f"data.sources[{i}]"
         if spec.startswith("shards:"):
-            rule = "is written in two parts, to train on and to hold out"
-            check(split != "all", setting, spec, rule, "Name the text that it was made of")
+            rule = "is already split into training and validation data"
+            check(split != "all", setting, spec, rule, "Name the text that it was prepared from")
             streams.append(open_shards(spec, tokenizer, setting)[split])
             continue
-        found = open_documents(spec, cfg.text_key, setting)
-        key = _Key(found, spec, found.identity, cfg.text_key, tokenizer, share)
+        documents = open_documents(spec, cfg.text_key, setting)
+        key = _Key(documents, spec, documents.identity, cfg.text_key, tokenizer, share)
         streams.append(_tokenized(key)[split])
     return streams
 
@@ -77,7 +77,7 @@ def _open_rows(
 def open_corpus(
     cfg: DataConfig, tokenizer: Tokenizer, split: str, length: int
 ) -> "grain.MapDataset":
-    """Every row of a split, source after source, unshuffled: a grain `MapDataset` of `Row`."""
+    """All sequences of a split, source after source, unshuffled: a grain `MapDataset` of `Row`."""
     import grain
 
     parts = [grain.MapDataset.source(rows) for rows in _open_rows(cfg, tokenizer, split, length)]
@@ -85,9 +85,9 @@ def open_corpus(
 
 
 def fingerprint(cfg: DataConfig, tokenizer: Tokenizer) -> str:
-    """Hash that changes when batches would: texts, tokenizer, split, mixture, packing, order.
+    """Hash of everything that determines the batches: texts, tokenizer, split, mixture, order.
 
-    Paths and the number of hosts, threads or processes do not enter.
+    Independent of paths and of the number of hosts, threads or processes.
     """
     splits = ("train", "heldout")
     texts = [[s.fingerprint for s in open_streams(cfg, tokenizer, split)] for split in splits]
@@ -96,7 +96,7 @@ def fingerprint(cfg: DataConfig, tokenizer: Tokenizer) -> str:
 
 
 def position_of(cfg: DataConfig, tokenizer: Tokenizer, *, length: int, seed: int) -> DataPosition:
-    """The beginning of a run with this data. Raises `ValueError`, see docs/data.md."""
+    """The start position of a run with this data. Raises `ValueError`, see docs/data.md."""
     pairs = [open_streams(cfg, tokenizer, split) for split in ("train", "heldout")]
     texts = [
         hashlib.sha256(repr([train.fingerprint, heldout.fingerprint]).encode()).hexdigest()[:32]
@@ -111,10 +111,10 @@ def _weights(cfg: DataConfig) -> tuple[float, ...]:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Layout:
-    """Global batches of `batch_size` rows of `length` tokens, and which of `hosts` reads here.
+    """Global batches of `batch_size` sequences of `length` tokens, read by `hosts` hosts.
 
-    Host h takes rows h * host_rows .. (h + 1) * host_rows - 1 of each. Raises `ValueError` if the
-    rows cannot be shared out evenly.
+    Host h reads sequences h * host_rows .. (h + 1) * host_rows - 1 of each batch. Raises
+    `ValueError` if the hosts cannot share them evenly.
     """
 
     length: int
@@ -123,7 +123,7 @@ class Layout:
     hosts: int = 1
 
     def __post_init__(self) -> None:
-        rule = f"must be a positive multiple of the {self.hosts} hosts, which take equal shares"
+        rule = f"must be a positive multiple of the number of hosts, {self.hosts}"
         fix = f"Try {max(-(-self.batch_size // self.hosts), 1) * self.hosts}"
         ok = self.batch_size > 0 and self.batch_size % self.hosts == 0
         check(ok, "batch_size", self.batch_size, rule, fix)
@@ -132,39 +132,39 @@ class Layout:
 
     @property
     def host_rows(self) -> int:
-        """Rows of each global batch that this host reads."""
+        """Sequences of each global batch that one host reads."""
         return self.batch_size // self.hosts
 
 
 def _to_batch(row: Mapping[str, Any]) -> Batch:
-    # Copied, since arrays from worker processes lie in memory that is not ours to keep.
+    # Copied, because arrays from worker processes are in shared memory that grain reuses.
     return Batch(**{name: np.array(array) for name, array in row.items()})
 
 
 class TrainBatches:
-    """Iterates this host's part of the global batches, endlessly.
+    """An infinite iterator over this host's part of the global batches.
 
-    `position` is the number of the next row of the run; starting at it gives the same rows.
+    `position` is the index of the run's next sequence; starting there gives the same sequences.
     """
 
     def __init__(
-        self, batches: "grain.IterDataset", start: int, rows: int, jumps: Sequence[Jump]
+        self, batches: "grain.IterDataset", start: int, rows: int, jumps: Sequence[SkippedRange]
     ) -> None:
-        """start: the first row. rows: of a global batch. jumps: rows that are left out."""
+        """start: the first sequence. rows: batch size. jumps: ranges of skipped sequences."""
         self._iterator = iter(batches)
         self._rows, self._jumps = rows, jumps
-        self.position = ahead(start, 0, jumps)
+        self.position = advance(start, 0, jumps)
 
     def __iter__(self) -> "TrainBatches":
         return self
 
     def __next__(self) -> Batch:
         row = next(self._iterator)
-        self.position = ahead(self.position, self._rows, self._jumps)
+        self.position = advance(self.position, self._rows, self._jumps)
         return _to_batch(row)
 
     def close(self) -> None:
-        """Ends the background threads and processes."""
+        """Stops the background threads and processes."""
         self._iterator.close()
 
 
@@ -175,46 +175,48 @@ def train_batches(
     *,
     seed: int,
     start: int | DataPosition = 0,
-    jumps: Sequence[Jump] = (),
+    jumps: Sequence[SkippedRange] = (),
 ) -> TrainBatches:
-    """Training batches from row `start` on, NumPy int32 [layout.host_rows, length].
+    """Training batches from sequence `start` on, NumPy int32 [layout.host_rows, length].
 
-    Each source is shuffled anew in every epoch, by `seed` and `cfg.seed`, and repeated; sources
-    are mixed by weight. `cfg.prefetch` batches are made ahead by a thread, or by `cfg.workers`
-    processes. start: a row of a run that never changed its sources, or any run's place. jumps:
-    rows that are left out. Raises `ValueError`, see docs/data.md.
+    Each source is reshuffled in every epoch, by `seed` and `cfg.seed`, and repeated; sources are
+    mixed by weight. A thread, or `cfg.num_workers` processes, prefetch `cfg.prefetch` batches.
+    start: a sequence index, for runs that never changed their sources, or a `DataPosition`. jumps:
+    ranges of skipped sequences. Raises `ValueError`, see docs/data.md.
     """
     import grain
 
     if isinstance(start, int):
-        check(start >= 0, "start", start, "is the number of a row", "Count rows from 0")
-        # Texts matter to those that compare two places.
-        place = first_position(cfg, [""] * len(cfg.sources), "", length=layout.length, seed=seed)
-        place = dataclasses.replace(place, row=start)
+        check(start >= 0, "start", start, "must not be negative", "Count sequences from 0")
+        # The hashes of the texts are only needed to compare two positions.
+        blank = [""] * len(cfg.sources)
+        position = first_position(cfg, blank, "", length=layout.length, seed=seed)
+        position = dataclasses.replace(position, row=start)
     else:
-        place = start
+        position = start
     parts = []
     for i, rows in enumerate(_open_rows(cfg, tokenizer, "train", layout.length)):
         part = grain.MapDataset.source(rows)
         if cfg.shuffle:
-            order = place.readings[i].order
-            own = np.random.SeedSequence((cfg.seed, seed, order)).generate_state(1)[0]
-            part = part.shuffle(seed=int(own))
+            order = position.readings[i].order
+            source_seed = np.random.SeedSequence((cfg.seed, seed, order)).generate_state(1)[0]
+            part = part.shuffle(seed=int(source_seed))
         parts.append(part.repeat())
-    mixed = grain.MapDataset.select_from_datasets(parts, RowOrder(place, jumps))
+    mixed = grain.MapDataset.select_from_datasets(parts, RowOrder(position, jumps))
     batches = mixed.batch(layout.host_rows)[layout.host :: layout.hosts]
-    ahead = grain.ReadOptions(num_threads=min(cfg.prefetch, 1), prefetch_buffer_size=cfg.prefetch)
-    iterable = batches.to_iter_dataset(ahead)
+    threads = min(cfg.prefetch, 1)
+    options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=cfg.prefetch)
+    iterable = batches.to_iter_dataset(options)
     iterable = _in_workers(iterable, cfg) if cfg.num_workers else iterable
-    return TrainBatches(iterable, place.row, layout.batch_size, jumps)
+    return TrainBatches(iterable, position.row, layout.batch_size, jumps)
 
 
 def _in_workers(batches: "grain.IterDataset", cfg: DataConfig) -> "grain.IterDataset":
     import grain
     from absl import flags
 
-    # grain reads its own flags before it starts processes; a program without absl's main has
-    # parsed none, and then their defaults hold.
+    # grain reads its absl flags before it starts processes; without absl's main they are unparsed,
+    # so mark them as parsed to get their defaults.
     if not flags.FLAGS.is_parsed():
         flags.FLAGS.mark_as_parsed()
     buffered = max(cfg.prefetch, 1)
@@ -232,55 +234,60 @@ def validation_batches(
     split: str = "heldout",
     multiple: int | None = None,
 ) -> list[Batch]:
-    """The same `batches` held-out batches at every call, NumPy int32 [layout.host_rows, length].
+    """The same `batches` validation batches at every call, NumPy int32 [layout.host_rows, length].
 
-    split: `all` takes every document, for sources that nothing is trained on. Rows are shared
-    between sources by weight and spread evenly over each. A small split gives fewer batches; the
-    rows that then lack in the last are repetitions without targets. multiple: where not even one
-    batch is full, it has no more rows than there are, but a multiple of this number (which the
-    hosts divide). Raises `ValueError` if a source's split does not fill one row.
+    split: `all` takes every document, for sources that are not trained on. Sequences are divided
+    between sources by weight and spaced evenly over each. A small split gives fewer batches; the
+    last one is filled with repeated sequences without targets. multiple: if the split is smaller
+    than one batch, the batch size is the number of sequences, rounded up to a multiple of this
+    (itself a multiple of the hosts). Raises `ValueError` if a source's split does not fill one
+    sequence.
     """
-    chosen = [(rows, i) for _, rows, i in _heldout_rows(cfg, tokenizer, layout, batches, split)]
+    chosen = [
+        (rows, i) for _, rows, i in _validation_sequences(cfg, tokenizer, layout, batches, split)
+    ]
     size = layout.batch_size
     if multiple is not None:
         size = min(size, -(-len(chosen) // multiple) * multiple)
-    mine = size // layout.hosts
+    host_rows = size // layout.hosts
     stop = min(len(chosen) + -len(chosen) % size, batches * size)
-    made = []
-    for first in range(layout.host * mine, stop, size):
-        part = [_chosen_row(chosen, i) for i in range(first, first + mine)]
-        made.append(_to_batch({name: np.stack([row[name] for row in part]) for name in part[0]}))
-    return made
+    result = []
+    for first in range(layout.host * host_rows, stop, size):
+        part = [_sequence_or_padding(chosen, i) for i in range(first, first + host_rows)]
+        result.append(_to_batch({name: np.stack([row[name] for row in part]) for name in part[0]}))
+    return result
 
 
 def validation_sources(
     cfg: DataConfig, tokenizer: Tokenizer, layout: Layout, batches: int, split: str = "heldout"
 ) -> np.ndarray:
-    """The number of its source for each sequence of `validation_batches`, in order, int64.
+    """The source index of each sequence of `validation_batches`, in order, int64.
 
-    Repetitions at the end have none.
+    Excludes the repeated sequences at the end.
     """
-    chosen = [source for source, *_ in _heldout_rows(cfg, tokenizer, layout, batches, split)]
+    chosen = [
+        source for source, *_ in _validation_sequences(cfg, tokenizer, layout, batches, split)
+    ]
     return np.array(chosen[: batches * layout.batch_size])
 
 
-def _heldout_rows(
+def _validation_sequences(
     cfg: DataConfig, tokenizer: Tokenizer, layout: Layout, batches: int, split: str
 ) -> list[tuple[int, PackedSequences, int]]:
-    """Every row that was chosen: number of its source, the source's rows, its place in them."""
+    """Every chosen sequence: index of its source, the source's sequences, its index among them."""
     check(batches > 0, "batches", batches, "must be greater than 0", "Try 1")
     sources = _open_rows(cfg, tokenizer, split, layout.length)
-    most = min(batches * layout.batch_size, _MOST_ROWS)
-    wanted = shares_of(_weights(cfg), max(most, len(sources)))
+    most = min(batches * layout.batch_size, _MAX_SEQUENCES)
+    counts = apportion(_weights(cfg), max(most, len(sources)))
     return [
         (number, rows, int(i))
-        for number, (rows, count) in enumerate(zip(sources, wanted, strict=True))
-        for i in rows_per_host(len(rows), int(count))
+        for number, (rows, count) in enumerate(zip(sources, counts, strict=True))
+        for i in evenly_spaced(len(rows), int(count))
     ]
 
 
-def _chosen_row(chosen: list[tuple[PackedSequences, int]], i: int) -> Row:
-    # Past the end: a repetition without targets.
+def _sequence_or_padding(chosen: list[tuple[PackedSequences, int]], i: int) -> Row:
+    # Past the end: a repeated sequence without targets.
     rows, number = chosen[i if i < len(chosen) else (i - len(chosen)) % len(chosen)]
     row = rows[number]
     return row if i < len(chosen) else row | {"targets": np.full_like(row["targets"], IGNORE)}

@@ -1,21 +1,21 @@
-"""What a model must beat: losses of n-gram models fitted to the same tokens."""
+"""N-gram baselines: losses of unigram and bigram models fitted to the same tokens."""
 
 import numpy as np
 
 from mor_jax.config.parsing import check
 
 LARGEST = 4096
-"""Vocabulary up to which all pairs of tokens are counted in a table."""
+"""Largest vocabulary for which all pairs of tokens are counted in a table."""
 
 
 def ngram_loss(
     train_tokens: np.ndarray, heldout_tokens: np.ndarray, order: int, vocab_size: int = 256
 ) -> float:
-    """Cross-entropy of an n-gram model on held-out tokens, in nats per token.
+    """Cross-entropy of an n-gram model on validation tokens, in nats per token.
 
-    order 1: add-one smoothed frequencies. order 2: bigram counts with the unigram distribution as
-    a prior that weighs as much as one token per token seen in between (Witten and Bell, 1991):
-    p(b|a) = (n(a,b) + t(a) p(b)) / (n(a) + t(a)), t(a) the number of different followers of a.
+    order 1: add-one smoothed frequencies. order 2: bigrams with Witten-Bell smoothing (1991) by the
+    unigram distribution: p(b|a) = (n(a,b) + t(a) p(b)) / (n(a) + t(a)), where t(a) is the number of
+    distinct successors of a.
     Tokens are one-dimensional integer arrays. Raises `ValueError` on another order or a vocabulary
     too large for a table.
     """

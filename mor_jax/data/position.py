@@ -1,8 +1,7 @@
-"""Where a run is in its data, in rows, so that it holds whatever the next start changes.
+"""The data position of a run, in sequences, valid even if the next start changes settings.
 
-Row n of a run is decided by n, by its sources and by what each of them was read up to when their
-mixture last changed. A batch is so many rows in order: its size is no part of this, nor are hosts,
-processes and micro-batches.
+Sequence n of a run is determined by n, its sources, and the position in each source when the
+mixture last changed. It is independent of batch size, hosts, processes and micro-batches.
 """
 
 import dataclasses
@@ -14,8 +13,8 @@ from mor_jax.config.old_names import translated_paths
 from mor_jax.config.parsing import check, fail
 from mor_jax.data.streams.mixture import Mixture
 
-Jump = tuple[int, int]
-"""The first row that is left out, and the one to go on with."""
+SkippedRange = tuple[int, int]
+"""The first skipped sequence, and the next one that is used."""
 
 _ORDER = ("seq_len", "seed", "data.seed", "data.shuffle")
 _TEXT = ("data.tokenizer", "data.validation_fraction", "data.text_key")
@@ -23,11 +22,11 @@ _TEXT = ("data.tokenizer", "data.validation_fraction", "data.text_key")
 
 @dataclasses.dataclass(frozen=True)
 class SourcePosition:
-    """How one source is read.
+    """The position in one source.
 
-    source: as configured. text: hash of its tokens, "" where an earlier version did not note it.
-    settings: what decides on its rows, by name. order: the number that its shuffling is seeded
-    with. first: rows that were read of it before the present mixture began.
+    source: as configured. text: hash of its tokens, "" if an earlier version did not record it.
+    settings: those that determine its sequences, by name. order: number that seeds its shuffling.
+    first: sequences read from it before the current mixture began.
     """
 
     source: str
@@ -39,10 +38,10 @@ class SourcePosition:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DataPosition:
-    """A point between two rows.
+    """A point between two sequences of a run.
 
-    row: rows of the run before it. since: row at which the present mixture began. readings: its
-    sources. left: sources that were read before it, and are no more.
+    row: sequences before it. since: sequence at which the current mixture began. readings: its
+    sources. left: sources that were read earlier and are no longer used.
     """
 
     row: int
@@ -52,15 +51,15 @@ class DataPosition:
     left: tuple[SourcePosition, ...] = ()
 
     def notes(self) -> dict[str, Any]:
-        """What a checkpoint holds of it beside the row, as JSON values."""
-        made = dataclasses.asdict(self)
-        del made["row"]
-        return made
+        """The fields other than `row`, as JSON values for a checkpoint."""
+        fields = dataclasses.asdict(self)
+        del fields["row"]
+        return fields
 
     @classmethod
     def of(cls, row: int, notes: dict[str, Any] | None, config: dict[str, Any]) -> "DataPosition":
-        """From what a checkpoint holds. notes: None in those of earlier versions, which read all
-        of a run in one mixture. config: the run's configuration then."""
+        """Restores a position from a checkpoint. notes: None in checkpoints of earlier versions,
+        whose runs had a single mixture. config: the run's configuration at that time."""
         if notes is not None:
             return cls(
                 row=row,
@@ -82,8 +81,7 @@ class DataPosition:
         )
 
     def read(self) -> list[SourcePosition]:
-        """The sources, those that were left last, with all rows that were read of each in
-        `first`."""
+        """All sources, with the sequences read so far from each in `first`; unused ones last."""
         counts = Mixture(self.weights).counts(self.row - self.since)
         return [
             *(
@@ -101,7 +99,7 @@ def _reading(values: dict[str, Any]) -> SourcePosition:
 def first_position(
     cfg: DataConfig, texts: Sequence[str], tokenizer: str, *, length: int, seed: int
 ) -> DataPosition:
-    """The beginning of a new run. texts: hashes of the sources' tokens. tokenizer: its hash."""
+    """The start of a new run. texts: hashes of the sources' tokens. tokenizer: its hash."""
     weights = cfg.weights or (1.0,) * len(cfg.sources)
     known = {
         "seq_len": length,
@@ -117,83 +115,86 @@ def first_position(
     return DataPosition(row=0, since=0, readings=readings, weights=tuple(weights))
 
 
-def carried_over(old: DataPosition, new: DataPosition, jumps: Sequence[Jump] = ()) -> DataPosition:
-    """The place `old` of a run under changed settings, whose beginning is `new`.
+def resume_position(
+    old: DataPosition, new: DataPosition, jumps: Sequence[SkippedRange] = ()
+) -> DataPosition:
+    """The position `old` of a run under changed settings, whose start position is `new`.
 
-    A source that was read goes on at its next row, also in another mixture and after it was left
-    out for a while; one that was not begins at its first. jumps: rows that are left out.
+    A source that was read before continues at its next sequence, also in another mixture or after
+    it was unused for a while; a new one starts at its first. jumps: ranges of skipped sequences.
 
     Raises:
-        ValueError: which rows of a source were read cannot be told under the new settings.
+        ValueError: under the new settings it is unknown which sequences of a source were read.
     """
     if old.row == 0:
         return new
     known = dict(enumerate(old.read()))
     unused = 1 + max(reading.order for reading in known.values())
     readings, places = [], []
-    for now in new.readings:
-        places.append(_same_source(now, known))
+    for current in new.readings:
+        places.append(_same_source(current, known))
         if places[-1] is None:
-            readings.append(dataclasses.replace(now, order=unused))
+            readings.append(dataclasses.replace(current, order=unused))
             unused += 1
             continue
-        was = known.pop(places[-1])
-        if was.first:
-            _check_rows(now, was)
-        readings.append(dataclasses.replace(now, order=was.order, first=was.first))
+        saved = known.pop(places[-1])
+        if saved.first:
+            _check_rows(current, saved)
+        readings.append(dataclasses.replace(current, order=saved.order, first=saved.first))
     if places == list(range(len(old.readings))) and old.weights == new.weights:
         began = [reading.first for reading in old.readings]
         pairs = zip(readings, began, strict=True)
-        kept = tuple(dataclasses.replace(reading, first=first) for reading, first in pairs)
-        return dataclasses.replace(old, readings=kept)
+        unchanged = tuple(dataclasses.replace(reading, first=first) for reading, first in pairs)
+        return dataclasses.replace(old, readings=unchanged)
     for first, end in jumps:
-        rule = f"rows {first} to {end - 1} are left out after steps that were not finite; "
+        rule = f"sequences {first} to {end - 1} are skipped after non-finite steps; "
         names = [reading.source for reading in new.readings]
-        fix = "Go on with the sources and weights as they were until the run is past them"
+        fix = "Resume with the old sources and weights until the run is past them"
         ok = end <= old.row
-        check(ok, "data.sources", names, f"{rule}in another mixture they would be others", fix)
+        check(ok, "data.sources", names, f"{rule}another mixture would change them", fix)
     rest = tuple(known.values())
     return dataclasses.replace(new, row=old.row, since=old.row, readings=tuple(readings), left=rest)
 
 
-def _same_source(now: SourcePosition, known: dict[int, SourcePosition]) -> int | None:
-    """Which of `known` is the source of `now`: by its text, else by its name; None for none."""
+def _same_source(current: SourcePosition, known: dict[int, SourcePosition]) -> int | None:
+    """Index in `known` of the source of `current`: by its text, else by its name; None if new."""
 
-    def alike(was: SourcePosition) -> int:
-        return 2 * (now.text == was.text) + (now.source == was.source)
+    def similarity(saved: SourcePosition) -> int:
+        return 2 * (current.text == saved.text) + (current.source == saved.source)
 
-    best = max(known, key=lambda index: (alike(known[index]), -index), default=None)
-    return best if best is not None and alike(known[best]) else None
+    best = max(known, key=lambda index: (similarity(known[index]), -index), default=None)
+    return best if best is not None and similarity(known[best]) else None
 
 
-def _check_rows(now: SourcePosition, was: SourcePosition) -> None:
-    """Raises `ValueError` unless the rows of a source are the same and in the same order."""
-    before, after = was.settings, now.settings
+def _check_rows(current: SourcePosition, saved: SourcePosition) -> None:
+    """Raises `ValueError` unless the sequences of a source and their order are unchanged."""
+    before, after = saved.settings, current.settings
     another = "start another run from its weights (launch/convert.py export, import)"
     names = [name for name in _ORDER if before[name] != after[name]]
     if not before["data.shuffle"] and not after["data.shuffle"]:
         names = [name for name in names if name == "seq_len"]
     if names:
         name = names[0]
-        told = "cut at" if name == "seq_len" else "read in the order of"
-        rule = f"{was.first} rows of {was.source!r} were {told} {name}={before[name]!r}, so which "
-        rule += "of the new rows were read cannot be told"
-        fix = f"Keep {name}={before[name]!r}, give text that was not read yet, or {another}"
+        how = "packed with" if name == "seq_len" else "read in the order of"
+        rule = f"{saved.first} sequences of {saved.source!r} were {how} {name}={before[name]!r}, "
+        rule += "so it is unknown which of the new sequences were read"
+        fix = f"Keep {name}={before[name]!r}, use text that was not read yet, or {another}"
         fail(name, after[name], rule, fix)
-    if was.text in ("", now.text):
+    if saved.text in ("", current.text):
         return
     for name in _TEXT:
         if before[name] != after[name]:
-            rule = f"{was.first} rows of {was.source!r} were read with {before[name]!r}, and the "
-            fail(name, after[name], f"{rule}new ones are others", f"Keep it, or {another}")
-    rule = f"its text changed since {was.first} rows of it were read (hash {was.text} then, "
-    rule += f"{now.text} now), so which rows are new cannot be told"
-    fix = f"Bring the old text back, or {another}. Text under a name that was not read yet is new"
-    fail("data.sources", now.source, rule, fix)
+            rule = f"{saved.first} sequences of {saved.source!r} were read with {before[name]!r}, "
+            rule += "and the new ones differ"
+            fail(name, after[name], rule, f"Keep it, or {another}")
+    rule = f"its text changed since {saved.first} sequences of it were read (hash {saved.text} "
+    rule += f"then, {current.text} now), so it is unknown which sequences are new"
+    fix = f"Restore the old text, or {another}. New text needs a source name that was not read yet"
+    fail("data.sources", current.source, rule, fix)
 
 
-def ahead(row: int, count: int, jumps: Sequence[Jump] = ()) -> int:
-    """Number of the row that follows after `count` rows from `row` on, all outside of jumps."""
+def advance(row: int, count: int, jumps: Sequence[SkippedRange] = ()) -> int:
+    """Index of the sequence `count` sequences after `row`, not counting skipped ranges."""
     for first, end in sorted(jumps):
         if end <= row:
             continue
@@ -205,12 +206,12 @@ def ahead(row: int, count: int, jumps: Sequence[Jump] = ()) -> int:
 
 
 class RowOrder:
-    """Maps the number of a row, counted from a place on, to (source, number of the row in it).
+    """Maps an index, counted from a position, to (source, index of the sequence in that source).
 
-    jumps: rows that are left out and not counted.
+    jumps: ranges of skipped sequences, which are not counted.
     """
 
-    def __init__(self, place: DataPosition, jumps: Sequence[Jump] = ()) -> None:
+    def __init__(self, place: DataPosition, jumps: Sequence[SkippedRange] = ()) -> None:
         self._mixture = Mixture(place.weights)
         self._place, self._jumps = place, tuple(jumps)
         self._first = [reading.first for reading in place.readings]
@@ -219,17 +220,17 @@ class RowOrder:
         return len(self._mixture)
 
     def __getitem__(self, index: int) -> tuple[int, int]:
-        row = ahead(self._place.row, int(index), self._jumps)
+        row = advance(self._place.row, int(index), self._jumps)
         source, number = self._mixture[row - self._place.since]
         return source, self._first[source] + number
 
 
 __all__ = [
     "DataPosition",
-    "Jump",
     "RowOrder",
+    "SkippedRange",
     "SourcePosition",
-    "ahead",
-    "carried_over",
+    "advance",
     "first_position",
+    "resume_position",
 ]

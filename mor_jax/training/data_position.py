@@ -37,7 +37,9 @@ def resumed_position(
         # Earlier versions stored one hash of everything that the sequences depend on.
         manifest.check_data(facts, fingerprint)
     jumps = [(first, end) for first, end in extra.get("jumps", ())]
-    return data.carried_over(data.DataPosition.of(facts["position"], notes, config), place, jumps)
+    return data.resume_position(
+        data.DataPosition.of(facts["position"], notes, config), place, jumps
+    )
 
 
 def check_state(facts: Mapping[str, Any], cfg: TrainConfig, state: Mapping[str, Any]) -> None:

@@ -82,7 +82,7 @@ class ResumePoint:
 
     state: TrainState
     position: data.DataPosition
-    skipped_ranges: tuple[data.Jump, ...] = ()
+    skipped_ranges: tuple[data.SkippedRange, ...] = ()
     rolled_back: bool = False
     bad: tuple[int, ...] = ()
     eval_pending: bool = False

@@ -305,7 +305,7 @@ def _roll_back(
     most, first_bad = len(problem.bad), problem.step - len(problem.bad) + 1
     jump = (
         min(problem.bad),
-        data.ahead(max(problem.bad), run.cfg.batch_size, start.skipped_ranges),
+        data.advance(max(problem.bad), run.cfg.batch_size, start.skipped_ranges),
     )
     told = (
         f"optim.max_skipped_steps={run.cfg.optim.max_skipped_steps}: the loss or gradient was not "

@@ -159,7 +159,7 @@ def test_what_cannot_be_calibrated_leaves_nothing_behind(run, command, tmp_path)
     assert refused(run, "--mean_depth=nan").startswith("error: --mean_depth=nan: must be in 1")
     assert "recursions=0: must be at least 1" in refused(run, "--recursions=0")
     (tmp_path / "few.txt").write_text("too short")
-    assert "has 10 tokens, but one row" in refused(run, f"--source=text:{tmp_path}/few.txt")
+    assert "has 10 tokens, but one sequence" in refused(run, f"--source=text:{tmp_path}/few.txt")
     (run / "file").touch()
     wrong = command("calibrate", f"--workdir={run}", f"--name={run}/file/x.json")
     assert wrong[0] != 0 and "cannot be written" in wrong[2]

@@ -9,7 +9,7 @@ import pytest
 
 from mor_jax.config import DataConfig
 from mor_jax.data import Layout, fingerprint, open_corpus, train_batches, validation_batches
-from mor_jax.data.streams.mixture import CYCLE, Mixture, shares_of
+from mor_jax.data.streams.mixture import CYCLE, Mixture, apportion
 from mor_jax.types import IGNORE
 
 LAYOUT = Layout(length=16, batch_size=4)
@@ -127,9 +127,9 @@ def test_mixture_counts_each_source_without_gaps():
 
 
 def test_shares_add_up():
-    assert shares_of((1.0, 1.0, 1.0), 10).tolist() in ([4, 3, 3], [3, 4, 3], [3, 3, 4])
-    assert shares_of((1e-9, 1.0), 10).tolist() == [1, 9]
-    assert shares_of((1e-9, 1e-9, 1.0), 3).tolist() == [1, 1, 1]
+    assert apportion((1.0, 1.0, 1.0), 10).tolist() in ([4, 3, 3], [3, 4, 3], [3, 3, 4])
+    assert apportion((1e-9, 1.0), 10).tolist() == [1, 9]
+    assert apportion((1e-9, 1e-9, 1.0), 3).tolist() == [1, 1, 1]
 
 
 def test_heldout_is_fixed_disjoint_and_spread(cfg, byte_tokenizer):

@@ -7,7 +7,7 @@ import json
 import pytest
 
 from mor_jax.config import DataConfig
-from mor_jax.data import DataPosition, Layout, ahead, carried_over, position_of, train_batches
+from mor_jax.data import DataPosition, Layout, advance, position_of, resume_position, train_batches
 
 LENGTH, SEED = 16, 7
 
@@ -39,7 +39,7 @@ class Run:
         if self.place is not None:
             # Through the checkpoint, as JSON.
             notes = json.loads(json.dumps(self.place.notes()))
-            now = carried_over(DataPosition.of(self.place.row, notes, {}), now, jumps)
+            now = resume_position(DataPosition.of(self.place.row, notes, {}), now, jumps)
         self.cfg, self.place, self.jumps, self.seed = cfg, now, jumps, seed
 
     def read(self, count, batch_size=4, hosts=1):
@@ -102,8 +102,8 @@ def test_rows_jumped_over_stay_out_whatever_the_batches(folder, byte_tokenizer):
 def test_ahead_counts_only_rows_outside_of_jumps(row):
     jumps = [(8, 12), (3, 5), (11, 14), (20, 21)]
     outside = [n for n in range(row, 60) if not any(a <= n < b for a, b in jumps)]
-    assert [ahead(row, count, jumps) for count in range(30)] == outside[:30]
-    assert [ahead(row, count) for count in range(5)] == list(range(row, row + 5))
+    assert [advance(row, count, jumps) for count in range(30)] == outside[:30]
+    assert [advance(row, count) for count in range(5)] == list(range(row, row + 5))
 
 
 def of_source(rows, letter):
@@ -165,8 +165,11 @@ def test_before_the_first_row_everything_may_change(folder, byte_tokenizer):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"length": 32}, r"seq_len=32: 10 rows of '.*a\.jsonl' were cut at seq_len=16, .*Keep"),
-        ({"seed": 8}, r"seed=8: 10 rows of .* were read in the order of seed=7"),
+        (
+            {"length": 32},
+            r"seq_len=32: 10 sequences of '.*a\.jsonl' were packed with seq_len=16, .*Keep",
+        ),
+        ({"seed": 8}, r"seed=8: 10 sequences of .* were read in the order of seed=7"),
         ({"data": {"seed": 1}}, r"data\.seed=1: .*order of data\.seed=0"),
         ({"data": {"shuffle": False}}, r"data\.shuffle=False: .*order of data\.shuffle=True"),
         (
@@ -212,7 +215,7 @@ def test_changed_text_is_refused_under_its_old_name_and_new_under_another(folder
     run.read(5)
     text = (folder / "a.jsonl").read_text()
     (folder / "a.jsonl").write_text(text.replace("a1.01", "other text"))
-    message = r"data\.sources='jsonl:.*a\.jsonl': its text changed since 10 rows of it were read"
+    message = r"data\.sources='jsonl:.*a\.jsonl': its text changed since 10 sequences of it were"
     with pytest.raises(ValueError, match=message):
         run.change(config(folder))
     (folder / "e.jsonl").write_text((folder / "a.jsonl").read_text())
@@ -225,7 +228,7 @@ def test_rows_left_out_ahead_bind_the_mixture(folder, byte_tokenizer):
     run = Run(byte_tokenizer)
     run.change(config(folder))
     run.read(5)
-    with pytest.raises(ValueError, match=r"data\.sources=.*rows 24 to 31 are left out"):
+    with pytest.raises(ValueError, match=r"data\.sources=.*sequences 24 to 31 are skipped"):
         run.change(config(folder, weights=(1.0, 2.0)), jumps=[(24, 32)])
     run.change(config(folder, weights=(1.0, 2.0)), jumps=[(4, 8)])
 
@@ -235,9 +238,9 @@ def test_a_checkpoint_of_an_earlier_version_names_its_place_by_its_settings(fold
     config_then = {"seq_len": LENGTH, "seed": SEED, "data": dataclasses.asdict(cfg)}
     old = DataPosition.of(20, None, json.loads(json.dumps(config_then)))
     new = position_of(cfg, byte_tokenizer, length=LENGTH, seed=SEED)
-    assert carried_over(old, new) == dataclasses.replace(new, row=20)
+    assert resume_position(old, new) == dataclasses.replace(new, row=20)
     other = dataclasses.replace(cfg, weights=(1.0, 1.0))
-    carried = carried_over(old, position_of(other, byte_tokenizer, length=LENGTH, seed=SEED))
+    carried = resume_position(old, position_of(other, byte_tokenizer, length=LENGTH, seed=SEED))
     assert [reading.first for reading in carried.readings] == [5, 15]
     with pytest.raises(ValueError, match=r"seq_len=32: 5 rows"):
-        carried_over(old, position_of(cfg, byte_tokenizer, length=32, seed=SEED))
+        resume_position(old, position_of(cfg, byte_tokenizer, length=32, seed=SEED))

@@ -159,7 +159,7 @@ def test_other_text_is_used_whole(trained, tmp_path, cfg):
         evaluate(load_run(trained), EvalRequest(length=65))
     with pytest.raises(ValueError, match=r"batch_size=4: must be a multiple of 8"):
         evaluate(load_run(trained), EvalRequest(batch_size=4))
-    with pytest.raises(ValueError, match="is written in two parts"):
+    with pytest.raises(ValueError, match="is already split into"):
         evaluate(load_run(trained), EvalRequest(sources=("shards:data/tokens",)))
 
 

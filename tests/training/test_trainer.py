@@ -441,7 +441,9 @@ def test_other_batch_sizes_go_on_at_the_next_row(corpus, tmp_path, monkeypatch):
     # Refused before anything is written, although it was allowed.
     for changes, setting in (({"seq_len": 32}, "seq_len"), ({"seed": 5}, "seed")):
         other = dataclasses.replace(cfg, steps=6, **changes)
-        with pytest.raises(ValueError, match=rf"^{setting}=\d+: 32 rows of .*cannot be told"):
+        with pytest.raises(
+            ValueError, match=rf"^{setting}=\d+: 32 sequences of .*is unknown which"
+        ):
             fit(other, tmp_path / "run", [setting])
         assert (tmp_path / "run" / "config.json").read_bytes() == kept
     for steps, batch_size in ((6, 4), (7, 12)):

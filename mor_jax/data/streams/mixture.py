@@ -1,21 +1,20 @@
-"""Weighted mixtures, decided by row number alone."""
+"""Weighted mixtures as a pure function of the sequence index."""
 
 from collections.abc import Sequence
 
 import numpy as np
 
 CYCLE = 10_000
-"""Rows after which the order of sources repeats; weights are rounded to this share."""
+"""Period of the order of sources, in sequences; weights are rounded to multiples of 1/CYCLE."""
 
 ENDLESS = 2**60
-"""Length of a mixture. Below the largest length that Python has, which grain's sums exceed."""
+"""Length of a mixture: less than Python's largest length, which grain's arithmetic would exceed."""
 
 
-def shares_of(weights: Sequence[float], total: int) -> np.ndarray:
-    """Whole numbers, at least one each, that add up to `total` in proportion to `weights`.
+def apportion(weights: Sequence[float], total: int) -> np.ndarray:
+    """Integers of at least 1 with sum `total`, in proportion to `weights` (largest remainders).
 
-    Largest remainders get what rounding down leaves. `total` must not be below the number of
-    weights.
+    `total` must be at least the number of weights.
     """
     exact = np.array(weights, np.float64) / sum(weights) * total
     counts = np.maximum(np.floor(exact), 1).astype(np.int64)
@@ -28,15 +27,14 @@ def shares_of(weights: Sequence[float], total: int) -> np.ndarray:
 
 
 class Mixture:
-    """Maps the number of a mixed row to (source, number of the row in that source's stream).
+    """Maps the index of a mixed sequence to (source, index of the sequence in that source).
 
-    Within a cycle of `CYCLE` rows each source appears as often as its weight says, at even
-    distances. Counting goes on through the cycles, so each source is read in order and repeated
-    whenever it is exhausted.
+    In a cycle of `CYCLE` sequences each source occurs in proportion to its weight, evenly spaced.
+    Indices continue across cycles, so each source is read in order, and repeated when exhausted.
     """
 
     def __init__(self, weights: Sequence[float]) -> None:
-        counts = shares_of(weights, CYCLE)
+        counts = apportion(weights, CYCLE)
         ideal = np.concatenate([(np.arange(n) + 0.5) / n for n in counts])
         owner = np.repeat(np.arange(len(counts)), counts)
         ranks = np.concatenate([np.arange(n) for n in counts])
@@ -49,7 +47,7 @@ class Mixture:
         return ENDLESS
 
     def counts(self, rows: int) -> list[int]:
-        """How many of the first `rows` mixed rows are of each source."""
+        """How many of the first `rows` mixed sequences come from each source."""
         cycles, rest = divmod(rows, CYCLE)
         over = np.bincount(self._owner[:rest], minlength=len(self._counts)).tolist()
         return [cycles * n + more for n, more in zip(self._counts, over, strict=True)]

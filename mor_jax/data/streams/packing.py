@@ -1,4 +1,4 @@
-"""Packing: rows of a token stream as a pure function of the row's number."""
+"""Packing: sequences of a token stream as a pure function of their index."""
 
 import numpy as np
 
@@ -9,18 +9,18 @@ Row = dict[str, np.ndarray]
 
 
 class PackedSequences:
-    """All full rows of a stream, by index.
+    """All full sequences of a stream, by index.
 
-    Row i covers positions i * length .. (i+1) * length; its last token is the first of row i + 1,
-    so that every position has a target and every token but the stream's first is one once. What
-    is left at the end and fills no row is dropped.
+    Sequence i covers positions i * length .. (i+1) * length; its last token is the first of
+    sequence i + 1, so every position has a target, and every token except the stream's first is a
+    target exactly once. A remainder shorter than a sequence is dropped.
     """
 
     def __init__(self, stream: TokenStream, length: int, document_mask: bool) -> None:
-        split_rule = f"has {len(stream)} tokens, but one row of length={length} needs {length + 1}"
-        fix = "Shorten the rows, add text, or change data.validation_fraction if it is the "
-        fix += "held-out split"
-        check(len(stream) > length, stream.setting, stream.name, split_rule, fix)
+        rule = f"has {len(stream)} tokens, but one sequence of seq_len={length} needs {length + 1}"
+        fix = "Lower seq_len, add text, or raise data.validation_fraction if it is the "
+        fix += "validation split"
+        check(len(stream) > length, stream.setting, stream.name, rule, fix)
         self._stream = stream
         self._length = length
         self._within = document_mask
@@ -29,10 +29,10 @@ class PackedSequences:
         return (len(self._stream) - 1) // self._length
 
     def __getitem__(self, index: int) -> Row:
-        """`tokens` and `targets`, int32 [length]; `segments` and `positions` if within documents.
+        """`tokens` and `targets`, int32 [length]; with a document mask `segments` and `positions`.
 
-        Documents of a row are numbered from 1. A document that began in an earlier row goes on as
-        document 1, at position 0: only differences of positions matter to rotary embeddings.
+        Documents of a sequence are numbered from 1. A document that began in an earlier sequence
+        continues as document 1 at position 0: rotary embeddings use only position differences.
         """
         start = int(index) * self._length
         chunk = self._stream.read(start, start + self._length + 1).astype(np.int32)
@@ -47,7 +47,7 @@ class PackedSequences:
         return row
 
 
-def rows_per_host(rows: int, count: int) -> np.ndarray:
-    """`count` different row numbers spread evenly over 0 .. rows - 1, ascending; all if fewer."""
+def evenly_spaced(rows: int, count: int) -> np.ndarray:
+    """`count` distinct indices evenly spaced over 0 .. rows - 1, ascending; at most all of them."""
     count = min(count, rows)
     return np.arange(count, dtype=np.int64) * rows // max(count, 1)

@@ -1,6 +1,6 @@
-"""Token streams: all documents of one split, joined, each ended by EOS, read by position.
+"""Token streams: the concatenated documents of one split, each followed by EOS.
 
-A stream lives in memory (tokenised at start) or in shards on disk (written beforehand).
+A stream is in memory (tokenised at start) or in shards on disk (prepared beforehand).
 """
 
 import abc
@@ -20,16 +20,16 @@ from mor_jax.data.tokenizers.base import Tokenizer
 Key = TypeVar("Key")
 
 BATCH_CHARACTERS = 4 * 2**20
-"""Text handed to the tokenizer at once."""
+"""Characters of text per call of the tokenizer."""
 
 MEMORY_LIMIT = 2 * 2**30
-"""Characters of text that a source may hold when it is tokenised into memory."""
+"""Largest number of characters of a source that is tokenised into memory."""
 
 
 class TokenStream(abc.ABC):
-    """The joined tokens of one split of one source.
+    """The tokens of one split of one source.
 
-    name: the source, as configured. setting: what errors call it.
+    name: the source, as configured. setting: its setting, for errors.
     fingerprint: hash that changes with the tokens.
     """
 
@@ -39,7 +39,7 @@ class TokenStream(abc.ABC):
 
     @abc.abstractmethod
     def __len__(self) -> int:
-        """Number of tokens, ends of documents included."""
+        """Number of tokens, including EOS."""
 
     @abc.abstractmethod
     def read(self, start: int, stop: int) -> np.ndarray:
@@ -73,14 +73,14 @@ class MemoryStream(TokenStream):
 
     @functools.cached_property
     def fingerprint(self) -> str:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """Hash of the tokens and of where documents end."""
+        """Hash of the tokens and of the ends of documents."""
         digest = hashlib.blake2b(self.tokens.data, digest_size=16)
         digest.update(self.ends.data)
         return digest.hexdigest()
 
 
 def join(arrays: Sequence[np.ndarray], tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarray]:
-    """Documents joined with EOS after each: tokens of `tokenizer.dtype`, and ends, int64."""
+    """Concatenates documents with EOS after each: tokens of `tokenizer.dtype`, and ends, int64."""
     ends = np.cumsum([len(array) + 1 for array in arrays], dtype=np.int64)
     tokens = np.full(ends[-1] if len(arrays) else 0, tokenizer.eos_id, tokenizer.dtype)
     for array, end in zip(arrays, ends, strict=True):
@@ -91,7 +91,7 @@ def join(arrays: Sequence[np.ndarray], tokenizer: Tokenizer) -> tuple[np.ndarray
 def encoded(
     texts: Iterable[tuple[Key, str]], tokenizer: Tokenizer
 ) -> Iterator[tuple[Key, str, np.ndarray]]:
-    """(key, text, tokens) of every text that is not empty, in order, encoded many at a time."""
+    """Yields (key, text, tokens) of every non-empty text, in order, tokenised in batches."""
     pending: list[tuple[Key, str]] = []
     size = 0
     for key, text in texts:
@@ -115,29 +115,29 @@ def _encode_pending(
 def tokenize(
     documents: Documents, tokenizer: Tokenizer, heldout_share: float | None
 ) -> dict[str, MemoryStream]:
-    """Reads and tokenises a whole source: streams `train` and `heldout`; for None `all` of it.
+    """Reads and tokenises a source into streams `train` and `heldout`; without a share into `all`.
 
-    Raises `ValueError` if it has too few documents for both or too much text for memory.
+    Raises `ValueError` if it has too few documents for both, or too much text for memory.
     """
     arrays: list[np.ndarray] = []
     hashes: list[int] = []
     characters = 0
-    rule = f"holds more than {MEMORY_LIMIT / 2**30:.0f} Gi characters, too many to keep in memory"
-    fix = f"Write shards once: python launch/prepare_data.py --source={documents.spec} "
+    rule = f"has more than {MEMORY_LIMIT / 2**30:.0f} Gi characters, too many to tokenise in memory"
+    fix = f"Prepare shards once: python launch/prepare_data.py --source={documents.spec} "
     fix += f"--tokenizer={tokenizer.name} --output=DIR, then use 'shards:DIR'"
-    # Files far beyond the limit are refused at once, rather than after minutes of reading.
+    # Files far beyond the limit fail at once instead of after minutes of reading.
     check(documents.size <= 2 * MEMORY_LIMIT, documents.setting, documents.spec, rule, fix)
     for _, text, tokens in encoded(enumerate(documents.read(0)), tokenizer):
         characters += len(text)
         check(characters <= MEMORY_LIMIT, documents.setting, documents.spec, rule, fix)
         arrays.append(tokens)
         hashes.append(text_hash(text))
-    sides = {"all": np.ones(len(arrays), bool)}
+    masks = {"all": np.ones(len(arrays), bool)}
     if heldout_share is not None:
-        held = validation_mask(hashes, heldout_share, documents.setting, documents.spec)
-        sides = {"train": ~held, "heldout": held}
+        validation = validation_mask(hashes, heldout_share, documents.setting, documents.spec)
+        masks = {"train": ~validation, "heldout": validation}
     streams = {}
-    for split, side in sides.items():
-        tokens, ends = join([arrays[i] for i in np.flatnonzero(side)], tokenizer)
+    for split, mask in masks.items():
+        tokens, ends = join([arrays[i] for i in np.flatnonzero(mask)], tokenizer)
         streams[split] = MemoryStream(documents.spec, documents.setting, tokens, ends)
     return streams

@@ -1,7 +1,7 @@
-"""Which documents are held out for evaluation.
+"""The split into training and validation documents.
 
-A document's side follows from a hash of its text alone: it does not depend on order, on paths or
-on other documents, and a text that occurs twice is never on both sides.
+The split of a document depends only on a hash of its text, not on order, paths or other documents,
+so duplicates of a text are never in both splits.
 """
 
 import hashlib
@@ -15,26 +15,26 @@ _RANGE = 2**64
 
 
 def text_hash(text: str) -> int:
-    """64 bits that depend on the text alone, evenly spread over 0 .. 2**64 - 1."""
+    """A 64-bit hash of the text, uniform over 0 .. 2**64 - 1."""
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
 
 
 def is_validation(hashed: int, share: float) -> bool:
-    """Whether a document with this `text_hash` belongs to the held-out `share` in [0, 1]."""
+    """Whether a document with this `text_hash` is in the validation split of `share` in [0, 1]."""
     return hashed < share * _RANGE
 
 
 def validation_mask(hashes: Sequence[int], share: float, setting: str, spec: str) -> np.ndarray:
-    """Which of a corpus's documents are held out, bool [documents].
+    """Which documents of a source are validation documents, bool [documents].
 
-    In a corpus so small that `is_validation` would leave a side empty, that side gets the document
-    nearest to the limit. Raises `ValueError` if there are not two different documents.
+    If `is_validation` would leave a split empty, as in a small source, that split gets the document
+    closest to the threshold. Raises `ValueError` without two distinct documents.
     """
-    different = np.unique(np.array(hashes, np.uint64))
-    rule = f"has {len(different)} different documents that are not empty; two are needed, one to "
-    rule += "train on and one to hold out"
+    distinct = np.unique(np.array(hashes, np.uint64))
+    rule = f"has {len(distinct)} distinct non-empty documents; needs two, one for training and one "
+    rule += "for validation"
     fix = "Add documents, or split the file: each file (text) or record (jsonl, parquet) is one"
-    check(len(different) >= 2, setting, spec, rule, fix)
-    wanted = sum(is_validation(int(h), share) for h in different)
-    limit = different[min(max(wanted, 1), len(different) - 1) - 1]
+    check(len(distinct) >= 2, setting, spec, rule, fix)
+    count = sum(is_validation(int(h), share) for h in distinct)
+    limit = distinct[min(max(count, 1), len(distinct) - 1) - 1]
     return np.array(hashes, np.uint64) <= limit

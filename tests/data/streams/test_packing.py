@@ -12,7 +12,7 @@ from mor_jax.data import open_corpus, open_streams
 from mor_jax.data.shards.prepare import PrepareConfig, prepare
 from mor_jax.data.shards.reader import RECORD_TOKENS, open_shards
 from mor_jax.data.sources.documents import open_documents
-from mor_jax.data.streams.packing import PackedSequences, rows_per_host
+from mor_jax.data.streams.packing import PackedSequences, evenly_spaced
 from mor_jax.data.streams.token_streams import MemoryStream, join
 from mor_jax.data.streams.validation_split import is_validation, text_hash, validation_mask
 
@@ -96,13 +96,13 @@ def test_segments_and_positions_against_a_walk_through_the_tokens(stream, length
 
 
 def test_spread_is_even_and_without_repetition():
-    assert rows_per_host(10, 3).tolist() == [0, 3, 6]
-    assert rows_per_host(4, 9).tolist() == [0, 1, 2, 3]
-    assert len(set(rows_per_host(997, 400).tolist())) == 400
+    assert evenly_spaced(10, 3).tolist() == [0, 3, 6]
+    assert evenly_spaced(4, 9).tolist() == [0, 1, 2, 3]
+    assert len(set(evenly_spaced(997, 400).tolist())) == 400
 
 
 def test_a_split_shorter_than_a_row(cfg, byte_tokenizer):
-    with pytest.raises(ValueError, match=r"data\.sources\[0\]=.*one row of length=100000 needs"):
+    with pytest.raises(ValueError, match=r"data\.sources\[0\]=.*one sequence of seq_len=100000"):
         open_corpus(cfg, byte_tokenizer, "train", 100_000)
 
 
@@ -111,7 +111,9 @@ def test_too_much_text_for_memory(cfg, texts, byte_tokenizer, monkeypatch, limit
     """Refused by the size of the files, or while reading."""
     assert 2200 < len("".join(texts)) < open_documents(cfg.sources[0]).size < 4400
     monkeypatch.setattr("mor_jax.data.streams.token_streams.MEMORY_LIMIT", limit)
-    with pytest.raises(ValueError, match=r"too many to keep in memory.*prepare_data\.py --source"):
+    with pytest.raises(
+        ValueError, match=r"too many to tokenise in memory.*prepare_data\.py --source"
+    ):
         open_streams(dataclasses.replace(cfg, validation_fraction=0.33), byte_tokenizer, "train")
 
 
@@ -156,5 +158,5 @@ def test_shard_stream_reads_any_range(shards, byte_tokenizer):
 def test_unreadable_corpus_is_an_error_at_opening(tmp_path, byte_tokenizer):
     (tmp_path / "a.txt").write_text("")
     assert list(open_documents(f"text:{tmp_path}/a.txt").read(0)) == [""]
-    with pytest.raises(ValueError, match="has 0 different documents"):
+    with pytest.raises(ValueError, match="has 0 distinct non-empty documents"):
         open_streams(DataConfig(sources=(f"text:{tmp_path}/a.txt",)), byte_tokenizer, "train")
