@@ -242,5 +242,5 @@ def test_a_checkpoint_of_an_earlier_version_names_its_place_by_its_settings(fold
     other = dataclasses.replace(cfg, weights=(1.0, 1.0))
     carried = resume_position(old, position_of(other, byte_tokenizer, length=LENGTH, seed=SEED))
     assert [reading.first for reading in carried.readings] == [5, 15]
-    with pytest.raises(ValueError, match=r"seq_len=32: 5 rows"):
+    with pytest.raises(ValueError, match=r"seq_len=32: 5 sequences"):
         resume_position(old, position_of(cfg, byte_tokenizer, length=32, seed=SEED))

@@ -158,7 +158,7 @@ def test_processes_that_do_not_come_are_missed(tmp_path):
 def test_port_in_use_is_named():
     with (
         socket.create_server(("127.0.0.1", 0)) as server,
-        pytest.raises(ValueError, match=r"port (\d+) of .* is in use .* try port \d+") as caught,
+        pytest.raises(ValueError, match=r"port (\d+) of .* is in use .* use port \d+") as caught,
     ):
         port = server.getsockname()[1]
         initialize.initialize(f"127.0.0.1:{port}", 2, 0)
@@ -178,7 +178,7 @@ def test_coordinator_that_does_not_answer_is_named():
         ((None, None, None), "--coordinator=None: is required by --distributed=manual"),
         (("host:1", None, 0), "--processes=None: is required by --distributed=manual"),
         (("host:1", 0, 0), "--processes=0: must be positive"),
-        (("host:1", 2, 2), r"--process=2: must be in 0 .. 1, with --processes=2"),
+        (("host:1", 2, 2), r"--process=2: must be in 0 .. 1 with --processes=2"),
         (("host", 2, 0), "--coordinator='host': must be HOST:PORT"),
         (("host:70000", 2, 0), "--coordinator='host:70000': must be HOST:PORT"),
         ((":80", 2, 0), "--coordinator=':80': must be HOST:PORT"),

@@ -178,5 +178,5 @@ def test_every_command_is_ended_while_it_imports(name, tmp_path):
     # A server that is told to end before it serves has done what it was told.
     assert done.returncode == (exit_codes.OK if name == "serve" else exit_codes.STOPPED)
     assert done.stderr.startswith(f"stopped: {kind.name}: exited at once, ")
-    assert done.stderr.count("\n") == 1 and "The same command" in done.stderr
+    assert done.stderr.count("\n") == 1 and "he same command" in done.stderr
     assert not done.stdout and not list(tmp_path.iterdir())

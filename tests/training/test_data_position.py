@@ -73,7 +73,7 @@ def test_places_counted_in_batches_become_rows(cfg, tmp_path, monkeypatch):
     assert resumed_position(found, cfg, place, fingerprint).row == 160
     assert newest(epath.Path(tmp_path)) == found
     longer = dataclasses.replace(cfg, seq_len=32)
-    with pytest.raises(ValueError, match=r"^seq_len=32: 160 rows of"):
+    with pytest.raises(ValueError, match=r"^seq_len=32: 160 sequences of"):
         resumed_position(found, longer, *begun(longer))
     # One that is damaged is passed over; whoever restores says so.
     (step / "manifest.json").write_text("{}")

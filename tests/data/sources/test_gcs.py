@@ -142,6 +142,6 @@ def test_a_pyarrow_without_a_client_is_one_line(monkeypatch):
         def __getattr__(self, name):
             raise ImportError("not built with GCS")
 
-    monkeypatch.setattr(object_store, "need", lambda *_: Built())
+    monkeypatch.setattr(object_store, "require_package", lambda *_: Built())
     with pytest.raises(ValueError, match=r"'text:gs://corpus/\*': this pyarrow has no client"):
         open_documents("text:gs://corpus/*")

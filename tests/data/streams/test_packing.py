@@ -66,7 +66,7 @@ def test_small_corpora_keep_a_document_on_each_side(share):
 @pytest.mark.parametrize("contents", [["alone"], ["same", "same", ""], []])
 def test_one_document_cannot_be_split(contents):
     hashes = [text_hash(text) for text in contents if text]
-    with pytest.raises(ValueError, match=r"data\.sources\[0\]='text:a': has [01] different"):
+    with pytest.raises(ValueError, match=r"data\.sources\[0\]='text:a': has [01] distinct"):
         validation_mask(hashes, 0.1, "data.sources[0]", "text:a")
 
 
