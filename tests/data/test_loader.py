@@ -194,9 +194,7 @@ def test_fingerprint_changes_when_batches_would(cfg, byte_tokenizer, tmp_path, t
 
 
 def test_layout_and_start_are_checked(cfg, byte_tokenizer):
-    with pytest.raises(
-        ValueError, match=r"batch_size=6: .*multiple of the number of hosts, 4.*Try 8"
-    ):
+    with pytest.raises(ValueError, match=r"=6: .*multiple of the number of hosts, 4.*Try 8"):
         Layout(length=16, batch_size=6, hosts=4)
     with pytest.raises(ValueError, match=r"host=2: must be in 0 \.\. 1"):
         Layout(length=16, batch_size=4, host=2, hosts=2)
