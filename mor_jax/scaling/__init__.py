@@ -1,1 +1,1 @@
-"""Scaling studies at equal FLOPs: plan, run, fit, report. `launch/isoflop.py` is the command."""
+"""Scaling studies at equal FLOPs: plan, run, fit, report. The command is `mor isoflop`."""

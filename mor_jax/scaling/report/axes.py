@@ -66,13 +66,7 @@ def ticks(axis: Any) -> None:
 
 
 def png(figure: Any, title: str) -> bytes:
-    """The finished figure as the bytes of a PNG."""
-    """The finished figure as the bytes of a PNG."""
-    """Round numbers with units on a logarithmic axis, as many as fit."""
-    """A logarithmic axis of parameters across."""
-    """Names the axes of a grid; those up only at the left."""
-    """Names one panel."""
-    """A figure of `count` axes in rows of two or three, in the house's style."""
+    """Renders the finished figure as PNG."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     figure.suptitle(title, fontsize=12.5, weight="bold", color=INK, x=0.01, ha="left")

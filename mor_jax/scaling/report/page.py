@@ -23,7 +23,7 @@ from mor_jax.scaling.report.figures import UNITS
 from mor_jax.scaling.runs.points import Point
 
 OPENING = "<h2>Findings</h2>"
-"""Every page has it, and no other file of its name."""
+"""Marks a file as a page of this module, so that it may be replaced."""
 
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #1f2937; max-width: 1180px; margin: 2rem auto;
@@ -42,14 +42,14 @@ summary { cursor: pointer; font-weight: 600; margin: 1rem 0 0.4rem; }
 """
 
 _CAPTIONS = {
-    "by_budget": "Every point is a size; repeated seeds are averaged, with bars of one standard "
-    "deviation. A curve is a parabola in ln N, its star the minimum. Lower is better.",
-    "by_architecture": "The same runs, one panel per architecture. The dashed line joins minima: "
-    "the further it leans to the right, the more size the architecture asks for.",
-    "frontier": "Left: what each architecture reaches with each budget. Right: the same less the "
-    "baseline, with intervals; what crosses 0 is not told apart from it.",
-    "optimum": "Minima with intervals, power laws through them with bands. A steeper line puts a "
-    "larger part of more compute into size (left) or into tokens (right).",
+    "by_budget": "Each point is a model size; repeated seeds are averaged, bars show one standard "
+    "deviation. Each curve is a parabola in ln N, the star its minimum. Lower is better.",
+    "by_architecture": "The same runs, one panel per architecture. The dashed line joins the "
+    "minima: the more it leans to the right, the faster the best size grows with compute.",
+    "frontier": "Left: the loss of each architecture at each budget. Right: its difference to the "
+    "baseline; an interval that contains 0 shows no significant difference.",
+    "optimum": "Minima with intervals and the power laws through them with bands. A steeper line "
+    "spends more of additional compute on size (left) or on tokens (right).",
 }
 
 
@@ -84,7 +84,7 @@ def page(
         *(_table(table) for table in tables(fit, main)),
     ]
     if others:
-        parts.append("<h2>The same for other counts and routing</h2>")
+        parts.append("<h2>Other parameter counts and routings</h2>")
     for view in others:
         shown = [*_figures(pictures.get((view.routing, view.kind), ())), _refused(view)]
         shown += [f"<p class='faint'>{_text(noise_line(view))}</p>"]
@@ -101,7 +101,7 @@ def page(
 
 
 def findings(fit: Fit, view: View) -> list[str]:
-    """What a reader should know first, a sentence each."""
+    """The main results, one sentence each."""
     found = []
     for budget in fit.budgets:
         best = min((b for b in view.best if b.budget == budget), key=lambda row: row.loss)
@@ -109,13 +109,13 @@ def findings(fit: Fit, view: View) -> list[str]:
         text += f"{best.loss:.4f} nats per token at {quantity(best.parameters)} {view.kind} "
         text += f"parameters and {quantity(best.tokens)} tokens"
         gaps = [g for g in view.gaps if g.budget == budget]
-        told = [_gap(fit, g.architecture, g.of_runs, g.runs_interval) for g in gaps]
-        found.append(f"{text}. {'; '.join(told)}." if told else f"{text}.")
+        texts = [_gap(fit, g.architecture, g.of_runs, g.runs_interval) for g in gaps]
+        found.append(f"{text}. {'; '.join(texts)}." if texts else f"{text}.")
     for d in view.differences:
         if fit.baseline in (d.architecture, d.against):
             value = f"{d.difference:+.3f}{ends(d.interval, '+.3f')}"
             reading = VERDICTS[d.verdict] if d.interval else "no interval"
-            text = f"Exponent of size: {d.architecture} less {d.against} is {value}: {reading}."
+            text = f"Exponent of size: {d.architecture} minus {d.against} is {value}: {reading}."
             found.append(text)
     if not view.differences and len(fit.architectures) > 1:
         found.append("Slopes cannot be compared: fewer than two architectures have a power law.")
@@ -124,9 +124,9 @@ def findings(fit: Fit, view: View) -> list[str]:
 
 
 def _gap(fit: Fit, name: str, value: float, pair: tuple[float, float] | None) -> str:
-    text = f"{name} {value:+.4f}{ends(pair, '+.4f')} to {fit.baseline}"
+    text = f"{name} {value:+.4f}{ends(pair, '+.4f')} relative to {fit.baseline}"
     if pair is not None and pair[0] < 0 < pair[1]:
-        text += " (not told apart)"
+        text += " (not significant)"
     return text
 
 
@@ -140,7 +140,7 @@ def _subtitle(fit: Fit, points: Sequence[Point], manifest: Mapping[str, Any]) ->
 def _reading(fit: Fit, view: View) -> str:
     share = f"{fit.options.confidence:.0%}"
     return (
-        f"{_sentence(about(view))}. Brackets hold {share} intervals. {_sentence(noise_line(view))}."
+        f"{_sentence(about(view))}. Brackets are {share} intervals. {_sentence(noise_line(view))}."
     )
 
 
@@ -185,7 +185,7 @@ def _runs(points: Sequence[Point], manifest: Mapping[str, Any]) -> list[str]:
     left = [name for name in planned if name not in finished]
     parts = [f"<h2>Runs</h2>{_folded(f'all {len(rows)} finished runs', _grid(head, rows))}"]
     if left:
-        parts.append(f"<p>Planned and not finished: {_text(', '.join(left))}.</p>")
+        parts.append(f"<p>Planned but not finished: {_text(', '.join(left))}.</p>")
     return parts
 
 
@@ -212,14 +212,14 @@ def _reproduction(manifest: Mapping[str, Any]) -> list[str]:
     code = code if isinstance(code, Mapping) else {"version": code}
     facts = [f"{key} {value}" for key, value in code.items() if key != "clean"]
     if code.get("clean") is False:
-        facts.append("with changes that were not committed")
+        facts.append("with uncommitted changes")
     commit = code.get("commit")
     lines = [f"git checkout {commit}"] if commit else []
     lines += [
-        "# put the manifest below into STUDY/manifest.json, then",
-        "python launch/isoflop.py run --study=STUDY",
-        "python launch/isoflop.py fit --study=STUDY",
-        "python launch/isoflop.py report --study=STUDY",
+        "# save the manifest below as STUDY/manifest.json, then",
+        "mor isoflop run --study=STUDY",
+        "mor isoflop fit --study=STUDY",
+        "mor isoflop report --study=STUDY",
     ]
     stated = manifest.get("reproduce")
     if isinstance(stated, Sequence) and not isinstance(stated, str) and stated:
@@ -229,7 +229,7 @@ def _reproduction(manifest: Mapping[str, Any]) -> list[str]:
         "<h2>How to reproduce it</h2>",
         f"<p>Code: {_text(', '.join(facts) or 'unknown')}.</p>",
         f"<pre>{_text(chr(10).join(lines))}</pre>",
-        _folded("the manifest, exactly", f"<pre>{_text(text)}</pre>"),
+        _folded("the full manifest", f"<pre>{_text(text)}</pre>"),
     ]
 
 

@@ -1,4 +1,4 @@
-"""The report of a study: figures as PNG files and one HTML page that needs nothing beside it."""
+"""The report of a study: figures as PNG files and one self-contained HTML page."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -14,7 +14,8 @@ from mor_jax.scaling.runs.points import Point
 
 PAGE = "report.html"
 
-# The first view has all. Another count moves sizes only, another routing losses.
+# The first view has all figures. Another parameter count changes only sizes, another routing only
+# losses.
 _DRAWN = {
     ("causal", "unique"): ("by_budget", "frontier", "optimum", "by_architecture"),
     ("causal", "effective"): ("optimum",),
@@ -34,10 +35,10 @@ def write_report(
 ) -> list[epath.Path]:
     """Writes figures and page into `folder` and returns their paths, the page first.
 
-    manifest: plain values with `study`, `unit`, `code` and `runs`; it is printed as it is. Every
-    file is absent, the old one or complete. Needs a fit and the points that it was made of.
+    points: those of the fit. manifest: plain values with `study`, `unit`, `code` and `runs`,
+    printed as they are. Every file is written atomically.
 
-    Raises `ValueError` where files of these names are there and no report made them.
+    Raises `ValueError` if files of these names exist that no report wrote.
     """
     _check_free(fit, folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -58,10 +59,10 @@ def _check_free(fit: Fit, folder: epath.Path) -> None:
     names = [
         _file(name, view) for view in fit.views for name in _DRAWN[view.routing, view.kind]
     ] + [PAGE]
-    there = [name for name in names if (folder / name).exists()]
+    existing = [name for name in names if (folder / name).exists()]
     ours = (folder / PAGE).exists() and OPENING.encode() in (folder / PAGE).read_bytes()
-    rule = f"holds {', '.join(there[:5])}, which no report made, and would replace"
-    check(ours or not there, "output", str(folder), rule, "Give another --output")
+    rule = f"holds {', '.join(existing[:5])}, which no report made, and would replace"
+    check(ours or not existing, "output", str(folder), rule, "Give another --output")
 
 
 def _file(name: str, view: View) -> str:

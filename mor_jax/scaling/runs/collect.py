@@ -1,7 +1,7 @@
-"""How far the runs of a study are, and the results of those that are done.
+"""Progress of the runs of a study, and the results of the finished ones.
 
-A run's state is read from its own directory, so that it does not matter who started it or where.
-Results go into `results.jsonl`, a line a run, and stay there when the directories are deleted.
+The state of a run is read from its directory, so it does not matter where it was started. Results
+are appended to `results.jsonl`, one line per run, and stay there when the directories are deleted.
 """
 
 import dataclasses
@@ -25,14 +25,15 @@ from mor_jax.scaling.study.manifest import Manifest, Run
 RUNS = "runs"
 
 _SAME = ("architecture", "size", "budget", "seed", "unique", "effective", "tokens", "flops")
-"""What a result and the run that it is of have in common."""
+"""Fields that a result shares with its run."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Progress:
-    """Of one run. state: `done`, `started`, `new`, or `failed` with the problem. step: logged last.
+    """State of one run.
 
-    loss: held out, causal routing, nats per token.
+    state: `done`, `started`, `new`, or `failed` with the problem. step: the last one logged. loss:
+    validation loss under causal routing, nats per token.
     """
 
     run: Run
@@ -48,17 +49,17 @@ def directory(study: epath.PathLike, run: Run) -> epath.Path:
 
 
 def known_points(study: epath.PathLike) -> dict[str, Point]:
-    """The results that the study holds already, by run. Raises `ValueError` as `read_points`."""
-    there = (epath.Path(study) / RESULTS).exists()
-    return {point.run: point for point in read_points(study)} if there else {}
+    """The recorded results of a study, by run. Raises `ValueError` as `read_points`."""
+    exists = (epath.Path(study) / RESULTS).exists()
+    return {point.run: point for point in read_points(study)} if exists else {}
 
 
 def progress(study: epath.PathLike, manifest: Manifest) -> list[Progress]:
-    """Of every run, in the manifest's order; new results are written down on the way.
+    """State of every run, in the manifest's order; records new results.
 
     Raises:
-        ValueError: a run's directory is of another configuration, or `results.jsonl` is damaged or
-            of another study.
+        ValueError: the directory of a run has another configuration, or `results.jsonl` is damaged
+            or belongs to another study.
     """
     found, new = _progress(study, manifest)
     if new:
@@ -67,7 +68,7 @@ def progress(study: epath.PathLike, manifest: Manifest) -> list[Progress]:
 
 
 def peek_progress(study: epath.PathLike, manifest: Manifest) -> list[Progress]:
-    """The same, but nothing is written: for whoever looks on while another keeps the results."""
+    """The same without recording results: for a second process that only watches."""
     return _progress(study, manifest)[0]
 
 
@@ -79,14 +80,14 @@ def _progress(study: epath.PathLike, manifest: Manifest) -> tuple[list[Progress]
         if run.name in points:
             found.append(Progress(run, "done", run.steps, points[run.name].loss_causal))
             continue
-        state, point = _look(study, manifest, run)
+        state, point = _inspect(study, manifest, run)
         found.append(state)
         new += [] if point is None else [point]
     return found, new
 
 
 def add(study: epath.PathLike, points: Sequence[Point]) -> None:
-    """Appends results; the file is replaced as a whole, so none is ever half there."""
+    """Appends results atomically: the whole file is replaced."""
     path = epath.Path(study) / RESULTS
     before = path.read_text() if path.exists() else ""
     lines = [json.dumps(dataclasses.asdict(point)) + "\n" for point in points]
@@ -95,21 +96,22 @@ def add(study: epath.PathLike, points: Sequence[Point]) -> None:
 
 def _check_points(study: epath.PathLike, manifest: Manifest, points: dict[str, Point]) -> None:
     runs = {run.name: run for run in manifest.runs}
-    where, fix = f"{study}/{RESULTS}", "Take its lines out, or plan that study in its own directory"
+    where, fix = (
+        f"{study}/{RESULTS}",
+        "Delete these lines, or plan that study in a directory of its own",
+    )
     other = sorted(points.keys() - runs.keys())
-    rule = f"holds results of runs that this study has not: {', '.join(other[:5])}"
+    rule = f"holds results of runs that are not in this study: {', '.join(other[:5])}"
     check(not other, "results", where, rule, fix)
     for name, point in points.items():
         for value in _SAME:
             found, planned = getattr(point, value), getattr(runs[name], value)
-            rule = (
-                f"{name} has {value}={found!r} there, the plan {planned!r}: it is of another study"
-            )
+            rule = f"{name} has {value}={found!r}, the plan has {planned!r}: it is of another study"
             check(found == planned, "results", where, rule, fix)
 
 
-def _look(study: epath.PathLike, manifest: Manifest, run: Run) -> tuple[Progress, Point | None]:
-    """How far a run is by its directory, and its result once it is done."""
+def _inspect(study: epath.PathLike, manifest: Manifest, run: Run) -> tuple[Progress, Point | None]:
+    """State of a run according to its directory, and its result if it is done."""
     path = directory(study, run)
     if not (path / run_dir.CONFIG_FILE).exists():
         return Progress(run, "new"), None
@@ -122,24 +124,24 @@ def _look(study: epath.PathLike, manifest: Manifest, run: Run) -> tuple[Progress
     try:
         point = _point(path, run, last[-1])
     except ValueError as error:
-        # Told with the others; it must not hide the results of those that are sound.
+        # Reported like other failures: one bad run must not hide the results of the others.
         return Progress(run, "failed", step, problem=str(error)), None
     return Progress(run, "done", step, point.loss_causal), point
 
 
 def _check_config(path: epath.Path, manifest: Manifest, run: Run) -> None:
     planned = manifest.config(run)
-    there = run_dir.read_config(path)
-    changed = [str(tuple(change)) for change in run_dir.differences(there, planned)]
-    if there.steps != planned.steps:
-        changed.append(f"steps: {there.steps} there, {planned.steps} planned")
-    rule = f"the run in {path} is not the one that is planned: {'; '.join(changed)}"
+    existing = run_dir.read_config(path)
+    changed = [str(tuple(change)) for change in run_dir.differences(existing, planned)]
+    if existing.steps != planned.steps:
+        changed.append(f"steps: {existing.steps} in the run, {planned.steps} planned")
+    rule = f"the run in {path} is not the planned one: {'; '.join(changed)}"
     fix = "Move that directory away, or plan the study into a new directory"
     check(not changed, "run", run.name, rule, fix)
 
 
 def _point(path: epath.Path, run: Run, last: dict[str, Any]) -> Point:
-    """The result of a run whose last evaluation was logged as `last`."""
+    """The result of a run. last: the metrics record of its last evaluation."""
     spent = goodput(read_events(path / EVENTS)) if (path / EVENTS).exists() else None
     values = {
         "run": run.name,

@@ -1,4 +1,4 @@
-"""The training command of each run of a study, which every way of running it uses."""
+"""The training command of each run of a study, for local runs and clusters."""
 
 from collections.abc import Sequence
 
@@ -13,15 +13,15 @@ Family = tuple[Run, ...]
 
 
 _RESULT = ("steps", "eval", "checkpoint.keep_steps", "checkpoint.max_to_keep")
-"""Free in a run of one's own, but in a study they decide on results or on what later runs need."""
+"""Settings that may change in other runs, but in a study affect results or later runs."""
 
 
 def arguments(
     study: epath.PathLike, manifest: Manifest, run: Run, settings: Sequence[str] = ()
 ) -> list[str]:
-    """Arguments of `launch/train.py`; safe to give again, whatever became of the run before.
+    """Arguments of `mor train`. They also resume a run that was interrupted.
 
-    settings: further ones, `--config.NAME=VALUE`, see `check_settings`.
+    settings: additional `--config.NAME=VALUE`, see `check_settings`.
     """
     found = [
         f"--config=configs/from_study.py:{study}/{run.name}",
@@ -34,18 +34,18 @@ def arguments(
 
 
 def check_settings(words: Sequence[str]) -> None:
-    """Raises `ValueError` unless all of `words` set what leaves a run's result as it is."""
+    """Raises `ValueError` if one of `words` sets a setting that changes a run's result."""
     for word in words:
         setting, _, value = word.removeprefix("--config.").partition("=")
         free = run_dir.is_free(setting) and not run_dir.is_within(setting, _RESULT)
-        rule = "decides on the result, so it belongs to the plan"
-        fix = "Plan a study with it; run takes mesh, sharding, log, grad_accum_steps, "
+        rule = "changes the result, so it belongs to the plan"
+        fix = "Plan a study with it; run accepts mesh, sharding, log, grad_accum_steps, "
         fix += "model.remat, ..."
         check(free, f"config.{setting}", value, rule, fix)
 
 
 def families(runs: Sequence[Run]) -> list[Family]:
-    """Runs that go on from one another, in that order; families do not depend on one another."""
+    """Groups runs that continue one another, in that order; families are independent."""
     found: dict[str, list[Run]] = {}
     root: dict[str, str] = {}
     for run in runs:
@@ -54,23 +54,24 @@ def families(runs: Sequence[Run]) -> list[Family]:
     return [tuple(family) for family in found.values()]
 
 
-def chosen(manifest: Manifest, only: Sequence[str]) -> list[Run]:
-    """Runs of the architectures and sizes in `only`, runs named there, and those they go on from.
+def selected(manifest: Manifest, only: Sequence[str]) -> list[Run]:
+    """Runs that match `only`, and the runs that they continue.
 
-    Nothing of a kind named: all of that kind.
+    only: names of architectures, sizes or runs. Without an architecture all architectures match,
+    without a size all sizes.
 
     Raises:
-        ValueError: a word names nothing of the study.
+        ValueError: a word is not the name of an architecture, size or run of the study.
     """
     for word in only:
         known = {name for run in manifest.runs for name in (run.name, run.architecture, run.size)}
-        rule = "is no run, architecture or size of the study"
-        check(word in known, "only", word, rule, f"There are {', '.join(sorted(known))}")
+        rule = "not a run, architecture or size of the study"
+        check(word in known, "only", word, rule, f"Choose from {', '.join(sorted(known))}")
     words = set(only)
     architectures = words & {run.architecture for run in manifest.runs}
     sizes = words & {run.size for run in manifest.runs}
     grouped = bool(architectures or sizes or not only)
-    wanted = {
+    names = {
         run.name
         for run in manifest.runs
         if run.name in words
@@ -81,9 +82,9 @@ def chosen(manifest: Manifest, only: Sequence[str]) -> list[Run]:
         )
     }
     for run in reversed(manifest.runs):
-        if run.name in wanted and run.source is not None:
-            wanted.add(run.source)
-    return [run for run in manifest.runs if run.name in wanted]
+        if run.name in names and run.source is not None:
+            names.add(run.source)
+    return [run for run in manifest.runs if run.name in names]
 
 
-__all__ = ["Family", "arguments", "check_settings", "chosen", "families"]
+__all__ = ["Family", "arguments", "check_settings", "families", "selected"]

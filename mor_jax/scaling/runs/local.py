@@ -1,4 +1,4 @@
-"""Runs a study on this machine: in order, or several at a time, each in a process of its own."""
+"""Runs a study on this machine, each run in a process of its own, several in parallel."""
 
 import contextlib
 import dataclasses
@@ -18,7 +18,7 @@ from mor_jax.files import LockHeld, lock, this_process
 from mor_jax.runtime import exit_codes
 from mor_jax.runtime.preemption import Signals
 from mor_jax.scaling.runs.collect import RUNS, progress
-from mor_jax.scaling.runs.commands import arguments, check_settings, chosen
+from mor_jax.scaling.runs.commands import arguments, check_settings, selected
 from mor_jax.scaling.study.manifest import Manifest, Run
 
 _LOCK = "lock"
@@ -28,10 +28,10 @@ _AGAIN = (exit_codes.STOPPED, exit_codes.HOST_LOST)
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LocalOptions:
-    """How to run. jobs: at a time. retries: further attempts of a run that failed.
+    """How to run. jobs: parallel runs. retries: of a failed run.
 
-    gpus: their numbers, dealt out to the jobs; None: every job sees what this process sees, and
-    on a CPU a fair part of its cores. only: see `commands.chosen`. train: the training script.
+    gpus: GPU ids to divide among the jobs; None: every job sees the devices of this process and
+    gets an equal part of its CPU cores. only: see `commands.selected`. train: the training script.
     settings: see `commands.check_settings`.
     """
 
@@ -47,7 +47,7 @@ class LocalOptions:
         cores = len(os.sched_getaffinity(0))
         most = len(self.gpus) if self.gpus is not None else cores
         if self.gpus is not None:
-            rule = "must be numbers of GPUs, each once"
+            rule = "must be GPU ids without repetition"
             ok = 0 < len(self.gpus) == len(set(self.gpus))
             check(ok, "gpus", ",".join(self.gpus), rule, "Try 0,1")
         rule = f"must be in 1 .. {most}, one device or core each"
@@ -58,7 +58,7 @@ class LocalOptions:
 
 @dataclasses.dataclass(frozen=True)
 class Event:
-    """Something that happened to a run.
+    """A change in the state of a run.
 
     kind: `start`, `done`, `retry`, `failed`, `blocked`, or `waiting` for another process.
     """
@@ -77,22 +77,22 @@ class _Job:
 
 
 class StudyStopped(Exception):
-    """A signal ended it; what was under way is saved."""
+    """A signal stopped the study; the running jobs have saved their state."""
 
 
 def run_local(
     study: epath.PathLike, manifest: Manifest, how: LocalOptions, tell: Callable[[Event], None]
 ) -> dict[str, str]:
-    """Runs what is not done yet. Returns the runs that failed, each with its last words.
+    """Runs the unfinished runs. Returns the failed runs, each with the end of its log.
 
-    A failed run is tried again, then left; the others go on, but for those that need its state.
-    Safe to call again at any time.
+    A failed run is retried, then skipped; the others continue, except those that need its state.
+    Calling it again resumes the study.
 
     Raises:
-        ValueError: the study is being run already, or a directory in it is of another run.
-        StudyStopped: a signal came; every training under way was told to save and end.
+        ValueError: another process runs the study, or a directory in it belongs to another run.
+        StudyStopped: a signal arrived; the running jobs were signalled to save and exit.
     """
-    with _held(study), Signals() as signals:
+    with _locked(study), Signals() as signals:
         return _Runner(study, manifest, how, tell)(signals)
 
 
@@ -105,7 +105,7 @@ class _Runner:
         tell: Callable[[Event], None],
     ):
         self._study, self._manifest, self._how, self._tell = study, manifest, how, tell
-        self._runs = chosen(manifest, how.only)
+        self._runs = selected(manifest, how.only)
         self._jobs: list[_Job] = []
         self._attempts: dict[str, int] = {}
         self._failed: dict[str, str] = {}
@@ -113,7 +113,7 @@ class _Runner:
         self._waiting: set[str] = set()
 
     def __call__(self, signals: Signals) -> dict[str, str]:
-        # A signal is only noted: the jobs have something to save.
+        # A signal only sets a flag: the jobs have state to save.
         signals.nothing_to_save = ""
         signals.on_exit(lambda _: self._end())
         for found in progress(self._study, self._manifest):
@@ -122,7 +122,7 @@ class _Runner:
         try:
             while self._fill() or self._jobs:
                 if signals.number:
-                    raise StudyStopped("stopped: the same command goes on")
+                    raise StudyStopped("stopped: repeat the command to resume")
                 time.sleep(_POLL)
                 self._reap()
         finally:
@@ -130,7 +130,7 @@ class _Runner:
         return self._failed
 
     def _fill(self) -> bool:
-        """Starts what can start; whether anything is left that will be able to."""
+        """Starts runs that are ready; returns whether unfinished runs remain."""
         waiting = False
         under_way = {job.run.name for job in self._jobs}
         for run in self._runs:
@@ -147,7 +147,7 @@ class _Runner:
         return waiting
 
     def _busy(self, run: Run) -> bool:
-        # Trainings outlive a runner that was killed.
+        # Training processes outlive a runner that was killed.
         owner = holder(Path(self._study) / RUNS / run.name / LOCK_FILE)
         if owner and run.name not in self._waiting:
             self._waiting.add(run.name)
@@ -162,7 +162,7 @@ class _Runner:
         log = self._log(run)
         log.parent.mkdir(parents=True, exist_ok=True)
         with log.open("ab") as output:
-            # In a group of its own: a signal from the terminal reaches it once, through us.
+            # In a session of its own: a signal from the terminal reaches it once, through us.
             process = subprocess.Popen(
                 command,
                 stdout=output,
@@ -180,7 +180,7 @@ class _Runner:
         self._tell(Event("start", run, f"{run.own_steps} steps, log {log}"))
 
     def _environment(self, slot: int) -> dict[str, str]:
-        # Budgets and seeds of one model share the programs that evaluate it.
+        # Budgets and seeds of one model share compiled functions.
         cache = str(Path(self._study).resolve() / "compilation_cache")
         found = {"JAX_COMPILATION_CACHE_DIR": cache} | os.environ
         if self._how.gpus is not None:
@@ -206,21 +206,21 @@ class _Runner:
             self._done.add(run.name)
             self._tell(Event("done", run, f"loss {mine.loss:.4f}, {took:.0f} s"))
             return
-        said = mine.problem or self._last_words(run)
+        message = mine.problem or self._last_error(run)
         tries = self._attempts[run.name]
         if code in _AGAIN or (tries <= self._how.retries and code != exit_codes.DIVERGED):
-            self._tell(Event("retry", run, f"exit code {code} after {took:.0f} s: {said}"))
+            self._tell(Event("retry", run, f"exit code {code} after {took:.0f} s: {message}"))
             return
-        self._failed[run.name] = f"exit code {code}: {said}"
+        self._failed[run.name] = f"exit code {code}: {message}"
         self._tell(Event("failed", run, self._failed[run.name]))
 
-    def _last_words(self, run: Run) -> str:
+    def _last_error(self, run: Run) -> str:
         lines = self._log(run).read_text(errors="replace").strip().splitlines()
-        told = [line for line in lines if "error" in line.lower()] or lines or ["it said nothing"]
-        return told[-1][:500]
+        errors = [line for line in lines if "error" in line.lower()] or lines or ["no output"]
+        return errors[-1][:500]
 
     def _end(self) -> None:
-        # Reached with jobs only when something ended the study early.
+        # Jobs are left only if the study ended early.
         for job in self._jobs:
             with contextlib.suppress(ProcessLookupError):
                 job.process.terminate()
@@ -229,10 +229,11 @@ class _Runner:
 
 
 @contextlib.contextmanager
-def _held(study: epath.PathLike) -> Iterator[None]:
+def _locked(study: epath.PathLike) -> Iterator[None]:
     path = Path(study) / _LOCK
     rule = "is in an object store; runs on this machine need a local directory"
-    check("://" not in str(study), "study", str(study), rule, "Copy the manifest to a local one")
+    fix = "Copy the manifest to a local directory"
+    check("://" not in str(study), "study", str(study), rule, fix)
     (Path(study) / RUNS).mkdir(exist_ok=True)
     with contextlib.ExitStack() as stack:
         file = stack.enter_context(path.open("a+"))

@@ -1,4 +1,4 @@
-"""What a finished run of a study says: the points that fits and reports are made of."""
+"""Results of finished runs of a study: the points of fits and reports."""
 
 import dataclasses
 import math
@@ -10,10 +10,10 @@ from mor_jax.config.parsing import check
 from mor_jax.files import read_json_lines
 
 RESULTS = "results.jsonl"
-"""File of a study with one JSON object a finished run."""
+"""File of a study with one JSON object per finished run."""
 
 _MOST_LOSS = 1000.0
-"""Nats a token. A run that ends above it has diverged, and no curve goes through its loss."""
+"""Nats per token. A run with a higher loss has diverged and cannot be fitted."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -21,10 +21,10 @@ class Point:
     """One finished run.
 
     architecture: its name in the study, such as `plain` or `mor-3`. size: such as `w64` or `360m`.
-    budget: the FLOPs that the run was planned for, in the study's unit; runs of one budget are
-    compared. flops: those that it took, in the same unit. unique, effective: parameters without
-    embedding and head, stored and as if nothing were shared. tokens: trained on. losses: nats per
-    held-out token, `loss_topk` None where nothing is routed.
+    budget: planned FLOPs in the study's unit; runs of one budget are compared. flops: FLOPs spent,
+    in the same unit. unique, effective: parameters without embedding and head, as stored and as if
+    nothing were shared. tokens: training tokens. losses: nats per validation token; `loss_topk` is
+    None for unrouted models.
     depth: mean recursions of a token under causal routing. seconds: of the run's own steps.
     """
 
@@ -50,10 +50,10 @@ class Point:
         check(isinstance(values, dict), "results", where, rule, fix)
         names = {field.name for field in dataclasses.fields(cls)}
         needed = {f.name for f in dataclasses.fields(cls) if f.default is dataclasses.MISSING}
-        fix = "Delete the line and collect the run again with launch/isoflop.py status"
+        fix = "Delete the line and collect the run again with mor isoflop status"
         missing, unknown = sorted(needed - values.keys()), sorted(values.keys() - names)
         check(not missing, where, sorted(values), f"lacks {missing}", fix)
-        check(not unknown, where, unknown, "are no values of a run", fix)
+        check(not unknown, where, unknown, "unknown values of a run", fix)
         for name, kind in (("run", str), ("architecture", str), ("size", str), ("seed", int)):
             value = values[name]
             check(type(value) is kind, f"{where}: {name}", value, f"must be a {kind.__name__}", fix)
@@ -88,21 +88,21 @@ def _finite(where: str, name: str, value: Any, fix: str, most: float = math.inf)
 
 
 def read_points(study: epath.PathLike) -> list[Point]:
-    """The points of a study, or of a file of such lines, in the order they came in.
+    """The points of a study, or of a results file, in the order of the lines.
 
-    Raises `ValueError` if there are none, a line is damaged, a value missing or not finite, or a
-    run there twice with different values.
+    Raises `ValueError` if there are none, a line is damaged, a value is missing or not finite, or
+    a run occurs twice with different values.
     """
     path = epath.Path(study)
     file = path / RESULTS if path.is_dir() else path
-    fix = "Run the study first: python launch/isoflop.py run"
+    fix = "Run the study first: mor isoflop run"
     check(file.exists(), "study", str(study), f"has no {RESULTS}, so no finished run", fix)
     found: dict[str, Point] = {}
     for number, values in read_json_lines(file, torn="none"):
         where = f"{file}:{number}"
         point = Point.from_dict(values, where)
-        rule = f"run {point.run} is there twice with different values"
-        fix = "Keep the line that belongs to the run as it is now"
+        rule = f"run {point.run} occurs twice with different values"
+        fix = "Keep the line that belongs to the current run"
         check(found.get(point.run, point) == point, "results", where, rule, fix)
         found[point.run] = point
     check(bool(found), "results", str(file), "holds no finished run", "Run the study first")

@@ -1,4 +1,4 @@
-"""A study on the terminal: what is planned, how far it is."""
+"""Terminal output of a study: its plan and its progress."""
 
 from collections.abc import Sequence
 
@@ -11,12 +11,12 @@ from mor_jax.scaling.study.manifest import Manifest, Run
 
 
 def plan_table(manifest: Manifest) -> Table:
-    """A row an architecture and size: what a token costs, and the steps of every budget."""
+    """One row per architecture and size: FLOPs per token, and the steps of each budget."""
     budgets = sorted({run.budget for run in manifest.runs})
     table = Table(title=f"{manifest.study}: runs", title_justify="left", pad_edge=False)
     for name in ("architecture", "size"):
         table.add_column(name)
-    for name in ("unique", "effective", "FLOPs a token", "learning rate"):
+    for name in ("unique", "effective", "FLOPs/token", "learning rate"):
         table.add_column(name, justify="right")
     for budget in budgets:
         table.add_column(f"steps for {budget:g}", justify="right")
@@ -37,18 +37,18 @@ def plan_table(manifest: Manifest) -> Table:
 
 
 def plan_lines(manifest: Manifest) -> list[str]:
-    """What a study is going to cost, and how its numbers came about."""
+    """The cost of a study, and the rules behind its numbers."""
     runs = manifest.runs
     own = sum(run.own_steps * run.tokens / run.steps * run.training_flops_per_token for run in runs)
     alone = sum(run.tokens * run.training_flops_per_token for run in runs)
     seeds = sum(run.seed > 0 for run in runs)
     rules = manifest.rules
     found = [
-        f"{len(runs)} runs, {seeds} of them further seeds; FLOPs are {UNITS[manifest.unit]}",
-        f"training FLOPs in all: {own:.3g}, {1 - own / alone:.0%} less than if each run were made "
-        "from its beginning",
-        f"warm-up {rules['warmup']:g} of the smallest budget's steps, linear decay over the last "
-        f"{rules['decay']:g} of each run's",
+        f"{len(runs)} runs, {seeds} of them additional seeds; FLOPs are {UNITS[manifest.unit]}",
+        f"total training FLOPs: {own:.3g}, {1 - own / alone:.0%} less than if each run started "
+        "from scratch",
+        f"warm-up: {rules['warmup']:g} of the steps of the smallest budget; linear decay: the last "
+        f"{rules['decay']:g} of each run",
     ]
     if rules["lr"] is not None:
         rule = f"{rules['lr']:g} * ({rules['lr_width']} / width)^{rules['lr_power']:g}"
@@ -64,7 +64,7 @@ def plan_lines(manifest: Manifest) -> list[str]:
 
 
 def status_table(found: Sequence[Progress], study: str) -> Table:
-    """A row an architecture, size and seed; for every budget the loss, or how far it is."""
+    """One row per architecture, size and seed; for each budget the loss, or the progress."""
     budgets = sorted({each.run.budget for each in found})
     done = sum(each.state == "done" for each in found)
     title = f"{study}: {done} of {len(found)} runs done"
@@ -78,8 +78,8 @@ def status_table(found: Sequence[Progress], study: str) -> Table:
         key = (each.run.architecture, each.run.size, each.run.seed)
         rows.setdefault(key, {})[each.run.budget] = each
     for (name, size, seed), cells in rows.items():
-        told = [_cell(cells[budget]) if budget in cells else "" for budget in budgets]
-        table.add_row(name, size, str(seed), *told)
+        texts = [_cell(cells[budget]) if budget in cells else "" for budget in budgets]
+        table.add_row(name, size, str(seed), *texts)
     return table
 
 

@@ -1,4 +1,4 @@
-"""The progress of a study as it goes: a table that is redrawn, or a line an event."""
+"""Live progress of a study: a table that is redrawn, or one line per event."""
 
 import time
 
@@ -18,9 +18,9 @@ _REDRAW = 2.0
 
 
 class Watch:
-    """While it is entered: the table on a terminal; elsewhere a line for each event.
+    """Context manager that shows the table on a terminal, elsewhere one line per event.
 
-    The table is drawn by a thread of its own. Results are kept by whoever runs the study.
+    A thread draws the table. It records no results; the process that runs the study does.
     """
 
     def __init__(self, study: epath.PathLike, manifest: Manifest, console: Console):
@@ -74,9 +74,9 @@ class Watch:
 def show_status(
     study: epath.PathLike, manifest: Manifest, console: Console, every: float | None
 ) -> int:
-    """Prints the table once, or every so many seconds until all is done; returns an exit code.
+    """Prints the table once, or every `every` seconds until all runs are done.
 
-    Raises `ValueError` for `every` out of range, or as `progress`.
+    Returns an exit code. Raises `ValueError` for `every` out of range, or as `progress`.
     """
     rule = "must be seconds in [0.1, 86400]"
     check(every is None or 0.1 <= every <= 86400, "watch", every, rule, "Try 30")

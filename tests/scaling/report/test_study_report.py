@@ -52,17 +52,17 @@ def test_the_page_says_everything_and_needs_nothing(made):
         "small &amp; quick",
         "mor&lt;3&gt;",
         "abc1234",
-        "with changes that were not committed",
+        "with uncommitted changes",
         "Refused fits",
         "mor&lt;3&gt; at 1e+18 FLOPs: no parabola",
         "Power laws of compute",
         "Comparison of slopes",
         "Second opinion: L = E + A / N^alpha + B / D^beta",
-        "Planned and not finished: lost-run",
+        "Planned but not finished: lost-run",
         "All 44 finished runs",
         "1m15s",
         "&lt;one&gt;",
-        "python launch/isoflop.py run",
+        "mor isoflop run",
     ):
         assert part in text, part
 

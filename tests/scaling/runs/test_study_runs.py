@@ -15,7 +15,7 @@ from support.small_study import CONFIGS, SMALL
 
 from mor_jax.scaling.runs.cluster import Cluster, submit
 from mor_jax.scaling.runs.collect import add, directory, progress
-from mor_jax.scaling.runs.commands import chosen, families
+from mor_jax.scaling.runs.commands import families, selected
 from mor_jax.scaling.runs.local import LocalOptions, StudyStopped, run_local
 from mor_jax.scaling.runs.points import RESULTS, Point, read_points
 from mor_jax.scaling.study.manifest import read, write
@@ -93,12 +93,12 @@ def test_only_a_part_is_run_with_what_it_needs(study):
     _, events = run(study, only=("mor-2", "w32"))
     assert {name for _, name in events} == {"mor-2-w32-1e12-s0", "mor-2-w32-4e12-s0"}
     manifest = read(study)
-    assert [r.name for r in chosen(manifest, ["plain-w64-4e12-s0"])] == [
+    assert [r.name for r in selected(manifest, ["plain-w64-4e12-s0"])] == [
         "plain-w64-1e12-s0",
         "plain-w64-4e12-s0",
     ]
     assert [len(family) for family in families(manifest.runs)] == [2] * 6
-    with pytest.raises(ValueError, match="only='w33': is no run"):
+    with pytest.raises(ValueError, match="only='w33': not a run"):
         run(study, only=("w33",))
 
 
@@ -131,7 +131,7 @@ def test_a_directory_of_another_run_is_refused(study):
     values = json.loads(config.read_text())
     values["optim"]["lr"] = 1.0
     config.write_text(json.dumps(values))
-    with pytest.raises(ValueError, match=r"not the one that is planned.*optim\.lr"):
+    with pytest.raises(ValueError, match=r"not the planned one.*optim\.lr"):
         run(study)
 
 
@@ -145,7 +145,7 @@ def test_results_of_another_study_are_refused(study):
     for other in ({"run": "plain-w8-1e12-s0"}, {"tokens": 7}):
         (study / RESULTS).unlink()
         add(study, [dataclasses.replace(point, **other)])
-        with pytest.raises(ValueError, match=r"runs that this study has not|of another study"):
+        with pytest.raises(ValueError, match=r"runs that are not in this study|of another study"):
             progress(study, read(study))
     (study / RESULTS).write_text("[1]\n")
     with pytest.raises(ValueError, match="must be an object"):
