@@ -19,8 +19,8 @@ from mor_jax.config.parsing import check
 from mor_jax.data.sources import file_readers
 from mor_jax.data.sources.directories import kind_of
 from mor_jax.data.sources.files import File, local_file, matching
-from mor_jax.data.sources.findings import SkippedRecords
 from mor_jax.data.sources.records import Field
+from mor_jax.data.sources.skipped_records import SkippedRecords
 
 STDLIB_SUFFIXES = frozenset({".py", ".txt", ".rst", ".md", ".html"})
 STDLIB_SKIPPED = frozenset({"site-packages", "dist-packages", "__pycache__"})

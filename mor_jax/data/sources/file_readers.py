@@ -12,8 +12,8 @@ from typing import Any
 from mor_jax.config.parsing import check, fail
 from mor_jax.data.sources import compressed, object_store
 from mor_jax.data.sources.files import File, lines
-from mor_jax.data.sources.findings import SkippedRecords
 from mor_jax.data.sources.records import MARK, Field, check_head, decode, file_text
+from mor_jax.data.sources.skipped_records import SkippedRecords
 
 
 def read_stdlib(

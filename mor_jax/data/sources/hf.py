@@ -10,8 +10,8 @@ from typing import Any
 
 from mor_jax.config.optional_import import require_package
 from mor_jax.config.parsing import check, fail
-from mor_jax.data.sources.findings import SkippedRecords
 from mor_jax.data.sources.records import Field
+from mor_jax.data.sources.skipped_records import SkippedRecords
 
 FORMS = "hf:DIR[:SPLIT], hf:NAME[:SPLIT] or hf:NAME:CONFIG:SPLIT"
 _SAVED = ("dataset_dict.json", "state.json")

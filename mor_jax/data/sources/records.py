@@ -6,7 +6,7 @@ import re
 from typing import Any
 
 from mor_jax.config.parsing import check, fail
-from mor_jax.data.sources.findings import EMPTY, NUL, SURROGATE, SkippedRecords
+from mor_jax.data.sources.skipped_records import EMPTY, NUL, SURROGATE, SkippedRecords
 
 MARK = codecs.BOM_UTF8
 _FEWEST = 4

@@ -13,8 +13,8 @@ from typing import Any
 
 from mor_jax.config.optional_import import require_package
 from mor_jax.config.parsing import check, fail
-from mor_jax.data.sources.findings import SkippedRecords
 from mor_jax.data.sources.records import Field
+from mor_jax.data.sources.skipped_records import SkippedRecords
 
 # name, version (it starts with a digit) and split (it does not)
 _FORM = re.compile(r"(?P<name>[^:]+(:\d[\d.*]*)?)(:(?P<split>[A-Za-z_].*))?")

@@ -1,4 +1,4 @@
-"""What reading a source left out or replaced: counted, and said once, with the first place."""
+"""Counts of records that reading a source skipped or repaired, logged once with the first place."""
 
 import dataclasses
 import logging
@@ -18,19 +18,19 @@ class _Count:
 
 
 class SkippedRecords:
-    """Counts of one pass over a source, by what was found."""
+    """Counts of one pass over a source, by problem."""
 
     def __init__(self) -> None:
         self._found: dict[str, _Count] = {}
 
     def add(self, what: str, where: str, count: int = 1) -> None:
-        """One more document, at `where`, in which `what` was found `count` times."""
+        """Counts one more document, at `where`, with `count` occurrences of the problem `what`."""
         at = self._found.setdefault(what, _Count(where))
         at.count += count
         at.documents += 1
 
     def say(self, setting: str, spec: str, said: set[str]) -> None:
-        """Logs a warning for each thing that was found, unless its line is among those `said`."""
+        """Logs a warning for each problem, unless its line is in `said`, the lines logged before."""
         for what, at in self._found.items():
             counts = what.format(count=f"{at.count:,}", documents=f"{at.documents:,}")
             line = f"{setting}={spec!r}: {counts}. The first is {at.first}"
