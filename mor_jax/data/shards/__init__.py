@@ -1,1 +1,1 @@
-"""Tokens prepared on disk: written once, read by position."""
+"""Pre-tokenised shards on disk."""

@@ -1,7 +1,7 @@
-"""Tokenises sources into shards once, so that runs start at once and corpora may be of any size.
+"""Tokenises sources into shards once, so that runs start quickly and corpora may have any size.
 
-A preparation that was stopped goes on after its last complete shard and writes the same bytes as
-one that was not. The manifest comes last: where there is one, everything is there.
+An interrupted preparation resumes after its last complete shard and writes the same bytes as an
+uninterrupted one. The manifest is written last: if it exists, the preparation is complete.
 """
 
 import contextlib
@@ -27,23 +27,23 @@ __all__ = ["PrepareConfig", "Progress", "prepare"]
 
 SETTINGS = "settings.json"
 BPE_CHARACTERS = 256 * 2**20
-"""Text that a BPE tokenizer is trained on, at most, shared evenly between the sources."""
+"""Largest number of characters to train a BPE tokenizer on, divided evenly between the sources."""
 
 
 def prepare(cfg: PrepareConfig, report: Report) -> dict[str, Any]:
-    """Writes all shards that are missing, then the manifest, which it returns.
+    """Writes all missing shards, then the manifest, and returns it.
 
-    `report` is called about once a second and at the end. Raises `ValueError` on bad settings or
-    sources, on a directory that was begun with other settings, and if a split stays empty;
+    Calls `report` about once a second and at the end. Raises `ValueError` on invalid settings or
+    sources, if the directory belongs to a preparation with other settings, and if a split is empty;
     `OSError` if the disk is full.
     """
     cfg.validate()
     sources = [open_documents(spec, cfg.text_key, "--source") for spec in cfg.sources]
     tokenizer = None if cfg.train_bpe is not None else load_tokenizer(cfg.tokenizer, "--tokenizer")
     settings = _settings(cfg, sources, tokenizer)
-    with _alone(cfg.output):
-        # Before anything is tidied there: what is not ours stays as it is.
-        _check_ours(cfg.output, settings)
+    with _locked_output(cfg.output):
+        # Checked before any cleanup, so that a foreign directory stays unchanged.
+        _check_output(cfg.output, settings)
         try:
             _claim(cfg.output, settings)
             tokenizer = tokenizer or _trained(cfg, sources)
@@ -56,13 +56,13 @@ def prepare(cfg: PrepareConfig, report: Report) -> dict[str, Any]:
         finally:
             clear_partial(cfg.output)
             if not _written(cfg.output):
-                _give_back(cfg.output)
+                _remove_if_empty(cfg.output)
     return manifest
 
 
 @contextlib.contextmanager
-def _alone(output: Path) -> Iterator[None]:
-    """Keeps a second preparation out of the directory, which it creates."""
+def _locked_output(output: Path) -> Iterator[None]:
+    """Creates the output directory and locks it against a second preparation."""
     try:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -74,7 +74,7 @@ def _alone(output: Path) -> Iterator[None]:
         try:
             stack.enter_context(lock(directory, this_process()))
         except LockHeld:
-            rule = "another preparation is writing there"
+            rule = "another preparation is writing to it"
             fail("--output", str(output), rule, "Wait for it, or name another directory")
         yield
 
@@ -94,25 +94,25 @@ def _settings(
     }
 
 
-def _check_ours(output: Path, settings: dict[str, Any]) -> None:
-    """Raises `ValueError` unless the directory is empty or was begun with the same settings."""
+def _check_output(output: Path, settings: dict[str, Any]) -> None:
+    """Raises `ValueError` unless the directory is empty or has the same settings."""
     path = output / SETTINGS
     if path.exists():
         before = _read_settings(path, output)
         changed = {k: (before.get(k), v) for k, v in settings.items() if before.get(k) != v}
-        rule = f"was begun with other settings (before, now): {changed}"
-        fix = "Name another directory, remove this one, or use the settings of before"
-        # A preparation that failed at once has nothing to lose: its source may be mended now.
+        rule = f"was started with other settings (before, now): {changed}"
+        fix = "Name another directory, remove this one, or use the old settings"
+        # A preparation that failed before its first shard has nothing to lose.
         check(not changed or not _written(output), "--output", str(output), rule, fix)
         return
-    # A start that was killed leaves no more than this.
+    # A preparation killed at its start leaves only this file.
     others = {entry.name for entry in output.iterdir()} - {f"{SETTINGS}{PARTIAL}"}
-    rule = "is not empty and was not begun by this program"
+    rule = "is neither empty nor a directory of this command"
     check(not others, "--output", str(output), rule, "Name a new directory")
 
 
 def _claim(output: Path, settings: dict[str, Any]) -> None:
-    """Makes the directory, which `_check_ours` found free, ours."""
+    """Records the settings in the directory after `_check_output`."""
     path, contents = output / SETTINGS, to_json(settings)
     if not path.exists() or path.read_bytes() != contents:
         write_file(path, contents)
@@ -121,17 +121,17 @@ def _claim(output: Path, settings: dict[str, Any]) -> None:
 
 
 def _written(output: Path) -> bool:
-    """Whether a preparation wrote more there than its settings."""
-    kept = [path for path in output.rglob("*") if not path.name.endswith(PARTIAL)]
-    return any(path.name not in (SETTINGS, PARTS) for path in kept)
+    """Whether the directory contains more than settings."""
+    complete = [path for path in output.rglob("*") if not path.name.endswith(PARTIAL)]
+    return any(path.name not in (SETTINGS, PARTS) for path in complete)
 
 
-def _give_back(output: Path) -> None:
-    """Takes away what a preparation that failed at once has made."""
+def _remove_if_empty(output: Path) -> None:
+    """Removes what a preparation created that failed before its first shard."""
     (output / SETTINGS).unlink(missing_ok=True)
-    for made in (output / PARTS, output):
-        if made.is_dir() and not any(made.iterdir()):
-            made.rmdir()
+    for directory in (output / PARTS, output):
+        if directory.is_dir() and not any(directory.iterdir()):
+            directory.rmdir()
 
 
 def _read_settings(path: Path, output: Path) -> dict[str, Any]:
@@ -167,13 +167,12 @@ def _training_texts(sources: list[Documents], share: float) -> Iterator[str]:
 def _check_splits(cfg: PrepareConfig, parts: list[dict[str, Any]]) -> None:
     documents = {s: sum(p[s]["documents"] for p in parts if p[s]) for s in SPLITS}
     total = sum(documents.values())
-    rule = f"holds {total} documents that are not empty; two are needed, one to train on and one "
-    rule += "to hold out"
-    check(total >= 2, "--source", cfg.sources, rule, "Add documents, one a file or record")
+    rule = f"has {total} non-empty documents; needs two, one for training and one for validation"
+    check(total >= 2, "--source", cfg.sources, rule, "Add documents, one per file or record")
     if min(documents.values()) == 0:
         lowest = min(part["lowest"] for part in parts)
-        rule = f"leaves {documents['train']} documents to train on and {documents['heldout']} "
-        rule += f"held out; the first is held out at shares above {lowest:.6f}"
+        rule = f"gives {documents['train']} training and {documents['heldout']} validation "
+        rule += f"documents; the first validation document needs a share above {lowest:.6f}"
         fix = f"Remove {cfg.output} and use another share, or add documents"
         fail("--heldout-share", cfg.heldout_share, rule, fix)
 
@@ -186,11 +185,11 @@ def _manifest(
         shards = [part[split] for part in parts if part[split]]
         totals = {key: sum(shard[key] for shard in shards) for key in ("tokens", "documents")}
         splits[split] = totals | {"shards": shards}
-    described = {
+    description = {
         "name": tokenizer.name if not tokenizer.files() else next(iter(tokenizer.files())),
         "file": next(iter(tokenizer.files()), None),
         "fingerprint": tokenizer.fingerprint,
         "vocab_size": tokenizer.vocab_size,
         "eos_id": tokenizer.eos_id,
     }
-    return settings | {"tokenizer": described, "dtype": tokenizer.dtype.name, "splits": splits}
+    return settings | {"tokenizer": description, "dtype": tokenizer.dtype.name, "splits": splits}

@@ -1,4 +1,4 @@
-"""Settings of a preparation, and what it reports while it runs."""
+"""Settings and progress of the data preparation."""
 
 import dataclasses
 import re
@@ -11,9 +11,10 @@ from mor_jax.data.tokenizers.train_bpe import check_size
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PrepareConfig:
-    """What to write where. `train_bpe`: size of a vocabulary to train instead of `tokenizer`.
+    """Settings of the data preparation.
 
-    A shard ends with the document that brings its training tokens to `shard_tokens`.
+    train_bpe: vocabulary size of a tokenizer to train instead of `tokenizer`. shard_tokens: a shard
+    ends with the document that reaches this number of training tokens.
     """
 
     sources: tuple[str, ...]
@@ -29,21 +30,22 @@ class PrepareConfig:
         check(bool(self.sources), "--source", self.sources, "is empty", "Try --source=stdlib")
         rule = "must be at least 1; it is the number of training tokens of a shard"
         check(self.shard_tokens >= 1, "--shard-tokens", self.shard_tokens, rule, "Try 134217728")
-        rule = "must be in (0, 0.5]; it is the share of documents kept for evaluation"
+        rule = "must be in (0, 0.5]; it is the fraction of documents used for validation"
         ok = 0 < self.heldout_share <= 0.5
         check(ok, "--heldout-share", self.heldout_share, rule, "Try 0.01")
         for spec in self.sources:
-            rule = "is tokenised already"
+            rule = "is already tokenised"
             ok = not spec.startswith("shards:")
             check(ok, "--source", spec, rule, "Name several shards: in data.sources instead")
         ok = not re.match(r"[a-z0-9]+:/", str(self.output))
-        fix = "Write to a directory here, then copy it to where the run reads it"
-        given = str(self.output).replace(":/", "://", 1)
-        check(ok, "--output", given, "is no directory of this machine", fix)
+        fix = "Write to a local directory, then copy it to where the run reads it"
+        address = str(self.output).replace(":/", "://", 1)
+        check(ok, "--output", address, "is not a local directory", fix)
         try:
             ok = not self.output.exists() or self.output.is_dir()
         except OSError as error:
-            fail("--output", given, f"cannot be used ({error.strerror})", "Name another directory")
+            rule = f"cannot be used ({error.strerror})"
+            fail("--output", address, rule, "Name another directory")
         check(ok, "--output", str(self.output), "is a file", "Name a directory")
         if self.train_bpe is not None:
             check_size(self.train_bpe)
@@ -51,7 +53,7 @@ class PrepareConfig:
 
 @dataclasses.dataclass
 class Progress:
-    """What has been written so far; `kept` counts shards of an earlier run."""
+    """Totals written so far; `kept` counts shards of an earlier preparation."""
 
     shards: int = 0
     kept: int = 0

@@ -1,8 +1,8 @@
-"""Shard by shard through the sources: what is there is kept, what lacks is written.
+"""Writes the missing shards of a preparation and reuses the existing ones.
 
-Each finished shard leaves a part file that says where it began, where the next one begins and
-what its files hash to. A part is kept if it begins where the one before ended and its files are
-as they were written; so a damaged shard is written again without touching those after it.
+Each complete shard has a part file with its start position, the start of the next shard and the
+hash of its files. A part is reused if it starts where the previous one ended and its files are
+intact, so a damaged shard is rewritten without touching the following ones.
 """
 
 import dataclasses
@@ -24,22 +24,22 @@ PARTS = "parts"
 REPORT_SECONDS = 1.0
 
 Place = tuple[int, int]
-"""A source and a document in it."""
+"""Index of a source, and of a document in it."""
 
 
 def to_json(value: Any) -> bytes:
-    """The one form in which settings, parts and the manifest are written."""
+    """The file format of settings, parts and the manifest."""
     return (json.dumps(value, indent=1, sort_keys=True) + "\n").encode()
 
 
 def clear_partial(output: Path) -> None:
-    """Removes what a stopped run left half-written."""
+    """Removes partial files of an interrupted preparation."""
     for leftover in output.rglob(f"*{PARTIAL}"):
         leftover.unlink()
 
 
 class ShardJob:
-    """Goes through the sources once, writing the shards that are not there yet."""
+    """Reads the sources once and writes the missing shards."""
 
     def __init__(
         self, cfg: PrepareConfig, sources: list[Documents], tokenizer: Tokenizer, report: Report
@@ -58,12 +58,12 @@ class ShardJob:
         stream = None
         while not parts or not parts[-1]["last"]:
             path = self._cfg.output / PARTS / f"{len(parts):05d}.json"
-            part = self._kept(path, place)
+            part = self._reusable_part(path, place)
             if part is None:
                 (self._cfg.output / MANIFEST).unlink(missing_ok=True)
                 path.unlink(missing_ok=True)
-                # One pass over the documents serves all shards that follow each other.
-                stream = stream or _Ahead(encoded(self._texts(place), self._tokenizer))
+                # Consecutive shards share one pass over the documents.
+                stream = stream or _Peekable(encoded(self._texts(place), self._tokenizer))
                 part = self._write(len(parts), place, stream)
                 write_file(path, to_json(part))
             else:
@@ -75,33 +75,33 @@ class ShardJob:
         self._report(self._progress)
         return parts
 
-    def _kept(self, path: Path, place: Place) -> dict[str, Any] | None:
-        """The part of an earlier run, if it begins at `place` and its files are as written."""
+    def _reusable_part(self, path: Path, place: Place) -> dict[str, Any] | None:
+        """The part of an earlier preparation if it starts at `place` and its files are intact."""
         if not path.exists():
             return None
         try:
             part = json.loads(path.read_text())
-            whole = all(part[split] is None or self._whole(part[split]) for split in SPLITS)
-            here = tuple(part["start"]) == place and len(part["next"]) == len(place)
-            return part if whole and here and part["last"] in (True, False) else None
-        # A damaged part file: its shard is written again, like a damaged shard.
+            intact = all(part[split] is None or self._is_intact(part[split]) for split in SPLITS)
+            follows = tuple(part["start"]) == place and len(part["next"]) == len(place)
+            return part if intact and follows and part["last"] in (True, False) else None
+        # Damaged part file: rewrite its shard.
         except (ValueError, KeyError, TypeError):
             return None
 
-    def _whole(self, shard: dict[str, Any]) -> bool:
-        """Whether the files of a shard are as they were written."""
+    def _is_intact(self, shard: dict[str, Any]) -> bool:
+        """Whether the files of a shard match their hash."""
         files = [self._cfg.output / shard[name] for name in ("file", "documents_file")]
         return all(file.is_file() for file in files) and pair_hash(*files) == shard["sha256"]
 
     def _texts(self, place: Place) -> Iterator[tuple[Place, str]]:
-        """From `place` on: where the next document is, and the text of this one."""
+        """Yields, from `place` on, the position after each document, and its text."""
         first, start = place
         for number in range(first, len(self._sources)):
             for document, text in enumerate(self._sources[number].read(start), start):
                 yield (number, document + 1), text
             start = 0
 
-    def _write(self, number: int, place: Place, documents: "_Ahead") -> dict[str, Any]:
+    def _write(self, number: int, place: Place, documents: "_Peekable") -> dict[str, Any]:
         """Writes shard `number` of both splits from the next documents."""
         output, tokenizer = self._cfg.output, self._tokenizer
         writers: dict[str, ShardWriter] = {}
@@ -136,14 +136,14 @@ class ShardJob:
                 self._progress.tokens += part[split]["tokens"]
 
 
-class _Ahead:
-    """An iterator that knows whether it is at its end."""
+class _Peekable:
+    """An iterator that can tell whether it is exhausted."""
 
     def __init__(self, items: Iterator[Any]) -> None:
         self._items = items
         self._next = next(items, None)
 
-    def __iter__(self) -> "_Ahead":
+    def __iter__(self) -> "_Peekable":
         return self
 
     def __next__(self) -> Any:
@@ -154,5 +154,5 @@ class _Ahead:
 
     @property
     def finished(self) -> bool:
-        """Whether there is no further item."""
+        """Whether no item is left."""
         return self._next is None

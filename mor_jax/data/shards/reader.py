@@ -1,12 +1,12 @@
-"""Pre-tokenised shards: their manifest, and the token stream that reads them.
+"""Reads pre-tokenised shards: their manifest and token stream.
 
 A directory of shards holds, for each split and number,
 
-    train-00000.array_record    tokens, `RECORD_TOKENS` a record, the last record shorter
+    train-00000.array_record    tokens, `RECORD_TOKENS` per record, the last record shorter
     train-00000.documents.npy   int64, position in this shard after each document's EOS
 
-besides the tokenizer's files and, written last, `manifest.json`. A shard holds whole documents;
-a stream is its shards one after the other.
+and also the tokenizer's files and, written last, `manifest.json`. Documents are never split between
+shards; a stream is the concatenation of its shards.
 """
 
 import functools
@@ -26,32 +26,35 @@ RECORD_TOKENS = 4096
 MANIFEST = "manifest.json"
 SPLITS = ("train", "heldout")
 
+_REPAIR = "Run launch/prepare_data.py with the same settings: it rewrites damaged shards"
+
 
 def read_manifest(directory: Path, setting: str, spec: str) -> dict[str, Any]:
-    """The manifest of a directory of shards. Raises `ValueError` if there is none of our kind."""
-    rule = "is read by index, so it has to be a directory that this machine mounts"
+    """The manifest of a directory of shards. Raises `ValueError` if it is missing or invalid."""
+    rule = "is read by index, so it must be a local or mounted directory"
     fix = "Copy it: gcloud storage cp -r gs://BUCKET/DIR ."
     check("://" not in spec, setting, spec, rule, fix)
-    again = f"Run python launch/prepare_data.py --output={directory}"
+    fix = f"Run python launch/prepare_data.py --output={directory}"
     path = directory / MANIFEST
-    check(directory.is_dir(), setting, spec, f"{directory} is no directory", again)
+    check(directory.is_dir(), setting, spec, f"{directory} is not a directory", fix)
     rule = f"{directory} has no {MANIFEST}: it was never prepared, or the preparation was stopped"
-    check(path.is_file(), setting, spec, rule, f"{again} (it goes on where it stopped)")
+    check(path.is_file(), setting, spec, rule, f"{fix} (it resumes where it stopped)")
     try:
         manifest = json.loads(path.read_text())
     except ValueError as error:
-        fail(setting, spec, f"{path} is no JSON ({error})", "Copy or prepare the directory again")
-    found = manifest.get("format") if isinstance(manifest, dict) else None
-    rule = f"{path} has format {found!r}; this version reads {FORMAT}"
-    check(found == FORMAT, setting, spec, rule, "Prepare the directory again")
-    lacking = _lacking(manifest)
-    rule = f"{path} is damaged: {lacking}"
-    check(lacking is None, setting, spec, rule, "Copy or prepare the directory again")
+        rule = f"{path} is not JSON ({error})"
+        fail(setting, spec, rule, "Copy or prepare the directory again")
+    version = manifest.get("format") if isinstance(manifest, dict) else None
+    rule = f"{path} has format {version!r}; this version reads {FORMAT}"
+    check(version == FORMAT, setting, spec, rule, "Prepare the directory again")
+    problem = _format_problem(manifest)
+    rule = f"{path} is damaged: {problem}"
+    check(problem is None, setting, spec, rule, "Copy or prepare the directory again")
     return manifest
 
 
-def _lacking(manifest: dict[str, Any]) -> str | None:
-    """What a manifest lacks of what is read here; None if nothing."""
+def _format_problem(manifest: dict[str, Any]) -> str | None:
+    """What is missing or invalid in a manifest; None if it is valid."""
     try:
         wrote = manifest["tokenizer"]
         texts = [wrote["fingerprint"], wrote["name"], wrote["file"] or ""]
@@ -60,28 +63,28 @@ def _lacking(manifest: dict[str, Any]) -> str | None:
         counts = [shard[key] for shard in shards for key in ("tokens", "bytes", "documents_bytes")]
         dtype = manifest["dtype"]
     except (KeyError, TypeError) as error:
-        return f"an entry lacks or is of another kind ({error})"
+        return f"an entry is missing or has the wrong type ({error})"
     wrong = [repr(value) for value in texts if not isinstance(value, str)]
     wrong += [repr(n) for n in counts if type(n) is not int or n < 0]
     wrong += [repr(dtype)] if dtype not in ("uint16", "uint32") else []
-    return f"entries have other values than they can ({', '.join(wrong[:3])})" if wrong else None
+    return f"entries have invalid values ({', '.join(wrong[:3])})" if wrong else None
 
 
 def check_tokenizer(manifest: dict[str, Any], tokenizer: Tokenizer, spec: str) -> None:
     """Raises `ValueError` unless the shards were written with `tokenizer`."""
-    wrote = manifest["tokenizer"]
-    rule = f"is not the tokenizer that wrote {spec}: {wrote['fingerprint']} there, "
-    rule += f"{tokenizer.fingerprint} here"
-    own = f"{spec.partition(':')[2]}/{wrote['file']}" if wrote["file"] else wrote["name"]
-    ok = wrote["fingerprint"] == tokenizer.fingerprint
-    check(ok, "data.tokenizer", tokenizer.name, rule, f"Set data.tokenizer={own!r}")
+    recorded = manifest["tokenizer"]
+    rule = f"is not the tokenizer of {spec}: fingerprint {tokenizer.fingerprint}, expected "
+    rule += recorded["fingerprint"]
+    path = f"{spec.partition(':')[2]}/{recorded['file']}" if recorded["file"] else recorded["name"]
+    ok = recorded["fingerprint"] == tokenizer.fingerprint
+    check(ok, "data.tokenizer", tokenizer.name, rule, f"Set data.tokenizer={path!r}")
 
 
 class ShardStream(TokenStream):
     """The stream of one split of a directory of shards.
 
-    Reads records by index and keeps nothing in memory but the sizes of the shards; the positions
-    of documents are mapped from their files. Can be sent to other processes.
+    Reads records by index and holds only the sizes of the shards in memory; the positions of
+    documents are memory-mapped. Can be pickled.
     """
 
     def __init__(self, directory: Path, manifest: dict[str, Any], split: str, setting: str) -> None:
@@ -100,7 +103,7 @@ class ShardStream(TokenStream):
         self._first_token = np.cumsum([0, *counts], dtype=np.int64)
         self._first_record = np.cumsum([0, *records], dtype=np.int64)
         paths = [directory / shard["file"] for shard in shards]
-        # Spelling out the range of records spares opening every file now.
+        # With explicit record ranges, the library does not open every file now.
         ranges = [f"{path}[0:{n}]" for path, n in zip(paths, records, strict=True)]
         self._records = ArrayRecordDataSource(ranges) if ranges else None
         self._dtype = np.dtype(manifest["dtype"]).newbyteorder("<")
@@ -108,36 +111,35 @@ class ShardStream(TokenStream):
         self.fingerprint = hashlib.sha256(repr((split, hashes)).encode()).hexdigest()[:32]
 
     def _check_size(self, path: Path, size: int) -> None:
-        found = path.stat().st_size if path.is_file() else None
-        rule = f"{path} has {found} bytes, not {size} as its manifest says"
-        fix = "Run launch/prepare_data.py with the same settings: it writes again what is damaged"
-        check(found == size, self.setting, self.name, rule, fix)
+        actual = path.stat().st_size if path.is_file() else None
+        rule = f"{path} has {actual} bytes, expected {size}"
+        check(actual == size, self.setting, self.name, rule, _REPAIR)
 
     def __len__(self) -> int:
         return int(self._first_token[-1])
 
     def read(self, start: int, stop: int) -> np.ndarray:
         """See `TokenStream.read`. Reads one or a few records of `RECORD_TOKENS` tokens."""
-        parts = [self._read_shard(*piece) for piece in self._pieces(start, stop)]
+        parts = [self._read_shard(*part) for part in self._ranges(start, stop)]
         return np.concatenate(parts) if parts else np.empty(0, self._dtype)
 
-    def _pieces(self, start: int, stop: int) -> list[tuple[int, int, int]]:
+    def _ranges(self, start: int, stop: int) -> list[tuple[int, int, int]]:
         """Splits a range of positions into (shard, start in it, stop in it)."""
-        pieces = []
+        ranges = []
         shard = int(np.searchsorted(self._first_token, start, side="right")) - 1
         while start < stop and shard < len(self._documents):
             base, end = self._first_token[shard : shard + 2].tolist()
             if start < end:
-                pieces.append((shard, start - base, min(stop, end) - base))
+                ranges.append((shard, start - base, min(stop, end) - base))
             start, shard = max(start, end), shard + 1
-        return pieces
+        return ranges
 
     def _read_shard(self, shard: int, start: int, stop: int) -> np.ndarray:
         first, last = start // RECORD_TOKENS, (stop - 1) // RECORD_TOKENS
         base = int(self._first_record[shard])
         try:
             raw = b"".join(self._records[base + i] for i in range(first, last + 1))
-        # What the ArrayRecord library raises on damage.
+        # The ArrayRecord library raises these on damage.
         except (RuntimeError, IndexError) as error:
             self._damaged(f"shard {shard}", error)
         skip = first * RECORD_TOKENS
@@ -145,13 +147,13 @@ class ShardStream(TokenStream):
 
     def cuts(self, start: int, stop: int) -> np.ndarray:
         """See `TokenStream.cuts`."""
-        found = [np.empty(0, np.int64)]
-        for shard, _, _ in self._pieces(start, stop):
+        starts = [np.empty(0, np.int64)]
+        for shard, _, _ in self._ranges(start, stop):
             base = self._first_token[shard]
             ends = self._ends(shard)
             first, last = np.searchsorted(ends, [start + 1 - base, stop - base])
-            found.append(ends[first:last] + base)
-        return np.concatenate(found)
+            starts.append(ends[first:last] + base)
+        return np.concatenate(starts)
 
     @functools.cached_property
     def _opened(self) -> dict[int, np.ndarray]:
@@ -167,12 +169,11 @@ class ShardStream(TokenStream):
         return self._opened[shard]
 
     def _damaged(self, what: str, error: Exception) -> NoReturn:
-        why = " ".join(str(error).split()).partition(". ")[0][:200]
-        fix = "Run launch/prepare_data.py with the same settings: it writes again what is damaged"
-        fail(self.setting, self.name, f"{what} is damaged ({why})", fix)
+        reason = " ".join(str(error).split()).partition(". ")[0][:200]
+        fail(self.setting, self.name, f"{what} is damaged ({reason})", _REPAIR)
 
     def __getstate__(self) -> dict[str, Any]:
-        # A pickled memory map would carry the whole file.
+        # Pickling a memory map would copy the whole file.
         return {k: v for k, v in self.__dict__.items() if k != "_opened"}
 
 
@@ -181,7 +182,7 @@ def open_shards(
 ) -> dict[str, ShardStream]:
     """Streams `train` and `heldout` of `shards:DIR`.
 
-    Raises `ValueError` if the directory is incomplete, damaged or of another tokenizer.
+    Raises `ValueError` if the directory is incomplete, damaged or has another tokenizer.
     """
     directory = Path(spec.partition(":")[2]).expanduser()
     manifest = read_manifest(directory, setting, spec)

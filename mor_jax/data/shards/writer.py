@@ -1,4 +1,4 @@
-"""Writes one shard of each split: beside its final name first, renamed when complete."""
+"""Writes a shard under a temporary name and renames it when it is complete."""
 
 import dataclasses
 import errno
@@ -14,7 +14,7 @@ from mor_jax.data.shards.reader import RECORD_TOKENS
 from mor_jax.files import fsync, new_file
 
 PARTIAL = ".partial"
-# One record a group, so that any record is one read. Tokens hardly compress.
+# One record per group makes each record a single read. Tokens hardly compress.
 _OPTIONS = "group_size:1,uncompressed"
 
 
@@ -33,14 +33,14 @@ class Shard:
 
 @contextmanager
 def explain_write_errors(path: Path) -> Iterator[None]:
-    """Turns a failure to write `path` into an `OSError` that says what to do about it."""
+    """Turns a failure to write `path` into an `OSError` with a fix."""
     try:
         yield
     # The ArrayRecord library reports every failure as RuntimeError.
     except (OSError, RuntimeError) as error:
         free = shutil.disk_usage(path.parent).free
         code = error.errno if isinstance(error, OSError) and error.errno else errno.EIO
-        rule = f"{path}: cannot be written ({error}); {free:,} bytes are free there"
+        rule = f"{path}: cannot be written ({error}); {free:,} bytes are free"
         fix = "Free space, then run the same command again: complete shards are kept"
         raise OSError(code, f"{rule}. {fix}") from error
 
@@ -55,13 +55,13 @@ def pair_hash(*paths: Path) -> str:
 
 
 def write_file(path: Path, contents: bytes) -> None:
-    """Writes a whole file so that it is either absent or complete, even after a crash."""
+    """Writes a file atomically: it is absent or complete, even after a crash."""
     with explain_write_errors(path), new_file(path, path.with_name(path.name + PARTIAL)) as draft:
         draft.write_bytes(contents)
 
 
 class ShardWriter:
-    """Collects documents into one shard. `tokens` counts what it holds, ends included."""
+    """Writes documents into one shard. `tokens`: its number of tokens, including EOS."""
 
     def __init__(self, directory: Path, stem: str, dtype: np.dtype, eos_id: int) -> None:
         from array_record.python.array_record_module import ArrayRecordWriter
@@ -71,8 +71,8 @@ class ShardWriter:
         self._partial = self._path.with_name(self._path.name + PARTIAL)
         self._dtype = dtype.newbyteorder("<")
         self._eos = np.array([eos_id], self._dtype)
-        self._waiting: list[np.ndarray] = []
-        self._waiting_tokens = 0
+        self._buffer: list[np.ndarray] = []
+        self._buffered_tokens = 0
         self._ends: list[int] = []
         self.tokens = 0
         with explain_write_errors(self._path):
@@ -80,30 +80,30 @@ class ShardWriter:
 
     def add(self, tokens: np.ndarray) -> None:
         """Appends one document and its EOS."""
-        self._waiting += [tokens.astype(self._dtype, copy=False), self._eos]
-        self._waiting_tokens += len(tokens) + 1
+        self._buffer += [tokens.astype(self._dtype, copy=False), self._eos]
+        self._buffered_tokens += len(tokens) + 1
         self.tokens += len(tokens) + 1
         self._ends.append(self.tokens)
-        if self._waiting_tokens >= 16 * RECORD_TOKENS:
-            self._flush(self._waiting_tokens // RECORD_TOKENS * RECORD_TOKENS)
+        if self._buffered_tokens >= 16 * RECORD_TOKENS:
+            self._flush(self._buffered_tokens // RECORD_TOKENS * RECORD_TOKENS)
 
     def _flush(self, count: int) -> None:
-        if not self._waiting:
+        if not self._buffer:
             return
-        joined = np.concatenate(self._waiting)
+        joined = np.concatenate(self._buffer)
         with explain_write_errors(self._path):
             for start in range(0, count, RECORD_TOKENS):
                 self._writer.write(joined[start : min(start + RECORD_TOKENS, count)].tobytes())
-        self._waiting = [joined[count:]]
-        self._waiting_tokens = len(joined) - count
+        self._buffer = [joined[count:]]
+        self._buffered_tokens = len(joined) - count
 
     def finish(self) -> Shard:
-        """Writes what is waiting, renames both files and describes them."""
-        self._flush(self._waiting_tokens)
+        """Writes the buffered tokens, renames both files and returns their description."""
+        self._flush(self._buffered_tokens)
         with explain_write_errors(self._path):
             self._writer.close()
             fsync(self._partial)
-        # np.save writes the same bytes for the same array.
+        # np.save is deterministic.
         ends = np.array(self._ends, np.int64)
         with explain_write_errors(self._ends_path):
             partial = self._ends_path.with_name(self._ends_path.name + PARTIAL)

@@ -30,7 +30,7 @@ class SkippedRecords:
         at.documents += 1
 
     def say(self, setting: str, spec: str, said: set[str]) -> None:
-        """Logs a warning for each problem, unless its line is in `said`, the lines logged before."""
+        """Logs a warning for each problem unless the line is in `said`, those logged before."""
         for what, at in self._found.items():
             counts = what.format(count=f"{at.count:,}", documents=f"{at.documents:,}")
             line = f"{setting}={spec!r}: {counts}. The first is {at.first}"

@@ -9,10 +9,10 @@ import numpy as np
 class Tokenizer(abc.ABC):
     """A fixed map between text and tokens. Two are equal when their fingerprints are.
 
-    name: what `load_tokenizer` was given.
-    vocab_size: one more than the largest token number.
+    name: the argument of `load_tokenizer`.
+    vocab_size: one more than the largest token id.
     eos_id: the token that ends every document.
-    fingerprint: short hash of everything that decides what tokens a text becomes.
+    fingerprint: short hash of everything that determines the tokens of a text.
     """
 
     name: str
@@ -27,18 +27,18 @@ class Tokenizer(abc.ABC):
 
     @abc.abstractmethod
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """Tokens of each text, one-dimensional arrays of `dtype`, without any special token."""
+        """Tokens of each text, one-dimensional arrays of `dtype`, without special tokens."""
 
     @abc.abstractmethod
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
-        """Text of the tokens. Never raises: what is no text becomes U+FFFD or is left out."""
+        """Text of the tokens. Never raises: invalid bytes become U+FFFD or are dropped."""
 
     @abc.abstractmethod
     def files(self) -> dict[str, bytes]:
-        """Files that make up the tokenizer, by name; `load_tokenizer` takes the first one."""
+        """The tokenizer's files, by name; `load_tokenizer` takes the first one."""
 
     def encode(self, text: str) -> np.ndarray:
-        """Tokens of one text, one-dimensional of `dtype`, without any special token."""
+        """Tokens of one text, one-dimensional of `dtype`, without special tokens."""
         return self.encode_batch([text])[0]
 
     def __eq__(self, other: object) -> bool:

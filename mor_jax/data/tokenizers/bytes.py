@@ -1,4 +1,4 @@
-"""The byte tokenizer, and the letters that byte-level vocabularies write for bytes."""
+"""The byte tokenizer, and the characters that byte-level BPE vocabularies use for bytes."""
 
 from collections.abc import Sequence
 
@@ -8,9 +8,9 @@ from mor_jax.data.tokenizers.base import Tokenizer
 
 
 class ByteTokenizer(Tokenizer):
-    """The bytes of UTF-8 as tokens, 256 in all. Byte 0 never occurs in text, so it ends documents.
+    """UTF-8 bytes as tokens. Byte 0 does not occur in text, so it serves as EOS.
 
-    A NUL character inside a text is left out.
+    NUL characters in a text are dropped.
     """
 
     def __init__(self) -> None:
@@ -30,7 +30,7 @@ class ByteTokenizer(Tokenizer):
         return np.frombuffer(raw, np.uint8).astype(self.dtype)
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
-        """Text of the bytes; document ends and numbers outside 1..255 are left out."""
+        """Text of the bytes; EOS and ids outside 1..255 are dropped."""
         ids = np.asarray(ids, np.int64).reshape(-1)
         return bytes(ids[(ids > 0) & (ids < 256)].astype(np.uint8)).decode("utf-8", "replace")
 
@@ -40,7 +40,7 @@ class ByteTokenizer(Tokenizer):
 
 
 def byte_letters() -> dict[int, str]:
-    """The printable letter that byte-level vocabularies write for each byte."""
+    """The printable character for each byte in byte-level BPE vocabularies."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [byte for byte in range(256) if byte not in printable]
     return {byte: chr(byte) for byte in printable} | {

@@ -1,4 +1,4 @@
-"""The tokenizer of a configuration, by its name, and the files beside it."""
+"""Loads a tokenizer by name or path."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,10 +10,10 @@ from mor_jax.data.tokenizers.bytes import ByteTokenizer
 
 
 def load_tokenizer(name: str, setting: str = "data.tokenizer") -> Tokenizer:
-    """The tokenizer called `name`: `bytes`, or a path.
+    """The tokenizer `name`: `bytes`, or a path.
 
-    Paths: a Hugging Face `tokenizer.json`, a SentencePiece `.model`, or a directory that holds
-    `tokenizer.json` or `tokenizer.model`. `setting` is what errors call it. Raises `ValueError`.
+    Paths: a Hugging Face `tokenizer.json`, a SentencePiece `.model`, or a directory that contains
+    `tokenizer.json` or `tokenizer.model`. setting: its setting, for errors. Raises `ValueError`.
     """
     if name == "bytes":
         return ByteTokenizer()
@@ -33,15 +33,15 @@ def load_tokenizer(name: str, setting: str = "data.tokenizer") -> Tokenizer:
 
 
 def files_beside(path: Path, names: Sequence[str]) -> dict[str, bytes]:
-    """Those files of `names` that stand in the directory `path`, or beside the file `path`."""
+    """The files among `names` that exist in the directory `path`, or next to the file `path`."""
     directory = path if path.is_dir() else path.parent
     paths = [directory / name for name in names]
     return {path.name: path.read_bytes() for path in paths if path.is_file()}
 
 
 def check_vocabulary(tokenizer: Tokenizer, vocab_size: int) -> None:
-    """Raises `ValueError` unless a model with `vocab_size` embeddings can read every token."""
-    rule = f"must be at least {tokenizer.vocab_size}, the tokens of data.tokenizer="
+    """Raises `ValueError` unless `vocab_size` covers every token."""
+    rule = f"must be at least {tokenizer.vocab_size}, the vocabulary size of data.tokenizer="
     rule += repr(tokenizer.name)
     padded = -(-tokenizer.vocab_size // 128) * 128
     fix = f"Set model.vocab_size={padded} (a multiple of 128) or choose a smaller tokenizer"

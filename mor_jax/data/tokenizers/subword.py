@@ -12,7 +12,7 @@ from mor_jax.config.optional_import import require_package
 from mor_jax.config.parsing import check, fail
 from mor_jax.data.tokenizers.base import Tokenizer
 
-# Names that published tokenizers use for the end of a text, most telling first.
+# EOS tokens of published tokenizers, in order of preference.
 EOS_NAMES = (
     "<|endoftext|>",
     "</s>",
@@ -30,11 +30,11 @@ def _digest(kind: str, contents: bytes, eos_id: int) -> str:
 
 
 class HuggingFaceTokenizer(Tokenizer):
-    """A `tokenizer.json`. The end of a document is what `tokenizer_config.json` beside it calls
-    `eos_token`, or else the first of `EOS_NAMES` in the vocabulary.
+    """A `tokenizer.json`. EOS is the `eos_token` of the `tokenizer_config.json` next to it,
+    otherwise the first of `EOS_NAMES` in the vocabulary.
 
-    Special tokens that are spelled out in a text are encoded as plain text: a document cannot
-    forge its own end.
+    Special tokens spelled out in a text are encoded as ordinary text, so a document cannot contain
+    an EOS.
     """
 
     def __init__(self, name: str, path: Path, setting: str = "data.tokenizer") -> None:
@@ -42,47 +42,47 @@ class HuggingFaceTokenizer(Tokenizer):
         contents = path.read_bytes()
         try:
             self._tokenizer = tokenizers.Tokenizer.from_str(contents.decode("utf-8"))
-        # The library raises the bare class for every malformed file.
+        # The library raises plain Exception for a malformed file.
         except Exception as error:
-            rule = f"{path} is no Hugging Face tokenizer ({error})"
+            rule = f"{path} is not a Hugging Face tokenizer ({error})"
             fail(setting, name, rule, "Give the path of a tokenizer.json")
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self._tokenizer.encode_special_tokens = True
         vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
-        beside = path.with_name("tokenizer_config.json")
+        config_file = path.with_name("tokenizer_config.json")
         self._files = {"tokenizer.json": contents}
-        wanted: Any = None
-        if beside.exists():
-            self._files[beside.name] = beside.read_bytes()
-            wanted = json.loads(self._files[beside.name]).get("eos_token")
-        wanted = wanted["content"] if isinstance(wanted, dict) else wanted
-        found = [eos for eos in (wanted, *EOS_NAMES) if eos in vocabulary]
-        rule = f"no end-of-document token: its vocabulary has none of {(wanted, *EOS_NAMES)}"
-        fix = 'Put {"eos_token": "..."} into tokenizer_config.json beside the file'
-        check(bool(found), setting, name, rule, fix)
+        eos: Any = None
+        if config_file.exists():
+            self._files[config_file.name] = config_file.read_bytes()
+            eos = json.loads(self._files[config_file.name]).get("eos_token")
+        eos = eos["content"] if isinstance(eos, dict) else eos
+        matches = [token for token in (eos, *EOS_NAMES) if token in vocabulary]
+        rule = f"no end-of-document token: its vocabulary has none of {(eos, *EOS_NAMES)}"
+        fix = 'Put {"eos_token": "..."} into tokenizer_config.json next to the file'
+        check(bool(matches), setting, name, rule, fix)
         self.name = name
         self.vocab_size = max(vocabulary.values()) + 1
-        self.eos_id = vocabulary[found[0]]
+        self.eos_id = vocabulary[matches[0]]
         self.fingerprint = _digest("hf", contents, self.eos_id)
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """Tokens of each text; the library spreads them over the machine's cores."""
+        """Tokens of each text, encoded in parallel."""
         encoded = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
         return [np.array(item.ids, self.dtype) for item in encoded]
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
-        """Text of the tokens; special tokens and numbers outside the vocabulary are left out."""
+        """Text of the tokens; special tokens and ids outside the vocabulary are dropped."""
         known = [int(i) for i in np.asarray(ids).reshape(-1) if 0 <= i < self.vocab_size]
         return self._tokenizer.decode(known, skip_special_tokens=True)
 
     def files(self) -> dict[str, bytes]:
-        """`tokenizer.json` and, where there was one, `tokenizer_config.json`."""
+        """`tokenizer.json` and, if it exists, `tokenizer_config.json`."""
         return self._files
 
 
 class SentencePieceTokenizer(Tokenizer):
-    """A SentencePiece model; its own end-of-sentence piece ends documents."""
+    """A SentencePiece model; its `</s>` is the EOS."""
 
     def __init__(self, name: str, path: Path, setting: str = "data.tokenizer") -> None:
         sentencepiece = require_package("sentencepiece", setting, name)
@@ -91,7 +91,7 @@ class SentencePieceTokenizer(Tokenizer):
         try:
             self._pieces.LoadFromSerializedProto(contents)
         except RuntimeError as error:
-            rule = f"{path} is no SentencePiece model ({error})"
+            rule = f"{path} is not a SentencePiece model ({error})"
             fail(setting, name, rule, "Give the path of a SentencePiece .model")
         rule = "the model has no end-of-sentence piece, which ends documents"
         fix = "Train it without --eos_id=-1"
@@ -107,7 +107,7 @@ class SentencePieceTokenizer(Tokenizer):
         return [np.array(ids, self.dtype) for ids in self._pieces.encode(list(texts))]
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
-        """Text of the pieces; control pieces and numbers outside the vocabulary are left out."""
+        """Text of the pieces; control pieces and ids outside the vocabulary are dropped."""
         known = [int(i) for i in np.asarray(ids).reshape(-1) if 0 <= i < self.vocab_size]
         return self._pieces.decode(known)
 

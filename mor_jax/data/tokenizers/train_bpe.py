@@ -7,24 +7,24 @@ from mor_jax.config.parsing import check
 
 EOS = "<|endoftext|>"
 SMALLEST = 257
-"""256 bytes and the end of a document."""
+"""256 bytes and EOS."""
 LARGEST = 2**22
-"""Far more than models have. The library takes 57 bytes for each at once, and aborts without."""
+"""Far more than any model has. The library allocates 57 bytes per token at once, or aborts."""
 
 
 def check_size(vocab_size: int, setting: str = "--train-bpe") -> None:
-    """Raises `ValueError` unless a vocabulary may have so many tokens."""
+    """Raises `ValueError` if a vocabulary size is out of range."""
     rule = f"must be at least {SMALLEST}: 256 bytes and the end of a document"
     check(vocab_size >= SMALLEST, setting, vocab_size, rule, "Try 32768")
-    rule = f"must be at most {LARGEST:,}: memory for so many tokens is taken before the first"
+    rule = f"must be at most {LARGEST:,}: training allocates memory for all tokens at once"
     check(vocab_size <= LARGEST, setting, vocab_size, rule, "Try 32768")
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int, setting: str = "--train-bpe") -> str:
     """Contents of a `tokenizer.json` with at most `vocab_size` tokens, trained on `texts`.
 
-    Byte-level, so that every text can be written. A small corpus may give fewer tokens than asked
-    for. Raises `ValueError` if `vocab_size` is out of range.
+    Byte-level, so that it can encode any text. A small corpus may give fewer tokens than requested.
+    Raises `ValueError` if `vocab_size` is out of range.
     """
     check_size(vocab_size, setting)
     library = require_package("tokenizers", setting, str(vocab_size))

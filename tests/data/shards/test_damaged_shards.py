@@ -63,7 +63,7 @@ def test_damaged_contents_are_one_line_and_written_again(cfg, byte_tokenizer, en
     before = contents(cfg.output)
     path = cfg.output / f"train-00001.{ending}"
     path.write_bytes(bytes(path.stat().st_size))
-    with pytest.raises(ValueError, match=r"='shards:.* is damaged \(.*writes again") as refused:
+    with pytest.raises(ValueError, match=r"='shards:.* is damaged \(.*rewrites") as refused:
         read_all(cfg, byte_tokenizer)
     assert "\n" not in str(refused.value) and "pickle.load" not in str(refused.value)
     prepare(cfg, quiet)

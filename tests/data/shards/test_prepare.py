@@ -1,4 +1,4 @@
-"""launch/prepare_data.py: what it writes, that it goes on where it stopped, what it refuses."""
+"""launch/prepare_data.py: what it writes, that it resumes where it stopped, what it refuses."""
 
 import dataclasses
 import fcntl
@@ -122,7 +122,7 @@ prepare.prepare(prepare.PrepareConfig(
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT)
     assert done.returncode == -signal.SIGKILL
     assert list(wanted.output.glob("*.partial")) and not (wanted.output / "manifest.json").exists()
-    with pytest.raises(ValueError, match=r"has no manifest\.json.*goes on where it stopped"):
+    with pytest.raises(ValueError, match=r"has no manifest\.json.*resumes where it stopped"):
         open_streams(
             DataConfig(sources=(f"shards:{wanted.output}",)), load_tokenizer("bytes"), "train"
         )
@@ -189,13 +189,13 @@ def test_errors_name_flags(wanted):
 def test_a_directory_of_something_else_is_refused(wanted):
     wanted.output.mkdir()
     (wanted.output / "thesis.doc").write_text("precious")
-    with pytest.raises(ValueError, match="not empty and was not begun by this program"):
+    with pytest.raises(ValueError, match="neither empty nor a directory of this command"):
         prepare(wanted, quiet)
     assert contents(wanted.output) == {"thesis.doc": b"precious"}
     # Half a download of somebody's, deep inside, is no leaving of ours.
     (wanted.output / "films").mkdir()
     (wanted.output / "films" / "long.partial").write_text("precious")
-    with pytest.raises(ValueError, match="not empty and was not begun by this program"):
+    with pytest.raises(ValueError, match="neither empty nor a directory of this command"):
         prepare(wanted, quiet)
     assert contents(wanted.output)["films/long.partial"] == b"precious"
 
@@ -211,7 +211,7 @@ def test_two_at_once_are_refused(wanted):
     wanted.output.mkdir()
     lock = os.open(wanted.output, os.O_RDONLY)
     fcntl.flock(lock, fcntl.LOCK_EX)
-    with pytest.raises(ValueError, match="another preparation is writing there"):
+    with pytest.raises(ValueError, match="another preparation is writing to it"):
         prepare(wanted, quiet)
     os.close(lock)
 
@@ -237,10 +237,10 @@ def test_full_disk(wanted):
     ("change", "message"),
     [
         ({"sources": ()}, "--source"),
-        ({"sources": ("shards:x",)}, "tokenised already"),
+        ({"sources": ("shards:x",)}, "already tokenised"),
         ({"shard_tokens": 0}, "--shard-tokens=0"),
         ({"heldout_share": 0.7}, r"--heldout-share=0\.7: must be in \(0, 0\.5\]"),
-        ({"heldout_share": 1e-9}, r"--heldout-share=1e-09: leaves 60 documents.*shares above 0\.0"),
+        ({"heldout_share": 1e-9}, r"--heldout-share=1e-09: gives 60 training.*share above 0\.0"),
         ({"tokenizer": "gpt-9"}, "--tokenizer='gpt-9'"),
         ({"train_bpe": 10}, "--train-bpe=10"),
         ({"train_bpe": 0}, "--train-bpe=0: must be at least 257"),
@@ -268,7 +268,7 @@ def test_a_preparation_that_failed_at_once_leaves_nothing(wanted, tmp_path):
 
 def test_a_single_document_is_refused(wanted, tmp_path):
     (tmp_path / "one.txt").write_text("alone")
-    with pytest.raises(ValueError, match=r"--source=.*holds 1 documents"):
+    with pytest.raises(ValueError, match=r"--source=.*has 1 non-empty documents"):
         prepare(dataclasses.replace(wanted, sources=(f"text:{tmp_path}/one.txt",)), quiet)
 
 
@@ -292,14 +292,14 @@ def test_shards_of_another_tokenizer_are_refused(prepared, tmp_path, byte_tokeni
 
 
 def test_missing_and_damaged_directories(prepared, tmp_path, byte_tokenizer):
-    with pytest.raises(ValueError, match=r"data\.sources\[0\]=.*is no directory"):
+    with pytest.raises(ValueError, match=r"data\.sources\[0\]=.*is not a directory"):
         open_at(tmp_path / "absent", byte_tokenizer)
     shard = prepared / "train-00001.array_record"
     os.truncate(shard, 100)
-    with pytest.raises(ValueError, match=r"train-00001\.array_record has 100 bytes, not"):
+    with pytest.raises(ValueError, match=r"train-00001\.array_record has 100 bytes, expected"):
         open_at(prepared, byte_tokenizer)
     shard.unlink()
-    with pytest.raises(ValueError, match="has None bytes, not"):
+    with pytest.raises(ValueError, match="has None bytes, expected"):
         open_at(prepared, byte_tokenizer)
     manifest = json.loads((prepared / "manifest.json").read_text())
     (prepared / "manifest.json").write_text(json.dumps(manifest | {"format": 99}))

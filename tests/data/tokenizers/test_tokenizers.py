@@ -108,7 +108,7 @@ def test_training_is_deterministic_and_needs_room_for_bytes():
 
 @pytest.mark.parametrize(
     ("contents", "message"),
-    [(b"not json", "no Hugging Face tokenizer"), (b"\xff\xfe", "no Hugging Face tokenizer")],
+    [(b"not json", "not a Hugging Face tokenizer"), (b"\xff\xfe", "not a Hugging Face tokenizer")],
 )
 def test_broken_tokenizer_json(tmp_path, contents, message):
     (tmp_path / "tokenizer.json").write_bytes(contents)
@@ -125,7 +125,7 @@ def test_tokenizer_without_end_of_document(folder, tmp_path):
 
 def test_broken_sentencepiece_model(tmp_path):
     (tmp_path / "x.model").write_bytes(b"nothing")
-    with pytest.raises(ValueError, match="no SentencePiece model"):
+    with pytest.raises(ValueError, match="not a SentencePiece model"):
         load_tokenizer(str(tmp_path / "x.model"))
 
 
