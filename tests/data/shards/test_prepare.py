@@ -306,7 +306,7 @@ def test_missing_and_damaged_directories(prepared, tmp_path, byte_tokenizer):
     with pytest.raises(ValueError, match="has format 99; this version reads 1"):
         open_at(prepared, byte_tokenizer)
     (prepared / "manifest.json").write_text("{")
-    with pytest.raises(ValueError, match="is no JSON"):
+    with pytest.raises(ValueError, match="is not JSON"):
         open_at(prepared, byte_tokenizer)
 
 
