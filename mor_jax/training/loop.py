@@ -1,4 +1,4 @@
-"""The loop of a run: steps, evaluations, saves; where it ends early, and why."""
+"""The training loop: steps, evaluations, checkpoints, early stops."""
 
 import concurrent.futures
 import contextlib
@@ -23,23 +23,23 @@ from mor_jax.training.run import ResumePoint, Run, RunServices, TrainResult
 from mor_jax.training.train_state import fields
 
 _A_BATCH = 1.0
-"""Seconds for which a stop waits for the evaluation of a batch; a compilation takes longer."""
+"""Seconds that a stop waits for the evaluation of a batch; a compilation takes longer."""
 
 
 class SkippedTooMany(Exception):
-    """As many steps in a row as may be were not finite. bad: their first rows. step: the last."""
+    """Too many steps in a row were not finite. bad: first sequence of each. step: the last."""
 
     def __init__(self, step: int, bad: tuple[int, ...]):
         super().__init__(f"step {step}")
         self.step, self.bad = step, bad
 
 
-class _Left(Exception):
-    """An evaluation was left for a signal."""
+class _Interrupted(Exception):
+    """A signal interrupted an evaluation."""
 
 
 class Loop:
-    """Runs the steps from a start to the end. Every process of the run calls it alike."""
+    """Runs the steps from a start to the end. Every process of the run calls it."""
 
     def __init__(self, run: Run, services: RunServices, start: ResumePoint, batches: BatchIterator):
         self._run, self._services, self._start, self._batches = run, services, start, batches
@@ -105,7 +105,7 @@ class Loop:
             self._progress.note(done)
 
     def _compiled(self, step: int) -> bool:
-        """Waits for the program of `step`; False if a signal came first and there is a state."""
+        """Waits for the compiled step; False if a signal came first and the state can be saved."""
         made = self._run.steps.prepare(step)
         if made.done():
             return True
@@ -116,7 +116,7 @@ class Loop:
                     made.exception(_A_BATCH)
                     return True
                 self._services.signals.check()
-                # Several processes would have to agree; they wait for their compilers instead.
+                # Several processes would have to agree; they wait for the compilation instead.
                 saveable = step > self._first + 1 and jax.process_count() == 1
                 if saveable and self._services.signals.number:
                     return False
@@ -133,7 +133,7 @@ class Loop:
             self._services.cache.seal()
 
     def _report(self, record: Record | None) -> None:
-        # Shows a fetched step, and keeps count of those without a finite loss or gradient.
+        # Shows the metrics of a step and counts those that were skipped.
         if record is None:
             return
         shares: Any = record.values.get("depth_share", ())
@@ -145,7 +145,7 @@ class Loop:
         self._bad.append(position)
         self._services.events.write("skipped", step=record.step, position=position)
         self._progress.note(
-            f"step {record.step}, row {position} on: loss or gradient not finite, update skipped"
+            f"step {record.step}, sequence {position}: loss or gradient not finite, update skipped"
         )
         if record.values["skipped_in_a_row"] >= self._run.cfg.optim.max_skipped_steps:
             raise SkippedTooMany(record.step, tuple(self._bad))
@@ -155,35 +155,34 @@ class Loop:
         return step == cfg.steps or _due(step, cfg.eval.interval, cfg.steps)
 
     def _evaluate(self, step: int) -> int:
-        """Evaluates after `step`; returns the signal for which it was left, else 0."""
+        """Evaluates after `step`; returns the signal that interrupted it, or 0."""
         self._services.peers.phase(f"evaluation after step {step}")
         self._report(self._metrics.flush())
-        asked: list[int] = []
+        signals: list[int] = []
         evaluator = dataclasses.replace(
-            self._run.evaluator, step=self._between(self._run.evaluator.step, asked)
+            self._run.evaluator, step=self._between(self._run.evaluator.step, signals)
         )
         with self._progress.busy("evaluating"), self._services.events.timed("eval", step=step):
             try:
                 self._evaluated = self._wait_for(partial(evaluator, self._state.params))
-            except _Left:
-                return asked[0] if asked else self._services.signals.number
+            except _Interrupted:
+                return signals[0] if signals else self._services.signals.number
         self._metrics.write(step, {f"eval/{k}": v for k, v in self._evaluated.items()})
         return 0
 
-    def _between(self, evaluate: Callable[..., Any], asked: list[int]) -> Callable[..., Any]:
-        # `evaluate` that looks for signals before every batch.
+    def _between(self, evaluate: Callable[..., Any], signals: list[int]) -> Callable[..., Any]:
+        # `evaluate` that checks for signals before every batch.
         def watched(*args: Any) -> Any:
             if caught := self._services.stop_consensus(self._services.signals.number):
-                asked.append(caught)
-                raise _Left
+                signals.append(caught)
+                raise _Interrupted
             return jax.block_until_ready(evaluate(*args))
 
         return watched
 
     def _wait_for(self, call: Callable[[], Any]) -> Any:
-        # A program of the evaluation may be compiling when a signal comes, and nothing can
-        # interrupt that. Beside the main thread it may go on while the state is saved. Several
-        # processes have to run everything in the same order, and wait for it instead.
+        # A compilation cannot be interrupted. In another thread it may continue while the state
+        # is saved. Several processes have to run everything in the same order, and wait.
         if jax.process_count() > 1:
             return call()
         made: concurrent.futures.Future[Any] = concurrent.futures.Future()
@@ -192,7 +191,7 @@ class Loop:
             with contextlib.suppress(concurrent.futures.TimeoutError):
                 return made.result(_A_BATCH)
             if self._services.signals.number and not made.done():
-                raise _Left
+                raise _Interrupted
 
     def _settle(self, made: "concurrent.futures.Future[Any]", call: Callable[[], Any]) -> None:
         try:
@@ -211,7 +210,7 @@ class Loop:
             return
         self._report(self._metrics.flush())
         if self._bad and not (caught or last):
-            # What a rollback would go back to must not give way to states amid skipped steps.
+            # Checkpoints during skipped steps must not replace the one to roll back to.
             return
         self._save_pending = False
         start = dataclasses.replace(
@@ -240,7 +239,7 @@ def _due(step: int, every: int | None, steps: int) -> bool:
 
 
 def _console() -> Console:
-    # One process speaks for all.
+    # Only the first process prints.
     return Console(quiet=jax.process_index() != 0)
 
 

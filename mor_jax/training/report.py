@@ -1,11 +1,10 @@
-"""The end of a run: pictures, a completion, the summary."""
+"""The end of a run: figures, a completion, the summary."""
 
 import time
 from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 
 from mor_jax import data
 from mor_jax.checkpoint import pretrained
@@ -22,9 +21,9 @@ from mor_jax.training.train_state import TrainState
 
 
 def finish(run: Run, trained: TrainResult, began: tuple[int, float]) -> None:
-    """Draws the pictures and prints the summary; on the first process only.
+    """Draws the figures and prints the summary, on the first process only.
 
-    began: step and `time.perf_counter` at which this call took the run up.
+    began: step and `time.perf_counter` at the start of this call.
     """
     first_step, start = began
     seconds = time.perf_counter() - start
@@ -38,7 +37,7 @@ def finish(run: Run, trained: TrainResult, began: tuple[int, float]) -> None:
     depth_picture = _depths(run, state) if cfg.model.router.kind != "none" else None
     if jax.process_index() != 0:
         return
-    # Deferred: a run needs them at its end only.
+    # Deferred: only the end of a run draws.
     from mor_jax.plotting import plots
 
     bigram = bigram_loss(cfg, run.tokenizer)
@@ -72,7 +71,7 @@ def finish(run: Run, trained: TrainResult, began: tuple[int, float]) -> None:
 
 
 def bigram_loss(cfg: TrainConfig, tokenizer: data.Tokenizer) -> float | None:
-    """Held-out loss of counted pairs of tokens; None where they cannot be counted in memory."""
+    """Validation loss of a bigram model in nats per token; None for text that is not in memory."""
     if tokenizer.vocab_size > LARGEST:
         return None
     found: dict[str, np.ndarray] = {}
@@ -85,13 +84,10 @@ def bigram_loss(cfg: TrainConfig, tokenizer: data.Tokenizer) -> float | None:
 
 
 def _depths(run: Run, state: TrainState) -> Any:
-    """Colours the first held-out row, which no training step has seen."""
+    """Draws the first validation sequence, coloured by depth; returns the path of the figure."""
     first = run.evaluator.batches[0].tokens
-    # Every process holds other rows: all compute with that of process 0.
+    # Each process holds other sequences, and all have to compute on the same one.
     row = np.array(gather(np.asarray(first.addressable_data(0))[0].tolist())[0], np.int32)
-    if jax.process_count() > 1:
-        # Each process holds other rows, and all have to compute on the same one.
-        row = multihost_utils.broadcast_one_to_all(row)
     depths = token_depths(run.cfg.model, state.params, row)
     path = run.path / "depth.png"
     if jax.process_index() == 0:
@@ -105,7 +101,7 @@ def _depths(run: Run, state: TrainState) -> Any:
 def _name(cfg: TrainConfig) -> str:
     model = cfg.model
     if model.sharing == "none":
-        return f"plain model, {model.num_layers} layers of width {model.hidden_size}"
+        return f"vanilla, {model.num_layers} layers of width {model.hidden_size}"
     kind = {"none": "recursive", "expert": "expert-choice MoR", "token": "token-choice MoR"}
     return (
         f"{kind[model.router.kind]}, {model.sharing}, {model.num_recursions} recursions, "

@@ -1,6 +1,6 @@
-"""The last page of a run: what was trained, beside what it is to be measured against.
+"""The summary at the end of a run: sizes and losses of the model, next to the baseline's.
 
-Prints only; every value is given. A table in a terminal, aligned lines elsewhere.
+Prints a table in a terminal and aligned lines elsewhere; computes nothing.
 """
 
 import dataclasses
@@ -19,16 +19,16 @@ Row = tuple[str, ...]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RunSummary:
-    """Values of the last page. Losses are nats per token on held-out text.
+    """Values of the summary. Losses are nats per token on the validation text.
 
-    seconds: of this call, which took the run on from `first_step`. started_from: the weights
-    before step 1, if they were not random.
-    unique_parameters: numbers stored. effective_parameters: those of the plain model of the same
-    depth. flops_per_token, plain_flops_per_token: of one training step, of this and of that model.
-    loss_causal: under routing that looks at no later token, or of a model that routes nothing.
-    loss_topk: under the routing of training; None if nothing is routed. loss_bigram: of counted
-    pairs of tokens on the same text. mean_depth: recursions an average token goes through; None
-    if nothing is routed. Rates and pictures are None where there are none.
+    seconds: of this call, which resumed the run after `first_step`. started_from: the weights
+    before step 1, empty if random.
+    unique_parameters: stored numbers. effective_parameters: of the vanilla model of the same
+    depth. flops_per_token, plain_flops_per_token: of a training step, of this and of that model.
+    loss_causal: under causal routing, or of a model without routers. loss_topk: under top-k
+    routing, as in training; None without routers. loss_bigram: of a bigram model, counted on the
+    training text; None if it was not counted. mean_depth: mean recursions per token; None without
+    routers. Other values are None where they are unknown.
     """
 
     name: str
@@ -61,8 +61,8 @@ def show(summary: RunSummary, console: Console | None = None) -> None:
     console.print()
     console.print(Text(summary.name, style="bold"), soft_wrap=True)
     console.print(Text(f"{_run(summary)}\n"), soft_wrap=True)
-    write(console, ("size", "this model", "plain, same depth", "ratio"), _sizes(summary))
-    write(console, ("held-out loss, nats per token", "", ""), _losses(summary))
+    write(console, ("size", "this model", "vanilla, same depth", "ratio"), _sizes(summary))
+    write(console, ("validation loss, nats per token", "", ""), _losses(summary))
     if summary.mean_depth is not None:
         share = summary.mean_depth / summary.recursions
         text = f"mean depth: {summary.mean_depth:.2f} of {summary.recursions} recursions"
@@ -86,7 +86,7 @@ def _completion(console: Console, summary: RunSummary) -> None:
 def _run(summary: RunSummary) -> str:
     parts = [f"{summary.steps} steps"]
     if summary.first_step:
-        parts.append(f"{summary.steps - summary.first_step} of them now")
+        parts.append(f"{summary.steps - summary.first_step} of them in this call")
     parts[-1] += f" in {duration(summary.seconds)}"
     if summary.tokens_per_second is not None:
         parts.append(f"{quantity(summary.tokens_per_second)} tokens/s")
@@ -113,14 +113,14 @@ def _losses(summary: RunSummary) -> list[Row]:
         rows = [("this model", f"{causal:.4f}", "")]
     else:
         rows = [
-            ("causal routing", f"{causal:.4f}", "no later token is looked at, as in generation"),
-            ("top-k routing", f"{topk:.4f}", "as in training: picks tokens by looking ahead"),
-            ("leak between them", f"{causal - topk:+.4f}", "what looking ahead is worth"),
+            ("causal routing", f"{causal:.4f}", "as in generation: uses no later token"),
+            ("top-k routing", f"{topk:.4f}", "as in training: compares all tokens"),
+            ("difference", f"{causal - topk:+.4f}", "causal minus top-k"),
         ]
     if bigram is not None:
         rows += [
-            ("bigram model", f"{bigram:.4f}", "counted pairs of tokens, same text"),
-            ("this model below it by", f"{bigram - causal:+.4f}", "causal routing" if topk else ""),
+            ("bigram model", f"{bigram:.4f}", "counts of token pairs, same text"),
+            ("improvement over it", f"{bigram - causal:+.4f}", "causal routing" if topk else ""),
         ]
     return rows
 
@@ -144,5 +144,5 @@ def _lines(console: Console, head: Row, rows: Sequence[Row]) -> None:
 
 
 def printable(text: str) -> str:
-    """The text without control characters: a young model emits them, no terminal may obey them."""
+    """The text with control characters replaced: an untrained model generates them."""
     return "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text)

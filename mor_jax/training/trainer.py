@@ -1,6 +1,6 @@
-"""`fit`: assembles a run from its configuration, starts it, takes it back once if it diverges.
+"""`fit`: builds a run from its configuration, trains it, rolls back once if it diverges.
 
-The loop itself is in `loop.py`. No mathematics lives here.
+The loop is in `loop.py`, the training step in `train_step.py`.
 """
 
 import contextlib
@@ -54,23 +54,23 @@ def fit(
     signals: Signals | None = None,
     branch: Fork | None = None,
 ) -> dict[str, Any]:
-    """Trains `cfg` in `directory`, from its newest good checkpoint if it has one.
+    """Trains `cfg` in `directory`, from its newest good checkpoint if there is one.
 
-    Everything that can be wrong with the settings, the data and the directory is found before the
-    directory is claimed. Resuming continues bit for bit.
+    Settings, data and directory are checked before anything is written. A resumed run is bitwise
+    identical to one that was never stopped.
 
-    allow_changes: settings that may differ from the run's last start, see `check_workdir`.
-    signals: listens already; by default from now on. branch: where a run without a checkpoint of
-    its own starts, see `mor_jax.training.fork`.
+    allow_changes: settings that may differ from the last start, see `check_workdir`. signals: the
+    signal handler, if one listens already. branch: where a run without a checkpoint of its own
+    starts, see `mor_jax.training.fork`.
 
     Returns: the last evaluation; see `Evaluator`.
 
     Raises:
         ValueError: a setting, the data or the directory does not fit; nothing was changed.
-        Stopped: a signal asked the run to end; the same call goes on.
-        Diverged: too many steps in a row were not finite, also after going back once.
+        Stopped: a signal ended the run early; the same call resumes it.
+        Diverged: too many steps in a row were not finite, also after one rollback.
         WriteFailed: a checkpoint could not be written.
-        HostLost: another process of the run is gone.
+        HostLost: another process of the run died or hung.
     """
     with signals or Signals() as signals:
         signals.polls = True
@@ -78,11 +78,11 @@ def fit(
             path = run_dir.resolved_path(directory)
             _prepare(cfg)
             places = [path] if branch is None else [path, branch.source]
-            cfg = _everywhere(partial(resolve_settings_in, places, cfg, sharding.platform()))
+            cfg = _in_all_processes(partial(resolve_settings_in, places, cfg, sharding.platform()))
             signals.check()
             return _fit(cfg, path, allow_changes, signals, branch)
         except ImmediateExit as left:
-            raise StoppedEarly(f"{left}. The same command starts it again") from None
+            raise StoppedEarly(f"{left}. Run the same command again") from None
         finally:
             signals.polls = False
 
@@ -110,9 +110,9 @@ def _fit(
     signals: Signals,
     branch: Fork | None,
 ) -> dict[str, Any]:
-    changes = _everywhere(lambda: run_dir.check_workdir(path, cfg, allow)) or []
+    changes = _in_all_processes(lambda: run_dir.check_workdir(path, cfg, allow)) or []
     with contextlib.ExitStack() as stack:
-        undo = _everywhere(lambda: stack.enter_context(run_dir.lock_run_dir(path)))
+        undo = _in_all_processes(lambda: stack.enter_context(run_dir.lock_run_dir(path)))
         signals.on_exit(lambda _: undo())
         cache = stack.enter_context(use_cache_dir(path, cfg.compilation_cache))
         peers = stack.enter_context(PeerMonitor(path, cfg.hosts.heartbeat_timeout))
@@ -121,9 +121,9 @@ def _fit(
             peers.phase("assembling")
             run = _assemble(cfg, path, signals.check)
             if branch is not None:
-                _everywhere(partial(_begin, run, allow, branch))
-            _everywhere(partial(_check_initial, run))
-            _everywhere(partial(_check_newest, run))
+                _in_all_processes(partial(_begin, run, allow, branch))
+            _in_all_processes(partial(_check_initial, run))
+            _in_all_processes(partial(_check_newest, run))
             signals.check()
             if jax.process_index() == 0:
                 run_dir.claim_workdir(path, cfg, allow)
@@ -144,11 +144,11 @@ def _fit(
         except Stopped:
             raise
         except Diverged:
-            # So do all the others, at the same step.
+            # All processes diverge at the same step.
             peers.finished()
             raise
         except Exception as error:
-            # Said before anything here waits for other processes, which may wait for this one.
+            # Reported before anything waits for other processes, which may wait for this one.
             lost = None if isinstance(error, DiskFull) else peers.diagnose(error)
             if lost is not None:
                 raise lost from error
@@ -156,7 +156,7 @@ def _fit(
             raise
 
 
-def _everywhere(call: Callable[[], _T]) -> _T:
+def _in_all_processes(call: Callable[[], _T]) -> _T:
     """`call()` in every process of the run; a `ValueError` of one is raised in all."""
     found, problem = None, ""
     try:
@@ -170,7 +170,7 @@ def _everywhere(call: Callable[[], _T]) -> _T:
 
 
 def _work(run: Run, services: RunServices, changes: Sequence[run_dir.Change]) -> dict[str, Any]:
-    """Starts, trains, and tells at the end, however it ends, where the time went."""
+    """Starts and trains; prints the goodput at the end, however the run ends."""
     _open_log(run, services.events, changes)
     try:
         start = _start(run, services, changes)
@@ -183,7 +183,7 @@ def _work(run: Run, services: RunServices, changes: Sequence[run_dir.Change]) ->
 
 
 def _open_log(run: Run, events: Events, changes: Sequence[run_dir.Change]) -> None:
-    """Notes who starts here, and with which allowed changes."""
+    """Writes the events of the start: host, devices, allowed changes."""
     ready = time.monotonic() - events.began
     where = {"host": socket.gethostname(), "process": os.getpid(), "devices": jax.device_count()}
     events.write("start", **where)
@@ -191,11 +191,11 @@ def _open_log(run: Run, events: Events, changes: Sequence[run_dir.Change]) -> No
     for setting, old, new in changes:
         events.write("changed", setting=setting, old=old, new=new)
         if jax.process_index() == 0:
-            print(f"changed since the last start, as allowed: {setting}: {old} -> {new}")
+            print(f"allowed change: {setting}: {old} -> {new}")
 
 
 def _train(run: Run, services: RunServices, start: ResumePoint) -> dict[str, Any]:
-    """Loops, a second time from further back after too many skipped steps; then finishes."""
+    """Runs the loop, once more from an earlier checkpoint after too many skipped steps."""
     began = int(start.state.step), time.perf_counter()
     while True:
         with BatchIterator(partial(run.batches, start), start.position.row) as feed:
@@ -242,7 +242,7 @@ def _assemble(cfg: TrainConfig, path: epath.Path, look: Callable[[], None]) -> R
 
 
 def _check_completion(cfg: TrainConfig, tokenizer: data.Tokenizer) -> None:
-    """Raises `ValueError` if the sample at the end of the run would be longer than a row may be."""
+    """Raises `ValueError` if prompt and completion of the summary exceed the context."""
     room = cfg.model.max_seq_len - len(tokenizer.encode(cfg.eval.prompt))
     rule = f"with eval.prompt it exceeds model.max_seq_len={cfg.model.max_seq_len}"
     wanted, fix = cfg.eval.completion_tokens, f"Use at most {max(room, 0)}"
@@ -250,9 +250,9 @@ def _check_completion(cfg: TrainConfig, tokenizer: data.Tokenizer) -> None:
 
 
 def _start(run: Run, services: RunServices, changes: Sequence[run_dir.Change]) -> ResumePoint:
-    """The newest good checkpoint, else a new state."""
+    """The newest good checkpoint, or a new state."""
     start = _from(run, services, services.checkpoints.latest_valid())
-    # Whoever changed a setting to get past a divergence has the one rollback again.
+    # A changed setting may get past a divergence: it has the one rollback again.
     return dataclasses.replace(start, rolled_back=False) if changes else start
 
 
@@ -267,7 +267,7 @@ def _from(run: Run, services: RunServices, step: int | None) -> ResumePoint:
 
 
 def _check_newest(run: Run) -> None:
-    """Whether the newest checkpoint can be gone on from, before anything is changed."""
+    """Raises `ValueError` if the newest checkpoint does not fit; changes nothing."""
     facts = newest(run.path)
     if facts is not None:
         check_state(facts, run.cfg, fields(run.abstract))
@@ -275,9 +275,9 @@ def _check_newest(run: Run) -> None:
 
 
 def _check_initial(run: Run) -> None:
-    """Raises `ValueError` if the weights that the run is to start from are damaged or another's."""
-    rule = "some processes of the run find weights to start from in the directory, others do not"
-    fix = "Put it where all of them see it"
+    """Raises `ValueError` if the weights to start from are damaged or of another model."""
+    rule = "some processes find weights to start from in the run directory, others do not"
+    fix = "Use a directory that all of them share"
     check(len(set(gather(pretrained.present(run.path)))) == 1, "workdir", str(run.path), rule, fix)
     check_begun(run.path)
     if jax.process_index() == 0 and pretrained.present(run.path) and not any_complete(run.path):
@@ -285,7 +285,7 @@ def _check_initial(run: Run) -> None:
 
 
 def _new_state(run: Run, services: RunServices) -> TrainState:
-    """The state before the first step: with the weights that came with the directory, or random."""
+    """The state before the first step: imported weights, or random ones."""
     shardings = jax.tree.map(lambda leaf: leaf.sharding, run.abstract)
     given = pretrained.origin(run.path)
     with services.events.timed("fresh", step=0, weights=given or "random"), jax.set_mesh(run.mesh):
@@ -301,38 +301,40 @@ def _new_state(run: Run, services: RunServices) -> TrainState:
 def _roll_back(
     run: Run, services: RunServices, start: ResumePoint, problem: SkippedTooMany
 ) -> ResumePoint:
-    """A start before the skipped steps, without their rows; `Diverged` the second time."""
+    """A start before the skipped steps, without their data; raises `Diverged` the second time."""
     most, first_bad = len(problem.bad), problem.step - len(problem.bad) + 1
-    jump = (
+    skipped_range = (
         min(problem.bad),
         data.advance(max(problem.bad), run.cfg.batch_size, start.skipped_ranges),
     )
-    told = (
+    message = (
         f"optim.max_skipped_steps={run.cfg.optim.max_skipped_steps}: the loss or gradient was not "
-        f"finite in {most} steps in a row, {first_bad} to {problem.step}, rows "
-        f"{jump[0]} to {jump[1] - 1}"
+        f"finite in {most} steps in a row, {first_bad} to {problem.step}, sequences "
+        f"{skipped_range[0]} to {skipped_range[1] - 1}"
     )
     if start.rolled_back:
         services.events.write("stop", step=problem.step, reason="diverged")
         raise Diverged(
-            f"{told}, again after going back once. The checkpoints in {run.path} are from before. "
-            "Look at the data around those rows, or lower optim.lr: "
-            "--config.optim.lr=... --allow_changes=optim.lr goes on from there"
+            f"{message}, again after one rollback. The checkpoints in {run.path} are older. "
+            "Check that data, or lower optim.lr: --config.optim.lr=... --allow_changes=optim.lr "
+            "resumes from there"
         )
     checkpoints = services.checkpoints
     step = checkpoints.latest_valid(before=first_bad)
     if step is None:
-        # Only a stop amid skipped steps leaves nothing older, with the same parameters.
+        # A stop during skipped steps leaves only a newer one, with the same parameters.
         step = checkpoints.latest_valid()
     back = _from(run, services, step)
-    services.events.write("rollback", from_step=problem.step, step=step or 0, jumped=list(jump))
+    services.events.write(
+        "rollback", from_step=problem.step, step=step or 0, jumped=list(skipped_range)
+    )
     if jax.process_index() == 0:
-        print(f"{told}: going back to step {step or 0}, then on without these rows", flush=True)
+        print(f"{message}: rolling back to step {step or 0} and skipping this data", flush=True)
     state = dataclasses.replace(back.state, skipped_in_a_row=back.state.skipped_in_a_row * 0)
     return ResumePoint(
         state=state,
         position=back.position,
-        skipped_ranges=(*back.skipped_ranges, jump),
+        skipped_ranges=(*back.skipped_ranges, skipped_range),
         rolled_back=True,
     )
 

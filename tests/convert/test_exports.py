@@ -198,7 +198,9 @@ def test_damaged_checkpoints_are_passed_over_or_named(tmp_path):
     sharding = next(folder.rglob("_sharding"))
     sharding.write_text(sharding.read_text().replace("5", "6"))
     options = ExportOptions(output=tmp_path / "out")
-    with pytest.raises(ValueError, match=r"00000008.*_sharding holds other bytes.*steps: \[7, 8\]"):
+    with pytest.raises(
+        ValueError, match=r"00000008.*_sharding does not match its CRC-32.*steps: \[7, 8\]"
+    ):
         export(open_run(tmp_path / "run"), "hf", options)
     assert not (tmp_path / "out").exists()
     sharding.write_text("{}")
@@ -223,10 +225,10 @@ def test_the_command_reports_and_refuses(tmp_path):
     assert done.returncode == exit_codes.OK, done.stderr
     # The line works from any directory.
     (line,) = [line for line in done.stdout.splitlines() if line.startswith("train from it: ")]
-    program, config, run = shlex.split(line)[4:]
-    settings, _, held = config.removeprefix("--config=").partition(":")
-    assert all(Path(file).is_absolute() and Path(file).is_file() for file in (program, settings))
-    assert held == run.removeprefix("--workdir=") == str(tmp_path / "back")
+    program, command, config, run = shlex.split(line)[3:]
+    name, _, directory = config.removeprefix("--config=").partition(":")
+    assert (program, command, name) == ("mor", "train", "from_workdir")
+    assert directory == run.removeprefix("--workdir=") == str(tmp_path / "back")
     tensors = load_file(tmp_path / "out" / "model.safetensors")
     save_file(dict(list(tensors.items())[1:]), tmp_path / "out" / "model.safetensors")
     done = subprocess.run([*COMMAND, *parts, "--overwrite"], capture_output=True, text=True)

@@ -1,4 +1,4 @@
-"""The last page of a run: every number, labelled, in a terminal and in a file."""
+"""The summary of a run: every number, labelled, in a terminal and in a file."""
 
 import dataclasses
 import io
@@ -46,11 +46,11 @@ def test_every_value_is_printed_beside_its_label(terminal):
     text = printed(SUMMARY, terminal)
     assert row(text, "parameters stored").split()[-3:] == ["3.46M", "8.12M", "0.43"]
     assert row(text, "training FLOPs per token").split()[-3:] == ["21M", "33M", "0.64"]
-    assert "2.1072" in row(text, "causal routing") and "no later token" in text
-    assert "2.0571" in row(text, "top-k routing") and "looking ahead" in text
-    assert "+0.0501" in row(text, "leak between them")
+    assert "2.1072" in row(text, "causal routing") and "uses no later token" in text
+    assert "2.0571" in row(text, "top-k routing") and "compares all tokens" in text
+    assert "+0.0501" in row(text, "difference")
     assert "2.4501" in row(text, "bigram model")
-    assert "+0.3429" in row(text, "this model below it by")
+    assert "+0.3429" in row(text, "improvement over it")
     assert "2.01 of 3 recursions (67%)" in row(text, "mean depth")
     assert row(text, "300 steps") == "300 steps in 1m35s, 12.3k tokens/s, MFU 12.3%"
     assert "def run(self):" in text and "return 1" in text
@@ -62,7 +62,7 @@ def test_a_file_gets_plain_aligned_lines():
     text = printed(SUMMARY, terminal=False, width=20)
     assert "\x1b" not in text and "─" not in text
     columns = {row(text, label).index(value) for label, value in [
-        ("causal routing", "2.1072"), ("bigram model", "2.4501"), ("leak", "+0.0501")
+        ("causal routing", "2.1072"), ("bigram model", "2.4501"), ("difference", "+0.0501")
     ]}  # fmt: skip
     assert len(columns) == 1
 
@@ -86,7 +86,7 @@ def test_a_plain_model_has_one_loss_and_no_depth():
     )
     text = printed(plain, terminal=False)
     assert "2.1072" in row(text, "this model")
-    for word in ("top-k", "leak", "bigram", "depth of", "mean depth", "completion", "MFU"):
+    for word in ("top-k", "difference", "bigram", "depth of", "mean depth", "completion", "MFU"):
         assert word not in text
 
 

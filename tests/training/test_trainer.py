@@ -261,7 +261,7 @@ def test_a_finished_run_does_not_train_again(corpus, tmp_path, capsys):
     fit(cfg, tmp_path / "run")
     assert records(tmp_path / "run") == before
     # Both starts end with the same summary of the same model.
-    name = "plain model, 1 layers of width 32"
+    name = "vanilla, 1 layers of width 32"
     assert name in seen
     assert name in capsys.readouterr().out
     # More steps go on from there.
