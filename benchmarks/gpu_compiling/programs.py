@@ -89,19 +89,19 @@ def _model(case: Case, cfg: TrainConfig, mesh: Mesh) -> jax.stages.Lowered:
 
 
 def _engine(case: Case, cfg: TrainConfig, mesh: Mesh) -> jax.stages.Lowered:
-    """A tick of full slots, or a piece of a prompt, as `serve.runner` has them on a GPU."""
+    """A decode step with full slots, or a prefill chunk, as a GPU compiles them."""
     engine = EngineConfig(slots=SLOTS, cache_bytes=2**32, dtype="bfloat16", piece=PIECE, page=PAGE)
     made = plan_cache(_served(cfg), engine)
-    model = made.geometry.cfg
+    model = made.spec.cfg
     chunk = CHUNK_TOKENS.get("gpu", 16384) // PAGE
     group = GROUP_TOKENS.get("gpu", PIECE)
     programs = StepFunctions(
-        made.geometry, (0,), (0.0,) * model.num_recursions, chunk, group
+        made.spec, (0,), (0.0,) * model.num_recursions, chunk, group
     ).compiled()
 
     def arguments() -> tuple[Any, ...]:
-        slots = BatchState.empty(made.geometry, made.slots)
-        return slots, made.geometry.cache(made.end_pages, made.block_pages)
+        slots = BatchState.empty(made.spec, made.slots)
+        return slots, made.spec.cache(made.end_pages, made.block_pages)
 
     slots, cache = jax.eval_shape(arguments)
     weights = jax.eval_shape(partial(Weights.of, model), abstract_params(model))
@@ -131,7 +131,7 @@ def _served(cfg: TrainConfig) -> LoadedModel:
 
 
 def _held(made: Any) -> SequenceBlocks:
-    rows, lists, most = made.slots + 1, made.geometry.lists, -(-made.max_length // PAGE)
+    rows, lists, most = made.slots + 1, made.spec.lists, -(-made.max_length // PAGE)
 
     def whole(*shape: int) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, np.int32)

@@ -91,7 +91,7 @@ def _serve(options: argparse.Namespace) -> int:
     with Engine(served, cfg) as engine:
         api = ApiApp(engine, limits, keys)
         url = address(bound)
-        ready = functools.partial(announce, engine, url, api.chats, len(keys))
+        ready = functools.partial(announce, engine, url, api.supports_chat, len(keys))
         return run(Server(api, engine, limits, ready), bound)
 
 

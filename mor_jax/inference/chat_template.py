@@ -28,19 +28,19 @@ _MOST = 300
 class ChatTemplate:
     """Renders messages (role, content, maybe name) as tokens; from any thread."""
 
-    def __init__(self, served: LoadedModel) -> None:
+    def __init__(self, model: LoadedModel) -> None:
         """Raises `ValueError` if the model has no template, or one that cannot be read."""
-        if served.chat_template is None:
+        if model.chat_template is None:
             rule = "the tokenizer of this model has no chat template"
-            fail("chat", served.name, rule, "Give prompts as they are, or put one beside it")
-        self._plain = served.tokenizer
-        self._names = {"bos_token": "", "eos_token": "", **served.special_tokens}
-        self._encoder, self._special = _encoder(served.tokenizer)
+            fail("chat", model.name, rule, "Give prompts as they are, or put one beside it")
+        self._plain = model.tokenizer
+        self._names = {"bos_token": "", "eos_token": "", **model.special_tokens}
+        self._encoder, self._special = _encoder(model.tokenizer)
         try:
-            self._template = _environment(served.name).from_string(served.chat_template)
+            self._template = _environment(model.name).from_string(model.chat_template)
         # jinja2.TemplateError, of a package that may be missing, and what its reader trips over.
         except Exception as error:
-            fail("chat_template", served.name, f"is broken ({error})", "Repair it")
+            fail("chat_template", model.name, f"is broken ({error})", "Repair it")
         texts = sorted(self._special, key=len, reverse=True)
         self._pattern = re.compile("|".join(map(re.escape, texts))) if texts else None
 

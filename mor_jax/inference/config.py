@@ -64,7 +64,7 @@ class CachePlan:
     all of them go through every recursion, so each one that is taken can be finished.
     """
 
-    geometry: KVCacheSpec
+    spec: KVCacheSpec
     slots: int
     end_pages: int
     block_pages: int
@@ -74,14 +74,14 @@ class CachePlan:
     @property
     def cache_bytes(self) -> int:
         """Bytes of all pages."""
-        ends = self.end_pages * self.geometry.end_page_bytes
-        return ends + self.block_pages * self.geometry.block_page_bytes
+        ends = self.end_pages * self.spec.end_page_bytes
+        return ends + self.block_pages * self.spec.block_page_bytes
 
     def sequence_bytes(self, length: int) -> int:
         """Bytes of the pages that a sequence of `length` tokens reserves."""
         ends, lists = self.pages(length)
-        geometry = self.geometry
-        return ends * geometry.end_page_bytes + sum(lists) * geometry.block_page_bytes
+        spec = self.spec
+        return ends * spec.end_page_bytes + sum(lists) * spec.block_page_bytes
 
     def holds(self, budget: int, length: int) -> int:
         """Sequences of `length` tokens whose pages take at most `budget` bytes."""
@@ -89,13 +89,13 @@ class CachePlan:
 
     def deepest_pages(self, length: int) -> tuple[int, int]:
         """Pages at the ends and in the block's pool of `length` tokens that all go all the way."""
-        pages = -(-length // self.geometry.size)
-        return (pages if self.geometry.end_layers else 0), pages * self.geometry.lists
+        pages = -(-length // self.spec.size)
+        return (pages if self.spec.end_layers else 0), pages * self.spec.lists
 
     def deepest_bytes(self, length: int) -> int:
         """Bytes of `deepest_pages`."""
         ends, block = self.deepest_pages(length)
-        return ends * self.geometry.end_page_bytes + block * self.geometry.block_page_bytes
+        return ends * self.spec.end_page_bytes + block * self.spec.block_page_bytes
 
     def tokens(self, number: int, length: int) -> int:
         """Entries that list `number` is given room for in a sequence of `length` tokens."""
@@ -103,9 +103,9 @@ class CachePlan:
 
     def pages(self, length: int) -> tuple[int, tuple[int, ...]]:
         """Pages that a sequence of `length` tokens reserves: at the ends, and in each list."""
-        size = self.geometry.size
-        lists = range(self.geometry.lists)
-        ends = -(-length // size) if self.geometry.end_layers else 0
+        size = self.spec.size
+        lists = range(self.spec.lists)
+        ends = -(-length // size) if self.spec.end_layers else 0
         return ends, tuple(-(-self.tokens(number, length) // size) for number in lists)
 
 
@@ -116,26 +116,26 @@ def compute_config(cfg: ModelConfig, dtype: str | None) -> ModelConfig:
     return dataclasses.replace(cfg, dtype=dtype)
 
 
-def plan_cache(served: LoadedModel, cfg: EngineConfig) -> CachePlan:
+def plan_cache(model: LoadedModel, cfg: EngineConfig) -> CachePlan:
     """Slots and pages for a model.
 
     Raises:
         ValueError: a setting out of range, or a budget that does not hold a page for every list.
     """
     cfg.validate()
-    model = compute_config(served.cfg, cfg.dtype)
-    longest = model.max_seq_len
+    model_cfg = compute_config(model.cfg, cfg.dtype)
+    longest = model_cfg.max_seq_len
     if cfg.max_length is not None:
         rule = f"the model's context is model.max_seq_len={longest} tokens"
         fix = "Use that or less"
         check(cfg.max_length <= longest, "engine.max_length", cfg.max_length, rule, fix)
         longest = cfg.max_length
-    geometry = KVCacheSpec(model, min(cfg.page, longest))
+    spec = KVCacheSpec(model_cfg, min(cfg.page, longest))
     share = tuple(
-        1.0 if geometry.holds_all(number) else min(1.0, served.shares[number] * (1 + cfg.slack))
-        for number in range(geometry.lists)
+        1.0 if spec.holds_all(number) else min(1.0, model.shares[number] * (1 + cfg.slack))
+        for number in range(spec.lists)
     )
-    full = CachePlan(geometry, cfg.slots or 32, 0, 0, longest, share)
+    full = CachePlan(spec, cfg.slots or 32, 0, 0, longest, share)
     budget = _budget(full, cfg)
     held = _held(full, budget)
     rule = f"the cache of {budget:,} bytes holds {held} tokens that take every recursion"
@@ -172,9 +172,9 @@ def _slots(full: CachePlan, cfg: EngineConfig, budget: int) -> int:
         return max(
             1, min(_MOST_SLOTS, full.holds(budget, min(cfg.typical_length, full.max_length)))
         )
-    geometry = full.geometry
-    tables = (1 + geometry.lists) * -(-full.max_length // geometry.size)
-    each = _VOCABULARY_BYTES * geometry.cfg.vocab_size + 4 * tables
+    spec = full.spec
+    tables = (1 + spec.lists) * -(-full.max_length // spec.size)
+    each = _VOCABULARY_BYTES * spec.cfg.vocab_size + 4 * tables
     free = free_bytes() - budget
     rule = f"so many rows need {each * cfg.slots:,} bytes beside the cache, {free:,} are free"
     fix = f"Use {max(1, free // each)} or less"
@@ -185,7 +185,7 @@ def _slots(full: CachePlan, cfg: EngineConfig, budget: int) -> int:
 def _held(full: CachePlan, budget: int) -> int:
     """Tokens of one sequence that have room whatever their depths, at most `full.max_length`."""
     pages = budget // full.deepest_bytes(1)
-    return min(full.max_length, pages * full.geometry.size)
+    return min(full.max_length, pages * full.spec.size)
 
 
 def _split(full: CachePlan, budget: int, held: int) -> tuple[int, int]:
@@ -197,10 +197,10 @@ def _split(full: CachePlan, budget: int, held: int) -> tuple[int, int]:
     ends, lists = full.pages(full.max_length)
     count = budget / full.sequence_bytes(full.max_length)
     least_ends, least_block = full.deepest_pages(held)
-    geometry = full.geometry
-    most = (budget - least_ends * geometry.end_page_bytes) // geometry.block_page_bytes
+    spec = full.spec
+    most = (budget - least_ends * spec.end_page_bytes) // spec.block_page_bytes
     block = max(least_block, min(int(sum(lists) * count), most))
     if not ends:
         return 0, block
-    most = (budget - block * geometry.block_page_bytes) // geometry.end_page_bytes
+    most = (budget - block * spec.block_page_bytes) // spec.end_page_bytes
     return max(least_ends, min(int(ends * count), most)), block

@@ -23,10 +23,7 @@ def test_the_context_is_what_one_sequence_may_need_at_full_depth(name):
         assert ends <= made.end_pages and block <= made.block_pages
         assert made.cache_bytes <= budget
         # No page of either pool is left over.
-        assert (
-            budget - made.cache_bytes
-            < made.geometry.end_page_bytes + made.geometry.block_page_bytes
-        )
+        assert budget - made.cache_bytes < made.spec.end_page_bytes + made.spec.block_page_bytes
 
 
 def test_without_a_budget_the_context_is_the_models():

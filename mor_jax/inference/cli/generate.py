@@ -112,21 +112,21 @@ def generate(options: Options, stdin: Callable[[], bytes], console: Console) -> 
         if options.output is not None:
             file = stack.enter_context(output_file(Path(options.output), options.overwrite))
         status = stack.enter_context(_status("loading"))
-        served = load_model(
+        model = load_model(
             options.workdir,
             step=options.step,
             calibration=options.calibration,
             recursions=options.recursions,
         )
         status.update("compiling")
-        context = plan_cache(served, _work(options)).max_length
-        prompts = prepare(asks, served, context)
+        context = plan_cache(model, _work(options)).max_length
+        prompts = prepare(asks, model, context)
         if file is not None or options.json or options.jsonl is not None:
             write = functools.partial(print, file=file or console.file, flush=file is None)
-            show: OutputWriter = JsonLinesWriter(write, served.tokenizer)
+            show: OutputWriter = JsonLinesWriter(write, model.tokenizer)
         else:
-            show = _screen(options, served, prompts, console)
-        with Engine(served, _settings(options, prompts, context)) as engine:
+            show = _screen(options, model, prompts, console)
+        with Engine(model, _settings(options, prompts, context)) as engine:
             return _run(engine, prompts, show, status)
 
 
@@ -152,33 +152,33 @@ def _settings(options: Options, prompts: list[Prompt], context: int) -> EngineCo
 
 
 def _screen(
-    options: Options, served: LoadedModel, prompts: list[Prompt], console: Console
+    options: Options, model: LoadedModel, prompts: list[Prompt], console: Console
 ) -> TerminalWriter:
     rule = "nothing is routed in this model: all tokens have the same depth"
-    ok = _recursions(served) is not None or not options.depth_colours
+    ok = _recursions(model) is not None or not options.depth_colours
     check(ok, "depth_colours", options.depth_colours, rule, "Leave it out")
     here = console.is_terminal
     if options.depth_colours:
-        console.print(legend(served.cfg.num_recursions, console), end="")
+        console.print(legend(model.cfg.num_recursions, console), end="")
     return TerminalWriter(
         console,
-        served.tokenizer,
+        model.tokenizer,
         # A chat's prompt is its template: nobody has written that.
         echo=here and not options.chat if options.echo is None else options.echo,
         streaming=here if options.stream is None else options.stream,
         titles=sum(len(prompt.requests) for prompt in prompts) > 1,
-        depths=functools.partial(_depths, served) if options.depth_colours and here else None,
+        depths=functools.partial(_depths, model) if options.depth_colours and here else None,
     )
 
 
-def _recursions(served: LoadedModel) -> int | None:
-    return None if served.cfg.router.kind == "none" else served.cfg.num_recursions
+def _recursions(model: LoadedModel) -> int | None:
+    return None if model.cfg.router.kind == "none" else model.cfg.num_recursions
 
 
-def _depths(served: LoadedModel, prompt: Prompt) -> np.ndarray:
+def _depths(model: LoadedModel, prompt: Prompt) -> np.ndarray:
     """Recursions that each token of a prompt goes through."""
-    cfg = compute_config(served.cfg, None)
-    return token_depths(cfg, served.params, np.array(prompt.tokens), served.thresholds)
+    cfg = compute_config(model.cfg, None)
+    return token_depths(cfg, model.params, np.array(prompt.tokens), model.thresholds)
 
 
 def _run(engine: Engine, prompts: list[Prompt], show: OutputWriter, status: Status) -> Totals:
@@ -197,12 +197,12 @@ def _run(engine: Engine, prompts: list[Prompt], show: OutputWriter, status: Stat
                     show.add(event)
     finally:
         if totals.tokens or totals.answers:
-            print(_summary(totals, engine.served, prompts), file=sys.stderr)
+            print(_summary(totals, engine.model, prompts), file=sys.stderr)
     return totals
 
 
-def _summary(totals: Totals, served: LoadedModel, prompts: list[Prompt]) -> str:
-    line = totals.line(_recursions(served))
+def _summary(totals: Totals, model: LoadedModel, prompts: list[Prompt]) -> str:
+    line = totals.line(_recursions(model))
     sampling = [prompt.requests[0].sampling for prompt in prompts]
     seeds = {one.seed for one in sampling if one.temperature}
     return f"{line}, seed {seeds.pop()}" if len(seeds) == 1 else line

@@ -143,7 +143,7 @@ def from_lines(
     return asks
 
 
-def prepare(asks: Sequence[PromptInput], served: LoadedModel, max_length: int) -> list[Prompt]:
+def prepare(asks: Sequence[PromptInput], model: LoadedModel, max_length: int) -> list[Prompt]:
     """Tokens and requests of every prompt; an empty text becomes the end of a document.
 
     Raises `ValueError` where the model cannot answer one, or has no chat template.
@@ -152,18 +152,18 @@ def prepare(asks: Sequence[PromptInput], served: LoadedModel, max_length: int) -
     made = []
     for ask in asks:
         if ask.messages:
-            template = template or ChatTemplate(served)
+            template = template or ChatTemplate(model)
             text, tokens = _rendered(ask, template)
         elif isinstance(ask.prompt, str):
-            text, tokens = ask.prompt, served.tokenizer.encode(ask.prompt).tolist()
+            text, tokens = ask.prompt, model.tokenizer.encode(ask.prompt).tolist()
         else:
-            text, tokens = text_before(served.tokenizer, ask.prompt), ask.prompt
-        made.append(_prompt(ask, text, tokens or (served.tokenizer.eos_id,), served, max_length))
+            text, tokens = text_before(model.tokenizer, ask.prompt), ask.prompt
+        made.append(_prompt(ask, text, tokens or (model.tokenizer.eos_id,), model, max_length))
     return made
 
 
 def _prompt(
-    ask: PromptInput, text: str, tokens: Sequence[int], served: LoadedModel, max_length: int
+    ask: PromptInput, text: str, tokens: Sequence[int], model: LoadedModel, max_length: int
 ) -> Prompt:
     wishes, number = ask.wishes, len(tokens)
     rule = f"has {number} tokens; prompt and answer may hold at most {max_length} together"
@@ -175,7 +175,7 @@ def _prompt(
     seeds = [seed, *((seed + i) % 2**32 for i in range(1, wishes.n))]
     requests = tuple(wishes.request(tokens, seed, max_length) for seed in seeds)
     for request in requests[:1]:
-        request.validate(served.cfg.vocab_size, max_length, ask.settings)
+        request.validate(model.cfg.vocab_size, max_length, ask.settings)
     return Prompt(id=ask.id, text=text, tokens=tuple(tokens), requests=requests)
 
 

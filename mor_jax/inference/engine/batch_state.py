@@ -1,4 +1,4 @@
-"""What the device remembers of every running sequence."""
+"""Device state of the running sequences."""
 
 import dataclasses
 
@@ -12,126 +12,129 @@ from mor_jax.models.decode.paged_cache import BlockTables, KVCacheSpec
 from mor_jax.models.decode.routed_decode import TokenState
 from mor_jax.types import Array, Bool, Int
 
-IDLE, ENTERS, FLIES = 0, 1, 2
-"""Phases of a slot: nothing to do; a token waits for the first layer; a token waits for the block.
+IDLE, ENTERING, IN_FLIGHT = 0, 1, 2
+"""Phases of a slot: no work; a token is about to enter the first layer; a token is in the block.
 
-In a model without routers a token goes all the way at once, so nothing ever flies.
+In a model without routers one decode step runs all layers, so no slot is ever `IN_FLIGHT`.
 """
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class BatchState:
-    """One row a slot, and one more that belongs to nobody.
+    """One row for each slot, and a last one for padding.
 
-    token, position: the token that is being processed. left: tokens that may still be sampled.
-    filled: tokens of the prompt that are stored. counts: entries of the lists in the block's pool.
-    flight: where the token stands; None for models without routers. said, heard: tokens of the
-    answer (how often) and of the prompt, for penalties. ends_text: the end of a document ends it.
+    token, position: the token that is being processed. tokens_left: tokens that may still be
+    sampled. prefilled: prompt tokens whose keys and values are stored. counts: entries of the KV
+    lists in the block's pool. token_state: the token's progress through the recursions; None for
+    models without routers. output_counts, in_prompt: how often each token occurs in the output, and
+    whether it occurs in the prompt, for penalties. stop_at_eos: an EOS token ends the sequence.
     """
 
     phase: Int[Array, "s"]
     token: Int[Array, "s"]
     position: Int[Array, "s"]
-    left: Int[Array, "s"]
-    filled: Int[Array, "s"]
+    tokens_left: Int[Array, "s"]
+    prefilled: Int[Array, "s"]
     counts: Int[Array, "s lists"]
-    flight: TokenState | None
+    token_state: TokenState | None
     settings: SamplingArrays
     output_counts: Int[Array, "s v"]
     in_prompt: Bool[Array, "s v"]
-    ends_text: Bool[Array, "s"]
+    stop_at_eos: Bool[Array, "s"]
 
     @classmethod
-    def empty(cls, geometry: KVCacheSpec, number: int) -> "BatchState":
-        """`number` slots and nobody in them."""
-        cfg, s = geometry.cfg, number + 1
+    def empty(cls, spec: KVCacheSpec, number: int) -> "BatchState":
+        """`number` empty slots."""
+        cfg, s = spec.cfg, number + 1
 
         def zeros() -> Array:
-            # Arrays of their own: all of them are given to the device's programs for good.
+            # Separate arrays: all of them are donated to the compiled functions.
             return jnp.zeros(s, jnp.int32)
 
-        flight = None
+        token_state = None
         if cfg.router.kind != "none":
-            flight = jax.tree.map(jnp.copy, TokenState.empty(cfg, s))
+            token_state = jax.tree.map(jnp.copy, TokenState.empty(cfg, s))
         return cls(
             phase=zeros(),
             token=zeros(),
             position=zeros(),
-            left=zeros(),
-            filled=zeros(),
-            counts=jnp.zeros((s, geometry.lists), jnp.int32),
-            flight=flight,
+            tokens_left=zeros(),
+            prefilled=zeros(),
+            counts=jnp.zeros((s, spec.lists), jnp.int32),
+            token_state=token_state,
             settings=jax.tree.map(jnp.asarray, SamplingArrays.greedy(s)),
             output_counts=jnp.zeros((s, cfg.vocab_size), jnp.int16),
             in_prompt=jnp.zeros((s, cfg.vocab_size), bool),
-            ends_text=jnp.zeros(s, bool),
+            stop_at_eos=jnp.zeros(s, bool),
         )
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class SequenceBlocks:
-    """The pages that the host has given out. room: entries that each list may hold."""
+    """The pages that the host has allocated. capacity_tokens: entries that each list may hold."""
 
     tables: BlockTables
-    room: Int[Array, "s lists"]
+    capacity_tokens: Int[Array, "s lists"]
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Admission:
-    """A sequence whose tokens but the last are stored. Members as in `Slots`, of one slot."""
+    """A sequence whose tokens are prefilled, except for the last. Fields as in `BatchState`."""
 
     slot: Int[Array, ""] | np.int32
     token: Int[Array, ""] | np.int32
     position: Int[Array, ""] | np.int32
-    left: Int[Array, ""] | np.int32
+    tokens_left: Int[Array, ""] | np.int32
     settings: dict[str, np.generic | Array]
     output_counts: Int[Array, "v"] | np.ndarray
     in_prompt: Bool[Array, "v"] | np.ndarray
-    ends_text: Bool[Array, ""] | np.bool_
+    stop_at_eos: Bool[Array, ""] | np.bool_
 
     @classmethod
-    def of(cls, request: Request, slot: int, answer: list[int], seed: int, v: int) -> "Admission":
-        """Of a request whose `answer` so far is to be continued. v: size of the vocabulary."""
-        tokens = [*request.prompt, *answer]
-        heard = np.zeros(v, bool)
-        heard[list(request.prompt)] = True
-        said = np.bincount(np.asarray(answer, np.int64), minlength=v)
+    def of(
+        cls, request: Request, slot: int, output_tokens: list[int], seed: int, v: int
+    ) -> "Admission":
+        """For a request that resumes after `output_tokens`. v: size of the vocabulary."""
+        tokens = [*request.prompt, *output_tokens]
+        in_prompt = np.zeros(v, bool)
+        in_prompt[list(request.prompt)] = True
+        output_counts = np.bincount(np.asarray(output_tokens, np.int64), minlength=v)
         return cls(
             slot=np.int32(slot),
             token=np.int32(tokens[-1]),
             position=np.int32(len(tokens) - 1),
-            left=np.int32(request.max_tokens - len(answer)),
+            tokens_left=np.int32(request.max_tokens - len(output_tokens)),
             settings=SamplingArrays.row(request.sampling, seed),
-            output_counts=np.minimum(said, np.iinfo(np.int16).max).astype(np.int16),
-            in_prompt=heard,
-            ends_text=np.bool_(not request.ignore_eos),
+            output_counts=np.minimum(output_counts, np.iinfo(np.int16).max).astype(np.int16),
+            in_prompt=in_prompt,
+            stop_at_eos=np.bool_(not request.ignore_eos),
         )
 
 
-def admit(slots: BatchState, new: Admission) -> BatchState:
-    """Starts a sequence, unless its prompt turned out not to be stored whole."""
-    at = new.slot
-    ready = (slots.filled[at] == new.position) | (new.position == 0)
+def admit(state: BatchState, admission: Admission) -> BatchState:
+    """Starts to decode a sequence, unless its prefill turned out to be incomplete."""
+    slot = admission.slot
+    prefill_complete = (state.prefilled[slot] == admission.position) | (admission.position == 0)
     settings = SamplingArrays(
         **{
-            name: getattr(slots.settings, name).at[at].set(value)
-            for name, value in new.settings.items()
+            name: getattr(state.settings, name).at[slot].set(value)
+            for name, value in admission.settings.items()
         }
     )
-    # A prompt of one token stores nothing beforehand: its lists start empty here.
-    counts = jnp.where(new.position == 0, 0, slots.counts[at])
+    # A prompt of one token has no prefill, so its lists are emptied here.
+    counts = jnp.where(admission.position == 0, 0, state.counts[slot])
     return dataclasses.replace(
-        slots,
-        phase=slots.phase.at[at].set(jnp.where(ready, ENTERS, IDLE)),
-        token=slots.token.at[at].set(new.token),
-        position=slots.position.at[at].set(new.position),
-        left=slots.left.at[at].set(new.left),
-        counts=slots.counts.at[at].set(counts),
+        state,
+        phase=state.phase.at[slot].set(jnp.where(prefill_complete, ENTERING, IDLE)),
+        token=state.token.at[slot].set(admission.token),
+        position=state.position.at[slot].set(admission.position),
+        tokens_left=state.tokens_left.at[slot].set(admission.tokens_left),
+        counts=state.counts.at[slot].set(counts),
         settings=settings,
-        output_counts=slots.output_counts.at[at].set(new.output_counts),
-        in_prompt=slots.in_prompt.at[at].set(new.in_prompt),
-        ends_text=slots.ends_text.at[at].set(new.ends_text),
+        output_counts=state.output_counts.at[slot].set(admission.output_counts),
+        in_prompt=state.in_prompt.at[slot].set(admission.in_prompt),
+        stop_at_eos=state.stop_at_eos.at[slot].set(admission.stop_at_eos),
     )

@@ -1,4 +1,4 @@
-"""The engine: requests in, events out, from any thread.
+"""The inference engine: accepts requests and returns their events, from any thread.
 
 with Engine(load_model("runs/mor"), EngineConfig(slots=32)) as engine:
     handle = engine.submit(Request(prompt=(1, 2, 3), max_tokens=64))
@@ -25,15 +25,15 @@ from mor_jax.inference.load_model import LoadedModel
 
 _log = logging.getLogger(__name__)
 
-_LOOK = 0.02
-"""Seconds after which the queue is searched again for requests that are cancelled or too late."""
+_CHECK_SECONDS = 0.02
+"""Seconds between two searches of the waiting queue for cancelled and late requests."""
 
-_CONTEXT = 64
-"""Tokens of the prompt that the first words of an answer's text may depend on."""
+_CONTEXT_TOKENS = 64
+"""Prompt tokens that the first characters of the output may depend on."""
 
 
 class Handle:
-    """An answer on its way. Iterating over it waits for its events; `Finished` is the last."""
+    """A submitted request. Iterating over it waits for its events; `Finished` is the last."""
 
     def __init__(self, wake: Callable[[], None]):
         self._events: queue.SimpleQueue[Event] = queue.SimpleQueue()
@@ -43,7 +43,7 @@ class Handle:
         self.sequence: Sequence | None = None
 
     def put(self, event: Event) -> None:
-        """Takes an event; the engine's side."""
+        """Adds an event; called by the engine."""
         self._events.put(event)
 
     def __iter__(self) -> Iterator[Event]:
@@ -53,42 +53,42 @@ class Handle:
             yield event
 
     def result(self) -> tuple[list[Token], Finished]:
-        """Waits for the end: all tokens that were not iterated over before, and how it ended.
+        """Waits for the end; returns the tokens that were not iterated over, and `Finished`.
 
-        Raises `ValueError` if the end itself was iterated over before.
+        Raises `ValueError` if `Finished` was iterated over before.
         """
         if self._result is None:
             events = list(self)
-            rule = "its events were iterated over to the end, there are none left"
+            rule = "its events were iterated over to the end; none are left"
             check(bool(events), "handle", self._ended, rule, "Use either the iterator or result()")
             *tokens, finished = events
             self._result = tokens, finished
         return self._result
 
     def cancel(self) -> None:
-        """Ends the answer soon, with reason `cancelled`; nothing happens if it has ended."""
+        """Ends the request soon, with reason `cancelled`; no effect if it has finished."""
         if self.sequence is not None:
             self.sequence.cancelled = True
         self._wake()
 
 
 class Engine:
-    """Answers requests with one model, as many at a time as its slots and its cache hold.
+    """Continuous batching of requests to one model, as many at a time as slots and cache allow.
 
-    A request's tokens depend on its prompt, settings and seed alone. Raises `ValueError` if the
-    settings do not fit the model or the memory.
+    A request's tokens depend on its prompt, sampling params and seed only. Raises `ValueError` if
+    the settings do not fit the model or the memory.
     """
 
-    def __init__(self, served: LoadedModel, cfg: EngineConfig | None = None):
-        self.served, self.cfg = served, cfg or EngineConfig()
-        self.plan = plan_cache(served, self.cfg)
+    def __init__(self, model: LoadedModel, cfg: EngineConfig | None = None):
+        self.model, self.cfg = model, cfg or EngineConfig()
+        self.plan = plan_cache(model, self.cfg)
         self.max_length = self.plan.max_length
         self.failure: str | None = None
-        self._runner = ModelRunner(served, self.plan, self.cfg.piece)
+        self._runner = ModelRunner(model, self.plan, self.cfg.piece)
         self._incoming: collections.deque[Sequence] = collections.deque()
-        self._changed = threading.Condition()
-        self._accepts = self._stops = self._cancels = False
-        self._looked = 0.0
+        self._condition = threading.Condition()
+        self._accepting = self._stopping = self._cancelling = False
+        self._last_check = 0.0
         self._thread: threading.Thread | None = None
 
     def __enter__(self) -> "Engine":
@@ -101,112 +101,112 @@ class Engine:
     def start(self) -> None:
         """Starts the engine's thread; with `warm` it compiles everything first."""
         if self._thread is not None:
-            raise RuntimeError("the engine was started before; make another one")
+            raise RuntimeError("the engine was started before; create a new one")
         if self.cfg.warm:
-            self._runner.warm()
-        self._accepts = True
-        self._thread = threading.Thread(target=self._work, name="engine", daemon=True)
+            self._runner.warmup()
+        self._accepting = True
+        self._thread = threading.Thread(target=self._run_loop, name="engine", daemon=True)
         self._thread.start()
 
     def stop(self, *, drain: bool = True, timeout: float | None = None) -> None:
-        """Takes no more requests and ends: after all answers, or (not `drain`) by cancelling them.
+        """Accepts no more requests and stops: after all have finished, or (`drain=False`) at once.
 
-        timeout: seconds after which what still runs is cancelled.
+        timeout: seconds after which unfinished requests are cancelled.
         """
-        with self._changed:
-            self._accepts, self._stops = False, True
-            self._cancels = self._cancels or not drain
-            self._changed.notify_all()
+        with self._condition:
+            self._accepting, self._stopping = False, True
+            self._cancelling = self._cancelling or not drain
+            self._condition.notify_all()
         if self._thread is None:
             return
         self._thread.join(timeout)
         if self._thread.is_alive():
-            with self._changed:
-                self._cancels = True
-                self._changed.notify_all()
+            with self._condition:
+                self._cancelling = True
+                self._condition.notify_all()
             self._thread.join()
 
     def submit(self, request: Request, sink: Sink | None = None) -> Handle:
         """Queues a request.
 
-        sink: called with every event, from the engine's thread, in place of iterating over the
-        handle; it must not block.
+        sink: called with every event, on the engine's thread, instead of iterating over the handle;
+        it must not block.
 
         Raises:
-            ValueError: the model cannot answer the request, or `max_length` tokens do not hold it.
-            Busy: the queue is full.
-            Stopped: the engine takes no requests.
+            ValueError: a setting is out of range, or the request exceeds `max_length` tokens.
+            Busy: the waiting queue is full.
+            Stopped: the engine accepts no requests.
         """
-        request.validate(self.plan.geometry.cfg.vocab_size, self.max_length)
+        request.validate(self.plan.spec.cfg.vocab_size, self.max_length)
         handle = Handle(self._wake)
         seed = request.sampling.seed
-        text = TextStream(self.served.tokenizer, request.stop, request.prompt[-_CONTEXT:])
+        text = TextStream(self.model.tokenizer, request.stop, request.prompt[-_CONTEXT_TOKENS:])
         sequence = Sequence(
             request, sink or handle.put, secrets.randbits(32) if seed is None else seed, text
         )
         handle.sequence = sequence
-        with self._changed:
-            if not self._accepts:
-                raise Stopped(self.failure or "the engine does not take requests")
+        with self._condition:
+            if not self._accepting:
+                raise Stopped(self.failure or "the engine is stopped and accepts no requests")
             if len(self._incoming) + len(self._runner.scheduler.waiting) >= self.cfg.max_waiting:
                 raise Busy(f"{self.cfg.max_waiting} requests are waiting; try again later")
             self._incoming.append(sequence)
-            self._changed.notify_all()
+            self._condition.notify_all()
         return handle
 
     def statistics(self) -> Statistics:
-        """Counters and gauges now."""
+        """Current counters and gauges."""
         return self._runner.statistics()
 
     def _wake(self) -> None:
-        with self._changed:
-            self._changed.notify_all()
+        with self._condition:
+            self._condition.notify_all()
 
-    def _work(self) -> None:
+    def _run_loop(self) -> None:
         try:
-            while self._take_in():
+            while self._process_incoming():
                 if not self._runner.step():
-                    self._rest()
-        # Whatever it is, those who wait for an answer have to hear of it.
+                    self._wait_for_work()
+        # Every error must reach the clients that wait for a result.
         except BaseException as error:
             _log.exception("the engine failed")
-            with self._changed:
+            with self._condition:
                 self.failure = f"{type(error).__name__}: {error}"
-                self._accepts = False
-            self._give_up()
+                self._accepting = False
+            self._fail_unfinished()
 
-    def _take_in(self) -> bool:
-        """New requests, cancellations and deadlines; False when there is nothing left to do."""
-        with self._changed:
+    def _process_incoming(self) -> bool:
+        """Handles new requests, cancellations and deadlines; False once the engine may stop."""
+        with self._condition:
             arrived = list(self._incoming)
             self._incoming.clear()
-            stops, cancels = self._stops, self._cancels
+            stopping, cancelling = self._stopping, self._cancelling
         scheduler = self._runner.scheduler
         scheduler.waiting.extend(arrived)
         now = time.monotonic()
-        looked_at = list(scheduler.running.values())
-        if now - self._looked > _LOOK or cancels:
-            looked_at, self._looked = scheduler.everyone(), now
-        for sequence in looked_at:
-            if sequence.cancelled or cancels:
+        checked = list(scheduler.running.values())
+        if now - self._last_check > _CHECK_SECONDS or cancelling:
+            checked, self._last_check = scheduler.unfinished(), now
+        for sequence in checked:
+            if sequence.cancelled or cancelling:
                 self._runner.end(sequence, "cancelled")
-            elif sequence.late:
+            elif sequence.past_deadline:
                 self._runner.end(sequence, "deadline")
-        return bool(scheduler.running or scheduler.waiting) or not stops
+        return bool(scheduler.running or scheduler.waiting) or not stopping
 
-    def _rest(self) -> None:
-        """Waits for something to do."""
-        with self._changed:
-            if not self._incoming and not self._stops:
-                self._changed.wait(timeout=1.0)
+    def _wait_for_work(self) -> None:
+        """Waits for a request or for `stop`."""
+        with self._condition:
+            if not self._incoming and not self._stopping:
+                self._condition.wait(timeout=1.0)
 
-    def _give_up(self) -> None:
-        with self._changed:
-            left = [*self._runner.scheduler.everyone(), *self._incoming]
+    def _fail_unfinished(self) -> None:
+        with self._condition:
+            unfinished = [*self._runner.scheduler.unfinished(), *self._incoming]
             self._incoming.clear()
-        for sequence in left:
-            if not sequence.done:
-                sequence.ends("error", f"the engine failed: {self.failure}")
+        for sequence in unfinished:
+            if not sequence.finished:
+                sequence.finish("error", f"the engine failed: {self.failure}")
 
 
 __all__ = ["Engine", "EngineConfig", "Handle"]

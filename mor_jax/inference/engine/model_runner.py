@@ -1,8 +1,8 @@
-"""The engine's work on one thread: plan a tick, send it, read what the one before did.
+"""Schedules, launches and reads decode steps and prefill chunks, all on the engine's thread.
 
-The device is always one tick ahead of what the host has read, so planning, text and events cost it
-nothing. What the host plans with is therefore one tick old; the device's programs check what may
-have changed since.
+The device is one step ahead of what the host has read, so scheduling, detokenisation and events
+cost no device time. The host therefore schedules with results that are one step old; the compiled
+functions check what may have changed since.
 """
 
 import dataclasses
@@ -30,220 +30,232 @@ from mor_jax.models.decode.layer import Weights
 from mor_jax.models.decode.paged_cache import BlockTables
 
 CHUNK_TOKENS = {"cpu": 1024}
-"""Cached tokens that attention visits at one time: what fits a core's cache; elsewhere more."""
+"""Cached tokens that attention reads at a time, by backend: what fits a CPU core's cache."""
 
 GROUP_TOKENS = {"cpu": 64}
-"""Tokens of a prompt that pass the layers at one time; elsewhere the whole piece."""
+"""Prompt tokens that go through the layers at a time, by backend; elsewhere the whole chunk."""
 
 
 @dataclasses.dataclass(frozen=True)
-class _Sent:
-    """A program on its way: what it will answer, who took part, in which of their epochs."""
+class _PendingStep:
+    """A launched function: its future output, its sequences with their epochs, first position."""
 
-    answer: object
-    who: list[tuple[Sequence, int]]
+    output: object
+    sequences: list[tuple[Sequence, int]]
     start: int | None = None
 
 
 class ModelRunner:
-    """Model, cache and programs on the device, and the host's plan for them."""
+    """Model, KV cache and compiled functions on the device, and the scheduler on the host."""
 
-    def __init__(self, served: LoadedModel, plan: CachePlan, piece: int):
+    def __init__(self, model: LoadedModel, plan: CachePlan, chunk_size: int):
         self.plan, self.counters = plan, Counters()
         self.scheduler = Scheduler(plan, self.counters)
-        self.depths = np.zeros(plan.geometry.cfg.num_recursions + 1, np.int64)
-        self._routed = plan.geometry.cfg.router.kind != "none"
-        self._vocabulary = plan.geometry.cfg.vocab_size
-        cfg = plan.geometry.cfg
-        # Bound to one device: arrays that are not would have every program compiled once more.
+        self.depth_counts = np.zeros(plan.spec.cfg.num_recursions + 1, np.int64)
+        self._routed = plan.spec.cfg.router.kind != "none"
+        self._vocab_size = plan.spec.cfg.vocab_size
+        cfg = plan.spec.cfg
+        # Committed to one device: uncommitted arrays would compile every function a second time.
         self._device = jax.local_devices()[0]
-        weights = jax.jit(lambda params: Weights.of(cfg, params))(served.params)
-        slots = BatchState.empty(plan.geometry, plan.slots)
-        cache = plan.geometry.cache(plan.end_pages, plan.block_pages)
+        weights = jax.jit(lambda params: Weights.of(cfg, params))(model.params)
+        slots = BatchState.empty(plan.spec, plan.slots)
+        cache = plan.spec.cache(plan.end_pages, plan.block_pages)
         self._weights, self._slots, self._cache = jax.device_put(
             (weights, slots, cache), self._device
         )
         tokens = CHUNK_TOKENS.get(jax.default_backend(), 16384)
-        thresholds = served.thresholds or (0.0,) * cfg.num_recursions
-        ends = tuple(sorted(served.eos_ids)) or (-2,)
-        chunk = max(1, tokens // plan.geometry.size)
-        self._held: SequenceBlocks | None = None
-        self._piece = min(piece, plan.max_length)
-        group = GROUP_TOKENS.get(jax.default_backend(), self._piece)
-        self._run = StepFunctions(plan.geometry, ends, thresholds, chunk, group).compiled()
-        self._flying: list[_Sent] = []
-        self._seen_busy = 0.0
-        self._row_counts = _row_counts(plan.slots)
-        self._wants: tuple[list[Sequence], SamplingFeatures] = ([], SamplingFeatures.of([]))
+        thresholds = model.thresholds or (0.0,) * cfg.num_recursions
+        eos = tuple(sorted(model.eos_ids)) or (-2,)
+        pages_per_read = max(1, tokens // plan.spec.size)
+        self._device_blocks: SequenceBlocks | None = None
+        self._chunk_size = min(chunk_size, plan.max_length)
+        group_tokens = GROUP_TOKENS.get(jax.default_backend(), self._chunk_size)
+        self._functions = StepFunctions(
+            plan.spec, eos, thresholds, pages_per_read, group_tokens
+        ).compiled()
+        self._pending: list[_PendingStep] = []
+        self._last_busy = 0.0
+        self._batch_sizes = _batch_sizes(plan.slots)
+        self._features: tuple[list[Sequence], SamplingFeatures] = ([], SamplingFeatures.of([]))
 
-    def warm(self) -> None:
-        """Compiles every program by running it on nobody."""
-        nobody = self.plan.slots
-        for rows in self._row_counts:
-            slots = np.full(rows, nobody, np.int32)
-            self._tick(DecodeInput(slots, np.zeros(rows, bool), SamplingFeatures.of([])))
-        tokens = np.zeros(self._piece, np.int32)
-        self._store(PrefillInput(np.int32(nobody), np.int32(0), np.int32(0), tokens))
-        new = Admission.of(Request(prompt=(0,)), nobody, [], 0, self._vocabulary)
-        self._slots = self._run.admit(self._slots, new)
+    def warmup(self) -> None:
+        """Compiles every function by running it on padding."""
+        empty_slot = self.plan.slots
+        for rows in self._batch_sizes:
+            slots = np.full(rows, empty_slot, np.int32)
+            self._decode(DecodeInput(slots, np.zeros(rows, bool), SamplingFeatures.of([])))
+        tokens = np.zeros(self._chunk_size, np.int32)
+        self._prefill(PrefillInput(np.int32(empty_slot), np.int32(0), np.int32(0), tokens))
+        admission = Admission.of(Request(prompt=(0,)), empty_slot, [], 0, self._vocab_size)
+        self._slots = self._functions.admit(self._slots, admission)
 
     def step(self) -> bool:
-        """Sends the next piece of a prompt and the next tick, and reads the ones before.
+        """Launches the next prefill chunk and decode step, then reads the previous ones.
 
-        False if there was nothing to do.
+        Returns False if there was nothing to do.
         """
-        begun = time.perf_counter()
+        start_time = time.perf_counter()
         scheduler, sent = self.scheduler, []
         scheduler.admit()
         scheduler.grow()
         if scheduler.running:
-            self._watch(sends=True)
-        sequence = scheduler.next_prompt()
+            self._track_idle(sending=True)
+        sequence = scheduler.next_prefill()
         if sequence is not None:
-            sent += self._send_prompt(sequence)
-        rows = scheduler.decoding()
-        if rows:
-            sent.append(self._send_tick(rows))
-        before, self._flying = self._flying, sent
-        waited = sum(self._read(one) for one in before)
-        if before or sent:
-            self._watch(sends=False)
-            spent = time.perf_counter() - begun
+            sent += self._send_prefill(sequence)
+        decoding = scheduler.decoding()
+        if decoding:
+            sent.append(self._send_decode(decoding))
+        previous, self._pending = self._pending, sent
+        waited = sum(self._process(step) for step in previous)
+        if previous or sent:
+            self._track_idle(sending=False)
+            spent = time.perf_counter() - start_time
             self.counters.busy_seconds += spent
             self.counters.host_seconds += spent - waited
-        return bool(before or sent)
+        return bool(previous or sent)
 
-    def _send_prompt(self, sequence: Sequence) -> list[_Sent]:
-        """A piece of the sequence's tokens; after the last one, its start."""
-        tokens, start = sequence.tokens, sequence.stored
+    def _send_prefill(self, sequence: Sequence) -> list[_PendingStep]:
+        """Launches the next prefill chunk; after the last one, the admission to decoding."""
+        tokens, start = sequence.tokens, sequence.prefilled
         sent = []
-        number = min(self._piece, len(tokens) - 1 - start)
-        if number > 0:
-            piece = np.zeros(self._piece, np.int32)
-            piece[:number] = tokens[start : start + number]
+        count = min(self._chunk_size, len(tokens) - 1 - start)
+        if count > 0:
+            chunk = np.zeros(self._chunk_size, np.int32)
+            chunk[:count] = tokens[start : start + count]
             slot = np.int32(sequence.slot)
-            answer = self._store(PrefillInput(slot, np.int32(start), np.int32(number), piece))
-            sent.append(_Sent(answer, [(sequence, sequence.epoch)], start))
-            sequence.stored += number
-            self.counters.prompt_tokens += number
-        if sequence.stored == len(tokens) - 1:
-            new = Admission.of(
-                sequence.request, sequence.slot, sequence.answer, sequence.seed, self._vocabulary
+            output = self._prefill(PrefillInput(slot, np.int32(start), np.int32(count), chunk))
+            sent.append(_PendingStep(output, [(sequence, sequence.epoch)], start))
+            sequence.prefilled += count
+            self.counters.prompt_tokens += count
+        if sequence.prefilled == len(tokens) - 1:
+            admission = Admission.of(
+                sequence.request,
+                sequence.slot,
+                sequence.output_tokens,
+                sequence.seed,
+                self._vocab_size,
             )
-            self._slots = self._run.admit(self._slots, new)
-            sequence.decodes = True
+            self._slots = self._functions.admit(self._slots, admission)
+            sequence.decoding = True
         return sent
 
-    def _send_tick(self, sequences: list[Sequence]) -> _Sent:
-        rows = next(size for size in self._row_counts if size >= len(sequences))
-        slots = np.full(rows, self.plan.slots, np.int32)
+    def _send_decode(self, sequences: list[Sequence]) -> _PendingStep:
+        batch_size = next(size for size in self._batch_sizes if size >= len(sequences))
+        slots = np.full(batch_size, self.plan.slots, np.int32)
         slots[: len(sequences)] = [sequence.slot for sequence in sequences]
-        live = np.arange(rows) < len(sequences)
-        if self._wants[0] != sequences:
-            self._wants = (
+        valid = np.arange(batch_size) < len(sequences)
+        if self._features[0] != sequences:
+            self._features = (
                 sequences,
                 SamplingFeatures.of([sequence.request for sequence in sequences]),
             )
-        answer = self._tick(DecodeInput(slots, live, self._wants[1]))
-        self.counters.ticks += 1
-        self.counters.rows += rows
-        return _Sent(answer, [(sequence, sequence.epoch) for sequence in sequences])
+        output = self._decode(DecodeInput(slots, valid, self._features[1]))
+        self.counters.decode_steps += 1
+        self.counters.rows += batch_size
+        return _PendingStep(output, [(sequence, sequence.epoch) for sequence in sequences])
 
-    def _watch(self, *, sends: bool) -> None:
-        """Adds to the device's idle time, an upper bound: since it was last seen to have work."""
+    def _track_idle(self, *, sending: bool) -> None:
+        """Adds the time since the device was last seen busy to its idle time, an upper bound."""
         now = time.perf_counter()
-        if any(not jax.tree.leaves(one.answer)[0].is_ready() for one in self._flying):
-            self._seen_busy = now
-        elif sends and self._flying:
-            self.counters.idle_seconds += now - self._seen_busy
-        if sends:
-            self._seen_busy = now
+        if any(not jax.tree.leaves(step.output)[0].is_ready() for step in self._pending):
+            self._last_busy = now
+        elif sending and self._pending:
+            self.counters.idle_seconds += now - self._last_busy
+        if sending:
+            self._last_busy = now
 
-    def _tick(self, step: DecodeInput) -> StepOutput:
-        run, held = self._run.decode_step, self._pages()
-        self._slots, self._cache, done = run(self._weights, self._slots, self._cache, held, step)
-        return done
+    def _decode(self, inputs: DecodeInput) -> StepOutput:
+        run, blocks = self._functions.decode_step, self._block_tables()
+        self._slots, self._cache, output = run(
+            self._weights, self._slots, self._cache, blocks, inputs
+        )
+        return output
 
-    def _store(self, piece: PrefillInput) -> step_functions.Prefilled:
-        run, held = self._run.prefill, self._pages()
-        self._slots, self._cache, done = run(self._weights, self._slots, self._cache, held, piece)
-        return done
+    def _prefill(self, inputs: PrefillInput) -> step_functions.PrefillOutput:
+        run, blocks = self._functions.prefill, self._block_tables()
+        self._slots, self._cache, output = run(
+            self._weights, self._slots, self._cache, blocks, inputs
+        )
+        return output
 
-    def _pages(self) -> SequenceBlocks:
-        """The tables on the device. Copies: the host goes on to change its own."""
+    def _block_tables(self) -> SequenceBlocks:
+        """The block tables on the device, copied because the host keeps changing its own."""
         pages = self.scheduler.pages
-        if self._held is None or pages.changed:
+        if self._device_blocks is None or pages.changed:
             tables = BlockTables(pages.end_table.copy(), pages.block_table.copy())
-            self._held = jax.device_put(SequenceBlocks(tables, pages.room.copy()), self._device)
+            self._device_blocks = jax.device_put(
+                SequenceBlocks(tables, pages.capacity_tokens.copy()), self._device
+            )
             pages.changed = False
-        return self._held
+        return self._device_blocks
 
-    def _read(self, sent: _Sent) -> float:
-        """Takes in what a program did; returns the seconds that it was waited for."""
-        begun = time.perf_counter()
-        jax.block_until_ready(sent.answer)
-        # What was sent after it runs from now on at the latest.
-        self._seen_busy = time.perf_counter()
-        waited = self._seen_busy - begun
-        if isinstance(sent.answer, StepOutput):
-            self._read_tick(sent)
+    def _process(self, step: _PendingStep) -> float:
+        """Waits for a launched function and reads its output; returns the seconds waited."""
+        start_time = time.perf_counter()
+        jax.block_until_ready(step.output)
+        # What was launched after it runs from now on at the latest.
+        self._last_busy = time.perf_counter()
+        waited = self._last_busy - start_time
+        if isinstance(step.output, StepOutput):
+            self._process_decode(step)
         else:
-            self._read_prompt(sent)
+            self._process_prefill(step)
         return waited
 
-    def _read_tick(self, sent: _Sent) -> None:
-        wanted = any(one.request.logprobs is not None for one, _ in sent.who)
-        ticked = sent.answer
-        names = ["sampled", "state", "depth", "useful", "waits", "counts"]
-        told = {name: np.asarray(getattr(ticked, name)) for name in names}
-        names = ["token", "logprob", "top_ids", "top_logprobs"] if wanted else ["token"]
-        told |= {name: np.asarray(getattr(ticked.drawn, name)) for name in names}
-        self.counters.useful_rows += int(told["useful"].sum())
-        self.counters.waits += int(told["waits"].sum())
+    def _process_decode(self, step: _PendingStep) -> None:
+        needs_logprobs = any(one.request.logprobs is not None for one, _ in step.sequences)
+        output = step.output
+        names = ["sampled", "state", "depth", "useful", "stalled", "counts"]
+        outputs = {name: np.asarray(getattr(output, name)) for name in names}
+        names = ["token", "logprob", "top_ids", "top_logprobs"] if needs_logprobs else ["token"]
+        outputs |= {name: np.asarray(getattr(output.samples, name)) for name in names}
+        self.counters.useful_rows += int(outputs["useful"].sum())
+        self.counters.stalls += int(outputs["stalled"].sum())
         if self._routed:
-            depths = told["depth"][told["sampled"]]
-            self.depths += np.bincount(depths, minlength=len(self.depths))
-        for row, (sequence, epoch) in enumerate(sent.who):
-            if sequence.done or sequence.epoch != epoch:
+            depths = outputs["depth"][outputs["sampled"]]
+            self.depth_counts += np.bincount(depths, minlength=len(self.depth_counts))
+        for row, (sequence, epoch) in enumerate(step.sequences):
+            if sequence.finished or sequence.epoch != epoch:
                 continue
-            sequence.counts = told["counts"][row]
-            if told["sampled"][row]:
-                self._sampled(sequence, row, told)
+            sequence.counts = outputs["counts"][row]
+            if outputs["sampled"][row]:
+                self._process_token(sequence, row, outputs)
 
-    def _sampled(self, sequence: Sequence, row: int, told: dict[str, np.ndarray]) -> None:
-        state = told["state"][row]
+    def _process_token(self, sequence: Sequence, row: int, outputs: dict[str, np.ndarray]) -> None:
+        state = outputs["state"][row]
         if state == step_functions.FAILED:
-            self.end(sequence, "error", "the model's output was not a number")
-        elif state == step_functions.ENDED:
+            self.end(sequence, "error", "the model's logits are not finite")
+        elif state == step_functions.EOS:
             self.end(sequence, "stop")
         else:
-            about = {"depth": int(told["depth"][row]), **_logprobs(sequence, row, told)}
-            reason = sequence.says(int(told["token"][row]), about)
+            details = {"depth": int(outputs["depth"][row]), **_logprobs(sequence, row, outputs)}
+            reason = sequence.append_token(int(outputs["token"][row]), details)
             self.counters.tokens += 1
             if reason is not None:
                 self.end(sequence, reason)
 
-    def _read_prompt(self, sent: _Sent) -> None:
-        (sequence, epoch) = sent.who[0]
-        done = sent.answer
-        if sequence.done or sequence.epoch != epoch:
+    def _process_prefill(self, step: _PendingStep) -> None:
+        (sequence, epoch) = step.sequences[0]
+        output = step.output
+        if sequence.finished or sequence.epoch != epoch:
             return
-        sequence.counts = np.asarray(done.counts)
-        if bool(done.turn) and bool(done.fits):
+        sequence.counts = np.asarray(output.counts)
+        if bool(output.in_order) and bool(output.fits):
             if self._routed:
-                number = min(self._piece, len(sequence.tokens) - 1 - sent.start)
-                depths = np.asarray(done.depth)[:number]
-                self.depths += np.bincount(depths, minlength=len(self.depths))
+                count = min(self._chunk_size, len(sequence.tokens) - 1 - step.start)
+                depths = np.asarray(output.depth)[:count]
+                self.depth_counts += np.bincount(depths, minlength=len(self.depth_counts))
             return
-        # The lists were too short for this piece: nothing of it counts, it is sent again.
-        sequence.rewind(sent.start)
-        for number, need in enumerate(np.asarray(done.wanted)):
+        # The KV lists were too short for this chunk: it is discarded and sent again.
+        sequence.rewind(step.start)
+        for index, required in enumerate(np.asarray(output.required)):
             if sequence.slot is None:
                 return
-            self.scheduler.make_room(sequence, number, int(need))
+            self.scheduler.ensure_capacity(sequence, index, int(required))
 
     def end(self, sequence: Sequence, reason: Reason, message: str = "") -> None:
-        """Ends a sequence wherever it is, and tells it."""
+        """Ends a running or waiting sequence and emits its `Finished` event."""
         self.scheduler.remove(sequence)
         if reason in ("stop", "length"):
             self.counters.finished += 1
@@ -251,13 +263,13 @@ class ModelRunner:
             self.counters.failed += 1
         else:
             self.counters.cancelled += 1
-        sequence.ends(reason, message)
+        sequence.finish(reason, message)
 
     def statistics(self) -> Statistics:
-        """Where it stands. Reads only; other threads may call it."""
-        geometry, pages = self.plan.geometry, self.scheduler.pages
+        """Current counters and gauges. Read-only; other threads may call it."""
+        spec, pages = self.plan.spec, self.scheduler.pages
         ends, block = pages.used
-        used = ends * geometry.end_page_bytes + block * geometry.block_page_bytes
+        used = ends * spec.end_page_bytes + block * spec.block_page_bytes
         running = list(self.scheduler.running.values())
         return Statistics(
             running=len(running),
@@ -268,32 +280,35 @@ class ModelRunner:
             cache_bytes=self.plan.cache_bytes,
             used_bytes=used,
             stored_bytes=sum(self._stored_bytes(sequence) for sequence in running),
-            depth_counts=tuple(self.depths.tolist()) if self._routed else (),
+            depth_counts=tuple(self.depth_counts.tolist()) if self._routed else (),
             **dataclasses.asdict(self.counters),
         )
 
     def _stored_bytes(self, sequence: Sequence) -> int:
-        geometry, counts = self.plan.geometry, sequence.counts
+        spec, counts = self.plan.spec, sequence.counts
         if counts is None:
             return 0
-        # At the ends every token is stored, in the block as many as its lists count.
-        known = len(sequence.tokens) - 1 if sequence.decodes else sequence.stored
-        ends = geometry.end_layers * known
-        return geometry.token_bytes * int(ends + geometry.block_layers * int(counts.sum()))
+        # The end layers store every token, the block as many as its KV lists count.
+        stored = len(sequence.tokens) - 1 if sequence.decoding else sequence.prefilled
+        ends = spec.end_layers * stored
+        return spec.token_bytes * int(ends + spec.block_layers * int(counts.sum()))
 
 
-def _row_counts(slots: int) -> list[int]:
-    """Numbers of rows for which there is a program of a tick, ascending."""
+def _batch_sizes(slots: int) -> list[int]:
+    """Batch sizes for which a decode step is compiled, ascending."""
     sizes = [slots]
     while sizes[-1] > 4:
         sizes.append(sizes[-1] // 4)
     return sizes[::-1]
 
 
-def _logprobs(sequence: Sequence, row: int, told: dict[str, np.ndarray]) -> dict[str, object]:
-    asked = sequence.request.logprobs
-    if asked is None:
+def _logprobs(sequence: Sequence, row: int, outputs: dict[str, np.ndarray]) -> dict[str, object]:
+    count = sequence.request.logprobs
+    if count is None:
         return {}
-    ids, values = told["top_ids"][row, :asked].tolist(), told["top_logprobs"][row, :asked].tolist()
+    ids, values = (
+        outputs["top_ids"][row, :count].tolist(),
+        outputs["top_logprobs"][row, :count].tolist(),
+    )
     top = tuple((i, value) for i, value in zip(ids, values, strict=True) if i >= 0)
-    return {"logprob": float(told["logprob"][row]), "top": top}
+    return {"logprob": float(outputs["logprob"][row]), "top": top}

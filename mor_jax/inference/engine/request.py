@@ -1,4 +1,4 @@
-"""What may be asked of the engine, and the events that it answers with."""
+"""Requests to the engine, and the events that it returns."""
 
 import dataclasses
 import math
@@ -9,21 +9,21 @@ import numpy as np
 from mor_jax.config.parsing import check, check_not_negative, check_positive
 
 MAX_LOGPROBS = 20
-"""Alternatives that a request may ask for at each token."""
+"""Most alternatives that a request may ask for at each token."""
 
 Reason = Literal["stop", "length", "cancelled", "deadline", "error"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SamplingParams:
-    """How the next token is drawn from the logits.
+    """How the next token is sampled from the logits.
 
-    temperature: 0 takes the best token. top_k: the best k only; None: all. top_p: the fewest tokens
-    whose probabilities reach it. min_p: tokens at least this share as likely as the best one.
-    repetition_penalty: divides positive and multiplies negative logits of tokens that the prompt or
-    the answer holds. presence_penalty, frequency_penalty: taken off the logits of tokens that the
-    answer holds, once and for each time. seed: None draws one.
-    The order: penalties, temperature, top_k, top_p, min_p.
+    temperature: 0 is greedy. top_k: the best k tokens only; None: all. top_p: the fewest tokens
+    whose probabilities sum to it. min_p: tokens at least this fraction as likely as the best one.
+    repetition_penalty: divides positive and multiplies negative logits of tokens in the prompt or
+    the output. presence_penalty, frequency_penalty: subtracted from the logits of tokens in the
+    output, once and once for each occurrence. seed: None draws one.
+    Order: penalties, temperature, top_k, top_p, min_p.
     """
 
     temperature: float = 1.0
@@ -44,10 +44,10 @@ class SamplingParams:
         check_not_negative(path, self, "temperature")
         check_positive(path, self, "repetition_penalty")
         ok = self.top_k is None or self.top_k > 0
-        check(ok, f"{path}.top_k", self.top_k, "must be positive", "Leave it out to keep all")
+        check(ok, f"{path}.top_k", self.top_k, "must be positive", "Omit it for no limit")
         rule = "must be in (0, 1]; it is a probability"
         check(0 < self.top_p <= 1, f"{path}.top_p", self.top_p, rule, "Try 0.95")
-        rule = "must be in [0, 1]; it is a share of the best token's probability"
+        rule = "must be in [0, 1]; it is a fraction of the best token's probability"
         check(0 <= self.min_p <= 1, f"{path}.min_p", self.min_p, rule, "Try 0.05")
         rule = "must be in -2 .. 2"
         for name in ("presence_penalty", "frequency_penalty"):
@@ -59,13 +59,13 @@ class SamplingParams:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Request:
-    """One text to continue.
+    """One prompt to continue.
 
-    prompt: token numbers, at least one. max_tokens: of the answer. stop: texts that end the answer
-    and do not appear in it. stop_tokens: tokens that end it, besides the end of document; neither
-    appears. ignore_eos: go on after an end of document. logprobs: alternatives whose
-    log-probabilities come with each token, 0 for the chosen token's alone; None: none.
-    deadline: seconds from submission after which the answer is cut off.
+    prompt: token ids, at least one. max_tokens: of the output. stop: stop strings; they end the
+    output and do not appear in it. stop_tokens: token ids that do the same, besides EOS.
+    ignore_eos: continue after EOS. logprobs: number of alternatives returned with their
+    log-probabilities at each token; 0: the sampled token's only; None: none.
+    deadline: seconds after submission at which generation stops.
     """
 
     prompt: tuple[int, ...]
@@ -78,22 +78,22 @@ class Request:
     deadline: float | None = None
 
     def validate(self, vocab_size: int, max_length: int, path: str = "request") -> None:
-        """Raises `ValueError` unless a model of this vocabulary and context can answer it."""
+        """Raises `ValueError` unless it fits the vocabulary and `max_length` tokens."""
         rule = "needs at least one token"
         check(len(self.prompt) > 0, f"{path}.prompt", self.prompt, rule, "Begin with the EOS token")
         check_positive(path, self, "max_tokens")
         self.sampling.validate(path)
         for name, tokens in (("prompt", self.prompt), ("stop_tokens", self.stop_tokens)):
             for i, token in enumerate(tokens):
-                rule = f"must be a whole number in 0 .. {vocab_size - 1}, the model's vocabulary"
+                rule = f"must be an integer in 0 .. {vocab_size - 1}, the model's vocabulary"
                 fix = "Use the tokenizer of this model"
                 ok = isinstance(token, int | np.integer) and 0 <= token < vocab_size
                 check(ok, f"{path}.{name}[{i}]", token, rule, fix)
         total = len(self.prompt) + self.max_tokens
         rule = (
-            f"prompt ({len(self.prompt)} tokens) and answer may hold at most {max_length} together"
+            f"prompt ({len(self.prompt)} tokens) and output may have at most {max_length} together"
         )
-        fix = f"Shorten the prompt or ask for at most {max(max_length - len(self.prompt), 0)}"
+        fix = f"Shorten the prompt or use at most {max(max_length - len(self.prompt), 0)}"
         check(total <= max_length, f"{path}.max_tokens", self.max_tokens, rule, fix)
         for i, text in enumerate(self.stop):
             check(text != "", f"{path}.stop[{i}]", text, "must not be empty", "Leave it out")
@@ -107,15 +107,14 @@ class Request:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Token:
-    """One token of an answer, in order.
+    """One output token, in order.
 
-    text: what it adds; empty while a character is incomplete or a stop text may have begun; text
-    that was held back comes with a later token or with `Finished`. offset: characters of the answer
-    before the token's own, whether they were given out yet or not; a token that goes on with a
-    character has that of the one that began it. logprob: natural, under the
-    model's own distribution (before penalties, temperature and cuts). top: the likeliest tokens
-    with theirs, best first, as many as were asked for. depth: recursions that the token which
-    predicted this one went through; 0 for a model without routers.
+    text: what it adds; empty while a character or a possible stop string is incomplete (that text
+    comes with a later token or with `Finished`). offset: characters of the output before this
+    token's text, emitted or not; a token that continues a character has the offset of the token
+    that started it. logprob: natural logarithm under the model's own distribution, before
+    penalties, temperature and truncation. top: the most likely tokens as (id, logprob), best first.
+    depth: recursions of the token that predicted this one; 0 for a model without routers.
     """
 
     index: int
@@ -129,10 +128,11 @@ class Token:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Finished:
-    """The end of an answer, always the last event, exactly once.
+    """The end of the output: always the last event, exactly once.
 
-    text: what was held back. message: what went wrong, for reason `error`. first_token_seconds,
-    seconds: from submission to the first token and to the end. queue_seconds: to the slot.
+    text: text that was held back. tokens: number of output tokens. message: what went wrong, for
+    reason `error`. first_token_seconds, seconds, queue_seconds: from submission to the first token,
+    to the end, and to the first slot.
     """
 
     reason: Reason

@@ -1,8 +1,8 @@
-"""The next token of every row from its logits: penalties, temperature, cuts and the draw.
+"""Samples the next token of every sequence: penalties, temperature, truncation, draw.
 
-Everything runs on the device with static shapes. A row's token depends on its own logits, settings
-and position only. Nothing is sorted: a cut is a value that is found by bisection, because a sort of
-a whole vocabulary costs more on a CPU than all the rest together.
+Everything runs on the device with static shapes. A sequence's token depends on its own logits,
+settings and position only. Nothing is sorted: the thresholds of top_k and top_p are found by
+bisection, because sorting a vocabulary costs more on a CPU than everything else together.
 """
 
 import dataclasses
@@ -17,17 +17,17 @@ from jaxtyping import UInt
 from mor_jax.inference.engine.request import MAX_LOGPROBS, Request, SamplingParams
 from mor_jax.types import Array, Bool, Float, Int
 
-# Tokens of a block, over which sums and largest values are kept: about the root of a vocabulary.
+# Tokens of a block for partial sums and maxima: about the square root of a vocabulary.
 _BLOCK = 256
 
-# Settings beyond these have no further effect, but would turn logits into infinities.
+# Values beyond these have no further effect, but would turn logits into infinities.
 _SMALL, _LARGE = 1e-30, 1e30
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class SamplingArrays:
-    """The fields of `Sampling` for every row, as arrays [b]. top_k: 0 keeps all."""
+    """The fields of `SamplingParams` for every row, as arrays [b]. top_k: 0 keeps all tokens."""
 
     temperature: Float[Array, "b"]
     top_k: Int[Array, "b"]
@@ -40,21 +40,21 @@ class SamplingArrays:
 
     @staticmethod
     def row(sampling: SamplingParams, seed: int | None = None) -> dict[str, np.generic]:
-        """The numbers of one row by field, in the arrays' dtypes.
+        """The values of one row by field, in the arrays' dtypes.
 
-        seed: instead of that of `sampling`; where neither has one, one is drawn.
+        seed: replaces that of `sampling`; if both are None, one is drawn.
         """
         seed = sampling.seed if seed is None else seed
 
-        def held(value: float) -> np.float32:
+        def clipped(value: float) -> np.float32:
             return np.float32(min(max(value, _SMALL), _LARGE))
 
         return {
-            "temperature": held(sampling.temperature) if sampling.temperature else np.float32(0),
+            "temperature": clipped(sampling.temperature) if sampling.temperature else np.float32(0),
             "top_k": np.int32(min(sampling.top_k or 0, 2**31 - 1)),
-            "top_p": held(sampling.top_p),
+            "top_p": clipped(sampling.top_p),
             "min_p": np.float32(sampling.min_p),
-            "repetition_penalty": held(sampling.repetition_penalty),
+            "repetition_penalty": clipped(sampling.repetition_penalty),
             "presence_penalty": np.float32(sampling.presence_penalty),
             "frequency_penalty": np.float32(sampling.frequency_penalty),
             "seed": np.uint32(secrets.randbits(32) if seed is None else seed),
@@ -62,13 +62,13 @@ class SamplingArrays:
 
     @classmethod
     def of(cls, rows: Sequence[SamplingParams]) -> "SamplingArrays":
-        """One row each, as NumPy arrays; `row` fills a single one."""
-        made = [cls.row(sampling) for sampling in rows]
-        return cls(**{f.name: np.array([row[f.name] for row in made]) for f in _FIELDS})
+        """One row for each of `rows`, as NumPy arrays."""
+        rows_by_field = [cls.row(sampling) for sampling in rows]
+        return cls(**{f.name: np.array([row[f.name] for row in rows_by_field]) for f in _FIELDS})
 
     @classmethod
     def greedy(cls, rows: int) -> "SamplingArrays":
-        """`rows` rows that take the best token: for slots that nobody uses."""
+        """`rows` greedy rows, for empty slots."""
         return cls.of([SamplingParams(temperature=0.0, seed=0)] * rows)
 
 
@@ -78,49 +78,49 @@ _FIELDS = dataclasses.fields(SamplingArrays)
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class SamplingFeatures:
-    """What any row asks for, as scalars (booleans): the rest is not computed.
+    """What any row needs, as boolean scalars; everything else is skipped.
 
-    penalties: any is set. draws: any row has a temperature. cuts: and top_k, top_p or min_p.
-    logprobs: of the chosen tokens. alternatives: of the likeliest ones.
+    penalties: any is set. random_sampling: any row has a temperature. truncation: any of these has
+    top_k, top_p or min_p. logprobs: of the sampled tokens. alternatives: of the most likely ones.
     """
 
     penalties: Bool[Array, ""] | bool
-    draws: Bool[Array, ""] | bool
-    cuts: Bool[Array, ""] | bool
+    random_sampling: Bool[Array, ""] | bool
+    truncation: Bool[Array, ""] | bool
     logprobs: Bool[Array, ""] | bool
     alternatives: Bool[Array, ""] | bool
 
     @classmethod
     def of(cls, requests: Sequence[Request]) -> "SamplingFeatures":
-        """What these requests ask for together, as NumPy booleans."""
+        """The features that any of these requests needs, as NumPy booleans."""
         rows = [request.sampling for request in requests]
-        drawn = [row for row in rows if row.temperature > 0]
+        random_rows = [row for row in rows if row.temperature > 0]
         return cls(
-            penalties=np.bool_(any(_penalised(row) for row in rows)),
-            draws=np.bool_(bool(drawn)),
-            cuts=np.bool_(any(_cut(row) for row in drawn)),
+            penalties=np.bool_(any(_has_penalties(row) for row in rows)),
+            random_sampling=np.bool_(bool(random_rows)),
+            truncation=np.bool_(any(_truncates(row) for row in random_rows)),
             logprobs=np.bool_(any(request.logprobs is not None for request in requests)),
             alternatives=np.bool_(any(request.logprobs for request in requests)),
         )
 
 
-def _penalised(row: SamplingParams) -> bool:
+def _has_penalties(row: SamplingParams) -> bool:
     penalties = (row.repetition_penalty - 1, row.presence_penalty, row.frequency_penalty)
     return any(penalties)
 
 
-def _cut(row: SamplingParams) -> bool:
+def _truncates(row: SamplingParams) -> bool:
     return row.top_k is not None or row.top_p < 1 or row.min_p > 0
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Sampled:
-    """token: -1 where the logits were not numbers.
+class SamplerOutput:
+    """Sampled tokens. token: -1 where the logits are not finite.
 
-    logprob: natural, under the model's own distribution; 0 unless wanted. top_ids, top_logprobs:
-    the `MAX_LOGPROBS` likeliest tokens, best first, of equal ones the lower number first; -1 and
-    -inf unless wanted or beyond the vocabulary.
+    logprob: natural logarithm under the model's own distribution; 0 unless requested.
+    top_ids, top_logprobs: the `MAX_LOGPROBS` most likely tokens, best first, ties by lower id; -1
+    and -inf unless requested, or beyond the vocabulary.
     """
 
     token: Int[Array, "b"]
@@ -132,9 +132,9 @@ class Sampled:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class PenaltyState:
-    """What penalties look at. said: times that each token occurs in the row's answer so far.
+    """Token statistics for penalties.
 
-    heard: whether it occurs in the prompt.
+    output_counts: occurrences of each token in the output. in_prompt: whether it is in the prompt.
     """
 
     output_counts: Int[Array, "b v"]
@@ -145,70 +145,76 @@ def sample(
     logits: Float[Array, "b v"],
     settings: SamplingArrays,
     position: Int[Array, "b"],
-    want: SamplingFeatures,
-    before: PenaltyState | None = None,
-) -> Sampled:
-    """The next token of every row.
+    features: SamplingFeatures,
+    penalty_state: PenaltyState | None = None,
+) -> SamplerOutput:
+    """Samples the next token of every row.
 
-    position: number of the token within its sequence; with the row's seed it decides the draw, so
-    that a request's tokens do not depend on the rows beside it. before: None where there can be no
-    penalties. Equal logits share their fate: a cut keeps all that are as good as the last one kept.
+    position: of the token in its sequence. Seed and position alone determine the random number, so
+    a request's tokens do not depend on the rest of the batch. penalty_state: None without
+    penalties. Ties are kept together: truncation keeps every token as likely as the last one kept.
     """
     logits = logits.astype(jnp.float32)
     best = jnp.max(logits, axis=1)
 
-    def choose(used: Float[Array, "b v"]) -> Int[Array, "b"]:
-        greedy = _first_best(used)
+    def choose(logits: Float[Array, "b v"]) -> Int[Array, "b"]:
+        greedy = _first_best(logits)
         return jax.lax.cond(
-            want.draws,
+            features.random_sampling,
             lambda: jnp.where(
-                settings.temperature > 0, _draw(used, settings, position, want.cuts), greedy
+                settings.temperature > 0,
+                _draw(logits, settings, position, features.truncation),
+                greedy,
             ),
             lambda: greedy,
         )
 
-    if before is None:
+    if penalty_state is None:
         token = choose(logits)
     else:
-        # Each branch goes on to its tokens: logits as a result would be copied in every step.
+        # Each branch returns tokens: returning logits would copy them in every step.
         token = jax.lax.cond(
-            want.penalties,
-            lambda: choose(_penalise(logits, settings, before)),
+            features.penalties,
+            lambda: choose(_penalise(logits, settings, penalty_state)),
             lambda: choose(logits),
         )
-    # NaN anywhere, an infinity, or no token at all.
-    fine = jnp.isfinite(best)
-    asked = jnp.logical_or(want.logprobs, want.alternatives)
+    # False for a NaN anywhere, an infinity, or a row without any possible token.
+    finite = jnp.isfinite(best)
+    needs_logprobs = jnp.logical_or(features.logprobs, features.alternatives)
     scale = jax.lax.cond(
-        asked,
+        needs_logprobs,
         lambda: best + jnp.log(jnp.sum(jnp.exp(logits - best[:, None]), axis=1)),
         lambda: best,
     )
     chosen = jnp.take_along_axis(logits, token[:, None], axis=1)[:, 0]
-    logprob = jnp.where(asked, chosen - scale, 0.0)
+    logprob = jnp.where(needs_logprobs, chosen - scale, 0.0)
     ids, values = jax.lax.cond(
-        want.alternatives, lambda: _alternatives(logits), lambda: _none(logits.shape[0])
+        features.alternatives,
+        lambda: _alternatives(logits),
+        lambda: _no_alternatives(logits.shape[0]),
     )
-    return Sampled(jnp.where(fine, token, -1), logprob, ids, values - scale[:, None])
+    return SamplerOutput(jnp.where(finite, token, -1), logprob, ids, values - scale[:, None])
 
 
 def _penalise(
-    logits: Float[Array, "b v"], settings: SamplingArrays, before: PenaltyState
+    logits: Float[Array, "b v"], settings: SamplingArrays, penalty_state: PenaltyState
 ) -> Float[Array, "b v"]:
-    said, repetition = before.output_counts > 0, settings.repetition_penalty[:, None]
+    in_output, repetition = penalty_state.output_counts > 0, settings.repetition_penalty[:, None]
     scaled = jnp.where(logits > 0, logits / repetition, logits * repetition)
-    out = jnp.where(said | before.in_prompt, scaled, logits)
-    out = out - jnp.where(said, settings.presence_penalty[:, None], 0.0)
-    out = out - settings.frequency_penalty[:, None] * before.output_counts.astype(jnp.float32)
-    # -inf stays: a token that the model rules out must not come back.
+    out = jnp.where(in_output | penalty_state.in_prompt, scaled, logits)
+    out = out - jnp.where(in_output, settings.presence_penalty[:, None], 0.0)
+    out = out - settings.frequency_penalty[:, None] * penalty_state.output_counts.astype(
+        jnp.float32
+    )
+    # -inf stays: a token that the model excludes must not come back.
     return jnp.where(jnp.isneginf(logits), logits, jnp.clip(out, -_LARGE, _LARGE))
 
 
 def _blocks(x: Float[Array, "b v"], fill: float) -> Float[Array, "b blocks block"]:
-    """Blocks of neighbouring tokens; the last one is filled up."""
-    missing = -x.shape[1] % _BLOCK
-    if missing:
-        x = jnp.pad(x, ((0, 0), (0, missing)), constant_values=fill)
+    """Splits the vocabulary into blocks; the last one is padded with `fill`."""
+    padding = -x.shape[1] % _BLOCK
+    if padding:
+        x = jnp.pad(x, ((0, 0), (0, padding)), constant_values=fill)
     return x.reshape(x.shape[0], -1, _BLOCK)
 
 
@@ -217,49 +223,51 @@ def _block(x: Float[Array, "b blocks block"], index: Int[Array, "b"]) -> Float[A
 
 
 def _first_best(logits: Float[Array, "b v"]) -> Int[Array, "b"]:
-    """The best token; of equal ones the first. Faster than an argmax over everything."""
+    """The best token, the first one on ties. Faster than one argmax over the vocabulary."""
     blocks = _blocks(logits, -jnp.inf)
     row = jnp.argmax(jnp.max(blocks, axis=2), axis=1)
-    place = row * _BLOCK + jnp.argmax(_block(blocks, row), axis=1)
-    return jnp.minimum(place, logits.shape[1] - 1).astype(jnp.int32)
+    token = row * _BLOCK + jnp.argmax(_block(blocks, row), axis=1)
+    return jnp.minimum(token, logits.shape[1] - 1).astype(jnp.int32)
 
 
 def _draw(
     logits: Float[Array, "b v"],
     settings: SamplingArrays,
     position: Int[Array, "b"],
-    cuts: Bool[Array, ""] | bool,
+    truncation: Bool[Array, ""] | bool,
 ) -> Int[Array, "b"]:
-    """A token of the tempered and cut distribution, by the inverse of its cumulative sum."""
+    """Draws from the tempered and truncated distribution by inverting its cumulative sum."""
     temperature = jnp.where(settings.temperature > 0, settings.temperature, 1.0)[:, None]
     tempered = (logits - jnp.max(logits, axis=1, keepdims=True)) / temperature
-    weight = jax.lax.cond(cuts, lambda: _cut_off(tempered, settings), lambda: jnp.exp(tempered))
+    weight = jax.lax.cond(
+        truncation, lambda: _truncate(tempered, settings), lambda: jnp.exp(tempered)
+    )
     blocks = _blocks(weight, 0.0)
-    upto = jnp.cumsum(jnp.sum(blocks, axis=2), axis=1)
-    aim = _uniform(settings.seed, position)[:, None] * upto[:, -1:]
-    # The first sum above the aim: its own part is above 0, so nothing that was cut can come out.
-    row = jnp.argmax(upto > aim, axis=1)
-    below = jnp.where(row > 0, jnp.take_along_axis(upto, row[:, None] - 1, axis=1)[:, 0], 0.0)
+    cumulative = jnp.cumsum(jnp.sum(blocks, axis=2), axis=1)
+    target = _uniform(settings.seed, position)[:, None] * cumulative[:, -1:]
+    # The first sum above the target: its own part is above 0, so no truncated token is drawn.
+    row = jnp.argmax(cumulative > target, axis=1)
+    below = jnp.where(row > 0, jnp.take_along_axis(cumulative, row[:, None] - 1, axis=1)[:, 0], 0.0)
     inside = _block(blocks, row)
-    passed = jnp.cumsum(inside, axis=1) > aim - below[:, None]
-    # Rounding may leave the aim above the block's own sum: then it is the last token with weight.
+    passed = jnp.cumsum(inside, axis=1) > target - below[:, None]
+    # Rounding may put the target above the block's sum; then take the last token with weight.
     last = _BLOCK - 1 - jnp.argmax(inside[:, ::-1] > 0, axis=1)
-    place = row * _BLOCK + jnp.where(passed[:, -1], jnp.argmax(passed, axis=1), last)
-    return jnp.minimum(place, logits.shape[1] - 1).astype(jnp.int32)
+    token = row * _BLOCK + jnp.where(passed[:, -1], jnp.argmax(passed, axis=1), last)
+    return jnp.minimum(token, logits.shape[1] - 1).astype(jnp.int32)
 
 
 def _uniform(seed: UInt[Array, "b"], position: Int[Array, "b"]) -> Float[Array, "b"]:
-    """One number in [0, 1) for each row, from its seed and position alone."""
+    """A uniform number in [0, 1) for each row, from its seed and position alone."""
 
     def one(seed: Array, position: Array) -> Array:
-        # Named, so that a default chosen elsewhere does not change what a seed means.
+        # Explicit, so that JAX's default implementation does not change what a seed means.
         key = jax.random.fold_in(jax.random.key(seed, impl="threefry2x32"), position)
         return jax.random.uniform(key)
 
     return jax.vmap(one)(seed, position)
 
 
-def _cut_off(tempered: Float[Array, "b v"], settings: SamplingArrays) -> Float[Array, "b v"]:
+def _truncate(tempered: Float[Array, "b v"], settings: SamplingArrays) -> Float[Array, "b v"]:
     """exp of the logits (largest: 0) where top_k, top_p and min_p keep them, else 0."""
     v = tempered.shape[1]
     k = jnp.where(settings.top_k > 0, jnp.minimum(settings.top_k, v), v)
@@ -277,7 +285,7 @@ def _cut_off(tempered: Float[Array, "b v"], settings: SamplingArrays) -> Float[A
 
 
 def _kth_best(x: Float[Array, "b v"], k: Int[Array, "b"]) -> Float[Array, "b"]:
-    """A value that at least k numbers of each row reach, and no more than ties allow."""
+    """The k-th largest value of each row."""
 
     def step(state: tuple[Array, Array]) -> tuple[Array, Array]:
         low, high = state
@@ -286,10 +294,10 @@ def _kth_best(x: Float[Array, "b v"], k: Int[Array, "b"]) -> Float[Array, "b"]:
         # Exact: a vocabulary is far below 2**24.
         count = jnp.sum(jnp.where(x >= _ordered(middle)[:, None], 1.0, 0.0), axis=1)
         enough, exact = count >= k, count == k
-        going = high - 1 > low
+        active = high - 1 > low
         return (
-            jnp.where(going & enough, middle, low),
-            jnp.where(going & exact, middle + 1, jnp.where(going & ~enough, middle, high)),
+            jnp.where(active & enough, middle, low),
+            jnp.where(active & exact, middle + 1, jnp.where(active & ~enough, middle, high)),
         )
 
     def unsettled(state: tuple[Array, Array]) -> Bool[Array, ""]:
@@ -301,45 +309,45 @@ def _kth_best(x: Float[Array, "b v"], k: Int[Array, "b"]) -> Float[Array, "b"]:
     return _ordered(jax.lax.while_loop(unsettled, step, (low, high))[0])
 
 
-def _nucleus(weight: Float[Array, "b v"], share: Float[Array, "b"]) -> Float[Array, "b"]:
-    """The largest value such that the numbers from it on make up `share` of each row's sum."""
-    aim = share * jnp.sum(weight, axis=1)
+def _nucleus(weight: Float[Array, "b v"], probability: Float[Array, "b"]) -> Float[Array, "b"]:
+    """The largest threshold for which the weights from it on sum to `probability` of the total."""
+    target = probability * jnp.sum(weight, axis=1)
 
     def step(_: Array, state: tuple[Array, Array]) -> tuple[Array, Array]:
         low, high = state
         middle = low + (high - low) // 2
         value = jax.lax.bitcast_convert_type(middle, jnp.float32)[:, None]
-        enough = jnp.sum(jnp.where(weight >= value, weight, 0.0), axis=1) >= aim
+        enough = jnp.sum(jnp.where(weight >= value, weight, 0.0), axis=1) >= target
         return jnp.where(enough, middle, low), jnp.where(enough, high, middle)
 
-    # Numbers from 0 to 1 are ordered as their bits are; the best token's is 1.
+    # Floats from 0 to 1 have the order of their bits; the best token's weight is 1.
     one = jax.lax.bitcast_convert_type(jnp.float32(1), jnp.int32)
-    state = (jnp.zeros(share.shape, jnp.int32), jnp.full(share.shape, one + 1))
+    state = (jnp.zeros(probability.shape, jnp.int32), jnp.full(probability.shape, one + 1))
     low, _ = jax.lax.fori_loop(0, 31, step, state)
     return jax.lax.bitcast_convert_type(low, jnp.float32)
 
 
 def _bits(x: Array) -> Array:
-    """Integers in the order of the numbers; its own inverse but for the type."""
+    """Integers in the order of the floats; `_ordered` is the inverse."""
     bits = jax.lax.bitcast_convert_type(x, jnp.int32)
     return jnp.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
 
 
 def _ordered(bits: Int[Array, "b"]) -> Float[Array, "b"]:
-    """The numbers whose order `_bits` gives."""
+    """The floats that `_bits` maps to these integers."""
     bits = jnp.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
     return jax.lax.bitcast_convert_type(bits, jnp.float32)
 
 
 def _alternatives(logits: Float[Array, "b v"]) -> tuple[Int[Array, "b top"], Float[Array, "b top"]]:
     values, ids = jax.lax.top_k(logits, min(MAX_LOGPROBS, logits.shape[1]))
-    missing = ((0, 0), (0, MAX_LOGPROBS - ids.shape[1]))
+    padding = ((0, 0), (0, MAX_LOGPROBS - ids.shape[1]))
     return (
-        jnp.pad(ids.astype(jnp.int32), missing, constant_values=-1),
-        jnp.pad(values, missing, constant_values=-jnp.inf),
+        jnp.pad(ids.astype(jnp.int32), padding, constant_values=-1),
+        jnp.pad(values, padding, constant_values=-jnp.inf),
     )
 
 
-def _none(rows: int) -> tuple[Int[Array, "b top"], Float[Array, "b top"]]:
+def _no_alternatives(rows: int) -> tuple[Int[Array, "b top"], Float[Array, "b top"]]:
     shape = (rows, MAX_LOGPROBS)
     return jnp.full(shape, -1, jnp.int32), jnp.full(shape, -jnp.inf)

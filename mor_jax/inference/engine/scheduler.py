@@ -1,4 +1,4 @@
-"""Who runs: the queue, the slots and the pages. Knows nothing of the device."""
+"""The scheduler: the waiting queue, the slots and the KV cache pages. Runs on the host alone."""
 
 import time
 from collections import deque
@@ -11,16 +11,16 @@ from mor_jax.inference.engine.block_pool import BlockAllocator
 from mor_jax.inference.engine.sequence import Sequence
 from mor_jax.inference.engine.statistics import Counters
 
-AHEAD = 2
-"""Entries that a list may get before the host next hears of it: a tick in flight, and the next."""
+LOOKAHEAD_TOKENS = 2
+"""Entries that a KV list may get before the host reads its length: the step that runs, the next."""
 
 
 class Scheduler:
-    """First come, first served; whoever came last gives way when pages run out.
+    """First come, first served; the newest sequence is preempted when pages run out.
 
-    A sequence reserves its pages when it gets its slot, so it can run to its end. Only where its
-    tokens go deeper than expected does it need more; that is counted, and if no page is free the
-    youngest sequence gives up its own and is computed again later.
+    A sequence reserves its pages when it gets its slot. It needs more only if its tokens go deeper
+    than expected (counted as an overflow). If no page is free then, the newest sequence is
+    preempted: it frees its pages and is recomputed later.
     """
 
     def __init__(self, plan: CachePlan, counters: Counters):
@@ -29,84 +29,99 @@ class Scheduler:
         self.counters = counters
         self.waiting: deque[Sequence] = deque()
         self.running: dict[int, Sequence] = {}
-        self._free = list(range(plan.slots - 1, -1, -1))
+        self._free_slots = list(range(plan.slots - 1, -1, -1))
         self._admissions = 0
 
     def admit(self) -> None:
-        """Gives slots and pages to those who wait, in order."""
-        while self.waiting and self._free:
+        """Gives slots and pages to waiting sequences, in order."""
+        while self.waiting and self._free_slots:
             sequence = self.waiting[0]
-            slot = self._free[-1]
-            held = self.pages.reserve(slot, *self._wanted(sequence))
-            if held is None:
-                # The cache holds any one that was taken, however deep its tokens go.
+            slot = self._free_slots[-1]
+            blocks = self.pages.reserve(slot, *self._blocks_needed(sequence))
+            if blocks is None:
+                # Alone, every accepted sequence fits the cache, however deep its tokens go.
                 assert self.running
                 return
-            self._free.pop()
+            self._free_slots.pop()
             self.waiting.popleft()
             self._admissions += 1
-            sequence.slot, sequence.held, sequence.order = slot, held, self._admissions
-            sequence.counts = np.zeros(self.plan.geometry.lists, np.int64)
-            if sequence.placed is None:
-                sequence.placed = time.monotonic()
+            sequence.slot, sequence.blocks, sequence.admission_order = (
+                slot,
+                blocks,
+                self._admissions,
+            )
+            sequence.counts = np.zeros(self.plan.spec.lists, np.int64)
+            if sequence.first_scheduled_time is None:
+                sequence.first_scheduled_time = time.monotonic()
             self.running[slot] = sequence
 
-    def _wanted(self, sequence: Sequence) -> tuple[int, tuple[int, ...]]:
-        size = self.plan.geometry.size
-        ends, lists = self.plan.pages(sequence.length)
-        known = (-(-sequence.needs.get(number, 0) // size) for number in range(len(lists)))
-        return ends, tuple(max(pair) for pair in zip(lists, known, strict=True))
+    def _blocks_needed(self, sequence: Sequence) -> tuple[int, tuple[int, ...]]:
+        size = self.plan.spec.size
+        ends, lists = self.plan.pages(sequence.max_length)
+        observed = (
+            -(-sequence.min_capacity_tokens.get(index, 0) // size) for index in range(len(lists))
+        )
+        return ends, tuple(max(pair) for pair in zip(lists, observed, strict=True))
 
-    def next_prompt(self) -> Sequence | None:
-        """Who has tokens to be stored, or waits for nothing but its start; the oldest first."""
-        ready = [sequence for sequence in self.running.values() if not sequence.decodes]
-        return min(ready, key=lambda sequence: sequence.order, default=None)
+    def next_prefill(self) -> Sequence | None:
+        """The oldest running sequence that does not decode yet; None if all of them do."""
+        prefilling = [sequence for sequence in self.running.values() if not sequence.decoding]
+        return min(prefilling, key=lambda sequence: sequence.admission_order, default=None)
 
     def decoding(self) -> list[Sequence]:
-        """Who takes part in the next tick."""
-        return [sequence for sequence in self.running.values() if sequence.decodes]
+        """The sequences of the next decode step."""
+        return [sequence for sequence in self.running.values() if sequence.decoding]
 
     def grow(self) -> None:
-        """Makes room in every list that might be full soon."""
+        """Adds pages to every KV list that may be full soon."""
         for sequence in self.decoding():
-            for number in self._nearly_full(sequence):
-                self.make_room(sequence, number, int(sequence.counts[number]) + AHEAD)
+            for index in self._nearly_full(sequence):
+                self.ensure_capacity(
+                    sequence, index, int(sequence.counts[index]) + LOOKAHEAD_TOKENS
+                )
 
     def _nearly_full(self, sequence: Sequence) -> Iterator[int]:
-        for number in range(self.plan.geometry.lists):
-            # It may have been made to wait meanwhile.
+        for index in range(self.plan.spec.lists):
+            # It may have been preempted meanwhile.
             if sequence.slot is None or sequence.counts is None:
                 return
-            room = self.pages.room[sequence.slot, number]
-            if sequence.counts[number] + AHEAD > room and room < sequence.length:
-                yield number
+            capacity_tokens = self.pages.capacity_tokens[sequence.slot, index]
+            if (
+                sequence.counts[index] + LOOKAHEAD_TOKENS > capacity_tokens
+                and capacity_tokens < sequence.max_length
+            ):
+                yield index
 
-    def make_room(self, sequence: Sequence, number: int, need: int) -> None:
-        """Room for `need` entries in a list, at others' expense if it must be.
+    def ensure_capacity(self, sequence: Sequence, index: int, required: int) -> None:
+        """Grows a KV list to hold `required` entries; preempts newer sequences if it has to.
 
-        Where no younger sequence is left that could give way, the sequence itself goes back to the
-        queue.
+        If no newer sequence is left, the sequence itself is preempted.
         """
-        need = min(need, sequence.length)
-        sequence.needs[number] = max(need, sequence.needs.get(number, 0))
-        while sequence.slot is not None and self.pages.room[sequence.slot, number] < need:
-            if self.pages.extend(sequence.slot, sequence.held, number):
+        required = min(required, sequence.max_length)
+        sequence.min_capacity_tokens[index] = max(
+            required, sequence.min_capacity_tokens.get(index, 0)
+        )
+        while (
+            sequence.slot is not None
+            and self.pages.capacity_tokens[sequence.slot, index] < required
+        ):
+            if self.pages.extend(sequence.slot, sequence.blocks, index):
                 self.counters.overflows += 1
                 continue
-            youngest = max(self.running.values(), key=lambda other: other.order)
-            # Alone it has all pages, which are enough for its length at any depth.
-            assert youngest is not sequence or len(self.running) > 1
-            self.preempt(youngest)
+            newest = max(self.running.values(), key=lambda other: other.admission_order)
+            # Alone it may use all pages, which are enough for its length at any depth.
+            assert newest is not sequence or len(self.running) > 1
+            self.preempt(newest)
 
     def preempt(self, sequence: Sequence) -> None:
-        """Takes slot and pages away; the sequence is the next one to get some."""
+        """Frees a sequence's slot and pages, and puts it at the front of the waiting queue."""
         self.counters.preemptions += 1
         self._release(sequence)
         sequence.restart()
         self.waiting.appendleft(sequence)
 
     def remove(self, sequence: Sequence) -> None:
-        """Forgets a sequence that has ended, wherever it is."""
+        """Removes a finished sequence from its slot or from the queue."""
         if sequence.slot is not None:
             self._release(sequence)
             sequence.restart()
@@ -114,10 +129,10 @@ class Scheduler:
             self.waiting.remove(sequence)
 
     def _release(self, sequence: Sequence) -> None:
-        self.pages.release(sequence.held)
+        self.pages.release(sequence.blocks)
         del self.running[sequence.slot]
-        self._free.append(sequence.slot)
+        self._free_slots.append(sequence.slot)
 
-    def everyone(self) -> list[Sequence]:
-        """All sequences that have not ended."""
+    def unfinished(self) -> list[Sequence]:
+        """All running and waiting sequences."""
         return [*self.running.values(), *self.waiting]

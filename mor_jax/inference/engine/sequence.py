@@ -1,4 +1,4 @@
-"""A request on its way through the engine, as the host knows it."""
+"""A request in the engine: its state on the host."""
 
 import dataclasses
 import logging
@@ -20,99 +20,103 @@ Sink = Callable[[Event], None]
 class Sequence:
     """One request.
 
-    answer: tokens sampled so far. slot, held: where it runs, None while it waits. stored: tokens
-    that have been sent to be stored. decodes: its last token was sent after them. epoch: counts its
-    fresh starts; what the device still answers to an earlier one is ignored. needs: entries that
-    lists turned out to need, beyond what they reserve. counts: entries of its lists as last seen.
-    born, placed, first_token: when it was submitted, first got a slot, and had its first token.
-    cancelled: somebody wants it ended; read and written by several threads.
+    sink: called with every event. output_tokens: sampled so far. slot, blocks: None while it waits.
+    prefilled: tokens sent to the device for prefill. decoding: prefill is complete. epoch: number
+    of restarts; results of an earlier epoch are ignored. min_capacity_tokens: entries that KV lists
+    turned out to need beyond their reservation. counts: entries of its KV lists as last read.
+    admission_order: smaller is older. arrival_time, first_scheduled_time, first_token_time: seconds
+    of the monotonic clock. cancelled: read and written by several threads.
     """
 
     request: Request
     sink: Sink
     seed: int
     text: TextStream
-    born: float = dataclasses.field(default_factory=time.monotonic)
-    answer: list[int] = dataclasses.field(default_factory=list)
+    arrival_time: float = dataclasses.field(default_factory=time.monotonic)
+    output_tokens: list[int] = dataclasses.field(default_factory=list)
     slot: int | None = None
-    held: BlockLists | None = None
-    stored: int = 0
-    decodes: bool = False
+    blocks: BlockLists | None = None
+    prefilled: int = 0
+    decoding: bool = False
     epoch: int = 0
-    needs: dict[int, int] = dataclasses.field(default_factory=dict)
+    min_capacity_tokens: dict[int, int] = dataclasses.field(default_factory=dict)
     counts: np.ndarray | None = None
-    order: int = 0
-    placed: float | None = None
-    first_token: float | None = None
+    admission_order: int = 0
+    first_scheduled_time: float | None = None
+    first_token_time: float | None = None
     cancelled: bool = False
-    done: bool = False
+    finished: bool = False
 
     @property
     def tokens(self) -> list[int]:
-        """Prompt and answer so far."""
-        return [*self.request.prompt, *self.answer]
+        """Prompt and output tokens."""
+        return [*self.request.prompt, *self.output_tokens]
 
     @property
-    def length(self) -> int:
-        """Tokens that it holds in the end."""
+    def max_length(self) -> int:
+        """Most tokens that it can have, prompt and output together."""
         return len(self.request.prompt) + self.request.max_tokens
 
     @property
-    def late(self) -> bool:
-        """Whether its deadline is over."""
+    def past_deadline(self) -> bool:
+        """Whether its deadline has passed."""
         deadline = self.request.deadline
-        return deadline is not None and time.monotonic() - self.born > deadline
+        return deadline is not None and time.monotonic() - self.arrival_time > deadline
 
     def restart(self) -> None:
-        """Back to the queue: everything has to be stored again."""
-        self.slot, self.held, self.counts = None, None, None
+        """Gives up slot and pages; prefill starts again."""
+        self.slot, self.blocks, self.counts = None, None, None
         self.rewind(0)
 
-    def rewind(self, stored: int) -> None:
-        """Continues to store tokens at number `stored`."""
-        self.stored, self.decodes, self.epoch = stored, False, self.epoch + 1
+    def rewind(self, prefilled: int) -> None:
+        """Continues prefill at token `prefilled`."""
+        self.prefilled, self.decoding, self.epoch = prefilled, False, self.epoch + 1
 
-    def says(self, token: int, about: dict[str, object]) -> Reason | None:
-        """Takes a sampled token and tells it; the reason if it is the last one.
+    def append_token(self, token: int, details: dict[str, object]) -> Reason | None:
+        """Appends a sampled token and emits it; returns the finish reason if it is the last one.
 
-        about: log-probabilities and depth, members of `Token`.
+        details: log-probabilities and depth, fields of `Token`.
         """
         request = self.request
         if token in request.stop_tokens:
             return "stop"
-        if self.first_token is None:
-            self.first_token = time.monotonic()
-        self.answer.append(token)
+        if self.first_token_time is None:
+            self.first_token_time = time.monotonic()
+        self.output_tokens.append(token)
         text, stopped = self.text.push(token)
-        index, offset = len(self.answer) - 1, self.text.offset
-        self._tell(Token(index=index, id=token, text=text, offset=offset, **about))
+        index, offset = len(self.output_tokens) - 1, self.text.offset
+        self._emit(Token(index=index, id=token, text=text, offset=offset, **details))
         if stopped:
             return "stop"
-        return "length" if len(self.answer) >= request.max_tokens else None
+        return "length" if len(self.output_tokens) >= request.max_tokens else None
 
-    def ends(self, reason: Reason, message: str = "") -> None:
-        """Tells the end."""
-        self.done = True
+    def finish(self, reason: Reason, message: str = "") -> None:
+        """Emits the `Finished` event."""
+        self.finished = True
         now = time.monotonic()
-        first = None if self.first_token is None else self.first_token - self.born
-        queued = (now if self.placed is None else self.placed) - self.born
-        self._tell(
+        first_token_seconds = (
+            None if self.first_token_time is None else self.first_token_time - self.arrival_time
+        )
+        queue_seconds = (
+            now if self.first_scheduled_time is None else self.first_scheduled_time
+        ) - self.arrival_time
+        self._emit(
             Finished(
                 reason=reason,
                 text=self.text.finish(),
                 prompt_tokens=len(self.request.prompt),
-                tokens=len(self.answer),
+                tokens=len(self.output_tokens),
                 message=message,
-                first_token_seconds=first,
-                seconds=now - self.born,
-                queue_seconds=queued,
+                first_token_seconds=first_token_seconds,
+                seconds=now - self.arrival_time,
+                queue_seconds=queue_seconds,
             )
         )
 
-    def _tell(self, event: Event) -> None:
-        """Hands an event over. Who cannot take it loses its answer; the others keep theirs."""
+    def _emit(self, event: Event) -> None:
+        """Passes an event to the sink. If the sink fails, only this request is cancelled."""
         try:
             self.sink(event)
         except Exception:
-            _log.exception("a sink failed; its request is cancelled")
+            _log.exception("a sink raised an exception; its request is cancelled")
             self.cancelled = True

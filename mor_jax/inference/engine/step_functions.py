@@ -1,8 +1,9 @@
-"""The device's programs: one tick of decoding, a piece of a prompt, an admission.
+"""The engine's compiled functions: a decode step, the prefill of a prompt chunk, an admission.
 
-A tick of a routed model is one call of the shared block on rows at whatever recursion they are.
-Those that leave it go through the last layer and are sampled in the same tick, and their successors
-through the first layer, so that every row has work for the block in the next one.
+A decode step of a routed model calls the shared block once, on sequences at different recursions
+(continuous depth-wise batching). Tokens that exit the block go through the last layer and are
+sampled in the same step. The new tokens go through the first layer, so that every sequence has work
+for the block in the next step.
 """
 
 import dataclasses
@@ -13,15 +14,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from mor_jax.inference.engine.batch_state import (
-    ENTERS,
-    FLIES,
+    ENTERING,
     IDLE,
+    IN_FLIGHT,
     BatchState,
     SequenceBlocks,
     admit,
 )
 from mor_jax.inference.engine.request import MAX_LOGPROBS
-from mor_jax.inference.engine.sampling import PenaltyState, Sampled, SamplingFeatures, sample
+from mor_jax.inference.engine.sampling import PenaltyState, SamplerOutput, SamplingFeatures, sample
 from mor_jax.models.decode import routed_decode, routed_prefill, vanilla
 from mor_jax.models.decode.batch import DecodeBatch, PrefillChunk
 from mor_jax.models.decode.decoder import Decoder
@@ -31,76 +32,79 @@ from mor_jax.models.decode.routed_decode import KVEntry, TokenState
 from mor_jax.models.layers.token_gather import where_tokens
 from mor_jax.types import Array, Bool, Float, Int
 
-GOES_ON, ENDED, FULL, FAILED = 0, 1, 2, 3
-"""What a sampled token means for its sequence: end of text, all tokens used, logits not numbers."""
+CONTINUES, EOS, LENGTH, FAILED = 0, 1, 2, 3
+"""State of a sequence after sampling: continues, EOS, `max_tokens` reached, logits not finite."""
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class StepOutput:
-    """What a tick did with its n rows.
+    """Result of a decode step for its n sequences.
 
-    sampled: the row has a new token, `drawn`. state: one of `GOES_ON` .. `FAILED`. depth:
-    recursions of the token before it. useful: the row had work for the block. waits: it had, but
-    its list is full. counts: entries of its lists afterwards.
+    sampled: the sequence has a new token, in `samples`. state: one of `CONTINUES` .. `FAILED`.
+    depth: recursions of the token that predicted it. useful: the block computed a token of the
+    sequence. stalled: the block should have, but the KV list is full. counts: entries of the KV
+    lists after the step.
     """
 
     sampled: Bool[Array, "n"]
-    drawn: Sampled
+    samples: SamplerOutput
     state: Int[Array, "n"]
     depth: Int[Array, "n"]
     useful: Bool[Array, "n"]
-    waits: Bool[Array, "n"]
+    stalled: Bool[Array, "n"]
     counts: Int[Array, "n lists"]
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Prefilled:
-    """What became of a piece of a prompt; members as in `routed_prefill.Stored`.
+class PrefillOutput:
+    """Result of the prefill of one prompt chunk; other fields as in `routed_prefill.Stored`.
 
-    turn: the piece was the next one of its sequence; else an earlier one did not fit.
+    in_order: the chunk was the next one of its sequence. If False, an earlier chunk did not fit.
+    required: entries that each list needs for the chunk to fit.
     """
 
-    turn: Bool[Array, ""]
+    in_order: Bool[Array, ""]
     fits: Bool[Array, ""]
     counts: Int[Array, "lists"]
-    wanted: Int[Array, "lists"]
+    required: Int[Array, "lists"]
     depth: Int[Array, "n"]
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class _Turned:
-    """What leaving and entering gave n rows: samples, what now flies, entries of the end layers.
+class _Transition:
+    """Result of tokens that exit and enter the block: samples, token states, KV of the end layers.
 
-    goes: rows that have a new token on its way.
+    continuing: sequences that have a new token in the block.
     """
 
-    sampled: Sampled
+    sampled: SamplerOutput
     state: Int[Array, "n"]
-    flight: TokenState
-    goes: Bool[Array, "n"]
+    token_state: TokenState
+    continuing: Bool[Array, "n"]
     last: KVEntry
     first: KVEntry
 
 
 @dataclasses.dataclass(frozen=True)
 class StepFunctions:
-    """Compiled for a model; shapes of rows and pieces make variants of their own.
+    """The functions for one model; each batch size and chunk size is compiled separately.
 
-    eos: tokens that end a text. chunk: pages that attention visits at one time. group: tokens of a
-    prompt that pass the layers at one time; fewer mean less work on those that are not there.
+    eos: token ids that end a text. pages_per_read: pages that attention reads at a time.
+    group_tokens: prompt tokens that go through the layers at a time; smaller groups waste less on
+    padding.
     """
 
-    geometry: KVCacheSpec
+    spec: KVCacheSpec
     eos: tuple[int, ...]
     thresholds: tuple[float, ...]
-    chunk: int
-    group: int
+    pages_per_read: int
+    group_tokens: int
 
     def compiled(self) -> "CompiledFunctions":
-        """The jitted programs; slots and cache are given to them for good."""
+        """The jitted functions. Slots and cache are donated."""
         return CompiledFunctions(
             decode_step=jax.jit(self.decode_step, donate_argnums=(1, 2)),
             prefill=jax.jit(self.prefill, donate_argnums=(1, 2)),
@@ -112,127 +116,137 @@ class StepFunctions:
         weights: Weights,
         slots: BatchState,
         cache: Cache,
-        held: SequenceBlocks,
-        step: "DecodeInput",
+        blocks: SequenceBlocks,
+        inputs: "DecodeInput",
     ) -> tuple[BatchState, Cache, StepOutput]:
-        """One tick of the rows of `step`."""
-        rows = DecodeBatch(step.rows, slots.position[step.rows], step.valid)
-        if slots.flight is None:
-            return self._flat_tick(weights, slots, cache, held, (rows, step.want))
-        return self._routed_tick(weights, slots, cache, held, (rows, step.want))
+        """One decode step of the sequences in `inputs`."""
+        rows = DecodeBatch(inputs.rows, slots.position[inputs.rows], inputs.valid)
+        if slots.token_state is None:
+            return self._vanilla_step(weights, slots, cache, blocks, (rows, inputs.features))
+        return self._routed_step(weights, slots, cache, blocks, (rows, inputs.features))
 
-    def _flat_tick(
+    def _vanilla_step(
         self,
         weights: Weights,
         slots: BatchState,
         cache: Cache,
-        held: SequenceBlocks,
-        how: tuple[DecodeBatch, SamplingFeatures],
+        blocks: SequenceBlocks,
+        inputs: tuple[DecodeBatch, SamplingFeatures],
     ) -> tuple[BatchState, Cache, StepOutput]:
-        rows, want = how
-        at = rows.slot
-        live = rows.valid & (slots.phase[at] == ENTERS)
-        rows = dataclasses.replace(rows, valid=live)
-        decoder = self._decoder(weights, held)
-        hidden, cache = vanilla.decode(decoder, cache, rows, slots.token[at])
-        sampled, state = self._sample(weights, slots, rows, hidden, want)
-        counts = slots.counts[at] + live[:, None]
-        nothing = jnp.zeros(at.shape, jnp.int32)
-        ticked = StepOutput(
-            sampled=live,
-            drawn=sampled,
+        rows, features = inputs
+        slot = rows.slot
+        valid = rows.valid & (slots.phase[slot] == ENTERING)
+        rows = dataclasses.replace(rows, valid=valid)
+        decoder = self._decoder(weights, blocks)
+        hidden, cache = vanilla.decode(decoder, cache, rows, slots.token[slot])
+        sampled, state = self._sample(weights, slots, rows, hidden, features)
+        counts = slots.counts[slot] + valid[:, None]
+        zeros = jnp.zeros(slot.shape, jnp.int32)
+        output = StepOutput(
+            sampled=valid,
+            samples=sampled,
             state=state,
-            depth=nothing,
-            useful=live,
-            waits=jnp.zeros(at.shape, bool),
+            depth=zeros,
+            useful=valid,
+            stalled=jnp.zeros(slot.shape, bool),
             counts=counts,
         )
-        return self._kept(slots, rows, ticked, None), cache, ticked
+        return self._update_state(slots, rows, output, None), cache, output
 
-    def _routed_tick(
+    def _routed_step(
         self,
         weights: Weights,
         slots: BatchState,
         cache: Cache,
-        held: SequenceBlocks,
-        how: tuple[DecodeBatch, SamplingFeatures],
+        blocks: SequenceBlocks,
+        inputs: tuple[DecodeBatch, SamplingFeatures],
     ) -> tuple[BatchState, Cache, StepOutput]:
-        rows, want = how
-        at, cfg = rows.slot, self.geometry.cfg
-        assert slots.flight is not None
-        flight = jax.tree.map(lambda x: x[at], slots.flight)
-        decoder = self._decoder(weights, held)
-        flies = rows.valid & (slots.phase[at] == FLIES)
-        which = self.geometry.list_of(flight.recursion)
-        mine = jnp.take_along_axis(slots.counts[at], which[:, None], axis=1)[:, 0]
-        room = jnp.take_along_axis(held.room[at], which[:, None], axis=1)[:, 0]
-        runs = flies & routed_decode.needs_block(cfg, flight.taken, flight.recursion)
-        adds = routed_decode.writes_list(cfg, runs, flight.recursion)
-        waits = adds & (mine >= room)
-        moves = flies & ~waits
-        useful = moves & runs
-        here = dataclasses.replace(rows, valid=moves)
-        flight, leaves, cache = routed_decode.advance(decoder, cache, here, flight, mine)
-        grown = (adds & moves)[:, None] & (jnp.arange(self.geometry.lists)[None] == which[:, None])
-        counts = slots.counts[at] + grown
-        enters = rows.valid & (slots.phase[at] == ENTERS)
-        depth = flight.depth
-        turned = self._turnover(decoder, slots, cache, rows, (leaves, enters, flight, want))
-        left = dataclasses.replace(rows, valid=leaves)
-        cache = routed_decode.store(decoder, cache, left, turned.last, 1)
-        following = DecodeBatch(at, rows.position + leaves, turned.goes)
-        cache = routed_decode.store(decoder, cache, following, turned.first, 0)
-        ticked = StepOutput(
-            sampled=leaves,
-            drawn=turned.sampled,
-            state=turned.state,
+        rows, features = inputs
+        slot, cfg = rows.slot, self.spec.cfg
+        assert slots.token_state is not None
+        token_state = jax.tree.map(lambda x: x[slot], slots.token_state)
+        decoder = self._decoder(weights, blocks)
+        in_flight = rows.valid & (slots.phase[slot] == IN_FLIGHT)
+        list_index = self.spec.list_of(token_state.recursion)
+        list_lengths = jnp.take_along_axis(slots.counts[slot], list_index[:, None], axis=1)[:, 0]
+        capacity = jnp.take_along_axis(blocks.capacity_tokens[slot], list_index[:, None], axis=1)[
+            :, 0
+        ]
+        needs_block = in_flight & routed_decode.needs_block(
+            cfg, token_state.taken, token_state.recursion
+        )
+        writes = routed_decode.writes_list(cfg, needs_block, token_state.recursion)
+        stalled = writes & (list_lengths >= capacity)
+        advancing = in_flight & ~stalled
+        useful = advancing & needs_block
+        advancing_rows = dataclasses.replace(rows, valid=advancing)
+        token_state, exits, cache = routed_decode.advance(
+            decoder, cache, advancing_rows, token_state, list_lengths
+        )
+        added = (writes & advancing)[:, None] & (
+            jnp.arange(self.spec.lists)[None] == list_index[:, None]
+        )
+        counts = slots.counts[slot] + added
+        entering = rows.valid & (slots.phase[slot] == ENTERING)
+        depth = token_state.depth
+        transition = self._transition(
+            decoder, slots, cache, rows, (exits, entering, token_state, features)
+        )
+        exiting = dataclasses.replace(rows, valid=exits)
+        cache = routed_decode.store(decoder, cache, exiting, transition.last, 1)
+        next_rows = DecodeBatch(slot, rows.position + exits, transition.continuing)
+        cache = routed_decode.store(decoder, cache, next_rows, transition.first, 0)
+        output = StepOutput(
+            sampled=exits,
+            samples=transition.sampled,
+            state=transition.state,
             depth=depth,
             useful=useful,
-            waits=waits,
+            stalled=stalled,
             counts=counts,
         )
-        return self._kept(slots, rows, ticked, turned.flight), cache, ticked
+        return self._update_state(slots, rows, output, transition.token_state), cache, output
 
-    def _turnover(
+    def _transition(
         self,
         decoder: Decoder,
         slots: BatchState,
         cache: Cache,
         rows: DecodeBatch,
         what: tuple[Array, Array, TokenState, SamplingFeatures],
-    ) -> _Turned:
-        """Last layer, sampling and first layer for the rows that leave or enter.
+    ) -> _Transition:
+        """Last layer, sampling and first layer for tokens that exit or enter the block.
 
-        How many they are is known to the device alone: there is a branch for each of a few sizes.
+        Their number is known on the device only, so there is one branch for each of a few sizes.
         """
-        leaves, enters, flight, want = what
+        exits, entering, token_state, features = what
         n = rows.slot.shape[0]
-        turns = leaves | enters
-        number = jnp.sum(turns, dtype=jnp.int32)
-        order = jnp.argsort(~turns, stable=True).astype(jnp.int32)
-        sizes = _sizes(n)
-        none = KVEntry.empty(self.geometry.cfg, n)
-        unsampled = (_unsampled(n), jnp.zeros(n, jnp.int32))
-        nothing = _Turned(*unsampled, flight, jnp.zeros(n, bool), none, none)
+        active = exits | entering
+        count = jnp.sum(active, dtype=jnp.int32)
+        order = jnp.argsort(~active, stable=True).astype(jnp.int32)
+        sizes = _branch_sizes(n)
+        none = KVEntry.empty(self.spec.cfg, n)
+        unsampled = (_empty_samples(n), jnp.zeros(n, jnp.int32))
+        unchanged = _Transition(*unsampled, token_state, jnp.zeros(n, bool), none, none)
 
-        def branch(size: int) -> _Turned:
+        def branch(size: int) -> _Transition:
             if size == 0:
-                return nothing
+                return unchanged
             index = order[:size]
-            part = DecodeBatch(rows.slot[index], rows.position[index], leaves[index])
-            hidden, last = routed_decode.leave(decoder, cache, part, flight.x[index])
-            sampled, state = self._sample(decoder.weights, slots, part, hidden, want)
+            part = DecodeBatch(rows.slot[index], rows.position[index], exits[index])
+            hidden, last = routed_decode.leave(decoder, cache, part, token_state.x[index])
+            sampled, state = self._sample(decoder.weights, slots, part, hidden, features)
             token = jnp.where(part.valid, sampled.token, slots.token[part.slot])
-            goes = enters[index] | (part.valid & (state == GOES_ON))
-            following = DecodeBatch(part.slot, part.position + part.valid, goes)
-            new, first = routed_decode.enter(decoder, cache, following, jnp.maximum(token, 0))
-            old = jax.tree.map(lambda x: x[index], flight)
-            new = jax.tree.map(lambda a, b: where_tokens(goes, a, b), new, old)
-            made = _Turned(sampled, state, new, goes, last, first)
-            return jax.tree.map(lambda whole, x: whole.at[index].set(x), nothing, made)
+            continuing = entering[index] | (part.valid & (state == CONTINUES))
+            next_rows = DecodeBatch(part.slot, part.position + part.valid, continuing)
+            new, first = routed_decode.enter(decoder, cache, next_rows, jnp.maximum(token, 0))
+            old = jax.tree.map(lambda x: x[index], token_state)
+            new = jax.tree.map(lambda a, b: where_tokens(continuing, a, b), new, old)
+            result = _Transition(sampled, state, new, continuing, last, first)
+            return jax.tree.map(lambda array, x: array.at[index].set(x), unchanged, result)
 
-        which = jnp.searchsorted(jnp.asarray(sizes, jnp.int32), number, side="left")
-        return jax.lax.switch(which, [partial(branch, size) for size in sizes])
+        branch_index = jnp.searchsorted(jnp.asarray(sizes, jnp.int32), count, side="left")
+        return jax.lax.switch(branch_index, [partial(branch, size) for size in sizes])
 
     def _sample(
         self,
@@ -240,101 +254,117 @@ class StepFunctions:
         slots: BatchState,
         rows: DecodeBatch,
         hidden: Float[Array, "n d"],
-        want: SamplingFeatures,
-    ) -> tuple[Sampled, Int[Array, "n"]]:
-        """A token for each row, and what it means."""
-        at = rows.slot
-        settings = jax.tree.map(lambda x: x[at], slots.settings)
-        before = PenaltyState(slots.output_counts[at], slots.in_prompt[at])
+        features: SamplingFeatures,
+    ) -> tuple[SamplerOutput, Int[Array, "n"]]:
+        """A token for each sequence, and the sequence's state after it."""
+        slot = rows.slot
+        settings = jax.tree.map(lambda x: x[slot], slots.settings)
+        penalty_state = PenaltyState(slots.output_counts[slot], slots.in_prompt[slot])
         scores = logits(weights, hidden)
-        sampled = sample(scores, settings, rows.position + 1, want, before)
-        over = jnp.any(sampled.token[:, None] == jnp.asarray(self.eos, jnp.int32)[None], axis=1)
-        state = jnp.where(slots.left[at] <= 1, FULL, GOES_ON)
-        state = jnp.where(over & slots.ends_text[at], ENDED, state)
+        sampled = sample(scores, settings, rows.position + 1, features, penalty_state)
+        is_eos = jnp.any(sampled.token[:, None] == jnp.asarray(self.eos, jnp.int32)[None], axis=1)
+        state = jnp.where(slots.tokens_left[slot] <= 1, LENGTH, CONTINUES)
+        state = jnp.where(is_eos & slots.stop_at_eos[slot], EOS, state)
         return sampled, jnp.where(sampled.token < 0, FAILED, state)
 
-    def _kept(
-        self, slots: BatchState, rows: DecodeBatch, ticked: StepOutput, flight: TokenState | None
+    def _update_state(
+        self,
+        slots: BatchState,
+        rows: DecodeBatch,
+        output: StepOutput,
+        token_state: TokenState | None,
     ) -> BatchState:
-        """The slots after a tick."""
-        at, sampled = rows.slot, ticked.sampled
-        resting = FLIES if flight is not None else ENTERS
-        entered = sampled | (slots.phase[at] == ENTERS)
-        phase = jnp.where(rows.valid & entered, resting, slots.phase[at])
-        phase = jnp.where(sampled & (ticked.state != GOES_ON), IDLE, phase)
-        token = jnp.where(sampled, ticked.drawn.token, slots.token[at])
-        # Rows that fill the shape all point to the last slot, whose contents mean nothing.
-        said = slots.output_counts.at[at, jnp.maximum(token, 0)].add(sampled.astype(jnp.int16))
+        """The slots after a decode step."""
+        slot, sampled = rows.slot, output.sampled
+        resting = IN_FLIGHT if token_state is not None else ENTERING
+        entered = sampled | (slots.phase[slot] == ENTERING)
+        phase = jnp.where(rows.valid & entered, resting, slots.phase[slot])
+        phase = jnp.where(sampled & (output.state != CONTINUES), IDLE, phase)
+        token = jnp.where(sampled, output.samples.token, slots.token[slot])
+        # Padding rows all point to the last slot, whose contents are never read.
+        output_counts = slots.output_counts.at[slot, jnp.maximum(token, 0)].add(
+            sampled.astype(jnp.int16)
+        )
         new = dataclasses.replace(
             slots,
-            phase=slots.phase.at[at].set(phase),
-            token=slots.token.at[at].set(token),
-            position=slots.position.at[at].add(sampled.astype(jnp.int32)),
-            left=slots.left.at[at].add(-sampled.astype(jnp.int32)),
-            counts=slots.counts.at[at].set(ticked.counts),
-            output_counts=said,
+            phase=slots.phase.at[slot].set(phase),
+            token=slots.token.at[slot].set(token),
+            position=slots.position.at[slot].add(sampled.astype(jnp.int32)),
+            tokens_left=slots.tokens_left.at[slot].add(-sampled.astype(jnp.int32)),
+            counts=slots.counts.at[slot].set(output.counts),
+            output_counts=output_counts,
         )
-        if flight is None or slots.flight is None:
+        if token_state is None or slots.token_state is None:
             return new
-        moved = jax.tree.map(lambda whole, x: whole.at[at].set(x), slots.flight, flight)
-        return dataclasses.replace(new, flight=moved)
+        new_token_state = jax.tree.map(
+            lambda array, x: array.at[slot].set(x), slots.token_state, token_state
+        )
+        return dataclasses.replace(new, token_state=new_token_state)
 
-    def _decoder(self, weights: Weights, held: SequenceBlocks) -> Decoder:
+    def _decoder(self, weights: Weights, blocks: SequenceBlocks) -> Decoder:
         thresholds = jnp.asarray(self.thresholds, jnp.float32)
-        return Decoder(self.geometry, weights, held.tables, thresholds, self.chunk)
+        return Decoder(self.spec, weights, blocks.tables, thresholds, self.pages_per_read)
 
     def prefill(
         self,
         weights: Weights,
         slots: BatchState,
         cache: Cache,
-        held: SequenceBlocks,
-        piece: "PrefillInput",
-    ) -> tuple[BatchState, Cache, Prefilled]:
-        """Stores a piece of a prompt; with `start` 0 it is the first one of its sequence."""
-        at, n = piece.slot, piece.tokens.shape[0]
-        first = piece.start == 0
-        turn = first | (slots.filled[at] == piece.start)
-        counts = jnp.where(first, 0, slots.counts[at])
-        place = jnp.arange(n, dtype=jnp.int32)
-        live = turn & (place < piece.number)
-        rows = PrefillChunk(at, piece.start + place, live)
-        decoder = self._decoder(weights, held)
-        if slots.flight is None:
-            cache = self._flat_prefill(decoder, cache, rows, piece)
-            after = counts + jnp.where(turn, piece.number, 0)
-            nothing = jnp.zeros(n, jnp.int32)
-            done = Prefilled(turn, jnp.array(True), after, after, nothing)
+        blocks: SequenceBlocks,
+        inputs: "PrefillInput",
+    ) -> tuple[BatchState, Cache, PrefillOutput]:
+        """Writes the keys and values of a prompt chunk; `start` 0 marks a sequence's first one."""
+        slot, n = inputs.slot, inputs.tokens.shape[0]
+        first = inputs.start == 0
+        in_order = first | (slots.prefilled[slot] == inputs.start)
+        counts = jnp.where(first, 0, slots.counts[slot])
+        offset = jnp.arange(n, dtype=jnp.int32)
+        valid = in_order & (offset < inputs.count)
+        rows = PrefillChunk(slot, inputs.start + offset, valid)
+        decoder = self._decoder(weights, blocks)
+        if slots.token_state is None:
+            cache = self._vanilla_prefill(decoder, cache, rows, inputs)
+            new_counts = counts + jnp.where(in_order, inputs.count, 0)
+            zeros = jnp.zeros(n, jnp.int32)
+            output = PrefillOutput(in_order, jnp.array(True), new_counts, new_counts, zeros)
         else:
-            group = max(min(8, n), min(self.group, n // 4))
-            lists = (counts, held.room[at])
-            stored, cache = routed_prefill.prefill(decoder, cache, rows, piece.tokens, lists, group)
-            done = Prefilled(turn, stored.fits, stored.counts, stored.wanted, stored.depth)
-        before = jnp.where(first, 0, slots.filled[at])
-        filled = before + jnp.where(turn & done.fits, piece.number, 0)
+            group_tokens = max(min(8, n), min(self.group_tokens, n // 4))
+            lists = (counts, blocks.capacity_tokens[slot])
+            stored, cache = routed_prefill.prefill(
+                decoder, cache, rows, inputs.tokens, lists, group_tokens
+            )
+            output = PrefillOutput(
+                in_order, stored.fits, stored.counts, stored.wanted, stored.depth
+            )
+        prefilled_before = jnp.where(first, 0, slots.prefilled[slot])
+        prefilled = prefilled_before + jnp.where(in_order & output.fits, inputs.count, 0)
         slots = dataclasses.replace(
             slots,
-            filled=slots.filled.at[at].set(filled),
-            counts=slots.counts.at[at].set(done.counts),
+            prefilled=slots.prefilled.at[slot].set(prefilled),
+            counts=slots.counts.at[slot].set(output.counts),
         )
-        return slots, cache, done
+        return slots, cache, output
 
-    def _flat_prefill(
-        self, decoder: Decoder, cache: Cache, rows: PrefillChunk, piece: "PrefillInput"
+    def _vanilla_prefill(
+        self, decoder: Decoder, cache: Cache, rows: PrefillChunk, inputs: "PrefillInput"
     ) -> Cache:
-        """All layers on groups of the piece's tokens: no more groups than there are tokens for."""
-        n = piece.tokens.shape[0]
-        group = min(self.group, n)
-        if group == n:
-            return vanilla.prefill(decoder, cache, rows, piece.tokens)
-        rounds = jnp.where(rows.valid[0], (piece.number + group - 1) // group, 0)
+        """Runs all layers on groups of the chunk's tokens; groups of padding are skipped."""
+        n = inputs.tokens.shape[0]
+        group_tokens = min(self.group_tokens, n)
+        if group_tokens == n:
+            return vanilla.prefill(decoder, cache, rows, inputs.tokens)
+        rounds = jnp.where(rows.valid[0], (inputs.count + group_tokens - 1) // group_tokens, 0)
 
-        def cut(x: Array, i: Array) -> Array:
-            return jax.lax.dynamic_slice_in_dim(jnp.pad(x, (0, -n % group)), i * group, group)
+        def group_slice(x: Array, i: Array) -> Array:
+            return jax.lax.dynamic_slice_in_dim(
+                jnp.pad(x, (0, -n % group_tokens)), i * group_tokens, group_tokens
+            )
 
         def store(i: Array, cache: Cache) -> Cache:
-            part = PrefillChunk(rows.slot, cut(rows.position, i), cut(rows.valid, i))
-            return vanilla.prefill(decoder, cache, part, cut(piece.tokens, i))
+            part = PrefillChunk(
+                rows.slot, group_slice(rows.position, i), group_slice(rows.valid, i)
+            )
+            return vanilla.prefill(decoder, cache, part, group_slice(inputs.tokens, i))
 
         return jax.lax.fori_loop(0, rounds, store, cache)
 
@@ -342,41 +372,44 @@ class StepFunctions:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class DecodeInput:
-    """The rows of a tick. rows: their slots, distinct but for fillers. want: what any asks for."""
+    """Sequences of a decode step.
+
+    rows: slot of each; distinct, except for padding. features: what any of them needs.
+    """
 
     rows: Int[Array, "n"] | np.ndarray
     valid: Bool[Array, "n"] | np.ndarray
-    want: SamplingFeatures
+    features: SamplingFeatures
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class PrefillInput:
-    """A piece of a prompt: its slot, its first position, and its `number` first `tokens`."""
+    """A prompt chunk: slot, first position, and `tokens`, of which the first `count` are valid."""
 
     slot: Int[Array, ""] | np.int32
     start: Int[Array, ""] | np.int32
-    number: Int[Array, ""] | np.int32
+    count: Int[Array, ""] | np.int32
     tokens: Int[Array, "n"] | np.ndarray
 
 
 @dataclasses.dataclass(frozen=True)
 class CompiledFunctions:
-    """`Programs.tick`, `Programs.prefill` and `slots.admit`, jitted."""
+    """`StepFunctions.decode_step`, `StepFunctions.prefill` and `batch_state.admit`, jitted."""
 
     decode_step: "jax.stages.Wrapped"
     prefill: "jax.stages.Wrapped"
     admit: "jax.stages.Wrapped"
 
 
-def _sizes(n: int) -> list[int]:
-    """Numbers of rows, of n, for which there is a program. Below 8 rows time hardly falls."""
+def _branch_sizes(n: int) -> list[int]:
+    """Sizes of the branches for up to n rows. Below 8 rows time hardly falls."""
     parts = (-(-n * eighths // 8) for eighths in (2, 3, 4, 6))
     return [0, *sorted({part for part in parts if part >= 8} | {n})]
 
 
-def _unsampled(n: int) -> Sampled:
-    return Sampled(
+def _empty_samples(n: int) -> SamplerOutput:
+    return SamplerOutput(
         token=jnp.zeros(n, jnp.int32),
         logprob=jnp.zeros(n),
         top_ids=jnp.full((n, MAX_LOGPROBS), -1, jnp.int32),

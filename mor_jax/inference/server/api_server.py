@@ -17,7 +17,7 @@ import uvicorn
 from mor_jax.config.parsing import check, fail
 from mor_jax.inference.engine.engine import Engine
 from mor_jax.inference.server.app import ApiApp
-from mor_jax.inference.server.connection import bounded
+from mor_jax.inference.server.connection import limited_protocol
 from mor_jax.inference.server.limits import SEND_BUFFER, Limits
 from mor_jax.runtime import exit_codes
 from mor_jax.runtime.preemption import REPEAT_SECONDS
@@ -25,15 +25,15 @@ from mor_jax.runtime.preemption import REPEAT_SECONDS
 LOG = logging.getLogger("mor_jax.serve")
 
 # Seconds: for what was answered last to reach its client, and for an engine that does not stop.
-_FLUSH = 5
-_MARGIN = 10.0
+_FLUSH_SECONDS = 5
+_STOP_MARGIN_SECONDS = 10.0
 
 # Connections that wait to be accepted: a thousand clients may come at the same moment.
 _BACKLOG = 4096
 
 # Seconds after which the thread that runs hands over to one that waits. The default of 5 ms would
 # let the event loop hold up every step of the engine by as much.
-_SWITCH = 0.0005
+_SWITCH_INTERVAL = 0.0005
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -70,7 +70,7 @@ class Server(uvicorn.Server):
 
     First the engine finishes what it has (`Limits.drain`), while new requests get 503. A second
     signal gives up what is under way. ready: called once clients can connect. code: exit code of
-    the process. hangs: the engine did not stop when it was told to.
+    the process. engine_hangs: the engine did not stop when it was told to.
     """
 
     def __init__(
@@ -78,7 +78,7 @@ class Server(uvicorn.Server):
     ) -> None:
         config = uvicorn.Config(
             api.app,
-            http=bounded(limits),
+            http=limited_protocol(limits),
             ws="none",
             lifespan="off",
             log_config=None,
@@ -87,14 +87,14 @@ class Server(uvicorn.Server):
             server_header=False,
             backlog=_BACKLOG,
             timeout_keep_alive=limits.keep_alive,  # type: ignore[arg-type]
-            timeout_graceful_shutdown=_FLUSH,
+            timeout_graceful_shutdown=_FLUSH_SECONDS,
         )
         super().__init__(config)
         self._api, self._engine, self._limits, self._ready = api, engine, limits, ready
         self._loop: asyncio.AbstractEventLoop | None = None
         self._draining: asyncio.Task[None] | None = None
-        self._asked = -REPEAT_SECONDS
-        self.code, self.hangs = exit_codes.OK, False
+        self._last_signal = -REPEAT_SECONDS
+        self.code, self.engine_hangs = exit_codes.OK, False
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -103,16 +103,16 @@ class Server(uvicorn.Server):
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        before = {kind: signal.getsignal(kind) for kind in (signal.SIGTERM, signal.SIGINT)}
-        for kind in before:
-            self._loop.add_signal_handler(kind, self._signal, signal.Signals(kind).name)
+        previous = {signum: signal.getsignal(signum) for signum in (signal.SIGTERM, signal.SIGINT)}
+        for signum in previous:
+            self._loop.add_signal_handler(signum, self._on_signal, signal.Signals(signum).name)
         try:
             yield
         finally:
-            for kind, handler in before.items():
-                self._loop.remove_signal_handler(kind)
+            for signum, handler in previous.items():
+                self._loop.remove_signal_handler(signum)
                 # The process is at its end: a signal that comes again must not change its code.
-                signal.signal(kind, signal.SIG_IGN if self._draining else handler)
+                signal.signal(signum, signal.SIG_IGN if self._draining else handler)
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Listens."""
@@ -122,26 +122,26 @@ class Server(uvicorn.Server):
     def stop(self) -> None:
         """As SIGTERM. May be called from any thread."""
         if self._loop is not None:
-            self._loop.call_soon_threadsafe(self._ask, "stop")
+            self._loop.call_soon_threadsafe(self._request_stop, "stop")
 
     async def on_tick(self, counter: int) -> bool:
         """Ten times a second: whether to end now."""
         if self._engine.failure and self._draining is None:
             LOG.error("the engine failed: %s", self._engine.failure)
             self.code = exit_codes.ERROR
-            self._ask("failure")
+            self._request_stop("failure")
         return await super().on_tick(counter)
 
-    def _signal(self, name: str) -> None:
+    def _on_signal(self, name: str) -> None:
         now = time.monotonic()
-        if now - self._asked >= REPEAT_SECONDS:
-            self._ask(name)
-        self._asked = now
+        if now - self._last_signal >= REPEAT_SECONDS:
+            self._request_stop(name)
+        self._last_signal = now
 
-    def _ask(self, reason: str) -> None:
+    def _request_stop(self, reason: str) -> None:
         if self._draining is not None:
             LOG.warning("%s again: giving up the answers under way", reason)
-            self._api.give_up()
+            self._api.cancel_all()
             return
         LOG.warning("%s: finishing the answers under way, for %g s", reason, self._limits.drain)
         self._api.draining = "the server is shutting down"
@@ -160,28 +160,28 @@ class Server(uvicorn.Server):
         # A daemon: an engine that hangs must not keep the process.
         threading.Thread(target=stop, name="drain", daemon=True).start()
         try:
-            async with asyncio.timeout(self._limits.drain + _MARGIN):
+            async with asyncio.timeout(self._limits.drain + _STOP_MARGIN_SECONDS):
                 await done.wait()
         except TimeoutError:
             LOG.error("the engine does not stop: leaving it")
-            self.code, self.hangs = exit_codes.ERROR, True
-            self._api.give_up()
+            self.code, self.engine_hangs = exit_codes.ERROR, True
+            self._api.cancel_all()
         self.should_exit = True
 
 
 def run(server: Server, bound: socket.socket) -> int:
     """Serves on that socket until the server ends; returns the exit code."""
-    sys.setswitchinterval(_SWITCH)
-    _allow_many_connections()
+    sys.setswitchinterval(_SWITCH_INTERVAL)
+    _raise_file_limit()
     server.run(sockets=[bound])
-    if server.hangs:
+    if server.engine_hangs:
         # Its thread is inside of a device that does not answer, and nobody could join it.
         logging.shutdown()
         os._exit(server.code)
     return server.code
 
 
-def _allow_many_connections() -> None:
+def _raise_file_limit() -> None:
     """Each connection is a file to the system, which often allows 1,024 unless asked."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != hard:

@@ -1,7 +1,7 @@
-"""Events of answers on their way from the engine's thread to the server's event loop.
+"""Queues that carry events from the engine's thread to the server's event loop.
 
-The engine hands an event over in about a microsecond, whatever becomes of it: it never waits for a
-client. What a client leaves unread is bounded for each answer.
+Posting an event takes about a microsecond and never waits for a client. Each queue has a bound on
+unread events.
 """
 
 import asyncio
@@ -11,59 +11,59 @@ from collections.abc import Callable, Sequence
 
 from mor_jax.inference.engine.request import Event, Finished
 
-Timed = tuple[Event, float]
-"""An event, and the time of `time.perf_counter` at which the engine gave it."""
+TimedEvent = tuple[Event, float]
+"""An event, and the time (`time.perf_counter`) at which the engine emitted it."""
 
 
 class EventQueue:
-    """The events of one answer that were not fetched yet. Lives in the event loop's thread.
+    """Unread events of one choice. Used by the event loop's thread only.
 
-    most: events that may wait. woken: set when one came. full: called once if more come; nothing is
-    kept any more then.
+    max_events: bound on unread events. wake: set when an event arrives. on_full: called once when
+    the bound is exceeded; the queue is closed then.
     """
 
-    def __init__(self, most: int, woken: asyncio.Event, full: Callable[[], None]) -> None:
-        self._most, self._woken, self._full = most, woken, full
+    def __init__(self, max_events: int, wake: asyncio.Event, on_full: Callable[[], None]) -> None:
+        self._max_events, self._wake, self._on_full = max_events, wake, on_full
         self._closed = False
-        self._events: list[Timed] = []
+        self._events: list[TimedEvent] = []
 
-    def put(self, timed: Timed) -> None:
-        """Takes an event in, unless nobody reads any more."""
+    def put(self, timed_event: TimedEvent) -> None:
+        """Adds an event, unless the queue is closed."""
         if self._closed:
             return
-        # The end is always kept: there is one.
-        if len(self._events) >= self._most and not isinstance(timed[0], Finished):
+        # `Finished` is always kept: there is only one.
+        if len(self._events) >= self._max_events and not isinstance(timed_event[0], Finished):
             self.close()
-            self._full()
+            self._on_full()
         else:
-            self._events.append(timed)
-        self._woken.set()
+            self._events.append(timed_event)
+        self._wake.set()
 
-    def fetch(self) -> Sequence[Timed]:
-        """What came since the last call, oldest first."""
+    def fetch(self) -> Sequence[TimedEvent]:
+        """Removes and returns all unread events, oldest first."""
         events, self._events = self._events, []
         return events
 
     def close(self) -> None:
-        """Drops what is there and what may still come."""
+        """Drops all unread and all later events."""
         self._closed = True
         self._events.clear()
 
 
-class EventQueues:
-    """Carries events of all answers; wakes the event loop once for many."""
+class EventDispatcher:
+    """Delivers events to all queues; wakes the event loop once for many events."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = loop
-        self._posted: collections.deque[tuple[EventQueue, Timed]] = collections.deque()
+        self._posted: collections.deque[tuple[EventQueue, TimedEvent]] = collections.deque()
         self._flagged = False
 
-    def sink(self, box: EventQueue) -> Callable[[Event], None]:
-        """What the engine calls, from its own thread, with the events for `box`."""
+    def sink(self, event_queue: EventQueue) -> Callable[[Event], None]:
+        """A sink for the engine's thread that posts events to `event_queue`."""
 
         def post(event: Event) -> None:
-            self._posted.append((box, (event, time.perf_counter())))
-            # Racing threads may both wake the loop, which does no harm; none can miss to.
+            self._posted.append((event_queue, (event, time.perf_counter())))
+            # Racing threads may both wake the loop, which is harmless; no wake-up is lost.
             if not self._flagged:
                 self._flagged = True
                 self._loop.call_soon_threadsafe(self._deliver)
@@ -71,8 +71,8 @@ class EventQueues:
         return post
 
     def _deliver(self) -> None:
-        # Lowered first: whatever is posted from here on wakes the loop again.
+        # Cleared first: every event posted from here on wakes the loop again.
         self._flagged = False
         while self._posted:
-            box, timed = self._posted.popleft()
-            box.put(timed)
+            event_queue, timed_event = self._posted.popleft()
+            event_queue.put(timed_event)

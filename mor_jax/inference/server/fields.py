@@ -48,11 +48,11 @@ def _no_constant(name: str) -> Any:
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    made = dict(pairs)
-    if len(made) < len(pairs):
-        twice = collections.Counter(name for name, _ in pairs).most_common(1)[0][0]
-        raise ValueError(f"{twice[:64]!r} is there twice")
-    return made
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        duplicate = collections.Counter(name for name, _ in pairs).most_common(1)[0][0]
+        raise ValueError(f"{duplicate[:64]!r} is there twice")
+    return values
 
 
 def _integer(digits: str) -> int:
@@ -106,7 +106,7 @@ class Fields:
         require(ok, self._path + name, value, "must be a string", "Put it in quotes")
         return value
 
-    def flag(self, name: str) -> bool:
+    def boolean(self, name: str) -> bool:
         """true or false; left out is false."""
         value = self.take(name)
         ok = value is None or isinstance(value, bool)
@@ -138,20 +138,20 @@ class Fields:
         require(ok, self._path + name, value, "must be an object", "Leave it out")
         return Fields(value or {}, f"{self._path}{name}.")
 
-    def neutral(self, name: str, *values: Any) -> None:
+    def reject_unless(self, name: str, *values: Any) -> None:
         """Refuses a member that this server does not support, unless it asks for nothing."""
         value = self.take(name)
         ok = value is None or any(value == v and type(value) is type(v) for v in values)
         require(ok, self._path + name, value, "is not supported by this server", "Leave it out")
 
-    def end(self, *nothing: Any) -> None:
+    def reject_unknown(self, *empty_values: Any) -> None:
         """Refuses the first member that nobody took, with the nearest name that exists.
 
         nothing: values besides null that say as little as leaving the member out.
         """
         for name, value in self._values.items():
-            if name not in self._known and value is not None and value not in nothing:
-                near = difflib.get_close_matches(name, sorted(self._known), n=1)
-                fix = f"Did you mean {near[0]}?" if near else "Leave it out"
+            if name not in self._known and value is not None and value not in empty_values:
+                matches = difflib.get_close_matches(name, sorted(self._known), n=1)
+                fix = f"Did you mean {matches[0]}?" if matches else "Leave it out"
                 param = self._path + (name if len(name) <= 64 else name[:64] + "...")
                 raise_error(param, value, "unknown setting", fix, code="unknown_parameter")

@@ -12,7 +12,7 @@ from mor_jax.inference.detokenizer import text_before
 from mor_jax.inference.engine.request import Request
 from mor_jax.inference.load_model import LoadedModel
 from mor_jax.inference.server import fields, schemas
-from mor_jax.inference.server.errors import APIError, of_value_error, raise_error, require
+from mor_jax.inference.server.errors import APIError, from_value_error, raise_error, require
 from mor_jax.inference.server.limits import Limits
 from mor_jax.inference.server.output_processor import (
     ChatFormatter,
@@ -25,7 +25,7 @@ from mor_jax.inference.token_bytes import token_bytes
 _COMPLETION_TOKENS = 16
 
 # Seconds: a deadline has to be positive.
-_SHORTEST = 1e-6
+_MIN_DEADLINE = 1e-6
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -36,10 +36,10 @@ class ProcessedInput:
     answer. prompts: tokens of each prompt.
     """
 
-    form: ResponseFormatter
+    formatter: ResponseFormatter
     requests: tuple[Request, ...]
     echoes: tuple[str, ...]
-    prompts: tuple[int, ...]
+    prompt_tokens: tuple[int, ...]
     stream: bool
     include_usage: bool
 
@@ -52,7 +52,9 @@ class ProcessedInput:
         requests = tuple(
             request
             if request.deadline is None
-            else dataclasses.replace(request, deadline=max(request.deadline - seconds, _SHORTEST))
+            else dataclasses.replace(
+                request, deadline=max(request.deadline - seconds, _MIN_DEADLINE)
+            )
             for request in self.requests
         )
         return dataclasses.replace(self, requests=requests)
@@ -61,76 +63,78 @@ class ProcessedInput:
 class InputProcessor:
     """Knows the model that is served. `completion` and `chat` raise `APIError`."""
 
-    def __init__(self, served: LoadedModel, max_length: int, limits: Limits) -> None:
+    def __init__(self, model: LoadedModel, max_length: int, limits: Limits) -> None:
         """max_length: tokens of prompt and answer together. Raises `ValueError` if the model's chat
         template cannot be read."""
-        self._served, self._limits = served, limits
-        self._token_bytes = token_bytes(served.tokenizer)
+        self._model, self._limits = model, limits
+        self._token_bytes = token_bytes(model.tokenizer)
         self._max_length = max_length
-        self._template = None if served.chat_template is None else ChatTemplate(served)
+        self._template = None if model.chat_template is None else ChatTemplate(model)
 
     @property
-    def chats(self) -> bool:
+    def supports_chat(self) -> bool:
         """Whether there is a chat template."""
         return self._template is not None
 
     def completion(self, body: bytes) -> ProcessedInput:
         """A request to /v1/completions."""
-        asked = schemas.completion(fields.parse_object(body), self._limits)
-        self._check_model(asked.options.model)
-        tokenizer = self._served.tokenizer
-        given = asked.prompts
-        texts = [prompt for prompt in given if isinstance(prompt, str)]
+        parsed = schemas.completion(fields.parse_object(body), self._limits)
+        self._check_model(parsed.options.model)
+        tokenizer = self._model.tokenizer
+        raw_prompts = parsed.prompts
+        texts = [prompt for prompt in raw_prompts if isinstance(prompt, str)]
         encoded = iter(tokenizer.encode_batch(texts))
         # As OpenAI does it: an empty prompt is the end of another text.
         start = (tokenizer.eos_id,)
         prompts = [
-            tuple(next(encoded).tolist()) or start if isinstance(p, str) else p for p in given
+            tuple(next(encoded).tolist()) or start if isinstance(p, str) else p for p in raw_prompts
         ]
         echoes = [""] * len(prompts)
-        if asked.echo:
-            echoes = [_echo(tokenizer, p) for p in given]
-        options = asked.options
-        form = CompletionFormatter(self._token_bytes, options.logprobs, options.depths)
-        for path, tokens in zip(asked.paths, prompts, strict=True):
+        if parsed.echo:
+            echoes = [_echo(tokenizer, p) for p in raw_prompts]
+        options = parsed.options
+        formatter = CompletionFormatter(self._token_bytes, options.logprobs, options.depths)
+        for path, tokens in zip(parsed.paths, prompts, strict=True):
             self._check_tokens(path, tokens)
-        return self._prepared(options, form, dict(zip(asked.paths, prompts, strict=True)), echoes)
+        return self._to_processed(
+            options, formatter, dict(zip(parsed.paths, prompts, strict=True)), echoes
+        )
 
     def chat(self, body: bytes) -> ProcessedInput:
         """A request to /v1/chat/completions."""
-        asked = schemas.chat(fields.parse_object(body), self._limits)
-        self._check_model(asked.options.model)
+        parsed = schemas.chat(fields.parse_object(body), self._limits)
+        self._check_model(parsed.options.model)
         if self._template is None:
             message = "this model's tokenizer has no chat template. Use /v1/completions"
             raise APIError(400, message, param="messages", code="no_chat_template")
         try:
-            prompt = self._template.tokens(asked.messages)
+            prompt = self._template.tokens(parsed.messages)
         except ValueError as error:
-            raise of_value_error(error) from None
-        prompt = prompt or (self._served.tokenizer.eos_id,)
-        options = asked.options
-        form = ChatFormatter(self._token_bytes, options.logprobs, options.depths)
-        return self._prepared(options, form, {"messages": prompt}, [""])
+            raise from_value_error(error) from None
+        prompt = prompt or (self._model.tokenizer.eos_id,)
+        options = parsed.options
+        formatter = ChatFormatter(self._token_bytes, options.logprobs, options.depths)
+        return self._to_processed(options, formatter, {"messages": prompt}, [""])
 
     def _check_model(self, name: str | None) -> None:
-        served = self._served.name
-        if name is not None and name != served:
-            fix = f"This server has {served}"
+        model = self._model.name
+        if name is not None and name != model:
+            fix = f"This server has {model}"
             raise_error(
                 "model", name, "is not served here", fix, code="model_not_found", status=404
             )
 
     def _check_tokens(self, path: str, tokens: Sequence[int]) -> None:
-        size = self._served.cfg.vocab_size
+        size = self._model.cfg.vocab_size
         for i, token in enumerate(tokens):
             rule = f"must be in 0 .. {size - 1}, the model's vocabulary"
             fix = "Use the tokenizer of this model"
             require(0 <= token < size, f"{path}[{i}]", token, rule, fix)
 
-    def _prepared(
+    def _to_processed(
         self,
         options: schemas.CommonFields,
-        form: ResponseFormatter,
+        formatter: ResponseFormatter,
         prompts: Mapping[str, tuple[int, ...]],
         echoes: Sequence[str],
     ) -> ProcessedInput:
@@ -138,13 +142,13 @@ class InputProcessor:
         self._check_tokens("stop_token_ids", options.stop_tokens)
         requests = []
         for path, prompt in prompts.items():
-            request = self._request(options, form, prompt, path)
-            requests += [_numbered(request, k) for k in range(options.n)]
+            request = self._request(options, formatter, prompt, path)
+            requests += [_with_seed_offset(request, k) for k in range(options.n)]
         return ProcessedInput(
-            form=form,
+            formatter=formatter,
             requests=tuple(requests),
             echoes=tuple(echo for echo in echoes for _ in range(options.n)),
-            prompts=tuple(map(len, prompts.values())),
+            prompt_tokens=tuple(map(len, prompts.values())),
             stream=options.stream,
             include_usage=options.include_usage,
         )
@@ -152,33 +156,39 @@ class InputProcessor:
     def _request(
         self,
         options: schemas.CommonFields,
-        form: ResponseFormatter,
+        formatter: ResponseFormatter,
         prompt: tuple[int, ...],
         path: str,
     ) -> Request:
         # Programs that shorten a conversation until it fits look for these words.
         rule = f"This model's maximum context length is {self._max_length} tokens"
         rule += f", prompt and answer together. {path} has {len(prompt)}"
-        code, room = "context_length_exceeded", self._max_length - len(prompt)
-        if room <= 0:
+        code, tokens_left = "context_length_exceeded", self._max_length - len(prompt)
+        if tokens_left <= 0:
             raise APIError(400, f"{rule}. Shorten it", param=path, code=code)
-        wanted = options.max_tokens
-        if wanted is None:
-            wanted = room if isinstance(form, ChatFormatter) else min(_COMPLETION_TOKENS, room)
-        if wanted > room:
-            message = f"{rule}, and {options.limit}={wanted} asks for more than the rest"
-            message += f". Ask for at most {room}"
-            raise APIError(400, message, param=options.limit, code=code)
-        most = self._limits.timeout
+        max_tokens = options.max_tokens
+        if max_tokens is None:
+            max_tokens = (
+                tokens_left
+                if isinstance(formatter, ChatFormatter)
+                else min(_COMPLETION_TOKENS, tokens_left)
+            )
+        if max_tokens > tokens_left:
+            message = (
+                f"{rule}, and {options.max_tokens_field}={max_tokens} asks for more than the rest"
+            )
+            message += f". Ask for at most {tokens_left}"
+            raise APIError(400, message, param=options.max_tokens_field, code=code)
+        max_timeout = self._limits.timeout
         return Request(
             prompt=prompt,
-            max_tokens=wanted,
+            max_tokens=max_tokens,
             sampling=options.sampling,
             stop=options.stop,
             stop_tokens=options.stop_tokens,
             ignore_eos=options.ignore_eos,
             logprobs=options.logprobs,
-            deadline=most if options.timeout is None else min(options.timeout, most),
+            deadline=max_timeout if options.timeout is None else min(options.timeout, max_timeout),
         )
 
 
@@ -191,10 +201,10 @@ def _echo(tokenizer: Tokenizer, prompt: schemas.Prompt) -> str:
     return text_before(tokenizer, tokens)
 
 
-def _numbered(request: Request, number: int) -> Request:
+def _with_seed_offset(request: Request, offset: int) -> Request:
     """The request for answer `number` of the same prompt: seeds count up from the one given."""
     seed = request.sampling.seed
-    if seed is None or number == 0:
+    if seed is None or offset == 0:
         return request
-    sampling = dataclasses.replace(request.sampling, seed=(seed + number) % 2**32)
+    sampling = dataclasses.replace(request.sampling, seed=(seed + offset) % 2**32)
     return dataclasses.replace(request, sampling=sampling)

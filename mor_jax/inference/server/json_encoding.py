@@ -10,43 +10,43 @@ from collections.abc import Iterator
 from typing import Any
 
 # Items of an iterator that are encoded at one time.
-_ITEMS = 16
+_ITEMS_PER_PART = 16
 
 
 def encode(value: Any) -> bytes:
     """JSON in UTF-8, without spaces. Iterators are written as lists."""
     text = json.dumps(
-        value, ensure_ascii=False, separators=(",", ":"), allow_nan=False, default=_listed
+        value, ensure_ascii=False, separators=(",", ":"), allow_nan=False, default=_to_list
     )
     return text.encode()
 
 
-def parts(value: Any) -> Iterator[bytes]:
+def iter_encode(value: Any) -> Iterator[bytes]:
     """What `encode` gives, in parts that take about as long as a few items of an iterator."""
     if isinstance(value, dict):
         yield b"{"
         for i, (name, inner) in enumerate(value.items()):
             yield (b"," if i else b"") + encode(name) + b":"
-            yield from parts(inner)
+            yield from iter_encode(inner)
         yield b"}"
     elif isinstance(value, list):
         yield b"["
         for i, inner in enumerate(value):
             yield b"," if i else b""
-            yield from parts(inner)
+            yield from iter_encode(inner)
         yield b"]"
     elif isinstance(value, Iterator):
         yield b"["
-        before = b""
-        while items := list(itertools.islice(value, _ITEMS)):
-            yield before + encode(items)[1:-1]
-            before = b","
+        separator = b""
+        while items := list(itertools.islice(value, _ITEMS_PER_PART)):
+            yield separator + encode(items)[1:-1]
+            separator = b","
         yield b"]"
     else:
         yield encode(value)
 
 
-def _listed(value: Any) -> list[Any]:
+def _to_list(value: Any) -> list[Any]:
     if not isinstance(value, Iterator):
         raise TypeError(f"{type(value).__name__} has no form in JSON")
     return list(value)

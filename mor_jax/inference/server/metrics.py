@@ -1,4 +1,4 @@
-"""What /metrics shows, in Prometheus' text form: of the server, and of the engine."""
+"""Metrics of the server and the engine, in Prometheus' text format."""
 
 from collections.abc import Callable, Iterator
 
@@ -13,105 +13,132 @@ from prometheus_client.registry import Collector
 
 from mor_jax.inference.engine.statistics import Statistics
 
-# Seconds.
-_WAITS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
-_GAPS = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1.0, 2.5)
-_LENGTHS = (1, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768)
+# Bucket bounds: seconds, seconds between tokens, tokens.
+_SECONDS_BUCKETS = (
+    0.005,
+    0.01,
+    0.025,
+    0.05,
+    0.1,
+    0.25,
+    0.5,
+    1.0,
+    2.5,
+    5.0,
+    10.0,
+    30.0,
+    60.0,
+    120.0,
+    300.0,
+)
+_GAP_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1.0, 2.5)
+_TOKEN_BUCKETS = (1, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768)
 
-# Name in Statistics -> name and meaning here.
+# Field of Statistics -> metric name and help text.
 _COUNTERS = {
-    "finished": ("engine_finished", "Answers that were completed"),
-    "cancelled": ("engine_cancelled", "Answers that were given up or cut off"),
-    "failed": ("engine_failed", "Answers that ended with an error"),
-    "prompt_tokens": ("prompt_tokens", "Tokens of prompts that were stored"),
-    "tokens": ("generated_tokens", "Tokens that were generated"),
-    "ticks": ("engine_ticks", "Steps of the engine"),
-    "rows": ("engine_rows", "Rows of all calls of the block"),
-    "useful_rows": ("engine_useful_rows", "Rows that had work for it"),
-    "overflows": ("cache_overflows", "Pages beyond what a sequence had reserved"),
-    "preemptions": ("engine_preemptions", "Sequences that gave their pages up and began again"),
-    "waits": ("cache_waits", "Rows that stood still for want of a page"),
+    "finished": ("engine_finished", "Sequences that finished"),
+    "cancelled": ("engine_cancelled", "Sequences that were cancelled or reached their deadline"),
+    "failed": ("engine_failed", "Sequences that ended with an error"),
+    "prompt_tokens": ("prompt_tokens", "Prompt tokens that were prefilled"),
+    "tokens": ("generated_tokens", "Generated tokens"),
+    "decode_steps": ("engine_ticks", "Decode steps"),
+    "rows": ("engine_rows", "Rows of all decode steps, padding included"),
+    "useful_rows": ("engine_useful_rows", "Rows that the block computed"),
+    "overflows": ("cache_overflows", "Pages allocated beyond a sequence's reservation"),
+    "preemptions": ("engine_preemptions", "Preempted sequences"),
+    "stalls": ("cache_waits", "Rows that waited for a free page"),
     "busy_seconds": ("engine_busy_seconds", "Seconds with work to do"),
-    "host_seconds": ("engine_host_seconds", "Of these, those not spent on waiting for the device"),
-    "idle_seconds": ("engine_idle_seconds", "Of these, those in which the device had no work"),
+    "host_seconds": ("engine_host_seconds", "Busy seconds not spent on waiting for the device"),
+    "idle_seconds": ("engine_idle_seconds", "Busy seconds in which the device had no work"),
 }
 _GAUGES = {
-    "running": ("engine_running", "Sequences in slots"),
-    "waiting": ("engine_waiting", "Requests in the queue"),
-    "slots": ("engine_slots", "Slots for sequences"),
+    "running": ("engine_running", "Running sequences"),
+    "waiting": ("engine_waiting", "Waiting sequences"),
+    "slots": ("engine_slots", "Slots: most sequences that run at a time"),
     "pages": ("cache_pages", "Pages of the cache"),
-    "pages_used": ("cache_pages_used", "Pages that hold keys and values"),
+    "pages_used": ("cache_pages_used", "Allocated pages"),
     "cache_bytes": ("cache_bytes", "Bytes of all pages"),
-    "used_bytes": ("cache_used_bytes", "Bytes of the pages that hold something"),
-    "stored_bytes": ("cache_stored_bytes", "Bytes of the keys and values in them"),
+    "used_bytes": ("cache_used_bytes", "Bytes of the allocated pages"),
+    "stored_bytes": ("cache_stored_bytes", "Bytes of the stored keys and values"),
 }
 
 
 class ServerMetrics:
-    """Counters of the server. `text` adds those of the engine as they are at that moment."""
+    """Metrics of the server. `render` adds the current ones of the engine."""
 
-    def __init__(self, statistics: Callable[[], Statistics], version: str) -> None:
+    def __init__(self, statistics: Callable[[], Statistics], model: str) -> None:
         self.registry = CollectorRegistry()
         self.requests = Counter(
-            "mor_http_requests", "Answered requests", ("endpoint", "status"), registry=self.registry
+            "mor_http_requests", "HTTP responses", ("endpoint", "status"), registry=self.registry
         )
-        self.at_work = Gauge(
-            "mor_http_requests_at_work", "Requests being answered", registry=self.registry
+        self.in_progress = Gauge(
+            "mor_http_requests_at_work", "Running HTTP requests", registry=self.registry
         )
-        self.ended = Counter(
-            "mor_choices", "Answers by how they ended", ("reason",), registry=self.registry
+        self.finish_reasons = Counter(
+            "mor_choices", "Choices by finish reason", ("reason",), registry=self.registry
         )
-        self.first_token = self._seconds("time_to_first_token", "To the first token", _WAITS)
-        self.gap = self._seconds("time_between_tokens", "Between tokens of an answer", _GAPS)
-        self.whole = self._seconds("request_duration", "Of a whole request", _WAITS)
-        about = "Tokens of a prompt"
-        self.prompt = Histogram(
-            "mor_request_prompt_tokens", about, buckets=_LENGTHS, registry=self.registry
+        self.time_to_first_token = self._seconds_histogram(
+            "time_to_first_token", "to the first token", _SECONDS_BUCKETS
         )
-        about = "Tokens of an answer"
-        self.answer = Histogram(
-            "mor_request_generated_tokens", about, buckets=_LENGTHS, registry=self.registry
+        self.time_between_tokens = self._seconds_histogram(
+            "time_between_tokens", "between tokens of a choice", _GAP_BUCKETS
         )
-        info = Gauge("mor_info", "What is served", ("model",), registry=self.registry)
-        info.labels(version).set(1)
-        self.registry.register(_Engine(statistics))
+        self.request_duration = self._seconds_histogram(
+            "request_duration", "of a whole request", _SECONDS_BUCKETS
+        )
+        description = "Prompt tokens of a choice"
+        self.prompt_tokens = Histogram(
+            "mor_request_prompt_tokens", description, buckets=_TOKEN_BUCKETS, registry=self.registry
+        )
+        description = "Generated tokens of a choice"
+        self.generated_tokens = Histogram(
+            "mor_request_generated_tokens",
+            description,
+            buckets=_TOKEN_BUCKETS,
+            registry=self.registry,
+        )
+        info = Gauge("mor_info", "Name of the model", ("model",), registry=self.registry)
+        info.labels(model).set(1)
+        self.registry.register(_EngineCollector(statistics))
 
-    def text(self) -> bytes:
-        """All of it."""
+    def render(self) -> bytes:
+        """All metrics in the text format."""
         return generate_latest(self.registry)
 
-    def _seconds(self, name: str, about: str, buckets: tuple[float, ...]) -> Histogram:
-        name, about = f"mor_{name}_seconds", f"Seconds: {about}"
-        return Histogram(name, about, buckets=buckets, registry=self.registry)
+    def _seconds_histogram(
+        self, name: str, description: str, buckets: tuple[float, ...]
+    ) -> Histogram:
+        name, description = f"mor_{name}_seconds", f"Seconds {description}"
+        return Histogram(name, description, buckets=buckets, registry=self.registry)
 
 
-class _Engine(Collector):
+class _EngineCollector(Collector):
     def __init__(self, statistics: Callable[[], Statistics]) -> None:
         self._statistics = statistics
 
     def collect(self) -> Iterator[Metric]:
         now = self._statistics()
-        for name, (metric, about) in _COUNTERS.items():
-            yield CounterMetricFamily(f"mor_{metric}", about, value=getattr(now, name))
-        for name, (metric, about) in _GAUGES.items():
-            yield GaugeMetricFamily(f"mor_{metric}", about, value=getattr(now, name))
-        share = now.useful_rows / now.rows if now.rows else 1.0
-        about = "Share of the block's rows that had work for it, since the start"
-        yield GaugeMetricFamily("mor_engine_useful_share", about, value=share)
-        yield _depths(now.depth_counts)
+        for name, (metric, description) in _COUNTERS.items():
+            yield CounterMetricFamily(f"mor_{metric}", description, value=getattr(now, name))
+        for name, (metric, description) in _GAUGES.items():
+            yield GaugeMetricFamily(f"mor_{metric}", description, value=getattr(now, name))
+        useful_share = now.useful_rows / now.rows if now.rows else 1.0
+        description = "Fraction of all rows that the block computed, since the start"
+        yield GaugeMetricFamily("mor_engine_useful_share", description, value=useful_share)
+        yield _depth_histogram(now.depth_counts)
 
     def describe(self) -> Iterator[Metric]:
         return iter(())
 
 
-def _depths(counts: tuple[int, ...]) -> Metric:
-    """Recursions of tokens, those of prompts too. counts: tokens at depth 0, 1, ..."""
-    buckets, below = [], 0
+def _depth_histogram(counts: tuple[int, ...]) -> Metric:
+    """Histogram of depths, prompt tokens included. counts: tokens at depth 0, 1, ..."""
+    buckets, cumulative = [], 0
     for depth, count in enumerate(counts):
-        below += count
-        buckets.append((str(float(depth)), float(below)))
+        cumulative += count
+        buckets.append((str(float(depth)), float(cumulative)))
     total = sum(depth * count for depth, count in enumerate(counts))
-    about = "Recursions that a token went through"
-    family = HistogramMetricFamily("mor_token_depth", about)
-    family.add_metric([], [*buckets, ("+Inf", float(below))], sum_value=float(total))
-    return family
+    description = "Depth of tokens in recursions"
+    histogram = HistogramMetricFamily("mor_token_depth", description)
+    histogram.add_metric([], [*buckets, ("+Inf", float(cumulative))], sum_value=float(total))
+    return histogram

@@ -1,4 +1,4 @@
-"""One answer of a request as it grows, and how the two endpoints write it down."""
+"""Formats the choices of a response for the completions and chat endpoints."""
 
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
@@ -6,47 +6,47 @@ from typing import Any
 
 from mor_jax.inference.engine.request import Finished, Token
 
-# JSON has no minus infinity; OpenAI's servers write this instead.
-_IMPOSSIBLE = -9999.0
+# Replaces minus infinity, which JSON cannot express; OpenAI's servers do the same.
+_MIN_LOGPROB = -9999.0
 
 TokenBytes = Callable[[int], bytes]
-"""The bytes of UTF-8 that a token stands for."""
+"""Maps a token id to its UTF-8 bytes."""
 
 
 @dataclasses.dataclass
 class Choice:
-    """An answer so far, or the part of it that has come since the last chunk of a stream.
+    """One choice so far, or its new part since the last chunk of a stream.
 
-    index: among the answers of the request. echo: the prompt, where the answer repeats it; before:
-    its characters.
+    index: among the choices of the request. echo: the prompt, if the response repeats it.
+    prompt_characters: length of `echo`.
     """
 
     index: int
     prompt_tokens: int
     echo: str = ""
-    before: int = 0
+    prompt_characters: int = 0
     tokens: list[Token] = dataclasses.field(default_factory=list)
     finished: Finished | None = None
 
     @property
     def text(self) -> str:
-        """What the tokens add, with what was held back at the end."""
+        """Text of the tokens, including what was held back until the end."""
         end = self.finished.text if self.finished else ""
         return self.echo + "".join(token.text for token in self.tokens) + end
 
-    def parts(self, most: int) -> Iterator["Choice"]:
-        """Takes out what has come, at most so many tokens at a time, and leaves nothing."""
+    def parts(self, max_tokens: int) -> Iterator["Choice"]:
+        """Removes and yields all new content, at most `max_tokens` tokens at a time."""
         tokens, finished, echo = self.tokens, self.finished, self.echo
         self.echo, self.tokens, self.finished = "", [], None
-        for start in range(0, len(tokens) or 1, most):
-            part = dataclasses.replace(self, echo=echo, tokens=tokens[start : start + most])
-            if start + most >= len(tokens):
+        for start in range(0, len(tokens) or 1, max_tokens):
+            part = dataclasses.replace(self, echo=echo, tokens=tokens[start : start + max_tokens])
+            if start + max_tokens >= len(tokens):
                 part.finished = finished
             yield part
             echo = ""
 
-    def ending(self) -> dict[str, Any]:
-        """finish_reason as OpenAI has it; what it has no word for is in stop_reason."""
+    def finish_fields(self) -> dict[str, Any]:
+        """finish_reason as in OpenAI's API; stop_reason names what that API has no value for."""
         if self.finished is None:
             return {"finish_reason": None}
         if self.finished.reason == "deadline":
@@ -55,9 +55,10 @@ class Choice:
 
 
 class ResponseFormatter:
-    """How an endpoint writes answers. logprobs: alternatives, None for none. depths: as asked.
+    """Formats choices for one endpoint.
 
-    What grows with the answer is an iterator in place of a list: it is made while it is written.
+    logprobs: alternatives, None for none. depths: whether to include each token's depth.
+    Per-token fields are iterators instead of lists, so that they are built while they are sent.
     """
 
     kind = ""
@@ -69,24 +70,24 @@ class ResponseFormatter:
 
     @property
     def per_token(self) -> bool:
-        """Whether tokens without text are written too."""
+        """Whether tokens without text are sent too."""
         return self.logprobs is not None or self.depths
 
-    def whole(self, choice: Choice) -> dict[str, Any]:
+    def full(self, choice: Choice) -> dict[str, Any]:
         """A finished choice."""
         raise NotImplementedError
 
     def chunk(self, choice: Choice) -> dict[str, Any]:
-        """A part of a choice, for a stream."""
+        """A part of a choice, for a streamed chunk."""
         raise NotImplementedError
 
-    def opening(self, index: int) -> dict[str, Any] | None:
-        """What a stream says about a choice before its first token."""
+    def first_chunk(self, index: int) -> dict[str, Any] | None:
+        """The chunk that a stream sends for a choice before its first token."""
         return None
 
-    def _more(self, choice: Choice) -> dict[str, Any]:
+    def _extra_fields(self, choice: Choice) -> dict[str, Any]:
         depths = {"depths": (token.depth for token in choice.tokens)} if self.depths else {}
-        return choice.ending() | depths
+        return choice.finish_fields() | depths
 
 
 class CompletionFormatter(ResponseFormatter):
@@ -95,29 +96,29 @@ class CompletionFormatter(ResponseFormatter):
     kind = chunk_kind = "text_completion"
     prefix = "cmpl-"
 
-    def whole(self, choice: Choice) -> dict[str, Any]:
-        """As the chunk that holds everything."""
+    def full(self, choice: Choice) -> dict[str, Any]:
+        """The same as a chunk with all tokens."""
         return self.chunk(choice)
 
     def chunk(self, choice: Choice) -> dict[str, Any]:
         """index, text, logprobs, finish_reason."""
         logprobs = None if self.logprobs is None else self._logprobs(choice)
-        head = {"index": choice.index, "text": choice.text, "logprobs": logprobs}
-        return head | self._more(choice)
+        fields = {"index": choice.index, "text": choice.text, "logprobs": logprobs}
+        return fields | self._extra_fields(choice)
 
     def _logprobs(self, choice: Choice) -> dict[str, Any]:
         tokens = choice.tokens
         return {
-            "tokens": (self._name(token.id) for token in tokens),
+            "tokens": (self._token_name(token.id) for token in tokens),
             "token_logprobs": (_finite(token.logprob) for token in tokens),
             "top_logprobs": (
-                {self._name(number): _finite(value) for number, value in token.top}
+                {self._token_name(number): _finite(value) for number, value in token.top}
                 for token in tokens
             ),
-            "text_offset": (choice.before + token.offset for token in tokens),
+            "text_offset": (choice.prompt_characters + token.offset for token in tokens),
         }
 
-    def _name(self, token: int) -> str:
+    def _token_name(self, token: int) -> str:
         raw = self.token_bytes(token)
         try:
             return raw.decode("utf-8")
@@ -133,20 +134,20 @@ class ChatFormatter(ResponseFormatter):
     chunk_kind = "chat.completion.chunk"
     prefix = "chatcmpl-"
 
-    def whole(self, choice: Choice) -> dict[str, Any]:
+    def full(self, choice: Choice) -> dict[str, Any]:
         """index, message, logprobs, finish_reason."""
         message = {"role": "assistant", "content": choice.text, "refusal": None}
-        head = {"index": choice.index, "message": message, "logprobs": self._logprobs(choice)}
-        return head | self._more(choice)
+        fields = {"index": choice.index, "message": message, "logprobs": self._logprobs(choice)}
+        return fields | self._extra_fields(choice)
 
     def chunk(self, choice: Choice) -> dict[str, Any]:
         """index, delta, logprobs, finish_reason."""
         delta = {"content": choice.text} if choice.text else {}
-        head = {"index": choice.index, "delta": delta, "logprobs": self._logprobs(choice)}
-        return head | self._more(choice)
+        fields = {"index": choice.index, "delta": delta, "logprobs": self._logprobs(choice)}
+        return fields | self._extra_fields(choice)
 
-    def opening(self, index: int) -> dict[str, Any]:
-        """The role, which comes first."""
+    def first_chunk(self, index: int) -> dict[str, Any]:
+        """The role of the message."""
         delta = {"role": "assistant", "content": ""}
         return {"index": index, "delta": delta, "logprobs": None, "finish_reason": None}
 
@@ -167,10 +168,14 @@ class ChatFormatter(ResponseFormatter):
 
 
 def usage(prompts: Sequence[int], tokens: int) -> dict[str, int]:
-    """Counts of a request. prompts: tokens of each prompt, counted once however many answers."""
-    read = sum(prompts)
-    return {"prompt_tokens": read, "completion_tokens": tokens, "total_tokens": read + tokens}
+    """Token counts of a request. prompts: tokens of each prompt, counted once for all choices."""
+    prompt_tokens = sum(prompts)
+    return {
+        "prompt_tokens": prompt_tokens,
+        "completion_tokens": tokens,
+        "total_tokens": prompt_tokens + tokens,
+    }
 
 
 def _finite(logprob: float | None) -> float:
-    return _IMPOSSIBLE if logprob is None or not logprob > _IMPOSSIBLE else logprob
+    return _MIN_LOGPROB if logprob is None or not logprob > _MIN_LOGPROB else logprob

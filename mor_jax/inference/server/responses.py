@@ -1,4 +1,4 @@
-"""Answers on the wire: one JSON object, or server-sent events as the answer grows."""
+"""Sends responses: one JSON object, or server-sent events while tokens arrive."""
 
 import asyncio
 import time
@@ -9,24 +9,24 @@ from starlette.types import Message, Receive, Send
 
 from mor_jax.inference.server.errors import APIError
 from mor_jax.inference.server.input_processor import ProcessedInput
-from mor_jax.inference.server.json_encoding import encode, parts
+from mor_jax.inference.server.json_encoding import encode, iter_encode
 from mor_jax.inference.server.output_processor import usage
-from mor_jax.inference.server.serving import Generation, until_gone
+from mor_jax.inference.server.serving import Generation, wait_for_disconnect
 
-# Bytes after which others get their turn, and tokens of a choice in one event: a few milliseconds.
+# Bytes after which other tasks may run, and most tokens in one event: a few milliseconds each.
 _BLOCK = 16 * 2**10
 _TOKENS = 32
 
 _STREAM_HEADERS = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
     (b"cache-control", b"no-cache"),
-    # nginx would hold events back otherwise.
+    # Otherwise nginx buffers the events.
     (b"x-accel-buffering", b"no"),
 ]
 
 
 async def send_bytes(send: Send, status: int, headers: dict[str, str], body: bytes) -> None:
-    """A whole response."""
+    """Sends a complete response."""
     await send(_start(status, headers, len(body)))
     await send({"type": "http.response.body", "body": body})
 
@@ -38,45 +38,48 @@ def _start(status: int, headers: dict[str, str], length: int) -> Message:
 
 
 async def send_json(send: Send, status: int, value: Any) -> None:
-    """A whole response in JSON."""
+    """Sends a complete JSON response."""
     await send_bytes(send, status, {"content-type": "application/json"}, encode(value))
 
 
-async def send_refusal(send: Send, refusal: APIError) -> None:
-    """The response that turns a request away."""
-    await send_bytes(send, refusal.status, refusal.headers(), refusal.encoded())
+async def send_error(send: Send, error: APIError) -> None:
+    """Sends an error response."""
+    await send_bytes(send, error.status, error.headers(), error.encoded())
 
 
 class HTTPResponse:
-    """Writes the answer to one request. number: makes its id. model: the served one's name."""
+    """Writes the response to one request. request_id: part of its id. model: name in it."""
 
     def __init__(
-        self, prepared: ProcessedInput, generation: Generation, number: str, model: str
+        self, prepared: ProcessedInput, generation: Generation, request_id: str, model: str
     ) -> None:
         self._prepared, self._generation = prepared, generation
-        self._form = prepared.form
+        self._formatter = prepared.formatter
         self._head = {
-            "id": self._form.prefix + number,
-            "object": self._form.chunk_kind if prepared.stream else self._form.kind,
+            "id": self._formatter.prefix + request_id,
+            "object": self._formatter.chunk_kind if prepared.stream else self._formatter.kind,
             "created": int(time.time()),
             "model": model,
         }
 
     async def send(self, receive: Receive, send: Send, ping: float) -> None:
-        """Until all is written or the client has gone. Raises `APIError` before anything is."""
-        watch = asyncio.create_task(until_gone(receive))
-        watch.add_done_callback(self._gone)
+        """Writes until the end or until the client disconnects.
+
+        Raises `APIError`, but only before the first byte is sent.
+        """
+        watcher = asyncio.create_task(wait_for_disconnect(receive))
+        watcher.add_done_callback(self._on_disconnect)
         try:
             await (self._stream(send, ping) if self._prepared.stream else self._whole(send))
         finally:
-            watch.remove_done_callback(self._gone)
-            if watch.done():
-                # While the last of it was being written.
-                self._generation.leave()
-            watch.cancel()
+            watcher.remove_done_callback(self._on_disconnect)
+            if watcher.done():
+                # The client disconnected during the last write.
+                self._generation.disconnect()
+            watcher.cancel()
 
-    def _gone(self, _: asyncio.Task[None]) -> None:
-        self._generation.leave()
+    def _on_disconnect(self, _: asyncio.Task[None]) -> None:
+        self._generation.disconnect()
 
     async def _whole(self, send: Send) -> None:
         generation = self._generation
@@ -84,10 +87,10 @@ class HTTPResponse:
             await generation.wait()
         if generation.reason == "left":
             return
-        choices = [self._form.whole(choice) for choice in generation.choices]
+        choices = [self._formatter.full(choice) for choice in generation.choices]
         value = self._head | {"choices": choices, "usage": self._usage()}
         blocks, size = list[bytes](), 0
-        for block in _blocks(parts(value)):
+        for block in _blocks(iter_encode(value)):
             blocks.append(block)
             size += len(block)
             await asyncio.sleep(0)
@@ -102,26 +105,26 @@ class HTTPResponse:
         await send({"type": "http.response.start", "status": 200, "headers": _STREAM_HEADERS})
         try:
             body = await self._events(send, ping)
-        except APIError as refusal:
-            # The status is out already; OpenAI's clients raise on an event that holds an error.
-            body = _event(refusal.body())
+        except APIError as error:
+            # The status is already sent; OpenAI's clients raise on an event that holds an error.
+            body = _event(error.body())
         await send({"type": "http.response.body", "body": body})
 
     async def _events(self, send: Send, ping: float) -> bytes:
-        """Sends events as they come; returns the last ones."""
+        """Sends events as they arrive; returns the last ones unsent."""
         generation = self._generation
-        openings = [self._form.opening(choice.index) for choice in generation.choices]
-        body = b"".join(self._chunk(opening) for opening in openings if opening)
+        first_chunks = [self._formatter.first_chunk(choice.index) for choice in generation.choices]
+        body = b"".join(self._chunk(chunk) for chunk in first_chunks if chunk)
         loop = asyncio.get_running_loop()
         sent = loop.time()
         while generation.open:
             if body:
                 await send({"type": "http.response.body", "body": body, "more_body": True})
                 sent = loop.time()
-            # Tokens may come without text: what counts is when the client last got something.
-            came = await generation.wait(max(sent + ping - loop.time(), 0.0))
+            # Tokens may arrive without text; the ping counts from the last write to the client.
+            arrived = await generation.wait(max(sent + ping - loop.time(), 0.0))
             body = b""
-            for block in _blocks(self._news()) if came else ():
+            for block in _blocks(self._new_chunks()) if arrived else ():
                 if body:
                     await send({"type": "http.response.body", "body": body, "more_body": True})
                     sent = loop.time()
@@ -133,35 +136,35 @@ class HTTPResponse:
             body += _event(self._head | {"choices": [], "usage": self._usage()})
         return body + b"data: [DONE]\n\n"
 
-    def _news(self) -> Iterator[bytes]:
-        """What has come since the last chunk, answer by answer."""
+    def _new_chunks(self) -> Iterator[bytes]:
+        """New chunks since the last call, choice by choice."""
         for choice in self._generation.choices:
             if choice.tokens or choice.finished:
                 for part in choice.parts(_TOKENS):
-                    # Half a character, or what may be a stop text: the text comes later.
-                    if part.text or part.finished or self._form.per_token:
-                        yield self._chunk(self._form.chunk(part))
+                    # No text for part of a character or a possible stop string: it comes later.
+                    if part.text or part.finished or self._formatter.per_token:
+                        yield self._chunk(self._formatter.chunk(part))
 
     def _chunk(self, choice: dict[str, Any]) -> bytes:
         value = self._head | {"choices": [choice]}
         return _event(value | {"usage": None} if self._prepared.include_usage else value)
 
     def _usage(self) -> dict[str, int]:
-        return usage(self._prepared.prompts, self._generation.tokens)
+        return usage(self._prepared.prompt_tokens, self._generation.tokens)
 
 
 def _event(value: dict[str, Any]) -> bytes:
     return b"data: " + encode(value) + b"\n\n"
 
 
-def _blocks(pieces: Iterator[bytes]) -> Iterator[bytes]:
-    """The same bytes in blocks of at least `_BLOCK`, but for the last."""
-    held, size = list[bytes](), 0
-    for piece in pieces:
-        held.append(piece)
-        size += len(piece)
+def _blocks(parts: Iterator[bytes]) -> Iterator[bytes]:
+    """Joins parts into blocks of at least `_BLOCK` bytes, except for the last."""
+    buffered, size = list[bytes](), 0
+    for part in parts:
+        buffered.append(part)
+        size += len(part)
         if size >= _BLOCK:
-            yield b"".join(held)
-            held, size = [], 0
-    if held:
-        yield b"".join(held)
+            yield b"".join(buffered)
+            buffered, size = [], 0
+    if buffered:
+        yield b"".join(buffered)

@@ -4,14 +4,14 @@ import dataclasses
 from typing import Any
 
 from mor_jax.inference.engine.request import MAX_LOGPROBS, SamplingParams
-from mor_jax.inference.server.errors import of_value_error, raise_error, require
+from mor_jax.inference.server.errors import from_value_error, raise_error, require
 from mor_jax.inference.server.fields import Fields
 from mor_jax.inference.server.limits import MAX_STOP_LENGTH, MAX_STOPS, Limits
 
 Prompt = str | tuple[int, ...]
 
 # Accepted and without effect: they say who asks or how it is billed, not what is answered.
-_HARMLESS = (
+_IGNORED = (
     "user",
     "metadata",
     "service_tier",
@@ -23,14 +23,14 @@ _HARMLESS = (
 )
 
 # Not supported, and refused unless they ask for nothing: with these values, or null.
-_NEUTRAL: dict[str, tuple[Any, ...]] = {
+_UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "best_of": (1,),
     "logit_bias": ({},),
     "store": (False,),
     "suffix": ("",),
 }
 # The same of chats. Completions know them by name, to say so.
-_NEUTRAL_IN_CHATS: dict[str, tuple[Any, ...]] = {
+_UNSUPPORTED_IN_CHAT: dict[str, tuple[Any, ...]] = {
     "audio": (),
     "echo": (False,),
     "function_call": ("none", "auto"),
@@ -58,7 +58,7 @@ class CommonFields:
     stream: bool
     include_usage: bool
     max_tokens: int | None
-    limit: str
+    max_tokens_field: str
     sampling: SamplingParams
     stop: tuple[str, ...]
     stop_tokens: tuple[int, ...]
@@ -91,52 +91,52 @@ def completion(values: dict[str, Any], limits: Limits) -> CompletionRequest:
     """Checks the body of a request to /v1/completions. Raises `APIError`."""
     fields = Fields(values)
     logprobs = fields.integer("logprobs", 0, MAX_LOGPROBS)
-    for name in _NEUTRAL_IN_CHATS.keys() - {"echo"}:
-        fields.neutral(name)
-    echo = fields.flag("echo")
+    for name in _UNSUPPORTED_IN_CHAT.keys() - {"echo"}:
+        fields.reject_unless(name)
+    echo = fields.boolean("echo")
     options = _options(fields, logprobs)
     if echo and logprobs is not None:
         rule = "cannot be combined with echo: prompts are not scored"
         raise_error("logprobs", logprobs, rule, "Leave one of them out")
-    given = fields.take("prompt")
-    prompts = _prompts(given, limits)
-    fields.end()
+    raw_prompts = fields.take("prompt")
+    prompts = _prompts(raw_prompts, limits)
+    fields.reject_unknown()
     _check_choices(len(prompts), options.n, limits)
     # One prompt may stand by itself.
-    alone = isinstance(given, str) or type(given[0]) is int
-    paths = ("prompt",) if alone else tuple(f"prompt[{i}]" for i in range(len(prompts)))
+    is_single = isinstance(raw_prompts, str) or type(raw_prompts[0]) is int
+    paths = ("prompt",) if is_single else tuple(f"prompt[{i}]" for i in range(len(prompts)))
     return CompletionRequest(options=options, prompts=prompts, paths=paths, echo=echo)
 
 
 def chat(values: dict[str, Any], limits: Limits) -> ChatRequest:
     """Checks the body of a request to /v1/chat/completions. Raises `APIError`."""
     fields = Fields(values)
-    wanted = fields.flag("logprobs")
+    logprobs_requested = fields.boolean("logprobs")
     alternatives = fields.integer("top_logprobs", 0, MAX_LOGPROBS)
-    if alternatives is not None and not wanted:
+    if alternatives is not None and not logprobs_requested:
         raise_error("top_logprobs", alternatives, "needs logprobs", 'Set "logprobs": true')
-    for name, values in _NEUTRAL_IN_CHATS.items():
-        fields.neutral(name, *values)
-    options = _options(fields, (alternatives or 0) if wanted else None)
+    for name, values in _UNSUPPORTED_IN_CHAT.items():
+        fields.reject_unless(name, *values)
+    options = _options(fields, (alternatives or 0) if logprobs_requested else None)
     messages = _messages(fields.take("messages"))
-    fields.end()
+    fields.reject_unknown()
     _check_choices(1, options.n, limits)
     return ChatRequest(options=options, messages=messages)
 
 
 def _options(fields: Fields, logprobs: int | None) -> CommonFields:
-    for name in _HARMLESS:
+    for name in _IGNORED:
         fields.take(name)
-    for name, values in _NEUTRAL.items():
-        fields.neutral(name, *values)
+    for name, values in _UNSUPPORTED.items():
+        fields.reject_unless(name, *values)
     # The older of the two names gives way, as with OpenAI.
-    old = fields.integer("max_tokens", 1, 2**31 - 1)
-    new = fields.integer("max_completion_tokens", 1, 2**31 - 1)
+    max_tokens = fields.integer("max_tokens", 1, 2**31 - 1)
+    max_completion_tokens = fields.integer("max_completion_tokens", 1, 2**31 - 1)
     usage = fields.group("stream_options")
-    stream, include_usage = fields.flag("stream"), usage.flag("include_usage")
+    stream, include_usage = fields.boolean("stream"), usage.boolean("include_usage")
     # Pads events against listeners on the line, which OpenAI's clients need not know.
     usage.take("include_obfuscation")
-    usage.end()
+    usage.reject_unknown()
     if fields.take("stream_options") is not None and not stream:
         raise_error("stream_options", fields.take("stream_options"), "needs stream", "Leave it out")
     timeout = fields.number("timeout", 0.0) if fields.take("timeout") is not None else None
@@ -147,15 +147,15 @@ def _options(fields: Fields, logprobs: int | None) -> CommonFields:
         n=fields.integer("n", 1, 2**16) or 1,
         stream=stream,
         include_usage=include_usage,
-        max_tokens=old if new is None else new,
-        limit="max_tokens" if new is None else "max_completion_tokens",
+        max_tokens=max_tokens if max_completion_tokens is None else max_completion_tokens,
+        max_tokens_field="max_tokens" if max_completion_tokens is None else "max_completion_tokens",
         sampling=_sampling(fields),
         stop=_stops(fields.take("stop")),
         stop_tokens=_stop_tokens(fields.take("stop_token_ids")),
-        ignore_eos=fields.flag("ignore_eos"),
+        ignore_eos=fields.boolean("ignore_eos"),
         timeout=timeout,
         logprobs=logprobs,
-        depths=fields.flag("depths"),
+        depths=fields.boolean("depths"),
     )
 
 
@@ -176,7 +176,7 @@ def _sampling(fields: Fields) -> SamplingParams:
     try:
         sampling.validate()
     except ValueError as error:
-        raise of_value_error(error) from None
+        raise from_value_error(error) from None
     return sampling
 
 
@@ -208,24 +208,30 @@ def _prompts(value: Any, limits: Limits) -> tuple[Prompt, ...]:
         return (value,)
     if type(value[0]) is int:
         value = [value]
-    most = limits.max_prompts
-    require(len(value) <= most, "prompt", value, f"at most {most} prompts a request", "Send fewer")
-    found: list[Prompt] = []
+    max_count = limits.max_prompts
+    require(
+        len(value) <= max_count,
+        "prompt",
+        value,
+        f"at most {max_count} prompts a request",
+        "Send fewer",
+    )
+    prompts: list[Prompt] = []
     for i, item in enumerate(value):
         if isinstance(item, str) and isinstance(value[0], str):
-            found.append(item)
+            prompts.append(item)
         else:
             ok = isinstance(item, list) and isinstance(value[0], list) and item != []
             ok = ok and all(type(token) is int for token in item)
             require(ok, f"prompt[{i}]", item, rule, fix)
-            found.append(tuple(item))
-    return tuple(found)
+            prompts.append(tuple(item))
+    return tuple(prompts)
 
 
 def _check_choices(prompts: int, n: int, limits: Limits) -> None:
-    most = limits.max_choices
-    rule = f"{prompts} prompt{'s' * (prompts != 1)} times n must not exceed {most} answers"
-    require(prompts * n <= most, "n", n, rule, f"Ask for at most {most // prompts}")
+    max_count = limits.max_choices
+    rule = f"{prompts} prompt{'s' * (prompts != 1)} times n must not exceed {max_count} answers"
+    require(prompts * n <= max_count, "n", n, rule, f"Ask for at most {max_count // prompts}")
 
 
 _ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
@@ -247,9 +253,9 @@ def _message(value: Any, path: str) -> dict[str, str]:
     out = {"role": _ROLES[role or ""], "content": _content(fields.take("content"), path)}
     name = fields.text("name")
     for other in ("tool_calls", "function_call", "audio", "refusal", "tool_call_id"):
-        fields.neutral(other, [])
+        fields.reject_unless(other, [])
     # Clients send answers back as they got them, with all that their class has a place for.
-    fields.end("", [], {})
+    fields.reject_unknown("", [], {})
     return out if name is None else out | {"name": name}
 
 

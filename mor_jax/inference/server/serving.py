@@ -1,4 +1,4 @@
-"""One request at the engine: its answers as they come, and their end in every case."""
+"""Runs one HTTP request on the engine: collects its choices, and cancels them in every case."""
 
 import asyncio
 import time
@@ -7,127 +7,128 @@ from typing import Any
 
 from mor_jax.inference.engine.engine import Engine, Handle
 from mor_jax.inference.engine.request import Finished, Request
-from mor_jax.inference.server.errors import APIError, of_value_error
-from mor_jax.inference.server.event_queue import EventQueue, EventQueues, Timed
+from mor_jax.inference.server.errors import APIError, from_value_error
+from mor_jax.inference.server.event_queue import EventDispatcher, EventQueue, TimedEvent
 from mor_jax.inference.server.limits import Limits
 from mor_jax.inference.server.metrics import ServerMetrics
 from mor_jax.inference.server.output_processor import Choice
 
-# Characters of an error of the engine's that a client is shown.
-_MOST = 200
+# Most characters of an engine error in a response.
+_MAX_MESSAGE = 200
 
 
 class Generation:
-    """The answers to one HTTP request. Belongs to the event loop's thread.
+    """The choices of one HTTP request. Used by the event loop's thread only.
 
-    Whoever makes one calls `close` in the end, so that nothing is left at the engine when the
-    request is gone. choices: in the order of `requests`. tokens: of all answers.
-    first: seconds to the first token. worked: seconds that each finished answer had its slot.
-    reason: why the first answer ended, or what ended all.
+    The caller must call `close`, so that no sequence outlives the request. choices: in the order of
+    `requests`. open: unfinished choices. tokens: of all choices. slot_seconds: time in the slot of
+    each finished choice. reason: why the first choice finished, or what ended all.
     """
 
     def __init__(
-        self, engine: Engine, mailbox: EventQueues, limits: Limits, measures: ServerMetrics
+        self, engine: Engine, dispatcher: EventDispatcher, limits: Limits, metrics: ServerMetrics
     ):
-        self._engine, self._mailbox, self._limits = engine, mailbox, limits
-        self._measures = measures
-        self._woken = asyncio.Event()
-        self._boxes: list[EventQueue] = []
+        self._engine, self._dispatcher, self._limits = engine, dispatcher, limits
+        self._metrics = metrics
+        self._wake = asyncio.Event()
+        self._event_queues: list[EventQueue] = []
         self._handles: list[Handle | None] = []
-        self._began = time.perf_counter()
-        self._last: list[float] = []
+        self._start = time.perf_counter()
+        self._last_token: list[float] = []
         self._counts: list[int] = []
         self.choices: list[Choice] = []
         self.open = 0
         self.tokens = 0
-        self.first: float | None = None
-        self.worked: list[float] = []
-        self._nothing = 0
+        self.first_token_seconds: float | None = None
+        self.slot_seconds: list[float] = []
+        self._empty_timeouts = 0
         self.reason = ""
 
     def submit(self, requests: Sequence[Request], echoes: Sequence[str]) -> None:
-        """Hands all of a request's texts to the engine, or none.
+        """Submits all requests to the engine, or none.
 
-        Raises `Busy` or `Stopped` as the engine, `APIError` on what it finds wrong.
+        Raises `Busy` or `Stopped` like the engine, and `APIError` for an invalid request.
         """
         try:
             for i, (request, echo) in enumerate(zip(requests, echoes, strict=True)):
-                box = EventQueue(self._limits.max_unsent, self._woken, self._unread)
-                handle = self._engine.submit(request, sink=self._mailbox.sink(box))
-                self._boxes.append(box)
+                event_queue = EventQueue(self._limits.max_unsent, self._wake, self._on_unread)
+                handle = self._engine.submit(request, sink=self._dispatcher.sink(event_queue))
+                self._event_queues.append(event_queue)
                 self._handles.append(handle)
                 self.choices.append(Choice(i, len(request.prompt), echo, len(echo)))
         except ValueError as error:
             self.close("refused")
-            raise of_value_error(error) from None
+            raise from_value_error(error) from None
         except BaseException:
             self.close("refused")
             raise
         self.open = len(self.choices)
-        self._last = [0.0] * self.open
+        self._last_token = [0.0] * self.open
         self._counts = [0] * self.open
         for request in requests:
-            self._measures.prompt.observe(len(request.prompt))
+            self._metrics.prompt_tokens.observe(len(request.prompt))
 
     async def wait(self, seconds: float | None = None) -> bool:
-        """Until something came, which is then in `choices`. False: nothing did in that time.
+        """Waits for events and adds them to `choices`; False if none arrived within `seconds`.
 
-        Raises `APIError` if an answer cannot be completed.
+        Raises `APIError` if a choice cannot be completed.
         """
         try:
             async with asyncio.timeout(seconds):
-                await self._woken.wait()
+                await self._wake.wait()
         except TimeoutError:
             return False
-        self._woken.clear()
-        for i, box in enumerate(self._boxes):
-            for timed in box.fetch():
-                self._take(i, timed)
+        self._wake.clear()
+        for i, event_queue in enumerate(self._event_queues):
+            for timed_event in event_queue.fetch():
+                self._handle_event(i, timed_event)
         if self.reason == "unread":
-            raise APIError(408, "the answer was not read in time", code="unread")
+            raise APIError(408, "the client did not read the response in time", code="unread")
         if self.reason == "stopped":
-            raise _stopped()
+            raise _stopped_error()
         return True
 
-    def leave(self) -> None:
-        """The client has gone: gives all answers up and wakes who waits for them."""
+    def disconnect(self) -> None:
+        """The client disconnected: cancels all choices and wakes `wait`."""
         self.close("left")
-        # Even of an answer that is finished: it was not read to its end.
+        # Even after all choices finished: the response was not read to its end.
         self.reason = "left"
-        self._woken.set()
+        self._wake.set()
 
     def stop(self) -> None:
-        """The server ends: gives all answers up; who waits for them is told."""
+        """The server stops: cancels all choices; `wait` raises."""
         self.close("stopped")
-        self._woken.set()
+        self._wake.set()
 
     def close(self, reason: str) -> None:
-        """Cancels what is not finished; events that still come are dropped. May be called again."""
+        """Cancels unfinished choices and drops their later events. Idempotent."""
         self.reason = self.reason or reason
         for i, handle in enumerate(self._handles):
             if handle is not None:
                 handle.cancel()
                 self._handles[i] = None
-                self._measures.ended.labels(reason).inc()
-        for box in self._boxes:
-            box.close()
+                self._metrics.finish_reasons.labels(reason).inc()
+        for event_queue in self._event_queues:
+            event_queue.close()
         self.open = 0
 
-    def _unread(self) -> None:
+    def _on_unread(self) -> None:
         self.close("unread")
 
-    def _take(self, i: int, timed: Timed) -> None:
-        event, when = timed
+    def _handle_event(self, i: int, timed_event: TimedEvent) -> None:
+        event, when = timed_event
         if isinstance(event, Finished):
             self._finish(i, event)
             return
         if self._counts[i]:
-            self._measures.gap.observe(when - self._last[i])
+            self._metrics.time_between_tokens.observe(when - self._last_token[i])
         else:
-            waited = when - self._began
-            self._measures.first_token.observe(waited)
-            self.first = waited if self.first is None else self.first
-        self._last[i] = when
+            elapsed = when - self._start
+            self._metrics.time_to_first_token.observe(elapsed)
+            self.first_token_seconds = (
+                elapsed if self.first_token_seconds is None else self.first_token_seconds
+            )
+        self._last_token[i] = when
         self._counts[i] += 1
         self.tokens += 1
         self.choices[i].tokens.append(event)
@@ -136,40 +137,40 @@ class Generation:
         self.open -= 1
         self._handles[i] = None
         self.choices[i].finished = event
-        self._measures.ended.labels(event.reason).inc()
-        self._measures.answer.observe(event.tokens)
+        self._metrics.finish_reasons.labels(event.reason).inc()
+        self._metrics.generated_tokens.observe(event.tokens)
         self.reason = self.reason or event.reason
-        self.worked.append(event.seconds - event.queue_seconds)
-        self._nothing += event.reason == "deadline" and event.tokens == 0
-        # What the others have is given, with this one empty.
-        late = self._nothing == len(self.choices)
-        wrong = _late() if late else _refusal(event)
-        if wrong is not None:
+        self.slot_seconds.append(event.seconds - event.queue_seconds)
+        self._empty_timeouts += event.reason == "deadline" and event.tokens == 0
+        # If only some choices got no token in time, they are returned empty.
+        none_in_time = self._empty_timeouts == len(self.choices)
+        error = _timeout_error() if none_in_time else _generation_error(event)
+        if error is not None:
             self.close(event.reason)
-            raise wrong
+            raise error
 
 
-def _refusal(event: Finished) -> APIError | None:
-    """What a client is told of an answer that broke off; None for one that came to its end."""
+def _generation_error(event: Finished) -> APIError | None:
+    """The error for a choice that was interrupted; None for a complete one."""
     if event.reason == "error":
-        # The rest of a long message is for the log, which has it.
-        message = event.message.partition("\n")[0][:_MOST] or "the answer failed"
+        # The log has the full message.
+        message = event.message.partition("\n")[0][:_MAX_MESSAGE] or "generation failed"
         return APIError(500, message, code="engine_error")
     if event.reason == "cancelled":
-        return _stopped()
+        return _stopped_error()
     return None
 
 
-def _late() -> APIError:
-    message = "timeout: no token was generated in time, the server is busy"
+def _timeout_error() -> APIError:
+    message = "timeout: no token was generated in time; the server is busy"
     return APIError(504, message, param="timeout", code="deadline")
 
 
-def _stopped() -> APIError:
-    return APIError(503, "the server is shutting down", code="stopped", retry=5)
+def _stopped_error() -> APIError:
+    return APIError(503, "the server is shutting down", code="stopped", retry_after=5)
 
 
-async def until_gone(receive: Any) -> None:
-    """Returns when the client has closed its connection."""
+async def wait_for_disconnect(receive: Any) -> None:
+    """Returns when the client has disconnected."""
     while (await receive())["type"] != "http.disconnect":
         pass

@@ -1,4 +1,4 @@
-"""What launch/serve.py does around a server: keys, the log, what it says when it is ready."""
+"""Start of `mor serve`: API keys, logging, and the startup summary."""
 
 import logging
 import os
@@ -17,18 +17,18 @@ KEY_VARIABLE = "MOR_API_KEY"
 
 
 def read_keys(path: str | None) -> tuple[bytes, ...]:
-    """Keys that open the server: the lines of a file, else the environment's, else none.
+    """API keys: the lines of a file, else of the environment variable, else none.
 
-    Raises `ValueError` if the file cannot be read or holds no key: a server that was meant to be
-    closed must not stand open.
+    Raises `ValueError` if the file cannot be read or has no key: a server that is meant to need
+    keys must not start without them.
     """
     if path is None:
-        given = os.environ.get(KEY_VARIABLE)
-        return () if given is None else tuple(_keys(KEY_VARIABLE, given))
+        value = os.environ.get(KEY_VARIABLE)
+        return () if value is None else tuple(_keys(KEY_VARIABLE, value))
     try:
         text = Path(path).read_text("utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        fail("api_key_file", path, f"cannot be read ({error})", "Give a file with a key a line")
+        fail("api_key_file", path, f"cannot be read ({error})", "Use a file with one key per line")
     return tuple(_keys("api_key_file", text))
 
 
@@ -36,14 +36,14 @@ def _keys(setting: str, text: str) -> Sequence[bytes]:
     keys = [line.strip() for line in text.splitlines()]
     keys = [key for key in keys if key and not key.startswith("#")]
     # Keys are secrets: no message repeats them.
-    check(bool(keys), setting, "...", "holds no key", "Write one a line, or leave it out")
+    check(bool(keys), setting, "...", "has no key", "Write one per line, or leave it out")
     ok = all(key.isascii() and key.isprintable() and " " not in key for key in keys)
-    check(ok, setting, "...", "a key has characters that no header can carry", "Use ASCII")
+    check(ok, setting, "...", "a key has characters not allowed in a header", "Use ASCII")
     return [key.encode() for key in keys]
 
 
 def log_to_stderr() -> None:
-    """One line a request on standard error; on a terminal with the time alone before it."""
+    """Logs one line per request to standard error, with time, and level unless on a terminal."""
     handler = logging.StreamHandler()
     if sys.stderr.isatty():
         handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%X"))
@@ -55,22 +55,22 @@ def log_to_stderr() -> None:
     logging.getLogger("mor_jax.serve").setLevel(logging.INFO)
 
 
-def announce(engine: Engine, url: str, chats: bool, keys: int) -> None:
-    """Says on standard output what is served, how, and where; the address comes last."""
-    served, now = engine.served, engine.statistics()
-    cfg = served.cfg
-    model = f"{served.name}, {cfg.num_layers} layers of width {cfg.hidden_size}"
+def announce(engine: Engine, url: str, supports_chat: bool, keys: int) -> None:
+    """Prints the model, the limits and the paths to standard output; the address comes last."""
+    model, now = engine.model, engine.statistics()
+    cfg = model.cfg
+    description = f"{model.name}, {cfg.num_layers} layers of width {cfg.hidden_size}"
     if cfg.num_recursions > 1:
-        depth = sum(served.shares)
-        model += f", {cfg.num_recursions} recursions, {depth:.2f} expected a token"
-    paths = ["/v1/completions", *(["/v1/chat/completions"] if chats else [])]
+        depth = sum(model.shares)
+        description += f", {cfg.num_recursions} recursions, expected depth {depth:.2f}"
+    paths = ["/v1/completions", *(["/v1/chat/completions"] if supports_chat else [])]
     rows = {
-        "model": model,
+        "model": description,
         "context": _context(engine),
         "slots": f"{now.slots}",
         "cache": f"{_size(now.cache_bytes)} in {now.pages:,} pages",
         "paths": "  ".join([*paths, "/v1/models", "/health", "/metrics"]),
-        "keys": f"{keys}" if keys else "none: whoever reaches this address may ask",
+        "keys": f"{keys}" if keys else "none: requests need no API key",
     }
     console = Console(soft_wrap=True)
     if console.is_terminal:
@@ -78,7 +78,7 @@ def announce(engine: Engine, url: str, chats: bool, keys: int) -> None:
         for name, value in rows.items():
             table.add_row(Text(name, "dim"), Text(value))
         console.print(table)
-        console.print(Text.assemble("serving on ", (url, "bold"), "  (Ctrl-C ends)"))
+        console.print(Text.assemble("serving on ", (url, "bold"), "  (Ctrl-C stops)"))
     else:
         for name, value in rows.items():
             print(f"{name}: {value}")
@@ -86,10 +86,10 @@ def announce(engine: Engine, url: str, chats: bool, keys: int) -> None:
 
 
 def _context(engine: Engine) -> str:
-    told, whole = f"{engine.max_length} tokens, prompt and answer together", engine.served.cfg
-    if engine.max_length == whole.max_seq_len or engine.cfg.max_length is not None:
-        return told
-    return f"{told}; the model's {whole.max_seq_len} need a larger cache"
+    text, model_cfg = f"{engine.max_length} tokens, prompt and output together", engine.model.cfg
+    if engine.max_length == model_cfg.max_seq_len or engine.cfg.max_length is not None:
+        return text
+    return f"{text}; the model's context of {model_cfg.max_seq_len} needs a larger cache"
 
 
 def _size(count: int) -> str:

@@ -124,7 +124,7 @@ def test_lines_that_say_nothing_sensible(line, message):
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"prompt": [256]}, r"line 2\.prompt\[0\]=256: must be a whole number in 0 \.\. 255"),
+        ({"prompt": [256]}, r"line 2\.prompt\[0\]=256: must be an integer in 0 \.\. 255"),
         ({"prompt": "a", "temperature": -1}, r"line 2\.temperature=-1\.0: must not be negative"),
         ({"prompt": "a", "max_tokens": 64}, r"line 2\.max_tokens=64: prompt \(1 tokens\)"),
         ({"prompt": "a" * 64, "max_tokens": None}, r"line 2\.prompt='a*\.\.\.': has 64 tokens"),
@@ -157,7 +157,7 @@ def test_answers_fit_into_a_small_cache(run, served):
     code, out, err = run(*options, "--max_tokens=31")
     assert (code, out) == (exit_codes.REFUSED, "")
     assert err.startswith(
-        "error: --max_tokens=31: prompt (2 tokens) and answer may hold at most 32"
+        "error: --max_tokens=31: prompt (2 tokens) and output may have at most 32"
     )
 
 

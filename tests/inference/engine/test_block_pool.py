@@ -40,7 +40,9 @@ def test_a_reservation_that_does_not_fit_takes_nothing_of_either_pool(ends, list
     made.changed = False
     assert made.reserve(0, ends, lists) is None
     assert made.used == (0, 0) and not made.changed
-    assert not made.room.any() and not made.end_table.any() and not made.block_table.any()
+    assert (
+        not made.capacity_tokens.any() and not made.end_table.any() and not made.block_table.any()
+    )
     # All of both pools can still be had.
     assert made.reserve(0, 5, (5, 2, 0)) and made.reserve(1, 5, (5, 2, 0))
     assert made.used == (10, 14)
@@ -57,7 +59,7 @@ def test_the_tables_show_what_a_sequence_holds():
     for number, count in enumerate((4, 0, 2)):
         np.testing.assert_array_equal(made.block_table[2, number, :count], held.block[number])
     # Room is counted in tokens, four a block; another slot's is left alone.
-    assert made.room.tolist() == [[12, 8, 4], [0, 0, 0], [16, 0, 8], [0, 0, 0]]
+    assert made.capacity_tokens.tolist() == [[12, 8, 4], [0, 0, 0], [16, 0, 8], [0, 0, 0]]
 
 
 def test_a_list_grows_by_one_block_until_none_is_free():
@@ -69,10 +71,10 @@ def test_a_list_grows_by_one_block_until_none_is_free():
     assert made.extend(1, held, 0)
     assert [len(pages) for pages in held.block] == [3, 1, 2]
     assert [pages[: len(old)] for pages, old in zip(held.block, before, strict=True)] == before
-    assert made.room[1].tolist() == [12, 4, 8]
+    assert made.capacity_tokens[1].tolist() == [12, 4, 8]
     made.changed = False
     assert not made.extend(1, held, 1) and not made.changed
-    assert made.room[1].tolist() == [12, 4, 8] and made.used == (2, 6)
+    assert made.capacity_tokens[1].tolist() == [12, 4, 8] and made.used == (2, 6)
     made.release(held)
     assert made.used == (0, 0)
 
@@ -82,7 +84,7 @@ def test_a_slot_that_is_used_again_shows_its_new_blocks():
     made.release(made.reserve(0, 5, (5, 4, 3)))
     other = made.reserve(1, 1, (1, 1, 1))
     held = made.reserve(0, 2, (1, 2, 0))
-    assert made.room[0].tolist() == [4, 8, 0]
+    assert made.capacity_tokens[0].tolist() == [4, 8, 0]
     assert made.block_table[0, 1, :2].tolist() == held.block[1]
     theirs = {page for pages in other.block for page in pages}
     assert theirs.isdisjoint(page for pages in held.block for page in pages)

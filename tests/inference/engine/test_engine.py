@@ -195,8 +195,8 @@ class TestOneEngine:
         ("change", "says"),
         [
             ({"prompt": ()}, "at least one token"),
-            ({"prompt": (1, 256)}, r"prompt\[1\]=256: must be a whole number in 0 .. 255"),
-            ({"prompt": (1, 2.0)}, r"prompt\[1\]=2.0: must be a whole number"),
+            ({"prompt": (1, 256)}, r"prompt\[1\]=256: must be an integer in 0 .. 255"),
+            ({"prompt": (1, 2.0)}, r"prompt\[1\]=2.0: must be an integer"),
             ({"max_tokens": 62}, "at most 64 together"),
             ({"max_tokens": 0}, "max_tokens=0"),
             ({"sampling": SamplingParams(top_p=0.0)}, "top_p=0.0"),
@@ -248,7 +248,7 @@ def test_logits_that_are_not_numbers_end_the_answer_with_an_error():
     broken = dict(model.params, norm={"scale": model.params["norm"]["scale"] * jax.numpy.nan})
     with Engine(dataclasses.replace(model, params=broken), SMALL) as engine:
         _, finished = engine.submit(Request(prompt=(1, 2), max_tokens=5)).result()
-        assert finished.reason == "error" and "not a number" in finished.message
+        assert finished.reason == "error" and "logits are not finite" in finished.message
         assert engine.failure is None
 
 

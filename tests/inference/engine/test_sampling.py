@@ -16,13 +16,13 @@ def requests(rows: list[SamplingParams], logprobs: int | None = None) -> list[Re
     return [Request(prompt=(0,), sampling=row, logprobs=logprobs) for row in rows]
 
 
-def drawn(logits, rows, positions=None, before=None, logprobs=None):
+def drawn(logits, rows, positions=None, penalty_state=None, logprobs=None):
     """What `sample` gives for these rows, as NumPy arrays."""
     where = np.arange(len(rows)) if positions is None else positions
     where = jnp.asarray(where, jnp.int32)
     made = (SamplingArrays.of(rows), SamplingFeatures.of(requests(rows, logprobs)))
-    settings, want = jax.tree.map(jnp.asarray, made)
-    return jax.device_get(run(jnp.asarray(logits), settings, where, want, before))
+    settings, features = jax.tree.map(jnp.asarray, made)
+    return jax.device_get(run(jnp.asarray(logits), settings, where, features, penalty_state))
 
 
 def random_logits(rows: int, vocabulary: int, seed: int = 0) -> np.ndarray:
@@ -62,10 +62,10 @@ def test_draws_follow_the_distribution_that_sorting_gives(name):
     """20,000 draws of one row: frequencies within five standard errors, nothing that was cut."""
     logits, row, number = random_logits(1, 40, seed=7), CUTS[name], 20_000
     wanted = kept(logits[0], row)
-    want = jax.tree.map(jnp.asarray, SamplingFeatures.of(requests([row])))
+    features = jax.tree.map(jnp.asarray, SamplingFeatures.of(requests([row])))
     settings = jax.tree.map(lambda x: jnp.broadcast_to(x, (number,)), SamplingArrays.of([row]))
     rows = jnp.broadcast_to(jnp.asarray(logits), (number, 40))
-    token = np.asarray(run(rows, settings, jnp.arange(number), want, None).token)
+    token = np.asarray(run(rows, settings, jnp.arange(number), features, None).token)
     share = np.bincount(token, minlength=40) / number
     assert np.all(share[wanted == 0] == 0)
     error = np.sqrt(wanted * (1 - wanted) / number)
@@ -140,13 +140,15 @@ def test_greedy_takes_the_first_of_the_best():
 
 def test_penalties():
     logits = np.float32([[2.0, 1.9, -1.0, 0.5, -np.inf]])
-    said = jnp.asarray([[2, 0, 1, 0, 1]], jnp.int16)
-    heard = jnp.asarray([[False, True, False, False, False]])
-    before = PenaltyState(said, heard)
+    output_counts = jnp.asarray([[2, 0, 1, 0, 1]], jnp.int16)
+    in_prompt = jnp.asarray([[False, True, False, False, False]])
+    penalty_state = PenaltyState(output_counts, in_prompt)
 
     def best(**penalties):
         return int(
-            drawn(logits, [SamplingParams(temperature=0.0, **penalties)], before=before).token[0]
+            drawn(
+                logits, [SamplingParams(temperature=0.0, **penalties)], penalty_state=penalty_state
+            ).token[0]
         )
 
     assert best() == 0
@@ -163,16 +165,16 @@ def test_penalties():
     row = SamplingParams(
         presence_penalty=-2.0, frequency_penalty=-2.0, repetition_penalty=1e-30, seed=0
     )
-    many = PenaltyState(jnp.tile(said, (300, 1)), jnp.tile(heard, (300, 1)))
-    assert 4 not in drawn(np.tile(logits, (300, 1)), [row] * 300, before=many).token
+    many = PenaltyState(jnp.tile(output_counts, (300, 1)), jnp.tile(in_prompt, (300, 1)))
+    assert 4 not in drawn(np.tile(logits, (300, 1)), [row] * 300, penalty_state=many).token
 
 
 def test_logprobs_are_those_of_the_model():
     logits = random_logits(4, 300)
     logits[3, 7] = logits[3, 200] = 30.0
     row = SamplingParams(temperature=0.3, top_k=3, repetition_penalty=2.0, seed=3)
-    before = PenaltyState(jnp.ones((4, 300), jnp.int16), jnp.ones((4, 300), bool))
-    found = drawn(logits, [row] * 4, before=before, logprobs=5)
+    penalty_state = PenaltyState(jnp.ones((4, 300), jnp.int16), jnp.ones((4, 300), bool))
+    found = drawn(logits, [row] * 4, penalty_state=penalty_state, logprobs=5)
     wanted = np.log(softmax(logits))
     np.testing.assert_allclose(found.logprob, wanted[np.arange(4), found.token], atol=1e-5)
     order = np.argsort(-logits, axis=1, kind="stable")[:, :MAX_LOGPROBS]
@@ -197,12 +199,16 @@ def test_logits_that_are_no_numbers_are_told_and_hurt_nobody_else():
 
 def test_nothing_is_wanted_that_nobody_asked_for():
     def names(*rows, logprobs=None):
-        want = SamplingFeatures.of(requests(list(rows), logprobs))
-        return {name for name, value in vars(want).items() if value}
+        features = SamplingFeatures.of(requests(list(rows), logprobs))
+        return {name for name, value in vars(features).items() if value}
 
     assert names() == names(GREEDY, SamplingParams(temperature=0.0, top_k=4)) == set()
-    assert names(GREEDY, SamplingParams()) == {"draws"}
-    assert names(SamplingParams(top_p=0.9)) == names(SamplingParams(top_k=3)) == {"draws", "cuts"}
+    assert names(GREEDY, SamplingParams()) == {"random_sampling"}
+    assert (
+        names(SamplingParams(top_p=0.9))
+        == names(SamplingParams(top_k=3))
+        == {"random_sampling", "truncation"}
+    )
     assert names(SamplingParams(temperature=0.0, frequency_penalty=0.1)) == {"penalties"}
     assert names(GREEDY, logprobs=0) == {"logprobs"}
     assert names(GREEDY, logprobs=1) == {"logprobs", "alternatives"}

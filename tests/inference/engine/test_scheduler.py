@@ -51,12 +51,12 @@ def test_slots_are_given_in_the_order_of_arrival_and_once_each():
     made.admit()
     assert running(made) == {0, 1} and list(made.waiting) == [third]
     assert {first.slot, second.slot} == {0, 1} and third.slot is None
-    assert first.order < second.order
+    assert first.admission_order < second.admission_order
     made.remove(second)
     assert second.slot is None
     made.admit()
     assert running(made) == {0, 2} and not made.waiting
-    assert third.slot != first.slot and third.order > first.order
+    assert third.slot != first.slot and third.admission_order > first.admission_order
 
 
 def test_a_reservation_is_the_expected_share_of_the_whole_length():
@@ -64,7 +64,7 @@ def test_a_reservation_is_the_expected_share_of_the_whole_length():
     (one,) = waiting(made, 16)
     made.admit()
     assert made.pages.used == (4, 4 + 2 + 1)
-    assert made.pages.room[one.slot].tolist() == [16, 8, 4]
+    assert made.pages.capacity_tokens[one.slot].tolist() == [16, 8, 4]
     assert one.counts.tolist() == [0, 0, 0]
 
 
@@ -92,53 +92,53 @@ def test_the_time_of_the_first_slot_is_kept():
     made = scheduler()
     one, other = waiting(made, 16, 16)
     made.admit()
-    placed = one.placed
-    assert placed is not None and other.placed >= placed
+    placed = one.first_scheduled_time
+    assert placed is not None and other.first_scheduled_time >= placed
     made.preempt(one)
     made.admit()
-    assert one.placed == placed and one.slot is not None
+    assert one.first_scheduled_time == placed and one.slot is not None
 
 
 def test_prompts_are_stored_oldest_first_and_the_rest_decodes():
     made = scheduler()
     first, second, third = waiting(made, 16, 16, 16)
-    assert made.next_prompt() is None and made.decoding() == []
+    assert made.next_prefill() is None and made.decoding() == []
     made.admit()
-    assert made.next_prompt() is first and made.decoding() == []
-    first.decodes = third.decodes = True
-    assert made.next_prompt() is second
+    assert made.next_prefill() is first and made.decoding() == []
+    first.decoding = third.decoding = True
+    assert made.next_prefill() is second
     assert {one.seed for one in made.decoding()} == {0, 2}
-    second.decodes = True
-    assert made.next_prompt() is None
+    second.decoding = True
+    assert made.next_prefill() is None
 
 
 def test_one_that_gave_way_is_the_next_to_run_and_starts_again():
     made = scheduler(slots=2)
     first, second, third = waiting(made, 16, 16, 16)
     made.admit()
-    second.stored, second.decodes = 2, True
+    second.prefilled, second.decoding = 2, True
     made.preempt(second)
     assert list(made.waiting) == [second, third] and running(made) == {0}
-    assert (second.slot, second.stored, second.decodes, second.epoch) == (None, 0, False, 1)
+    assert (second.slot, second.prefilled, second.decoding, second.epoch) == (None, 0, False, 1)
     assert made.pages.used == (4, 7) and made.counters.preemptions == 1
     made.admit()
     assert running(made) == {0, 1} and list(made.waiting) == [third]
-    assert made.everyone() == [*made.running.values(), third] and first.slot is not None
+    assert made.unfinished() == [*made.running.values(), third] and first.slot is not None
 
 
 def test_a_list_that_needs_more_takes_free_blocks_first():
     made = scheduler()
     first, second = waiting(made, 16, 16)
     made.admit()
-    made.make_room(first, 2, 9)
-    assert made.pages.room[first.slot].tolist() == [16, 8, 12]
+    made.ensure_capacity(first, 2, 9)
+    assert made.pages.capacity_tokens[first.slot].tolist() == [16, 8, 12]
     assert made.counters.overflows == 2 and made.counters.preemptions == 0
     assert made.pages.used == (8, 2 * 7 + 2) and running(made) == {0, 1}
     # What is there already costs nothing, and no list holds more than the sequence.
-    made.make_room(first, 2, 12)
+    made.ensure_capacity(first, 2, 12)
     assert made.counters.overflows == 2
-    made.make_room(second, 1, 1000)
-    assert made.pages.room[second.slot].tolist() == [16, 16, 4]
+    made.ensure_capacity(second, 1, 1000)
+    assert made.pages.capacity_tokens[second.slot].tolist() == [16, 16, 4]
 
 
 def test_the_youngest_gives_way_to_an_older_one():
@@ -146,9 +146,9 @@ def test_the_youngest_gives_way_to_an_older_one():
     first, second, third = waiting(made, 16, 16, 16)
     made.admit()
     assert made.pages.used[1] == 21
-    made.make_room(first, 2, 5)
+    made.ensure_capacity(first, 2, 5)
     assert running(made) == {0, 1} and list(made.waiting) == [third]
-    assert made.pages.room[first.slot].tolist() == [16, 8, 8]
+    assert made.pages.capacity_tokens[first.slot].tolist() == [16, 8, 8]
     assert made.counters.preemptions == 1 and second.slot is not None
     assert made.pages.used == (8, 7 + 8)
 
@@ -157,7 +157,7 @@ def test_the_youngest_itself_goes_back_to_the_queue():
     made = scheduler(slots=2, block_pages=14)
     first, second = waiting(made, 16, 16)
     made.admit()
-    made.make_room(second, 1, 9)
+    made.ensure_capacity(second, 1, 9)
     assert running(made) == {0} and list(made.waiting) == [second]
     assert second.slot is None and first.epoch == 0
     assert made.pages.used == (4, 7)
@@ -167,14 +167,14 @@ def test_what_a_list_turned_out_to_need_is_reserved_the_next_time():
     made = scheduler(slots=2, block_pages=14)
     first, second = waiting(made, 16, 16)
     made.admit()
-    made.make_room(second, 2, 10)
+    made.ensure_capacity(second, 2, 10)
     assert second.slot is None
     made.admit()
     # 4 + 2 + 3 blocks are not free while the first one holds 7 of 14.
     assert running(made) == {0}
     made.remove(first)
     made.admit()
-    assert made.pages.room[second.slot].tolist() == [16, 8, 12]
+    assert made.pages.capacity_tokens[second.slot].tolist() == [16, 8, 12]
 
 
 def test_alone_a_sequence_can_go_as_deep_as_it_likes():
@@ -182,8 +182,8 @@ def test_alone_a_sequence_can_go_as_deep_as_it_likes():
     first, second = waiting(made, 16, 16)
     made.admit()
     for number in range(LISTS):
-        made.make_room(first, number, 16)
-    assert made.pages.room[first.slot].tolist() == [16] * LISTS
+        made.ensure_capacity(first, number, 16)
+    assert made.pages.capacity_tokens[first.slot].tolist() == [16] * LISTS
     assert made.pages.used == (4, ALL) and list(made.waiting) == [second]
 
 
@@ -202,23 +202,23 @@ def test_lists_grow_before_they_are_full(counts, room):
     made = scheduler()
     one, prompt = waiting(made, 16, 16)
     made.admit()
-    one.decodes = True
+    one.decoding = True
     one.counts[:] = prompt.counts[:] = counts
     made.grow()
-    assert made.pages.room[one.slot].tolist() == list(room)
+    assert made.pages.capacity_tokens[one.slot].tolist() == list(room)
     # One whose prompt is still being stored gets room with each piece of it, not here.
-    assert made.pages.room[prompt.slot].tolist() == [16, 8, 4]
+    assert made.pages.capacity_tokens[prompt.slot].tolist() == [16, 8, 4]
 
 
 def test_growing_stops_for_one_that_gives_way_meanwhile():
     made = scheduler(slots=2, block_pages=14)
     first, second = waiting(made, 16, 16)
     made.admit()
-    first.decodes = second.decodes = True
+    first.decoding = second.decoding = True
     first.counts[:] = second.counts[:] = (8, 8, 4)
     made.grow()
     assert running(made) == {0} and list(made.waiting) == [second]
-    assert made.pages.room[first.slot].tolist() == [16, 12, 8]
+    assert made.pages.capacity_tokens[first.slot].tolist() == [16, 12, 8]
     assert made.counters.preemptions == 1
 
 
@@ -227,25 +227,25 @@ def test_one_that_has_ended_is_forgotten_wherever_it_is():
     first, second, third = waiting(made, 16, 16, 16)
     made.admit()
     made.remove(second)
-    assert made.everyone() == [first, third]
+    assert made.unfinished() == [first, third]
     made.remove(first)
     made.remove(first)
-    assert made.everyone() == [third] and made.pages.used == (0, 0)
+    assert made.unfinished() == [third] and made.pages.used == (0, 0)
     made.admit()
     assert running(made) == {2}
     made.remove(third)
-    assert made.everyone() == [] and made.pages.used == (0, 0)
+    assert made.unfinished() == [] and made.pages.used == (0, 0)
 
 
 def check_accounts(made):
     """Every slot and every block is free or held by exactly one sequence that runs."""
-    held = [one.held for one in made.running.values()]
+    held = [one.blocks for one in made.running.values()]
     ends = [page for one in held for page in one.ends]
     lists = [page for one in held for pages in one.block for page in pages]
     assert len(ends) == len(set(ends)) and len(lists) == len(set(lists))
     assert made.pages.used == (len(ends), len(lists))
     assert all(one.slot == slot for slot, one in made.running.items())
-    assert all(one.slot is None and one.held is None for one in made.waiting)
+    assert all(one.slot is None and one.blocks is None for one in made.waiting)
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -254,23 +254,23 @@ def test_all_end_and_nothing_leaks_whatever_depths_their_tokens_have(seed):
     lengths = rng.integers(3, LONGEST + 1, 12).tolist()
     added = waiting(made, *lengths)
     ended, steps = collections.Counter(), 0
-    while made.everyone():
+    while made.unfinished():
         steps += 1
         assert steps < 1000
         made.admit()
         # Nobody waits while nobody runs.
         assert made.running
         for one in made.running.values():
-            one.decodes = True
+            one.decoding = True
         made.grow()
         check_accounts(made)
         for one in list(made.running.values()):
-            one.stored += 1
+            one.prefilled += 1
             # A token is in list 0, and in every next one with a probability of its own.
             depth = 1 + int(rng.random() < 0.9) + int(rng.random() < 0.5)
             one.counts[:depth] += 1
-            assert (one.counts <= made.pages.room[one.slot]).all()
-            if one.stored == one.length:
+            assert (one.counts <= made.pages.capacity_tokens[one.slot]).all()
+            if one.prefilled == one.max_length:
                 ended[one.seed] += 1
                 made.remove(one)
         check_accounts(made)

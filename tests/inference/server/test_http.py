@@ -146,7 +146,7 @@ def test_what_is_there_when_time_is_up_is_given(engine, monkeypatch, stream):
                 there.set()
                 while not (len(running) == 4 and all(s.answer for s in list(running.values()))):
                     await asyncio.sleep(0.001)
-                monkeypatch.setattr(Sequence, "late", True)
+                monkeypatch.setattr(Sequence, "past_deadline", True)
                 going.set()
                 assert await connection.head() == 200
                 if stream:
@@ -172,7 +172,7 @@ def test_nothing_at_all_in_time_is_an_error(engine, monkeypatch, stream):
                 await connection.ask(TEXT, json.dumps(LONG | {"n": 2, "stream": stream}).encode())
                 while not any(one.open == 2 for one in list(server.api._generations)):
                     await asyncio.sleep(0.001)
-                monkeypatch.setattr(Sequence, "late", True)
+                monkeypatch.setattr(Sequence, "past_deadline", True)
                 going.set()
                 status = await connection.head()
                 if not stream:

@@ -90,11 +90,11 @@ def test_a_client_that_sent_two_requests_and_leaves(server, engine, going, meanw
 
     run(ask())
     until(lambda: not server.server.server_state.tasks)
-    ticks = engine.statistics().ticks
+    decode_steps = engine.statistics().decode_steps
     going.set()
     until(lambda: idle(engine))
     # Neither is answered to its end for nobody.
-    assert engine.statistics().ticks - ticks < 100
+    assert engine.statistics().decode_steps - decode_steps < 100
 
 
 def test_a_full_queue_says_when_to_come_back(url, engine, going):
@@ -129,14 +129,14 @@ def test_too_many_requests_at_work(engine, going):
 
 def test_a_client_that_does_not_read_is_cut_off(engine):
     with serving(engine, Limits(write_timeout=0.3, max_unsent=8)) as server:
-        ticks = engine.statistics().ticks
+        decode_steps = engine.statistics().decode_steps
 
         async def ask():
             # Twenty alternatives a token make megabytes, more than the system holds.
             loud = LONG | {"logprobs": 20, "n": 8, "stream": True}
             async with Connection(server.url, room=1024) as stalled:
                 await stalled.ask(TEXT, body(loud))
-                while engine.statistics().ticks == ticks:
+                while engine.statistics().decode_steps == decode_steps:
                     await asyncio.sleep(0.001)
                 # Others are served meanwhile.
                 status, _ = await post(server.url, TEXT, {"prompt": "b", "max_tokens": 4})

@@ -65,7 +65,7 @@ def test_a_client_that_closes_its_side_gets_its_answer(
             async with Connection(server.url) as connection:
                 connection.writer.write(asked)
                 connection.writer.write_eof()
-                while not any(c._looking for c in list(server.server.server_state.connections)):
+                while not any(c._probe_timer for c in list(server.server.server_state.connections)):
                     await asyncio.sleep(0.001)
                 going.set()
                 return await connection.reader.read()

@@ -164,8 +164,8 @@ def test_what_asks_for_nothing_does_so_everywhere():
         assert read(base | NOTHING, LIMITS) == read(base, LIMITS)
         old = read(base | {"max_tokens": 9}, LIMITS).options
         both = read(base | {"max_tokens": 9, "max_completion_tokens": 3}, LIMITS).options
-        assert (old.max_tokens, old.limit) == (9, "max_tokens")
-        assert (both.max_tokens, both.limit) == (3, "max_completion_tokens")
+        assert (old.max_tokens, old.max_tokens_field) == (9, "max_tokens")
+        assert (both.max_tokens, both.max_tokens_field) == (3, "max_completion_tokens")
 
 
 def test_answers_come_back_as_clients_keep_them():

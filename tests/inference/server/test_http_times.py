@@ -80,17 +80,17 @@ def test_a_client_that_is_told_to_come_back_is_told_that_its_connection_ends(
 ):
     with serving(engine, Limits(keep_alive=keep_alive)) as server:
         # As after answers that took long: the longest wait that is ever asked for.
-        server.api._usual = 1e6
+        server.api._mean_slot_seconds = 1e6
         assert refused_beside_another(server) == (429, "30", "close", "busy")
 
 
 def test_what_a_text_waited_for_is_no_part_of_what_the_next_one_has_to():
-    measures = ServerMetrics(lambda: None, "small")
-    generation = Generation(None, None, Limits(), measures)
+    metrics = ServerMetrics(lambda: None, "small")
+    generation = Generation(None, None, Limits(), metrics)
     generation.choices, generation._handles, generation.open = [Choice(0, 1)], [None], 1
     end = Finished(reason="length", prompt_tokens=1, tokens=4, seconds=100.0, queue_seconds=98.0)
     generation._finish(0, end)
-    assert generation.worked == [2.0]
+    assert generation.slot_seconds == [2.0]
 
 
 def test_with_too_many_requests_at_work_too(engine, going):
@@ -204,14 +204,14 @@ def test_a_server_that_ends_says_so_on_every_connection(tmp_path, monkeypatch):
 
 def test_a_deadline_counts_from_when_the_request_was_read(engine, monkeypatch):
     with serving(engine) as server:
-        prepare = server.api._preparer.completion
+        prepare = server.api._input_processor.completion
 
         def slow(raw):
             # Longer than the deadline below, on any machine.
             time.sleep(0.2)
             return prepare(raw)
 
-        monkeypatch.setattr(server.api._preparer, "completion", slow)
+        monkeypatch.setattr(server.api._input_processor, "completion", slow)
         asked = {"prompt": "a", "max_tokens": 1, "ignore_eos": True}
         assert run(post(server.url, TEXT, asked | {"timeout": PATIENCE}))[0] == 200
         status, answer = run(post(server.url, TEXT, asked | {"timeout": 0.1}))
@@ -262,9 +262,14 @@ def test_a_stream_whose_tokens_have_no_text_is_not_silent():
     async def receive():
         await asyncio.Event().wait()
 
-    form = CompletionFormatter(lambda token: b"", None, False)
+    formatter = CompletionFormatter(lambda token: b"", None, False)
     prepared = ProcessedInput(
-        form=form, requests=(), echoes=(), prompts=(1,), stream=True, include_usage=False
+        formatter=formatter,
+        requests=(),
+        echoes=(),
+        prompt_tokens=(1,),
+        stream=True,
+        include_usage=False,
     )
     run(HTTPResponse(prepared, generation, "1", "small").send(receive, send, ping=0.05))
     assert sent[-1] == b"data: [DONE]\n\n"

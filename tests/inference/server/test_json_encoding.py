@@ -8,7 +8,7 @@ from support.http_server import run
 
 from mor_jax.inference.engine.request import Finished, Token
 from mor_jax.inference.server.input_processor import ProcessedInput
-from mor_jax.inference.server.json_encoding import encode, parts
+from mor_jax.inference.server.json_encoding import encode, iter_encode
 from mor_jax.inference.server.output_processor import ChatFormatter, Choice, CompletionFormatter
 from mor_jax.inference.server.responses import HTTPResponse
 
@@ -22,7 +22,7 @@ def value():
 
 def test_parts_are_the_whole():
     whole = {"a": 1, "b": [], "c": {}, "d": [{"e": value()}, {"e": iter(())}], "f": "\u20ac"}
-    found = list(parts(whole))
+    found = list(iter_encode(whole))
     again = whole | {"d": [{"e": value()}, {"e": iter(())}]}
     assert b"".join(found) == encode(again)
     assert json.loads(encode(again | {"d": [{"e": value()}, {"e": []}]})) == json.loads(
@@ -50,15 +50,20 @@ class Done:
         self.open = 0
         return True
 
-    def leave(self):
+    def disconnect(self):
         self.reason = "left"
 
 
 def written(kind, stream, answers, tokens):
     """All that is sent, and the turns that others got in the event loop before each piece."""
-    form = FORMS[kind](lambda token: bytes([token % 128]), 20, True)
+    formatter = FORMS[kind](lambda token: bytes([token % 128]), 20, True)
     prepared = ProcessedInput(
-        form=form, requests=(), echoes=(), prompts=(1,), stream=stream, include_usage=True
+        formatter=formatter,
+        requests=(),
+        echoes=(),
+        prompt_tokens=(1,),
+        stream=stream,
+        include_usage=True,
     )
     generation, sent, turns = Done(answers, tokens), [], 0
 
