@@ -85,7 +85,7 @@ class Request:
         self.sampling.validate(path)
         for name, tokens in (("prompt", self.prompt), ("stop_tokens", self.stop_tokens)):
             for i, token in enumerate(tokens):
-                rule = f"must be an integer in 0 .. {vocab_size - 1}, the model's vocabulary"
+                rule = f"must be a whole number in 0 .. {vocab_size - 1}, the model's vocabulary"
                 fix = "Use the tokenizer of this model"
                 ok = isinstance(token, int | np.integer) and 0 <= token < vocab_size
                 check(ok, f"{path}.{name}[{i}]", token, rule, fix)

@@ -1,4 +1,4 @@
-"""The process around the endpoints: its socket, its signals, and how it ends."""
+"""The server process: its socket, signals and shutdown."""
 
 import asyncio
 import contextlib
@@ -24,20 +24,23 @@ from mor_jax.runtime.preemption import REPEAT_SECONDS
 
 LOG = logging.getLogger("mor_jax.serve")
 
-# Seconds: for what was answered last to reach its client, and for an engine that does not stop.
+# Seconds for the last responses to reach their clients, and for an engine that does not stop.
 _FLUSH_SECONDS = 5
 _STOP_MARGIN_SECONDS = 10.0
 
-# Connections that wait to be accepted: a thousand clients may come at the same moment.
+# Connections that wait to be accepted: a thousand clients may connect at the same moment.
 _BACKLOG = 4096
 
-# Seconds after which the thread that runs hands over to one that waits. The default of 5 ms would
-# let the event loop hold up every step of the engine by as much.
+# Python's thread switch interval in seconds. With the default of 5 ms the event loop could delay
+# every decode step by as much.
 _SWITCH_INTERVAL = 0.0005
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """A socket at that address, not listening yet; port 0 picks one. Raises `ValueError`."""
+    """A bound socket, not listening yet; port 0 takes a free port.
+
+    Raises `ValueError` if the address is unknown or in use.
+    """
     rule = "must be in 0 .. 65535"
     check(0 <= port <= 65535, "port", port, rule, "Try 8000; 0 takes any that is free")
     try:
@@ -46,7 +49,7 @@ def bind(host: str, port: int) -> socket.socket:
         )[0]
         bound = socket.socket(family, kind, protocol)
     except (OSError, OverflowError, UnicodeError) as error:
-        fail("host", host, f"no such address ({error})", "Try 127.0.0.1, or 0.0.0.0 for all")
+        fail("host", host, f"unknown address ({error})", "Try 127.0.0.1, or 0.0.0.0 for all")
     try:
         bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         # Connections inherit it.
@@ -55,22 +58,22 @@ def bind(host: str, port: int) -> socket.socket:
     except OSError as error:
         bound.close()
         rule = f"cannot listen on {host} ({error.strerror})"
-        fail("port", port, rule, "Choose another one; 0 takes any that is free")
+        fail("port", port, rule, "Use another port; 0 takes any that is free")
     return bound
 
 
 def address(bound: socket.socket) -> str:
-    """`http://127.0.0.1:8000`."""
+    """The URL of a bound socket, such as `http://127.0.0.1:8000`."""
     host, port = bound.getsockname()[:2]
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
 class Server(uvicorn.Server):
-    """Serves until it is told to end: `stop`, SIGTERM, SIGINT, or an engine that failed.
+    """Serves until `stop`, SIGTERM, SIGINT or a failure of the engine.
 
-    First the engine finishes what it has (`Limits.drain`), while new requests get 503. A second
-    signal gives up what is under way. ready: called once clients can connect. code: exit code of
-    the process. engine_hangs: the engine did not stop when it was told to.
+    The engine first finishes running requests (`Limits.drain`), while new ones get 503. A second
+    signal cancels them. ready: called once clients can connect. code: exit code of the process.
+    engine_hangs: the engine did not stop in time.
     """
 
     def __init__(
@@ -98,7 +101,7 @@ class Server(uvicorn.Server):
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
-        """uvicorn's own would end the process by the signal, and drop answers under way."""
+        """Replaces uvicorn's signal handling, which drops running requests."""
         self._loop = asyncio.get_running_loop()
         if threading.current_thread() is not threading.main_thread():
             yield
@@ -111,21 +114,21 @@ class Server(uvicorn.Server):
         finally:
             for signum, handler in previous.items():
                 self._loop.remove_signal_handler(signum)
-                # The process is at its end: a signal that comes again must not change its code.
+                # The process is about to exit: another signal must not change its exit code.
                 signal.signal(signum, signal.SIG_IGN if self._draining else handler)
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Listens."""
+        """Listens, then calls `ready`."""
         await super().startup(sockets)
         self._ready()
 
     def stop(self) -> None:
-        """As SIGTERM. May be called from any thread."""
+        """The same as SIGTERM. May be called from any thread."""
         if self._loop is not None:
             self._loop.call_soon_threadsafe(self._request_stop, "stop")
 
     async def on_tick(self, counter: int) -> bool:
-        """Ten times a second: whether to end now."""
+        """Whether to exit now; uvicorn calls it ten times a second."""
         if self._engine.failure and self._draining is None:
             LOG.error("the engine failed: %s", self._engine.failure)
             self.code = exit_codes.ERROR
@@ -140,10 +143,10 @@ class Server(uvicorn.Server):
 
     def _request_stop(self, reason: str) -> None:
         if self._draining is not None:
-            LOG.warning("%s again: giving up the answers under way", reason)
+            LOG.warning("%s again: cancelling the running requests", reason)
             self._api.cancel_all()
             return
-        LOG.warning("%s: finishing the answers under way, for %g s", reason, self._limits.drain)
+        LOG.warning("%s: finishing the running requests, for %g s", reason, self._limits.drain)
         self._api.draining = "the server is shutting down"
         self._draining = asyncio.get_running_loop().create_task(self._drain())
 
@@ -157,13 +160,13 @@ class Server(uvicorn.Server):
             finally:
                 loop.call_soon_threadsafe(done.set)
 
-        # A daemon: an engine that hangs must not keep the process.
+        # A daemon thread: an engine that hangs must not keep the process alive.
         threading.Thread(target=stop, name="drain", daemon=True).start()
         try:
             async with asyncio.timeout(self._limits.drain + _STOP_MARGIN_SECONDS):
                 await done.wait()
         except TimeoutError:
-            LOG.error("the engine does not stop: leaving it")
+            LOG.error("the engine does not stop: exiting without it")
             self.code, self.engine_hangs = exit_codes.ERROR, True
             self._api.cancel_all()
         self.should_exit = True
@@ -175,14 +178,14 @@ def run(server: Server, bound: socket.socket) -> int:
     _raise_file_limit()
     server.run(sockets=[bound])
     if server.engine_hangs:
-        # Its thread is inside of a device that does not answer, and nobody could join it.
+        # The engine's thread waits for a device that does not respond, and cannot be joined.
         logging.shutdown()
         os._exit(server.code)
     return server.code
 
 
 def _raise_file_limit() -> None:
-    """Each connection is a file to the system, which often allows 1,024 unless asked."""
+    """Raises the limit on open files, often 1,024, because each connection is one."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != hard:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))

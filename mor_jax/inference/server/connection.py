@@ -1,6 +1,6 @@
-"""Connections that waste nobody's time: bounds on what a client may send and leave unread.
+"""HTTP/1.1 connections with limits on what a client may send and leave unread.
 
-An ASGI application cannot see a request line that never ends, nor end a connection whose client
+An ASGI application cannot see a request line that never ends, nor close a connection whose client
 has stopped reading. uvicorn leaves both open for ever, so its protocol is extended here.
 """
 
@@ -12,29 +12,29 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResp
 
 from mor_jax.inference.server.limits import MAX_HEAD, Limits
 
-# Requests that a client may send before it has the answer to the first.
+# Requests that a client may pipeline.
 _MAX_PIPELINED = 16
 
-# How every response begins.
+# The first bytes of every response.
 _STATUS_LINE_START = b"HTTP/1.1 "
 
-# Of an event stream: a comment, which its readers leave out.
+# A comment of an event stream, which clients ignore.
 _COMMENT = b":\n\n"
 
-# Seconds between two looks at a connection whose client sends no more.
+# Seconds between two probes of a half-closed connection.
 _PROBE_SECONDS = 0.05
 
 
 @runtime_checkable
 class Timer(Protocol):
-    """What `call_later` gives; event loops have classes of their own."""
+    """The return value of `call_later`, whose class depends on the event loop."""
 
     def cancel(self) -> None:
-        """Stops it."""
+        """Stops the timer."""
 
 
 class LimitedProtocol(HttpToolsProtocol):
-    """HTTP/1.1 with time limits. `bounded` makes a class for uvicorn."""
+    """HTTP/1.1 with time limits. `limited_protocol` creates the class for uvicorn."""
 
     limits = Limits()
 
@@ -44,24 +44,24 @@ class LimitedProtocol(HttpToolsProtocol):
         self._cycles: list[RequestResponseCycle] = []
         self._head_timer: Timer | None = None
         self._write_timer: Timer | None = None
-        # A client that sends no more and may still read: the clock that looks whether it does.
+        # Runs while the client sends no more but may still read.
         self._probe_timer: Timer | None = None
 
     def connection_made(self, transport: Any) -> None:
-        """Starts the clock for the first request line."""
+        """Starts the timer for the first request line."""
         super().connection_made(transport)
-        # By default nobody is told of the last 64 kB that the system does not take, and the clock
-        # for a client that does not read would never start.
+        # By default asyncio buffers 64 kB without calling `pause_writing`, and the timer for a
+        # client that does not read would never start.
         transport.set_write_buffer_limits(high=0)
         self._start_head_timer()
 
     def data_received(self, data: bytes) -> None:
-        """Ends the connection when a head grows too long."""
+        """Rejects headers that are too long."""
         super().data_received(data)
         if self.transport.is_closing():
             return
         if self.cycle is None or self.cycle.response_complete:
-            # Of the next request: its first bytes ended the time in which a connection may idle.
+            # The next request has begun: its first bytes ended the keep-alive time.
             self._head_bytes += len(data)
             if self._head_bytes > MAX_HEAD:
                 self.send_400_response("The request's headers are too long.")
@@ -72,16 +72,16 @@ class LimitedProtocol(HttpToolsProtocol):
             self._head_timer = _cancel(self._head_timer)
 
     def on_headers_complete(self) -> None:
-        """Remembers the request: several may have come at once."""
+        """Registers the request: several may be open at once."""
         super().on_headers_complete()
         if 0 < len(self.pipeline) <= _MAX_PIPELINED:
-            # uvicorn stops reading while a request waits for another one's answer, and so would
-            # not see the client leave.
+            # uvicorn stops reading while a request waits for an earlier response, and would not
+            # notice that the client disconnects.
             self.flow.resume_reading()
         self._cycles = [*self._open_cycles(), self.cycle]
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Stops the clocks, and tells every request; uvicorn tells the last alone."""
+        """Stops the timers and notifies every open request; uvicorn notifies only the last."""
         self._head_timer, self._write_timer = _cancel(self._head_timer), _cancel(self._write_timer)
         self._probe_timer = _cancel(self._probe_timer)
         super().connection_lost(exc)
@@ -92,10 +92,10 @@ class LimitedProtocol(HttpToolsProtocol):
         self._cycles = []
 
     def eof_received(self) -> bool:  # type: ignore[override]
-        """The client sends no more. If it has asked for something it may wait for the answer.
+        """The client sends no more; it may still wait for a response. True keeps the connection.
 
-        Or it has left: both look the same until something is sent to it, which one that has left
-        returns. So a few bytes of the answer go ahead. True keeps the connection.
+        A client that has disconnected looks the same until it receives data, which it rejects. So a
+        few bytes of the response are sent ahead.
         """
         open_cycles = self._open_cycles()
         if not open_cycles or open_cycles[-1].more_body or self.transport.is_closing():
@@ -106,7 +106,7 @@ class LimitedProtocol(HttpToolsProtocol):
         return True
 
     def on_response_complete(self) -> None:
-        """Ends the connection if no request can follow."""
+        """Closes the connection if no request can follow."""
         super().on_response_complete()
         if (
             self._probe_timer is not None
@@ -116,7 +116,7 @@ class LimitedProtocol(HttpToolsProtocol):
             self.transport.close()
 
     def pause_writing(self) -> None:
-        """The client does not read: the clock for that starts."""
+        """Starts the write timer: the client does not read."""
         super().pause_writing()
         if self._write_timer is None:
             self._write_timer = self.loop.call_later(
@@ -124,7 +124,7 @@ class LimitedProtocol(HttpToolsProtocol):
             )
 
     def resume_writing(self) -> None:
-        """It has read."""
+        """Stops the write timer: the client has read."""
         self._write_timer = _cancel(self._write_timer)
         super().resume_writing()
 
@@ -133,13 +133,13 @@ class LimitedProtocol(HttpToolsProtocol):
         super()._start_asgi_task(cycle, _without_chunking(cycle, app) if is_http_1_0 else app)
 
     def _open_cycles(self) -> list[RequestResponseCycle]:
-        """Requests whose answers are not complete, oldest first."""
+        """Requests whose responses are not complete, oldest first."""
         return [cycle for cycle in self._cycles if not cycle.response_complete]
 
     def _probe(self) -> None:
         self._probe_timer = self.loop.call_later(_PROBE_SECONDS, self._probe)
         sock = self.transport.get_extra_info("socket")
-        # Nobody reads from this connection any more, so nobody is told what came back.
+        # asyncio no longer reads from this connection, so it does not report the error itself.
         if sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
             self.transport.abort()
 
@@ -153,18 +153,18 @@ class LimitedProtocol(HttpToolsProtocol):
 
 
 def limited_protocol(limits: Limits) -> type[LimitedProtocol]:
-    """The protocol with these limits."""
+    """The protocol class with these limits."""
     return type("Protocol", (LimitedProtocol,), {"limits": limits})
 
 
 class _StartedTransport:
-    """The transport of a response whose `_BEGINNING` is out: leaves that out of what it writes."""
+    """Transport of a response whose first bytes are already sent: skips them in the first write."""
 
     def __init__(self, cycle: RequestResponseCycle) -> None:
         self._cycle, self._transport = cycle, cycle.transport
 
     def write(self, data: bytes) -> None:
-        """The first write, which has the rest of the status line."""
+        """Writes the rest of the status line, and restores the original transport."""
         self._cycle.transport = self._transport
         self._transport.write(data.removeprefix(_STATUS_LINE_START))
 
@@ -173,23 +173,23 @@ class _StartedTransport:
 
 
 def _send_ahead(cycle: RequestResponseCycle) -> None:
-    """Sends a few bytes that the answer has in any case, or that change nothing in it."""
+    """Sends a few bytes that the response starts with, or that its client ignores."""
     if not cycle.response_started:
         cycle.transport.write(_STATUS_LINE_START)
         cycle.transport = _StartedTransport(cycle)  # type: ignore[assignment]
     elif cycle.chunked_encoding:
-        # Only event streams have no length.
+        # Only event streams are chunked.
         cycle.transport.write(b"%x\r\n%b\r\n" % (len(_COMMENT), _COMMENT))
 
 
 def _without_chunking(cycle: RequestResponseCycle, app: ASGIApp) -> ASGIApp:
-    """The application for a client of HTTP/1.0, which does not know chunks: its answer goes as it
-    is, and ends with the connection."""
+    """The application for HTTP/1.0, which has no chunked encoding: the response is sent as it is
+    and ends with the connection."""
     cycle.chunked_encoding = False
 
     async def run(scope: Scope, receive: Receive, send: Send) -> None:
         async def send_unframed(message: Message) -> None:
-            # What is left of a length that uvicorn has not been told.
+            # uvicorn checks every body against an expected length, which is unknown here.
             cycle.expected_content_length = len(message.get("body", b""))
             await send(message)
 
@@ -199,6 +199,6 @@ def _without_chunking(cycle: RequestResponseCycle, app: ASGIApp) -> ASGIApp:
 
 
 def _cancel(timer: Timer | None) -> None:
-    """Stops a clock that may be running; what it returns says that none is."""
+    """Cancels a timer if there is one; returns None."""
     if timer is not None:
         timer.cancel()

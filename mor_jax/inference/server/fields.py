@@ -1,4 +1,4 @@
-"""Reads the members of a request's JSON object, each with its type and range."""
+"""Parses a request's JSON object and reads its fields, each with its type and range."""
 
 import collections
 import difflib
@@ -8,15 +8,15 @@ from typing import Any
 
 from mor_jax.inference.server.errors import APIError, raise_error, require
 
-# Of a whole number: Python reads longer ones ever more slowly.
+# Most digits of an integer: parsing time grows faster than the length.
 _MAX_DIGITS = 100
 
 
 def parse_object(body: bytes) -> dict[str, Any]:
-    """The JSON object in a request's body. Raises `APIError` on anything else.
+    """Parses a request's body as a JSON object. Raises `APIError` on anything else.
 
-    Text that is no Unicode (a lone surrogate), NaN and infinite numbers are refused wherever they
-    are, because JSON has none; and a name that an object has twice, because one would be ignored.
+    Rejects lone surrogates, NaN and infinite numbers at any depth, because JSON has none, and
+    duplicate names, because one of the values would be ignored.
     """
     try:
         values = json.loads(
@@ -33,7 +33,7 @@ def parse_object(body: bytes) -> dict[str, Any]:
     except RecursionError:
         raise APIError(400, "the body is nested too deeply", code="not_json") from None
     except ValueError as error:
-        # A JSONDecodeError holds the text; only its place is repeated.
+        # A JSONDecodeError holds the whole text; the message repeats only the position.
         what = getattr(error, "msg", None) or str(error)
         line, column = getattr(error, "lineno", None), getattr(error, "colno", None)
         where = f" (line {line}, column {column})" if line else ""
@@ -44,20 +44,20 @@ def parse_object(body: bytes) -> dict[str, Any]:
 
 
 def _no_constant(name: str) -> Any:
-    raise ValueError(f"{name} is no JSON number")
+    raise ValueError(f"{name} is not a JSON number")
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     values = dict(pairs)
     if len(values) < len(pairs):
         duplicate = collections.Counter(name for name, _ in pairs).most_common(1)[0][0]
-        raise ValueError(f"{duplicate[:64]!r} is there twice")
+        raise ValueError(f"duplicate name {duplicate[:64]!r}")
     return values
 
 
 def _integer(digits: str) -> int:
     if len(digits) > _MAX_DIGITS:
-        raise ValueError(f"a number has {len(digits)} digits")
+        raise ValueError(f"a number has {len(digits)} digits, more than {_MAX_DIGITS}")
     return int(digits)
 
 
@@ -70,7 +70,7 @@ def _check_texts(values: Any) -> None:
             try:
                 value.encode("utf-8")
             except UnicodeEncodeError:
-                raise ValueError("a text holds half of a surrogate pair") from None
+                raise ValueError("a string has half of a surrogate pair") from None
         elif isinstance(value, dict):
             stack.extend(value)
             stack.extend(value.values())
@@ -83,10 +83,10 @@ def _numbers(values: list[Any]) -> bool:
 
 
 class Fields:
-    """The members of a JSON object, taken by name. null counts as left out, whatever the name.
+    """The fields of a JSON object, read by name. null counts as left out.
 
-    Names that nobody took are refused by `end`: a setting that is misspelt or not supported must
-    not be ignored silently.
+    `reject_unknown` rejects fields that were never read: a misspelt or unsupported setting must not
+    be ignored silently.
     """
 
     def __init__(self, values: dict[str, Any], path: str = "") -> None:
@@ -95,7 +95,7 @@ class Fields:
         self._known: set[str] = set()
 
     def take(self, name: str) -> Any:
-        """The member as it is, None where it is left out."""
+        """The value as it is; None if it is left out."""
         self._known.add(name)
         return self._values.get(name)
 
@@ -107,14 +107,14 @@ class Fields:
         return value
 
     def boolean(self, name: str) -> bool:
-        """true or false; left out is false."""
+        """true or false; false if it is left out."""
         value = self.take(name)
         ok = value is None or isinstance(value, bool)
         require(ok, self._path + name, value, "must be true or false", "Leave it out for false")
         return bool(value)
 
     def integer(self, name: str, low: int, high: int) -> int | None:
-        """A whole number in low .. high."""
+        """An integer in low .. high; None if it is left out."""
         value = self.take(name)
         ok = value is None or (type(value) is int and low <= value <= high)
         rule = f"must be a whole number in {low} .. {high}"
@@ -132,22 +132,22 @@ class Fields:
         return float(value)
 
     def group(self, name: str) -> "Fields":
-        """The members of an object inside; empty where it is left out."""
+        """The fields of a nested object; none if it is left out."""
         value = self.take(name)
         ok = value is None or isinstance(value, dict)
         require(ok, self._path + name, value, "must be an object", "Leave it out")
         return Fields(value or {}, f"{self._path}{name}.")
 
     def reject_unless(self, name: str, *values: Any) -> None:
-        """Refuses a member that this server does not support, unless it asks for nothing."""
+        """Rejects a field that is not supported, unless it is null or one of `values`."""
         value = self.take(name)
         ok = value is None or any(value == v and type(value) is type(v) for v in values)
         require(ok, self._path + name, value, "is not supported by this server", "Leave it out")
 
     def reject_unknown(self, *empty_values: Any) -> None:
-        """Refuses the first member that nobody took, with the nearest name that exists.
+        """Rejects the first field that was never read, and suggests the closest known name.
 
-        nothing: values besides null that say as little as leaving the member out.
+        empty_values: values besides null that count as left out.
         """
         for name, value in self._values.items():
             if name not in self._known and value is not None and value not in empty_values:

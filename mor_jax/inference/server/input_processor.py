@@ -1,6 +1,6 @@
-"""From the body of a request to what the engine is asked: parsed, checked, turned into tokens.
+"""Turns the body of an HTTP request into engine requests: parsing, validation, tokenisation.
 
-Everything here may take long for a long text, so it runs in a thread of its own.
+This may take long for a long prompt, so it runs on a separate thread.
 """
 
 import dataclasses
@@ -21,19 +21,19 @@ from mor_jax.inference.server.output_processor import (
 )
 from mor_jax.inference.token_bytes import token_bytes
 
-# OpenAI's own default for completions; a chat may fill what the context leaves.
+# OpenAI's default for completions; a chat may use the rest of the context.
 _COMPLETION_TOKENS = 16
 
-# Seconds: a deadline has to be positive.
+# Seconds; the engine requires a positive deadline.
 _MIN_DEADLINE = 1e-6
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ProcessedInput:
-    """A request that is ready for the engine.
+    """An HTTP request that is ready for the engine.
 
-    requests: one for each answer, all answers of a prompt together. echoes: what comes before each
-    answer. prompts: tokens of each prompt.
+    requests: one for each choice, the choices of a prompt next to each other. echoes: text before
+    each choice. prompt_tokens: number of tokens of each prompt.
     """
 
     formatter: ResponseFormatter
@@ -44,10 +44,10 @@ class ProcessedInput:
     include_usage: bool
 
     def after(self, seconds: float) -> "ProcessedInput":
-        """The same, that long after it arrived: its deadlines are as much nearer.
+        """The same with every deadline shortened by `seconds`, the time since its arrival.
 
-        One that has passed stays in the request, just as short as the engine takes, so that it ends
-        like any other.
+        A deadline that has passed becomes the shortest that the engine accepts, so that the request
+        ends like any other late one.
         """
         requests = tuple(
             request
@@ -61,10 +61,10 @@ class ProcessedInput:
 
 
 class InputProcessor:
-    """Knows the model that is served. `completion` and `chat` raise `APIError`."""
+    """Processes requests for one model. `completion` and `chat` raise `APIError`."""
 
     def __init__(self, model: LoadedModel, max_length: int, limits: Limits) -> None:
-        """max_length: tokens of prompt and answer together. Raises `ValueError` if the model's chat
+        """max_length: tokens of prompt and output together. Raises `ValueError` if the model's chat
         template cannot be read."""
         self._model, self._limits = model, limits
         self._token_bytes = token_bytes(model.tokenizer)
@@ -73,7 +73,7 @@ class InputProcessor:
 
     @property
     def supports_chat(self) -> bool:
-        """Whether there is a chat template."""
+        """Whether the model has a chat template."""
         return self._template is not None
 
     def completion(self, body: bytes) -> ProcessedInput:
@@ -84,7 +84,7 @@ class InputProcessor:
         raw_prompts = parsed.prompts
         texts = [prompt for prompt in raw_prompts if isinstance(prompt, str)]
         encoded = iter(tokenizer.encode_batch(texts))
-        # As OpenAI does it: an empty prompt is the end of another text.
+        # As in OpenAI's API: an empty prompt becomes the EOS token.
         start = (tokenizer.eos_id,)
         prompts = [
             tuple(next(encoded).tolist()) or start if isinstance(p, str) else p for p in raw_prompts
@@ -119,7 +119,7 @@ class InputProcessor:
     def _check_model(self, name: str | None) -> None:
         model = self._model.name
         if name is not None and name != model:
-            fix = f"This server has {model}"
+            fix = f"Use {model}"
             raise_error(
                 "model", name, "is not served here", fix, code="model_not_found", status=404
             )
@@ -138,7 +138,7 @@ class InputProcessor:
         prompts: Mapping[str, tuple[int, ...]],
         echoes: Sequence[str],
     ) -> ProcessedInput:
-        """prompts: tokens by what the request calls them."""
+        """prompts: token ids by the name of the prompt in the request."""
         self._check_tokens("stop_token_ids", options.stop_tokens)
         requests = []
         for path, prompt in prompts.items():
@@ -160,9 +160,9 @@ class InputProcessor:
         prompt: tuple[int, ...],
         path: str,
     ) -> Request:
-        # Programs that shorten a conversation until it fits look for these words.
+        # Clients that shorten a conversation until it fits search for these words.
         rule = f"This model's maximum context length is {self._max_length} tokens"
-        rule += f", prompt and answer together. {path} has {len(prompt)}"
+        rule += f", prompt and output together. {path} has {len(prompt)}"
         code, tokens_left = "context_length_exceeded", self._max_length - len(prompt)
         if tokens_left <= 0:
             raise APIError(400, f"{rule}. Shorten it", param=path, code=code)
@@ -174,10 +174,8 @@ class InputProcessor:
                 else min(_COMPLETION_TOKENS, tokens_left)
             )
         if max_tokens > tokens_left:
-            message = (
-                f"{rule}, and {options.max_tokens_field}={max_tokens} asks for more than the rest"
-            )
-            message += f". Ask for at most {tokens_left}"
+            message = f"{rule}, and {options.max_tokens_field}={max_tokens} exceeds the rest"
+            message += f". Use at most {tokens_left}"
             raise APIError(400, message, param=options.max_tokens_field, code=code)
         max_timeout = self._limits.timeout
         return Request(
@@ -193,8 +191,8 @@ class InputProcessor:
 
 
 def _echo(tokenizer: Tokenizer, prompt: schemas.Prompt) -> str:
-    """A prompt as text; what its answer begins with is not in it."""
-    # That sign stands for what is no character too, and the answer takes it for that.
+    """A prompt as text, without an incomplete last character, which belongs to the output."""
+    # U+FFFD also stands for an incomplete character, and the output treats it as one.
     if isinstance(prompt, str) and not prompt.endswith("\ufffd"):
         return prompt
     tokens = tokenizer.encode(prompt).tolist() if isinstance(prompt, str) else prompt
@@ -202,7 +200,7 @@ def _echo(tokenizer: Tokenizer, prompt: schemas.Prompt) -> str:
 
 
 def _with_seed_offset(request: Request, offset: int) -> Request:
-    """The request for answer `number` of the same prompt: seeds count up from the one given."""
+    """The request for choice `offset` of the same prompt, with its seed raised by `offset`."""
     seed = request.sampling.seed
     if seed is None or offset == 0:
         return request

@@ -1,7 +1,7 @@
-"""JSON on the wire, whole or in short parts.
+"""JSON encoding, whole or in parts.
 
-Encoding holds up everything else in the process. An answer may have tens of megabytes, so it is
-made and encoded a little at a time.
+Encoding blocks the event loop. A response may have tens of megabytes, so it is built and encoded in
+small parts.
 """
 
 import itertools
@@ -9,12 +9,12 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
-# Items of an iterator that are encoded at one time.
+# Items of an iterator that are encoded at a time.
 _ITEMS_PER_PART = 16
 
 
 def encode(value: Any) -> bytes:
-    """JSON in UTF-8, without spaces. Iterators are written as lists."""
+    """Compact JSON in UTF-8. Iterators become lists."""
     text = json.dumps(
         value, ensure_ascii=False, separators=(",", ":"), allow_nan=False, default=_to_list
     )
@@ -22,7 +22,7 @@ def encode(value: Any) -> bytes:
 
 
 def iter_encode(value: Any) -> Iterator[bytes]:
-    """What `encode` gives, in parts that take about as long as a few items of an iterator."""
+    """The same bytes as `encode`, in parts of at most a few items of an iterator."""
     if isinstance(value, dict):
         yield b"{"
         for i, (name, inner) in enumerate(value.items()):
@@ -48,5 +48,5 @@ def iter_encode(value: Any) -> Iterator[bytes]:
 
 def _to_list(value: Any) -> list[Any]:
     if not isinstance(value, Iterator):
-        raise TypeError(f"{type(value).__name__} has no form in JSON")
+        raise TypeError(f"{type(value).__name__} cannot be encoded as JSON")
     return list(value)

@@ -1,4 +1,4 @@
-"""What a client may ask of the two endpoints, checked, before a tokenizer sees it."""
+"""Request schemas of the completions and chat endpoints, validated before tokenisation."""
 
 import dataclasses
 from typing import Any
@@ -10,7 +10,7 @@ from mor_jax.inference.server.limits import MAX_STOP_LENGTH, MAX_STOPS, Limits
 
 Prompt = str | tuple[int, ...]
 
-# Accepted and without effect: they say who asks or how it is billed, not what is answered.
+# Accepted and ignored: they describe the user or the billing, not the response.
 _IGNORED = (
     "user",
     "metadata",
@@ -22,14 +22,14 @@ _IGNORED = (
     "parallel_tool_calls",
 )
 
-# Not supported, and refused unless they ask for nothing: with these values, or null.
+# Not supported; rejected unless null or one of these values, which request nothing.
 _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "best_of": (1,),
     "logit_bias": ({},),
     "store": (False,),
     "suffix": ("",),
 }
-# The same of chats. Completions know them by name, to say so.
+# The same for chat. The completions endpoint also names them in its errors.
 _UNSUPPORTED_IN_CHAT: dict[str, tuple[Any, ...]] = {
     "audio": (),
     "echo": (False,),
@@ -49,9 +49,12 @@ _UNSUPPORTED_IN_CHAT: dict[str, tuple[Any, ...]] = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CommonFields:
-    """What both endpoints take. max_tokens: None where left out. limit: its name in the request.
-    timeout: seconds; None: the server's own. logprobs: alternatives a token; None: none at all.
-    depths: each token's too."""
+    """Fields of both endpoints.
+
+    max_tokens: None if left out. max_tokens_field: its name in the request. timeout: seconds; None:
+    the server's. logprobs: alternatives per token; None: no log-probabilities. depths: return the
+    depth of each token.
+    """
 
     model: str | None
     n: int
@@ -70,8 +73,8 @@ class CommonFields:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CompletionRequest:
-    """A request to /v1/completions. paths: of each prompt in the request, such as `prompt[1]`.
-    echo: the prompt comes before its answer."""
+    """A request to /v1/completions. paths: name of each prompt in the request, such as `prompt[1]`.
+    echo: repeat the prompt before the output."""
 
     options: CommonFields
     prompts: tuple[Prompt, ...]
@@ -81,14 +84,14 @@ class CompletionRequest:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ChatRequest:
-    """A request to /v1/chat/completions. messages: role, content (a text), maybe name."""
+    """A request to /v1/chat/completions. messages: role, content (a string), optionally name."""
 
     options: CommonFields
     messages: tuple[dict[str, str], ...]
 
 
 def completion(values: dict[str, Any], limits: Limits) -> CompletionRequest:
-    """Checks the body of a request to /v1/completions. Raises `APIError`."""
+    """Validates the body of a request to /v1/completions. Raises `APIError`."""
     fields = Fields(values)
     logprobs = fields.integer("logprobs", 0, MAX_LOGPROBS)
     for name in _UNSUPPORTED_IN_CHAT.keys() - {"echo"}:
@@ -102,14 +105,14 @@ def completion(values: dict[str, Any], limits: Limits) -> CompletionRequest:
     prompts = _prompts(raw_prompts, limits)
     fields.reject_unknown()
     _check_choices(len(prompts), options.n, limits)
-    # One prompt may stand by itself.
+    # A single prompt needs no list.
     is_single = isinstance(raw_prompts, str) or type(raw_prompts[0]) is int
     paths = ("prompt",) if is_single else tuple(f"prompt[{i}]" for i in range(len(prompts)))
     return CompletionRequest(options=options, prompts=prompts, paths=paths, echo=echo)
 
 
 def chat(values: dict[str, Any], limits: Limits) -> ChatRequest:
-    """Checks the body of a request to /v1/chat/completions. Raises `APIError`."""
+    """Validates the body of a request to /v1/chat/completions. Raises `APIError`."""
     fields = Fields(values)
     logprobs_requested = fields.boolean("logprobs")
     alternatives = fields.integer("top_logprobs", 0, MAX_LOGPROBS)
@@ -129,12 +132,12 @@ def _options(fields: Fields, logprobs: int | None) -> CommonFields:
         fields.take(name)
     for name, values in _UNSUPPORTED.items():
         fields.reject_unless(name, *values)
-    # The older of the two names gives way, as with OpenAI.
+    # max_completion_tokens takes precedence, as in OpenAI's API.
     max_tokens = fields.integer("max_tokens", 1, 2**31 - 1)
     max_completion_tokens = fields.integer("max_completion_tokens", 1, 2**31 - 1)
     usage = fields.group("stream_options")
     stream, include_usage = fields.boolean("stream"), usage.boolean("include_usage")
-    # Pads events against listeners on the line, which OpenAI's clients need not know.
+    # OpenAI pads events against traffic analysis; accepted and ignored.
     usage.take("include_obfuscation")
     usage.reject_unknown()
     if fields.take("stream_options") is not None and not stream:
@@ -164,7 +167,7 @@ def _sampling(fields: Fields) -> SamplingParams:
     top_k = fields.integer("top_k", -1, 2**31 - 1)
     sampling = SamplingParams(
         temperature=fields.number("temperature", 1.0),
-        # Others say "all" with 0 or -1.
+        # Other APIs use 0 or -1 for all tokens.
         top_k=top_k if top_k is not None and top_k > 0 else None,
         top_p=fields.number("top_p", 1.0),
         min_p=fields.number("min_p", 0.0),
@@ -184,7 +187,7 @@ def _stops(value: Any) -> tuple[str, ...]:
     stops = [value] if isinstance(value, str) else [] if value is None else value
     ok = isinstance(stops, list) and all(isinstance(stop, str) for stop in stops)
     require(ok, "stop", value, "must be a string or a list of strings", "Leave it out")
-    require(len(stops) <= MAX_STOPS, "stop", value, f"at most {MAX_STOPS} texts", "Give fewer")
+    require(len(stops) <= MAX_STOPS, "stop", value, f"at most {MAX_STOPS} strings", "Use fewer")
     for i, stop in enumerate(stops):
         rule = f"must have 1 to {MAX_STOP_LENGTH} characters"
         require(0 < len(stop) <= MAX_STOP_LENGTH, f"stop[{i}]", stop, rule, "Leave it out")
@@ -194,14 +197,14 @@ def _stops(value: Any) -> tuple[str, ...]:
 def _stop_tokens(value: Any) -> tuple[int, ...]:
     tokens = [] if value is None else value
     ok = isinstance(tokens, list) and all(type(token) is int for token in tokens)
-    require(ok, "stop_token_ids", value, "must be a list of token numbers", "Leave it out")
+    require(ok, "stop_token_ids", value, "must be a list of token ids", "Leave it out")
     rule = f"at most {MAX_STOPS} tokens"
-    require(len(tokens) <= MAX_STOPS, "stop_token_ids", value, rule, "Give fewer")
+    require(len(tokens) <= MAX_STOPS, "stop_token_ids", value, rule, "Use fewer")
     return tuple(tokens)
 
 
 def _prompts(value: Any, limits: Limits) -> tuple[Prompt, ...]:
-    rule = "must be a string, a list of strings, a list of token numbers, or a list of such lists"
+    rule = "must be a string, a list of strings, a list of token ids, or a list of such lists"
     fix = 'Write "prompt": "Once upon a time"'
     require(isinstance(value, str | list) and value != [], "prompt", value, rule, fix)
     if isinstance(value, str):
@@ -213,7 +216,7 @@ def _prompts(value: Any, limits: Limits) -> tuple[Prompt, ...]:
         len(value) <= max_count,
         "prompt",
         value,
-        f"at most {max_count} prompts a request",
+        f"at most {max_count} prompts per request",
         "Send fewer",
     )
     prompts: list[Prompt] = []
@@ -230,8 +233,8 @@ def _prompts(value: Any, limits: Limits) -> tuple[Prompt, ...]:
 
 def _check_choices(prompts: int, n: int, limits: Limits) -> None:
     max_count = limits.max_choices
-    rule = f"{prompts} prompt{'s' * (prompts != 1)} times n must not exceed {max_count} answers"
-    require(prompts * n <= max_count, "n", n, rule, f"Ask for at most {max_count // prompts}")
+    rule = f"{prompts} prompt{'s' * (prompts != 1)} times n must not exceed {max_count} choices"
+    require(prompts * n <= max_count, "n", n, rule, f"Use at most {max_count // prompts}")
 
 
 _ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
@@ -254,21 +257,23 @@ def _message(value: Any, path: str) -> dict[str, str]:
     name = fields.text("name")
     for other in ("tool_calls", "function_call", "audio", "refusal", "tool_call_id"):
         fields.reject_unless(other, [])
-    # Clients send answers back as they got them, with all that their class has a place for.
+    # Clients send assistant messages back as received, with every field of their class.
     fields.reject_unknown("", [], {})
     return out if name is None else out | {"name": name}
 
 
 def _content(value: Any, path: str) -> str:
-    """The text of a message: a string, or a list of parts that are all text."""
+    """The text of a message: a string, or a list of text parts."""
     if isinstance(value, str):
         return value
-    rule, fix = "must be a string or a list of text parts", "Give a string"
+    rule, fix = "must be a string or a list of text parts", "Use a string"
     require(isinstance(value, list), f"{path}.content", value, rule, fix)
     texts = []
     for i, part in enumerate(value):
         ok = isinstance(part, dict) and part.get("type") == "text"
         ok = ok and isinstance(part.get("text"), str)
-        require(ok, f"{path}.content[{i}]", part, "must be a text part; this model reads text", fix)
+        require(
+            ok, f"{path}.content[{i}]", part, "must be a text part; this model reads text only", fix
+        )
         texts.append(part["text"])
     return "".join(texts)

@@ -124,7 +124,7 @@ def test_lines_that_say_nothing_sensible(line, message):
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"prompt": [256]}, r"line 2\.prompt\[0\]=256: must be an integer in 0 \.\. 255"),
+        ({"prompt": [256]}, r"line 2\.prompt\[0\]=256: must be a whole number in 0 \.\. 255"),
         ({"prompt": "a", "temperature": -1}, r"line 2\.temperature=-1\.0: must not be negative"),
         ({"prompt": "a", "max_tokens": 64}, r"line 2\.max_tokens=64: prompt \(1 tokens\)"),
         ({"prompt": "a" * 64, "max_tokens": None}, r"line 2\.prompt='a*\.\.\.': has 64 tokens"),

@@ -195,8 +195,8 @@ class TestOneEngine:
         ("change", "says"),
         [
             ({"prompt": ()}, "at least one token"),
-            ({"prompt": (1, 256)}, r"prompt\[1\]=256: must be an integer in 0 .. 255"),
-            ({"prompt": (1, 2.0)}, r"prompt\[1\]=2.0: must be an integer"),
+            ({"prompt": (1, 256)}, r"prompt\[1\]=256: must be a whole number in 0 .. 255"),
+            ({"prompt": (1, 2.0)}, r"prompt\[1\]=2.0: must be a whole number"),
             ({"max_tokens": 62}, "at most 64 together"),
             ({"max_tokens": 0}, "max_tokens=0"),
             ({"sampling": SamplingParams(top_p=0.0)}, "top_p=0.0"),
