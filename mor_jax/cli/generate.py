@@ -45,25 +45,25 @@ def _generate(typed: argparse.Namespace) -> int:
     from rich.console import Console
 
     from mor_jax.config.parsing import parse_bytes
-    from mor_jax.inference.cli.generate import Options, generate
-    from mor_jax.inference.cli.prompts import ANSWER, PromptSettings
+    from mor_jax.inference.cli.generate import GenerateOptions, generate
+    from mor_jax.inference.cli.prompts import COMMAND_LINE, PromptSettings
     from mor_jax.inference.engine.request import Stopped
 
-    given, settings = dict(vars(typed)), PromptSettings.__dataclass_fields__
-    wishes = {name: given.pop(name) for name in settings}
+    given, names = dict(vars(typed)), PromptSettings.__dataclass_fields__
+    settings = {name: given.pop(name) for name in names}
     prompts, cache = tuple(given.pop("prompt")), given.pop("cache")
     try:
         option_names.check_filled(typed, "output", "calibration", "workdir", "jsonl")
-        options = Options(
+        options = GenerateOptions(
             **given,
             prompts=prompts,
-            wishes=PromptSettings(**{**wishes, "stop": tuple(wishes["stop"])}),
+            settings=PromptSettings(**{**settings, "stop": tuple(settings["stop"])}),
             cache_bytes=None if cache is None else parse_bytes("cache", cache),
         )
         console = Console(highlight=False, markup=False, emoji=False)
         totals = generate(options, _standard_input, console)
     except (ValueError, Stopped) as error:
-        paths = {f"{ANSWER}.{name}": name for name in settings} | _PATHS
+        paths = {f"{COMMAND_LINE}.{name}": name for name in settings} | _PATHS
         names = option_names.options(typed, paths)
         print(f"error: {option_names.as_typed(error, names)}", file=sys.stderr)
         return exit_codes.of(error)

@@ -1,7 +1,7 @@
-"""Answers to a list of prompts: their events in order, and totals.
+"""Completions of a list of prompts: their events in order, and totals.
 
-The engine works on many answers at once. Here they come out one after the other, each as early as
-that order allows.
+The engine generates many completions at once. Here they come out one after the other, each as early
+as that order allows.
 """
 
 import dataclasses
@@ -18,16 +18,16 @@ from mor_jax.inference.detokenizer import token_text
 from mor_jax.inference.engine.engine import Engine, Handle
 from mor_jax.inference.engine.request import Event, Finished, Request, Token
 
-Arrived = tuple[int, Event, float]
-"""Number of an answer, what came, and when."""
+Arrival = tuple[int, Event, float]
+"""Index of a completion, its event, and the time of arrival."""
 
 
 @dataclasses.dataclass(kw_only=True, eq=False)
 class Completion:
-    """One answer as it grows.
+    """One completion so far.
 
-    index: among those to its prompt, from 0. first, last: when its first token and its last event
-    came, in seconds of the clock that `stream` reads.
+    index: among those of its prompt, from 0. first, last: arrival of the first token and of the
+    last event, in seconds of `time.perf_counter`.
     """
 
     prompt: Prompt
@@ -39,17 +39,17 @@ class Completion:
 
     @property
     def request(self) -> Request:
-        """What the engine was asked."""
+        """Its request to the engine."""
         return self.prompt.requests[self.index]
 
     @property
     def text(self) -> str:
-        """All of it so far."""
+        """Its text so far."""
         end = self.finished.text if self.finished else ""
         return "".join(token.text for token in self.tokens) + end
 
-    def take(self, event: Event, now: float) -> None:
-        """Adds the next event, which came `now`."""
+    def add_event(self, event: Event, now: float) -> None:
+        """Adds the next event, which arrived at `now`."""
         self.last = now
         if isinstance(event, Token):
             self.first = now if self.first is None else self.first
@@ -58,10 +58,10 @@ class Completion:
             self.finished = event
 
     def to_dict(self, tokenizer: Tokenizer) -> dict[str, Any]:
-        """JSON values of a finished answer. depths: recursions that it took to predict each token,
-        0 without routers. seconds: from submission on."""
+        """JSON values of a finished completion. depths: recursions of the position that predicted
+        each token, 0 without routers. seconds: from submission."""
         assert self.finished is not None
-        told = {
+        record = {
             "id": self.prompt.id,
             "index": self.index,
             "prompt": self.prompt.text,
@@ -75,61 +75,63 @@ class Completion:
             "seconds": self.finished.seconds,
         }
         if self.finished.message:
-            told["message"] = self.finished.message
+            record["message"] = self.finished.message
         if self.request.logprobs is not None:
-            told["logprobs"] = [token.logprob for token in self.tokens]
+            record["logprobs"] = [token.logprob for token in self.tokens]
         if self.request.logprobs:
-            told["top"] = [
+            record["top"] = [
                 [{"id": i, "text": token_text(tokenizer, i), "logprob": p} for i, p in token.top]
                 for token in self.tokens
             ]
-        return told
+        return record
 
 
 def stream(
     engine: Engine, prompts: Sequence[Prompt], ahead: int
 ) -> Generator[tuple[Completion, Event], None, None]:
-    """All events of all answers, those of the first answer first, each with its answer.
+    """All events of all completions, each with its completion, one completion after the other.
 
-    ahead: answers that the engine has at one time. Those that it has are cancelled when the caller
-    closes this.
+    ahead: completions submitted to the engine at a time. They are cancelled when the caller closes
+    the generator.
     """
     jobs = [(prompt, index) for prompt in prompts for index in range(len(prompt.requests))]
-    arrived: queue.SimpleQueue[Arrived] = queue.SimpleQueue()
+    arrivals: queue.SimpleQueue[Arrival] = queue.SimpleQueue()
     waiting: dict[int, list[tuple[Event, float]]] = {}
-    at_work: dict[int, Handle] = {}
+    running: dict[int, Handle] = {}
     numbers = iter(range(len(jobs)))
     try:
         for number, (prompt, index) in enumerate(jobs):
             answer = Completion(prompt=prompt, index=index)
             while answer.finished is None:
-                for free in itertools.islice(numbers, ahead - len(at_work)):
-                    waiting[free] = []
-                    request = jobs[free][0].requests[jobs[free][1]]
-                    at_work[free] = engine.submit(request, functools.partial(_put, arrived, free))
+                for next_number in itertools.islice(numbers, ahead - len(running)):
+                    waiting[next_number] = []
+                    request = jobs[next_number][0].requests[jobs[next_number][1]]
+                    running[next_number] = engine.submit(
+                        request, functools.partial(_put, arrivals, next_number)
+                    )
                 while not waiting[number]:
-                    where, event, now = arrived.get()
-                    waiting[where].append((event, now))
+                    source, event, now = arrivals.get()
+                    waiting[source].append((event, now))
                     if isinstance(event, Finished):
-                        del at_work[where]
+                        del running[source]
                         break
                 events, waiting[number] = waiting[number], []
                 for event, now in events:
-                    answer.take(event, now)
+                    answer.add_event(event, now)
                     yield answer, event
             del waiting[number]
     finally:
-        for handle in at_work.values():
+        for handle in running.values():
             handle.cancel()
 
 
-def _put(arrived: queue.SimpleQueue[Arrived], number: int, event: Event) -> None:
-    arrived.put((number, event, time.perf_counter()))
+def _put(arrivals: queue.SimpleQueue[Arrival], number: int, event: Event) -> None:
+    arrivals.put((number, event, time.perf_counter()))
 
 
 @dataclasses.dataclass(kw_only=True)
 class Totals:
-    """Sums over answers, counted while their events come out. first, last: as in `Answer`."""
+    """Sums over completions, updated with every event. first, last: as in `Completion`."""
 
     answers: int = 0
     tokens: int = 0
@@ -137,10 +139,10 @@ class Totals:
     first: float | None = None
     last: float = 0.0
     errors: list[str] = dataclasses.field(default_factory=list)
-    waits: list[float] = dataclasses.field(default_factory=list)
+    first_token_seconds: list[float] = dataclasses.field(default_factory=list)
 
     def add(self, answer: Completion, event: Event) -> None:
-        """Counts the last event of an answer."""
+        """Counts the newest event of a completion."""
         self.last = max(self.last, answer.last)
         if isinstance(event, Token):
             assert answer.first is not None
@@ -152,19 +154,19 @@ class Totals:
         if event.reason == "error":
             self.errors.append(event.message)
         if event.first_token_seconds is not None:
-            self.waits.append(event.first_token_seconds)
+            self.first_token_seconds.append(event.first_token_seconds)
 
     def line(self, recursions: int | None) -> str:
-        """For people. recursions: of the model, None where nothing is routed."""
+        """A summary line. recursions: of the model; None without routers."""
         parts = [_number(self.tokens, "token")]
         if self.answers > 1:
             parts[0] += f" in {self.answers} answers"
-        if self.waits:
-            median = sorted(self.waits)[len(self.waits) // 2]
+        if self.first_token_seconds:
+            median = sorted(self.first_token_seconds)[len(self.first_token_seconds) // 2]
             parts.append(f"first token after {median:.2f} s")
-            parts[-1] += " (median)" if len(self.waits) > 1 else ""
+            parts[-1] += " (median)" if len(self.first_token_seconds) > 1 else ""
         if self.first is not None and self.tokens > 1:
-            # Without what comes before any token: programs are compiled then.
+            # Excludes the time before the first token, which includes compilation.
             rate = (self.tokens - 1) / max(self.last - self.first, 1e-9)
             parts.append(f"from then on {rate:.1f} tokens/s")
         if recursions is not None and self.tokens:

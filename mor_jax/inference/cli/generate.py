@@ -1,4 +1,4 @@
-"""Generation from the command line: reads prompts, runs the engine, shows or writes the answers."""
+"""`mor generate`: reads prompts, runs the engine, shows or writes the completions."""
 
 import contextlib
 import dataclasses
@@ -34,20 +34,20 @@ from mor_jax.inference.engine.request import Finished
 from mor_jax.inference.load_model import LoadedModel, load_model
 from mor_jax.training.evaluator import token_depths
 
-USUAL_SLOTS = 32
-"""Answers that run at one time where nothing is asked for."""
+DEFAULT_SLOTS = 32
+"""Default number of completions that run at a time."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Options:
-    """What to generate from, and how to show it.
+class GenerateOptions:
+    """What to generate, and how to show it.
 
-    step, calibration, recursions: as in `load_model`. prompts: texts; "-" is all of the standard
-    input. jsonl: a file of JSON lines in place of prompts; "-" again. chat: prompts are messages of
-    a user, after the message `system` if there is one. slots, cache_bytes: as in `EngineConfig`.
-    json: answers as JSON lines; always so for `jsonl` and `output`, the file to write them to
-    (overwrite: it may exist). echo: prompts before answers; stream: tokens as they come; None: both
-    in a terminal only. depth_colours: tokens coloured by depth.
+    step, calibration, recursions: as in `load_model`. prompts: texts; "-" reads all of standard
+    input. jsonl: a file of JSON lines instead of prompts, or "-". chat: prompts are user messages,
+    after the message `system` if there is one. slots, cache_bytes: as in `EngineConfig`. json:
+    print JSON lines; implied by `jsonl` and by `output`, the file to write them to (overwrite: it
+    may exist). echo: show prompts before completions; stream: show tokens as they arrive; None: on
+    a terminal only. depth_colours: colour tokens by depth.
     """
 
     workdir: str
@@ -58,7 +58,7 @@ class Options:
     jsonl: str | None = None
     chat: bool = False
     system: str | None = None
-    wishes: PromptSettings = dataclasses.field(default_factory=PromptSettings)
+    settings: PromptSettings = dataclasses.field(default_factory=PromptSettings)
     slots: int | None = None
     cache_bytes: int | None = None
     json: bool = False
@@ -68,45 +68,44 @@ class Options:
     stream: bool | None = None
     depth_colours: bool = False
 
-    def asks(self, stdin: Callable[[], bytes]) -> list[PromptInput]:
-        """The prompts, read. Raises `ValueError` where they are none."""
+    def read_prompts(self, stdin: Callable[[], bytes]) -> list[PromptInput]:
+        """Reads the prompts. Raises `ValueError` if there are none, or on conflicting options."""
         if self.jsonl is not None and self.prompts:
-            fail("jsonl", self.jsonl, "stands beside --prompt", "Give one of the two")
-        some = bool(self.prompts) or self.jsonl is not None
-        check(some, "--prompt", "", "is missing, and so is --jsonl", "Try --prompt=Once")
-        fix = "Add --chat, or write messages into --jsonl"
-        check(self.chat or not self.system, "system", self.system, "is for chats", fix)
+            fail("jsonl", self.jsonl, "cannot be combined with --prompt", "Use one of the two")
+        has_prompts = bool(self.prompts) or self.jsonl is not None
+        check(has_prompts, "--prompt", "", "is missing, and so is --jsonl", "Try --prompt=Once")
+        fix = "Add --chat, or put messages into --jsonl"
+        check(self.chat or not self.system, "system", self.system, "needs --chat", fix)
         if self.jsonl is None:
-            # Its last end of line is the shell's, no part of the text.
+            # The shell adds the last newline; it is not part of the prompt.
             texts = [
                 stdin().decode("utf-8", "surrogateescape").removesuffix("\n")
                 if text == "-"
                 else text
                 for text in self.prompts
             ]
-            return from_texts(texts, self.wishes, self.chat, self.system)
+            return from_texts(texts, self.settings, self.chat, self.system)
         fix = 'Write lines like {"messages": [...]}'
-        check(not self.chat, "chat", self.chat, "is for --prompt", fix)
+        check(not self.chat, "chat", self.chat, "applies to --prompt only", fix)
         if self.jsonl == "-":
-            return from_lines(stdin().splitlines(), self.wishes)
+            return from_lines(stdin().splitlines(), self.settings)
         try:
             with Path(self.jsonl).open("rb") as file:
-                return from_lines(file, self.wishes, self.jsonl)
+                return from_lines(file, self.settings, self.jsonl)
         except OSError as error:
-            fail("jsonl", self.jsonl, f"cannot be read ({error.strerror})", "Give another file")
+            fail("jsonl", self.jsonl, f"cannot be read ({error.strerror})", "Use another file")
 
 
-def generate(options: Options, stdin: Callable[[], bytes], console: Console) -> Totals:
-    """Answers all prompts. Answers go to `console`, what is said about them to standard error.
+def generate(options: GenerateOptions, stdin: Callable[[], bytes], console: Console) -> Totals:
+    """Completes all prompts. Completions go to `console`, statistics to standard error.
 
-    stdin: reads all of the standard input.
+    stdin: reads all of standard input.
 
     Raises:
-        ValueError: something is wrong with the options, the prompts or the model; no file is
-            written.
-        KeyboardInterrupt: what was running is cancelled, and no file is written.
+        ValueError: the options, the prompts or the model are invalid; no file is written.
+        KeyboardInterrupt: running requests are cancelled, and no file is written.
     """
-    asks = options.asks(stdin)
+    inputs = options.read_prompts(stdin)
     with contextlib.ExitStack() as stack:
         file = None
         if options.output is not None:
@@ -119,55 +118,55 @@ def generate(options: Options, stdin: Callable[[], bytes], console: Console) -> 
             recursions=options.recursions,
         )
         status.update("compiling")
-        context = plan_cache(model, _work(options)).max_length
-        prompts = prepare(asks, model, context)
+        context = plan_cache(model, _base_config(options)).max_length
+        prompts = prepare(inputs, model, context)
         if file is not None or options.json or options.jsonl is not None:
             write = functools.partial(print, file=file or console.file, flush=file is None)
-            show: OutputWriter = JsonLinesWriter(write, model.tokenizer)
+            writer: OutputWriter = JsonLinesWriter(write, model.tokenizer)
         else:
-            show = _screen(options, model, prompts, console)
-        with Engine(model, _settings(options, prompts, context)) as engine:
-            return _run(engine, prompts, show, status)
+            writer = _terminal_writer(options, model, prompts, console)
+        with Engine(model, _engine_config(options, prompts, context)) as engine:
+            return _stream_answers(engine, prompts, writer, status)
 
 
 def _status(text: str) -> Status:
-    # Shown in terminals only, and gone with the first token.
+    # Shown on terminals only; removed at the first token.
     return Status(text, console=Console(stderr=True, quiet=not sys.stderr.isatty()))
 
 
-def _work(options: Options) -> EngineConfig:
+def _base_config(options: GenerateOptions) -> EngineConfig:
     return EngineConfig(slots=options.slots, cache_bytes=options.cache_bytes)
 
 
-def _settings(options: Options, prompts: list[Prompt], context: int) -> EngineConfig:
-    """context: tokens that a prompt and its answer may have."""
+def _engine_config(options: GenerateOptions, prompts: list[Prompt], context: int) -> EngineConfig:
+    """context: most tokens of prompt and output together."""
     requests = [request for prompt in prompts for request in prompt.requests]
     longest = max(len(request.prompt) + request.max_tokens for request in requests)
     return dataclasses.replace(
-        _work(options),
-        slots=min(USUAL_SLOTS, len(requests)) if options.slots is None else options.slots,
-        # Few different lengths, so that programs are found again where JAX keeps them.
+        _base_config(options),
+        slots=min(DEFAULT_SLOTS, len(requests)) if options.slots is None else options.slots,
+        # A power of two, so that JAX's compilation cache is used again for similar lengths.
         max_length=min(1 << (longest - 1).bit_length(), context),
     )
 
 
-def _screen(
-    options: Options, model: LoadedModel, prompts: list[Prompt], console: Console
+def _terminal_writer(
+    options: GenerateOptions, model: LoadedModel, prompts: list[Prompt], console: Console
 ) -> TerminalWriter:
-    rule = "nothing is routed in this model: all tokens have the same depth"
+    rule = "this model has no router: all tokens have the same depth"
     ok = _recursions(model) is not None or not options.depth_colours
     check(ok, "depth_colours", options.depth_colours, rule, "Leave it out")
-    here = console.is_terminal
+    on_terminal = console.is_terminal
     if options.depth_colours:
         console.print(legend(model.cfg.num_recursions, console), end="")
     return TerminalWriter(
         console,
         model.tokenizer,
-        # A chat's prompt is its template: nobody has written that.
-        echo=here and not options.chat if options.echo is None else options.echo,
-        streaming=here if options.stream is None else options.stream,
+        # The prompt of a chat is a filled template, not what the user wrote.
+        echo=on_terminal and not options.chat if options.echo is None else options.echo,
+        streaming=on_terminal if options.stream is None else options.stream,
         titles=sum(len(prompt.requests) for prompt in prompts) > 1,
-        depths=functools.partial(_depths, model) if options.depth_colours and here else None,
+        depths=functools.partial(_depths, model) if options.depth_colours and on_terminal else None,
     )
 
 
@@ -181,7 +180,9 @@ def _depths(model: LoadedModel, prompt: Prompt) -> np.ndarray:
     return token_depths(cfg, model.params, np.array(prompt.tokens), model.thresholds)
 
 
-def _run(engine: Engine, prompts: list[Prompt], show: OutputWriter, status: Status) -> Totals:
+def _stream_answers(
+    engine: Engine, prompts: list[Prompt], writer: OutputWriter, status: Status
+) -> Totals:
     totals, current = Totals(), None
     try:
         with contextlib.closing(stream(engine, prompts, 2 * engine.plan.slots)) as events:
@@ -189,12 +190,12 @@ def _run(engine: Engine, prompts: list[Prompt], show: OutputWriter, status: Stat
                 if answer is not current:
                     status.stop()
                     current = answer
-                    show.begin(answer)
+                    writer.begin(answer)
                 totals.add(answer, event)
                 if isinstance(event, Finished):
-                    show.end(answer)
+                    writer.end(answer)
                 else:
-                    show.add(event)
+                    writer.add(event)
     finally:
         if totals.tokens or totals.answers:
             print(_summary(totals, engine.model, prompts), file=sys.stderr)
@@ -204,5 +205,5 @@ def _run(engine: Engine, prompts: list[Prompt], show: OutputWriter, status: Stat
 def _summary(totals: Totals, model: LoadedModel, prompts: list[Prompt]) -> str:
     line = totals.line(_recursions(model))
     sampling = [prompt.requests[0].sampling for prompt in prompts]
-    seeds = {one.seed for one in sampling if one.temperature}
+    seeds = {params.seed for params in sampling if params.temperature}
     return f"{line}, seed {seeds.pop()}" if len(seeds) == 1 else line

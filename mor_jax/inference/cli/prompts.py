@@ -1,7 +1,7 @@
-"""What `launch/generate.py` is asked to continue: prompts from its options or from JSON lines.
+"""Prompts of `mor generate`, from its options or from JSON lines.
 
-Reading comes before the model is loaded, so that a wrong line costs no waiting; `prepare` then
-makes requests of what was read.
+Prompts are read before the model is loaded, so that an invalid line is reported at once; `prepare`
+then turns them into engine requests.
 """
 
 import dataclasses
@@ -16,24 +16,25 @@ from mor_jax.inference.detokenizer import text_before
 from mor_jax.inference.engine.request import Request, SamplingParams
 from mor_jax.inference.load_model import LoadedModel
 
-USUAL_TOKENS = 256
-"""Longest answer where none is asked for, as far as the context has room."""
+DEFAULT_MAX_TOKENS = 256
+"""Default of `max_tokens`, unless the context has less left."""
 
-MOST_ANSWERS = 10_000
-"""To one prompt."""
+MAX_CHOICES = 10_000
+"""Most completions of one prompt."""
 
-ANSWER = "answer"
-"""What errors call the settings that hold for all prompts of a command line."""
+COMMAND_LINE = "answer"
+"""Name in errors for the settings of the command line."""
 
 Message = dict[str, str]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PromptSettings:
-    """Settings of an answer under the names that options and JSON lines give them.
+    """Generation settings under the names of the options and of JSON lines.
 
-    As `Sampling` and `Request` have them. max_tokens: None for `USUAL_TOKENS`, or what room there
-    is. n: answers. seed: that of the first answer, the others count up; None draws one.
+    As in `SamplingParams` and `Request`. max_tokens: None for `DEFAULT_MAX_TOKENS`, or what the
+    context has left. n: completions per prompt. seed: of the first completion, the others count up
+    from it; None draws one.
     """
 
     max_tokens: int | None = None
@@ -51,16 +52,18 @@ class PromptSettings:
     logprobs: int | None = None
 
     def sampling(self, seed: int) -> SamplingParams:
-        """How one answer is drawn."""
+        """The sampling params of one completion."""
         names = [field.name for field in dataclasses.fields(SamplingParams) if field.name != "seed"]
         return SamplingParams(**{name: getattr(self, name) for name in names}, seed=seed)
 
     def request(self, prompt: Sequence[int], seed: int, max_length: int) -> Request:
-        """One answer to these tokens. max_length: of prompt and answer together."""
-        room = max(max_length - len(prompt), 1)
+        """The request for one completion. max_length: of prompt and output together."""
+        tokens_left = max(max_length - len(prompt), 1)
         return Request(
             prompt=tuple(prompt),
-            max_tokens=min(USUAL_TOKENS, room) if self.max_tokens is None else self.max_tokens,
+            max_tokens=min(DEFAULT_MAX_TOKENS, tokens_left)
+            if self.max_tokens is None
+            else self.max_tokens,
             sampling=self.sampling(seed),
             stop=self.stop,
             ignore_eos=self.ignore_eos,
@@ -70,24 +73,24 @@ class PromptSettings:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PromptInput:
-    """One prompt as it was read.
+    """One prompt as read.
 
-    where, settings: what errors call it, and what they write before the name of a setting. id: any
-    JSON value that comes back with the answers. prompt: a text or token numbers; unread where there
-    are messages, those of a chat.
+    location, settings_path: names in errors of the prompt and of its settings. id: any JSON value,
+    returned with the completions. prompt: a text or token ids; ignored if there are messages, those
+    of a chat.
     """
 
-    where: str
-    settings: str
+    location: str
+    settings_path: str
     id: Any
     prompt: str | tuple[int, ...] = ""
     messages: tuple[Message, ...] = ()
-    wishes: PromptSettings
+    settings: PromptSettings
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Prompt:
-    """One prompt as the engine gets it. text: for people. requests: one for each answer."""
+    """One prompt for the engine. text: to display. requests: one for each completion."""
 
     id: Any
     text: str
@@ -96,133 +99,144 @@ class Prompt:
 
 
 def from_texts(
-    texts: Sequence[str], wishes: PromptSettings, chat: bool = False, system: str | None = None
+    texts: Sequence[str], settings: PromptSettings, chat: bool = False, system: str | None = None
 ) -> list[PromptInput]:
-    """Prompts of the command line, numbered from 1; without a seed they share one that is drawn.
+    """Prompts of the command line, numbered from 1; without a seed they share a random one.
 
-    chat: each text is the message of a user, after the message `system` if there is one. Raises
-    `ValueError` on a text that is none.
+    chat: each text is a user message, after the message `system` if there is one. Raises
+    `ValueError` on a text that is not valid Unicode.
     """
-    if wishes.seed is None:
-        wishes = dataclasses.replace(wishes, seed=secrets.randbits(32))
-    before = () if system is None else ({"role": "system", "content": system},)
+    if settings.seed is None:
+        settings = dataclasses.replace(settings, seed=secrets.randbits(32))
+    system_message = () if system is None else ({"role": "system", "content": system},)
     _check_text("system", system or "")
-    asks = []
+    inputs = []
     for number, text in enumerate(texts, 1):
-        where = f"prompt {number}"
-        _check_text(where, text)
-        messages = (*before, {"role": "user", "content": text}) if chat else ()
-        asks.append(
+        location = f"prompt {number}"
+        _check_text(location, text)
+        messages = (*system_message, {"role": "user", "content": text}) if chat else ()
+        inputs.append(
             PromptInput(
-                where=where,
-                settings=ANSWER,
+                location=location,
+                settings_path=COMMAND_LINE,
                 id=number,
                 prompt=text,
                 messages=messages,
-                wishes=wishes,
+                settings=settings,
             )
         )
-    return asks
+    return inputs
 
 
 def from_lines(
-    lines: Iterable[str | bytes], wishes: PromptSettings, name: str = "-"
+    lines: Iterable[str | bytes], settings: PromptSettings, name: str = "-"
 ) -> list[PromptInput]:
     """Prompts from JSON lines: `{"prompt": TEXT or [TOKEN, ...]}` or `{"messages": [...]}`, each
-    with an `id` (default: the line's number) and any settings of `Wishes`, which go first.
+    with an optional `id` (default: the line number) and any of `PromptSettings`, which override
+    `settings`.
 
-    name: of the file. Empty lines are left out. Raises `ValueError`, naming the line.
+    name: of the file. Empty lines are skipped. Raises `ValueError`, naming the line.
     """
-    asks = [
-        _ask(f"line {number}", number, line, wishes)
+    inputs = [
+        _parse_line(f"line {number}", number, line, settings)
         for number, line in enumerate(lines, 1)
         if line.strip()
     ]
     rule = "needs at least one line that is not empty"
-    check(bool(asks), "jsonl", name, rule, 'Write lines like {"prompt": "Once upon"}')
-    return asks
+    check(bool(inputs), "jsonl", name, rule, 'Write lines like {"prompt": "Once upon"}')
+    return inputs
 
 
-def prepare(asks: Sequence[PromptInput], model: LoadedModel, max_length: int) -> list[Prompt]:
-    """Tokens and requests of every prompt; an empty text becomes the end of a document.
+def prepare(inputs: Sequence[PromptInput], model: LoadedModel, max_length: int) -> list[Prompt]:
+    """Tokens and requests of every prompt; an empty text becomes the EOS token.
 
-    Raises `ValueError` where the model cannot answer one, or has no chat template.
+    Raises `ValueError` if a request does not fit the model, or the model has no chat template.
     """
     template: ChatTemplate | None = None
-    made = []
-    for ask in asks:
-        if ask.messages:
+    prompts = []
+    for prompt_input in inputs:
+        if prompt_input.messages:
             template = template or ChatTemplate(model)
-            text, tokens = _rendered(ask, template)
-        elif isinstance(ask.prompt, str):
-            text, tokens = ask.prompt, model.tokenizer.encode(ask.prompt).tolist()
+            text, tokens = _rendered(prompt_input, template)
+        elif isinstance(prompt_input.prompt, str):
+            text, tokens = prompt_input.prompt, model.tokenizer.encode(prompt_input.prompt).tolist()
         else:
-            text, tokens = text_before(model.tokenizer, ask.prompt), ask.prompt
-        made.append(_prompt(ask, text, tokens or (model.tokenizer.eos_id,), model, max_length))
-    return made
+            text, tokens = text_before(model.tokenizer, prompt_input.prompt), prompt_input.prompt
+        prompts.append(
+            _prompt(prompt_input, text, tokens or (model.tokenizer.eos_id,), model, max_length)
+        )
+    return prompts
 
 
 def _prompt(
-    ask: PromptInput, text: str, tokens: Sequence[int], model: LoadedModel, max_length: int
+    prompt_input: PromptInput, text: str, tokens: Sequence[int], model: LoadedModel, max_length: int
 ) -> Prompt:
-    wishes, number = ask.wishes, len(tokens)
-    rule = f"has {number} tokens; prompt and answer may hold at most {max_length} together"
-    check(number < max_length, f"{ask.where}.prompt", f"{text[:40]}...", rule, "Shorten it")
-    ok, rule = 0 < wishes.n <= MOST_ANSWERS, f"must be in 1 .. {MOST_ANSWERS}"
-    check(ok, f"{ask.settings}.n", wishes.n, rule, "Try 1")
-    seed = secrets.randbits(32) if wishes.seed is None else wishes.seed
-    # The first is checked as it was given: 2**32 must not pass as 0.
-    seeds = [seed, *((seed + i) % 2**32 for i in range(1, wishes.n))]
-    requests = tuple(wishes.request(tokens, seed, max_length) for seed in seeds)
+    settings, number = prompt_input.settings, len(tokens)
+    rule = f"has {number} tokens; prompt and output may have at most {max_length} together"
+    check(
+        number < max_length,
+        f"{prompt_input.location}.prompt",
+        f"{text[:40]}...",
+        rule,
+        "Shorten it",
+    )
+    ok, rule = 0 < settings.n <= MAX_CHOICES, f"must be in 1 .. {MAX_CHOICES}"
+    check(ok, f"{prompt_input.settings_path}.n", settings.n, rule, "Try 1")
+    seed = secrets.randbits(32) if settings.seed is None else settings.seed
+    # The first seed is validated unchanged: 2**32 must not pass as 0.
+    seeds = [seed, *((seed + i) % 2**32 for i in range(1, settings.n))]
+    requests = tuple(settings.request(tokens, seed, max_length) for seed in seeds)
     for request in requests[:1]:
-        request.validate(model.cfg.vocab_size, max_length, ask.settings)
-    return Prompt(id=ask.id, text=text, tokens=tuple(tokens), requests=requests)
+        request.validate(model.cfg.vocab_size, max_length, prompt_input.settings_path)
+    return Prompt(id=prompt_input.id, text=text, tokens=tuple(tokens), requests=requests)
 
 
-def _rendered(ask: PromptInput, template: ChatTemplate) -> tuple[str, tuple[int, ...]]:
+def _rendered(prompt_input: PromptInput, template: ChatTemplate) -> tuple[str, tuple[int, ...]]:
     try:
-        return template.render(ask.messages), template.tokens(ask.messages)
+        return template.render(prompt_input.messages), template.tokens(prompt_input.messages)
     except ValueError as error:
-        raise ValueError(f"{ask.where}: {error}") from None
+        raise ValueError(f"{prompt_input.location}: {error}") from None
 
 
-def _ask(where: str, number: int, line: str | bytes, wishes: PromptSettings) -> PromptInput:
-    fix = 'Write one object a line, like {"prompt": "Once upon"}'
+def _parse_line(
+    location: str, number: int, line: str | bytes, settings: PromptSettings
+) -> PromptInput:
+    fix = 'Write one object per line, like {"prompt": "Once upon"}'
     try:
-        told = json.loads(line, parse_constant=_no_number)
+        parsed = json.loads(line, parse_constant=_reject_constant)
     except (ValueError, RecursionError) as error:
-        fail(where, _start(line), f"is not valid JSON ({error})", fix)
-    check(isinstance(told, dict), where, _start(line), "must be a JSON object", fix)
-    given = {**told}
-    given_id = given.pop("id", number)
-    kinds = [name for name in ("prompt", "messages") if name in given]
-    check(len(kinds) == 1, where, _start(line), "needs either 'prompt' or 'messages'", fix)
-    path, value = f"{where}.{kinds[0]}", given.pop(kinds[0])
+        fail(location, _shorten(line), f"is not valid JSON ({error})", fix)
+    check(isinstance(parsed, dict), location, _shorten(line), "must be a JSON object", fix)
+    values = {**parsed}
+    prompt_id = values.pop("id", number)
+    kinds = [name for name in ("prompt", "messages") if name in values]
+    check(len(kinds) == 1, location, _shorten(line), "needs either 'prompt' or 'messages'", fix)
+    path, value = f"{location}.{kinds[0]}", values.pop(kinds[0])
     chat = kinds[0] == "messages"
     prompt = "" if chat else _read_prompt(path, value)
     messages = _read_messages(path, value) if chat else ()
-    if isinstance(given.get("stop"), str):
-        given["stop"] = [given["stop"]]
-    merged = parse(PromptSettings, {**dataclasses.asdict(wishes), **given}, f"{where}.")
+    if isinstance(values.get("stop"), str):
+        values["stop"] = [values["stop"]]
+    settings = parse(PromptSettings, {**dataclasses.asdict(settings), **values}, f"{location}.")
     return PromptInput(
-        where=where,
-        settings=where,
-        id=given_id,
+        location=location,
+        settings_path=location,
+        id=prompt_id,
         prompt=prompt,
         messages=messages,
-        wishes=merged,
+        settings=settings,
     )
 
 
-def _no_number(name: str) -> NoReturn:
-    raise ValueError(f"{name} is no number")
+def _reject_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not a number")
 
 
 def _read_prompt(path: str, value: Any) -> str | tuple[int, ...]:
     if isinstance(value, str):
         _check_text(path, value)
         return value
-    rule = "must be a text or a list of token numbers"
+    rule = "must be a text or a list of token ids"
     ok = isinstance(value, list) and value and all(type(item) is int for item in value)
     check(bool(ok), path, value, rule, 'Write it like "Once upon" or [412, 77]')
     return tuple(value)
@@ -242,14 +256,14 @@ def _read_messages(path: str, value: Any) -> tuple[Message, ...]:
 
 
 def _check_text(path: str, text: str) -> None:
-    # Lone surrogates: from \ud800 in JSON, or from bytes on the command line that are no UTF-8.
+    # Lone surrogates come from \ud800 in JSON, or from command-line bytes that are not UTF-8.
     try:
         text.encode("utf-8")
     except UnicodeEncodeError:
-        rule = "is no text: it holds half of a surrogate pair, or bytes that are not UTF-8"
+        rule = "is not valid Unicode: it has half of a surrogate pair, or bytes that are not UTF-8"
         fail(path, text[:80], rule, "Write it as UTF-8")
 
 
-def _start(line: str | bytes) -> str:
+def _shorten(line: str | bytes) -> str:
     text = line.decode("utf-8", "replace") if isinstance(line, bytes) else line
     return text.strip()[:80]

@@ -1,6 +1,6 @@
-"""Answers on their way out: streamed to a terminal, coloured by depth, or as JSON lines.
+"""Output of completions: streamed to a terminal, coloured by depth, or as JSON lines.
 
-Where the output is no terminal it is the bare text, as it was generated.
+If the output is not a terminal, it is the plain generated text.
 """
 
 import contextlib
@@ -25,29 +25,29 @@ from mor_jax.inference.engine.request import Token
 from mor_jax.plotting.plots import colour, text_pieces
 from mor_jax.training.summary import printable
 
-# Depths from 0 on, where there are 16 colours.
+# Colours of depths 0, 1, ... on terminals with 16 colours.
 _FEW = ("bright_white", "bright_yellow", "bright_red", "bright_magenta", "bright_cyan", "green")
 
 
 @runtime_checkable
 class OutputWriter(Protocol):
-    """Is told of answers, one after the other."""
+    """Receives completions, one after the other."""
 
     def begin(self, answer: Completion) -> None:
-        """An answer begins."""
+        """Starts a completion."""
 
     def add(self, token: Token) -> None:
-        """It has another token."""
+        """Adds a token to it."""
 
     def end(self, answer: Completion) -> None:
-        """It is finished."""
+        """Ends it."""
 
 
 class JsonLinesWriter:
-    """Writes an object for each answer when it is finished."""
+    """Writes a JSON object for each finished completion."""
 
     def __init__(self, write: Callable[[str], object], tokenizer: Tokenizer) -> None:
-        """write: takes a line."""
+        """write: called with each line."""
         self._write, self._tokenizer = write, tokenizer
 
     def begin(self, answer: Completion) -> None:
@@ -63,14 +63,14 @@ class JsonLinesWriter:
 
 @contextlib.contextmanager
 def output_file(path: Path, replace: bool) -> Iterator[io.TextIOBase]:
-    """A text file that appears when the block is left without an error, or not at all.
+    """A text file that is created only if the block ends without an error.
 
-    Raises `ValueError` if it exists (unless `replace`), or cannot be written there.
+    Raises `ValueError` if it exists (unless `replace`) or cannot be written.
     """
     path = path.resolve()
-    # Replacing a device, such as /dev/null, would take it from everybody.
+    # Replacing a device, such as /dev/null, would break it for the whole system.
     file = path.is_file() or not path.exists()
-    check(file, "output", str(path), "is there and no file", "Give the path of a file")
+    check(file, "output", str(path), "exists and is not a file", "Use the path of a file")
     exists = path.exists() and not replace
     check(not exists, "output", str(path), "exists already", "Add --overwrite to replace it")
     with contextlib.ExitStack() as stack:
@@ -78,26 +78,26 @@ def output_file(path: Path, replace: bool) -> Iterator[io.TextIOBase]:
         try:
             file = stack.enter_context(draft.open("x", encoding="utf-8"))
         except OSError as error:
-            fail("output", str(path), f"cannot be written ({error.strerror})", "Choose another")
+            fail("output", str(path), f"cannot be written ({error.strerror})", "Use another path")
         yield file
 
 
 def depth_style(depth: int, console: Console) -> Style:
-    """Black letters on the colour of a depth: that of pictures, if the terminal has it."""
+    """Black text on the colour of a depth: that of the figures, if the terminal supports it."""
     few = console.color_system == "standard"
     return Style(color="black", bgcolor=_FEW[depth % len(_FEW)] if few else colour(depth))
 
 
 def legend(recursions: int, console: Console) -> Text:
-    """Which colour stands for which depth."""
-    made = Text("recursions that it took to predict a token:")
+    """The legend of depth colours."""
+    text = Text("recursions that it took to predict a token:")
     for depth in range(recursions + 1):
-        made.append(" ").append(f" {depth} ", depth_style(depth, console))
-    return made.append("\n")
+        text.append(" ").append(f" {depth} ", depth_style(depth, console))
+    return text.append("\n")
 
 
 class TerminalWriter:
-    """Text for people, or bare text where the console is no terminal."""
+    """Formatted text on a terminal, plain text elsewhere."""
 
     def __init__(
         self,
@@ -109,9 +109,9 @@ class TerminalWriter:
         titles: bool = False,
         depths: Callable[[Prompt], np.ndarray] | None = None,
     ) -> None:
-        """echo: the prompt before each answer. streaming: each token as it comes, not all at the
-        end. titles: a line before each answer. depths: those of a prompt's tokens (int [l]), if
-        tokens are to be coloured."""
+        """echo: show the prompt before each completion. streaming: show tokens as they arrive, not
+        at the end. titles: a title line before each completion. depths: returns the depths of a
+        prompt's tokens (int [l]); None: no colours."""
         self._console, self._tokenizer = console, tokenizer
         self._echo, self._streaming, self._titles = echo, streaming, titles
         self._depths = depths
@@ -135,7 +135,7 @@ class TerminalWriter:
             self._token(token)
 
     def end(self, answer: Completion) -> None:
-        """Shows what is left of an answer, and its log-probabilities if it has any."""
+        """Shows the rest of a completion, and its log-probabilities if it has any."""
         assert answer.finished is not None
         if not self._streaming:
             for token in answer.tokens:
@@ -154,12 +154,12 @@ class TerminalWriter:
         if self._depths is None:
             return Text(prompt.text, "bold")
         pieces = text_pieces(prompt.tokens, self._tokenizer.decode)
-        made = Text(pieces[0])
+        text = Text(pieces[0])
         # A token is predicted at the position before it.
         for piece, depth in zip(pieces[1:], self._depths(prompt)[:-1].tolist(), strict=True):
-            made.append(piece, self._style(depth))
-        # A last character that is not whole comes with the answer.
-        return made[: len(prompt.text)]
+            text.append(piece, self._style(depth))
+        # An incomplete last character is shown with the completion.
+        return text[: len(prompt.text)]
 
     def _style(self, depth: int) -> Style:
         return depth_style(depth, self._console)
@@ -169,13 +169,13 @@ class TerminalWriter:
             text.plain = printable(text.plain)
             self._console.print(text, end="", soft_wrap=True)
         else:
-            # A file gets all that was generated, control characters too.
+            # A file gets the generated text unchanged, control characters included.
             self._console.file.write(text.plain)
         self._console.file.flush()
 
 
 def logprob_lines(answer: Completion, tokenizer: Tokenizer) -> list[str]:
-    """A table: each token, its log-probability (nats) and depth, the likeliest ones with theirs."""
+    """Lines of a table: token, log-probability (nats), depth, most likely alternatives."""
     rows: list[Sequence[str]] = [("token", "logprob", "depth", "likeliest")]
     for token in answer.tokens:
         tops = [f"{token_text(tokenizer, i)!r} {logprob:.2f}" for i, logprob in token.top]

@@ -72,7 +72,7 @@ def lines(*rows):
 
 
 def test_lines_have_settings_of_their_own():
-    asks = from_lines(
+    inputs = from_lines(
         [
             '{"prompt": "a", "temperature": 0, "stop": "x", "id": {"k": 1}}',
             b"  \n",
@@ -81,10 +81,10 @@ def test_lines_have_settings_of_their_own():
         ],
         dataclasses.replace(WISHES, top_k=5),
     )
-    assert [ask.id for ask in asks] == [{"k": 1}, 3, 4]
-    assert [ask.prompt for ask in asks[:2]] == ["a", (1, 2)]
-    assert [len(ask.messages) for ask in asks] == [0, 0, 1]
-    first, second, third = (ask.wishes for ask in asks)
+    assert [prompt_input.id for prompt_input in inputs] == [{"k": 1}, 3, 4]
+    assert [prompt_input.prompt for prompt_input in inputs[:2]] == ["a", (1, 2)]
+    assert [len(prompt_input.messages) for prompt_input in inputs] == [0, 0, 1]
+    first, second, third = (prompt_input.settings for prompt_input in inputs)
     assert (first.temperature, first.stop, first.top_k, first.seed) == (0.0, ("x",), 5, 3)
     assert (second.n, second.top_k, second.stop) == (2, None, ("x", "y"))
     assert third == dataclasses.replace(WISHES, top_k=5)
@@ -95,13 +95,13 @@ def test_lines_have_settings_of_their_own():
     [
         ("{", r"line 1='\{': is not valid JSON"),
         ("[" * 100_000, "line 1=.*is not valid JSON"),
-        ('{"prompt": NaN}', "NaN is no number"),
+        ('{"prompt": NaN}', "NaN is not a number"),
         (b"\xff", "line 1=.*is not valid JSON"),
         ("[1]", "must be a JSON object"),
         ("{}", "needs either 'prompt' or 'messages'"),
         ('{"prompt": "a", "messages": []}', "needs either 'prompt' or 'messages'"),
-        ('{"prompt": 1}', r"line 1\.prompt=1: must be a text or a list of token numbers"),
-        ('{"prompt": [1, true]}', r"line 1\.prompt=.*list of token numbers"),
+        ('{"prompt": 1}', r"line 1\.prompt=1: must be a text or a list of token ids"),
+        ('{"prompt": [1, true]}', r"line 1\.prompt=.*list of token ids"),
         ('{"prompt": []}', r"line 1\.prompt=\[\]"),
         (r'{"prompt": "\ud800"}', r"line 1\.prompt=.*half of a surrogate pair"),
         ('{"prompt": "a", "temprature": 1}', r"Did you mean line 1\.temperature\?"),
@@ -162,8 +162,8 @@ def test_answers_fit_into_a_small_cache(run, served):
 
 
 def test_requests_follow_the_wishes(served):
-    wishes = PromptSettings(n=3, seed=2**32 - 1, stop=("x",), top_p=0.5)
-    (prompt,) = prepare(from_texts(["abc"], wishes), served, 64)
+    settings = PromptSettings(n=3, seed=2**32 - 1, stop=("x",), top_p=0.5)
+    (prompt,) = prepare(from_texts(["abc"], settings), served, 64)
     assert (prompt.tokens, prompt.text) == ((97, 98, 99), "abc")
     assert [r.sampling.seed for r in prompt.requests] == [2**32 - 1, 0, 1]
     assert {(r.max_tokens, r.stop, r.sampling.top_p) for r in prompt.requests} == {
@@ -179,14 +179,14 @@ def test_requests_follow_the_wishes(served):
 def test_chats_go_through_the_template(served):
     source = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}<assistant>"
     chatty = dataclasses.replace(served, chat_template=source)
-    asks = from_texts(["Hi"], WISHES, chat=True, system="Be brief.")
-    asks += from_lines(lines({"messages": [{"role": "user", "content": "Hi"}]}), WISHES)
-    first, second = prepare(asks, chatty, 64)
+    inputs = from_texts(["Hi"], WISHES, chat=True, system="Be brief.")
+    inputs += from_lines(lines({"messages": [{"role": "user", "content": "Hi"}]}), WISHES)
+    first, second = prepare(inputs, chatty, 64)
     assert first.text == "<system>Be brief.<user>Hi<assistant>"
     assert second.tokens == tuple(b"<user>Hi<assistant>")
     refuses = dataclasses.replace(served, chat_template="{{ raise_exception('never') }}")
     with pytest.raises(ValueError, match=r"prompt 1: .*never"):
-        prepare(asks, refuses, 64)
+        prepare(inputs, refuses, 64)
 
 
 def test_answers_come_in_order_and_are_those_of_each_request_alone(served, engine):
@@ -271,7 +271,7 @@ def test_what_is_wrong_is_said_before_anything_is_written(run, tmp_path):
     output = f"--output={tmp_path / 'answers.jsonl'}"
     for options, message in (
         ((), "--prompt='': is missing, and so is --jsonl"),
-        (("--prompt=a", "--jsonl=b"), "--jsonl='b': stands beside --prompt"),
+        (("--prompt=a", "--jsonl=b"), "--jsonl='b': cannot be combined with --prompt"),
         (("--prompt=a", "--output="), "--output='': is empty"),
         (("--jsonl=no/such/file",), "jsonl='no/such/file': cannot be read"),
         (("--jsonl=-",), "--jsonl='-': needs at least one line"),
@@ -288,10 +288,10 @@ def test_what_is_wrong_is_said_before_anything_is_written(run, tmp_path):
             "is not the directory of a run",
         ),
         (("--prompt=a", "--chat"), "has no chat template"),
-        (("--prompt=a", "--system=b"), "system='b': is for chats"),
-        (("--jsonl=-", "--chat"), "is for --prompt"),
+        (("--prompt=a", "--system=b"), "system='b': needs --chat"),
+        (("--jsonl=-", "--chat"), "applies to --prompt only"),
         (("--prompt=a", "--output=no/such/place.jsonl"), "cannot be written (No such file"),
-        (("--prompt=a", "--output=/dev/null", "--overwrite"), "is there and no file"),
+        (("--prompt=a", "--output=/dev/null", "--overwrite"), "exists and is not a file"),
     ):
         code, out, err = run(output, *options)
         assert (code, out) == (exit_codes.REFUSED, "") and message in err, options
@@ -335,10 +335,10 @@ class Interrupted(io.StringIO):
 
 def test_ctrl_c_cancels_and_leaves_nothing_behind(workdir, tmp_path, capsys):
     generate = importlib.import_module("mor_jax.inference.cli.generate")
-    options = generate.Options(
+    options = generate.GenerateOptions(
         workdir=str(workdir),
         prompts=("a",),
-        wishes=PromptSettings(n=4, ignore_eos=True),
+        settings=PromptSettings(n=4, ignore_eos=True),
         slots=2,
         stream=True,
     )
@@ -355,8 +355,8 @@ def test_ctrl_c_cancels_and_leaves_nothing_behind(workdir, tmp_path, capsys):
 
 def test_a_terminal_shows_depths_as_colours(served, engine):
     show = importlib.import_module("mor_jax.inference.cli.show")
-    wishes = dataclasses.replace(WISHES, logprobs=1)
-    (prompt,) = prepare(from_texts(["ab"], wishes), served, 64)
+    settings = dataclasses.replace(WISHES, logprobs=1)
+    (prompt,) = prepare(from_texts(["ab"], settings), served, 64)
 
     def shown(terminal, **options):
         file = io.StringIO()

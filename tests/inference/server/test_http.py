@@ -144,7 +144,9 @@ def test_what_is_there_when_time_is_up_is_given(engine, monkeypatch, stream):
                 while not any(one.open == 6 for one in list(server.api._generations)):
                     await asyncio.sleep(0.001)
                 there.set()
-                while not (len(running) == 4 and all(s.answer for s in list(running.values()))):
+                while not (
+                    len(running) == 4 and all(s.output_tokens for s in list(running.values()))
+                ):
                     await asyncio.sleep(0.001)
                 monkeypatch.setattr(Sequence, "past_deadline", True)
                 going.set()
