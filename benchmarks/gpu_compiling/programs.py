@@ -15,10 +15,15 @@ from mor_jax.config import TrainConfig
 from mor_jax.data.tokenizers.load import load_tokenizer
 from mor_jax.distributed import mesh as sharding
 from mor_jax.inference.config import EngineConfig, plan_cache
-from mor_jax.inference.engine.batch_state import BatchState, SequenceBlocks
+from mor_jax.inference.engine.batch_state import (
+    BatchState,
+    DecodeInput,
+    PrefillInput,
+    SequenceBlocks,
+)
 from mor_jax.inference.engine.model_runner import CHUNK_TOKENS, GROUP_TOKENS
 from mor_jax.inference.engine.sampling import SamplingFeatures
-from mor_jax.inference.engine.step_functions import DecodeInput, PrefillInput, StepFunctions
+from mor_jax.inference.engine.step_functions import StepFunctions
 from mor_jax.inference.load_model import LoadedModel, expected_shares
 from mor_jax.models.decode.layer import Weights
 from mor_jax.models.decode.paged_cache import BlockTables

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mor_jax.inference.engine.request import Request
-from mor_jax.inference.engine.sampling import SamplingArrays
+from mor_jax.inference.engine.sampling import SamplingArrays, SamplingFeatures
 from mor_jax.models.decode.paged_cache import BlockTables, KVCacheSpec
 from mor_jax.models.decode.routed_decode import TokenState
 from mor_jax.types import Array, Bool, Int
@@ -112,6 +112,30 @@ class Admission:
             in_prompt=in_prompt,
             stop_at_eos=np.bool_(not request.ignore_eos),
         )
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class DecodeInput:
+    """Sequences of a decode step.
+
+    rows: slot of each; distinct, except for padding. features: what any of them needs.
+    """
+
+    rows: Int[Array, "n"] | np.ndarray
+    valid: Bool[Array, "n"] | np.ndarray
+    features: SamplingFeatures
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class PrefillInput:
+    """A prompt chunk: slot, first position, and `tokens`, of which the first `count` are valid."""
+
+    slot: Int[Array, ""] | np.int32
+    start: Int[Array, ""] | np.int32
+    count: Int[Array, ""] | np.int32
+    tokens: Int[Array, "n"] | np.ndarray
 
 
 def admit(state: BatchState, admission: Admission) -> BatchState:

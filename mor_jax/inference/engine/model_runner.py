@@ -13,18 +13,19 @@ import numpy as np
 
 from mor_jax.inference.config import CachePlan
 from mor_jax.inference.engine import step_functions
-from mor_jax.inference.engine.batch_state import Admission, BatchState, SequenceBlocks
+from mor_jax.inference.engine.batch_state import (
+    Admission,
+    BatchState,
+    DecodeInput,
+    PrefillInput,
+    SequenceBlocks,
+)
 from mor_jax.inference.engine.request import Reason, Request
 from mor_jax.inference.engine.sampling import SamplingFeatures
 from mor_jax.inference.engine.scheduler import Scheduler
 from mor_jax.inference.engine.sequence import Sequence
 from mor_jax.inference.engine.statistics import Counters, Statistics
-from mor_jax.inference.engine.step_functions import (
-    DecodeInput,
-    PrefillInput,
-    StepFunctions,
-    StepOutput,
-)
+from mor_jax.inference.engine.step_functions import StepFunctions, StepOutput
 from mor_jax.inference.load_model import LoadedModel
 from mor_jax.models.decode.layer import Weights
 from mor_jax.models.decode.paged_cache import BlockTables

@@ -11,13 +11,14 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from mor_jax.inference.engine.batch_state import (
     ENTERING,
     IDLE,
     IN_FLIGHT,
     BatchState,
+    DecodeInput,
+    PrefillInput,
     SequenceBlocks,
     admit,
 )
@@ -117,7 +118,7 @@ class StepFunctions:
         slots: BatchState,
         cache: Cache,
         blocks: SequenceBlocks,
-        inputs: "DecodeInput",
+        inputs: DecodeInput,
     ) -> tuple[BatchState, Cache, StepOutput]:
         """One decode step of the sequences in `inputs`."""
         rows = DecodeBatch(inputs.rows, slots.position[inputs.rows], inputs.valid)
@@ -311,7 +312,7 @@ class StepFunctions:
         slots: BatchState,
         cache: Cache,
         blocks: SequenceBlocks,
-        inputs: "PrefillInput",
+        inputs: PrefillInput,
     ) -> tuple[BatchState, Cache, PrefillOutput]:
         """Writes the keys and values of a prompt chunk; `start` 0 marks a sequence's first one."""
         slot, n = inputs.slot, inputs.tokens.shape[0]
@@ -346,7 +347,7 @@ class StepFunctions:
         return slots, cache, output
 
     def _vanilla_prefill(
-        self, decoder: Decoder, cache: Cache, rows: PrefillChunk, inputs: "PrefillInput"
+        self, decoder: Decoder, cache: Cache, rows: PrefillChunk, inputs: PrefillInput
     ) -> Cache:
         """Runs all layers on groups of the chunk's tokens; groups of padding are skipped."""
         n = inputs.tokens.shape[0]
@@ -367,30 +368,6 @@ class StepFunctions:
             return vanilla.prefill(decoder, cache, part, group_slice(inputs.tokens, i))
 
         return jax.lax.fori_loop(0, rounds, store, cache)
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class DecodeInput:
-    """Sequences of a decode step.
-
-    rows: slot of each; distinct, except for padding. features: what any of them needs.
-    """
-
-    rows: Int[Array, "n"] | np.ndarray
-    valid: Bool[Array, "n"] | np.ndarray
-    features: SamplingFeatures
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class PrefillInput:
-    """A prompt chunk: slot, first position, and `tokens`, of which the first `count` are valid."""
-
-    slot: Int[Array, ""] | np.int32
-    start: Int[Array, ""] | np.int32
-    count: Int[Array, ""] | np.int32
-    tokens: Int[Array, "n"] | np.ndarray
 
 
 @dataclasses.dataclass(frozen=True)
