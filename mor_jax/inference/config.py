@@ -1,4 +1,4 @@
-"""Settings of the engine, and how many pages a budget of bytes buys."""
+"""Settings of the engine, and the size of its KV cache."""
 
 import dataclasses
 from typing import Literal
@@ -11,26 +11,26 @@ from mor_jax.inference.load_model import LoadedModel
 from mor_jax.models.decode.paged_cache import KVCacheSpec
 from mor_jax.runtime.free_memory import free_bytes
 
-_MOST_SLOTS = 256
-"""Sequences where nobody has asked for a number."""
+_MAX_SLOTS = 256
+"""Most slots by default."""
 
 _VOCABULARY_BYTES = 19
-"""Of a row, for each token of the vocabulary: counts for penalties, and logits to sample from."""
+"""Bytes per slot and vocabulary entry: penalty state, and logits to sample from."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EngineConfig:
-    """How much runs at one time.
+    """Settings of the engine.
 
-    slots: sequences that decode together; None: as many as the cache holds of `typical_length`
-    tokens, at most 256. cache_bytes: for keys and values; None: for `slots` (or 32) sequences of
-    full length, within half of the memory that is free. typical_length: only read where `slots` is
-    None. page: tokens of a page. piece: tokens of a prompt that are stored between two ticks; the
-    fewer, the shorter running answers wait. slack: pages beyond the expected share of tokens that a
-    sequence reserves at each routed recursion. max_length: of prompt and answer, at least 2; None:
-    the model's, or what the cache holds of one sequence if that is less. max_waiting: requests in
-    the queue. dtype: of weights, activations and cache; None: the model's, but float32 on CPUs,
-    which have no arithmetic for less. warm: compile every shape at the start.
+    slots: sequences that decode together; None: as many of `typical_length` tokens as the cache
+    holds, at most 256. cache_bytes: size of the KV cache; None: for `slots` (or 32) sequences of
+    full length, within half of the free memory. typical_length: only used if `slots` is None. page:
+    tokens per KV cache page. piece: prompt tokens prefilled between two decode steps; fewer delay
+    running sequences less. slack: fraction of pages that a sequence reserves beyond the expected
+    depth of its tokens, at each routed recursion. max_length: of prompt and output, at least 2;
+    None: the model's, or what the cache holds of one sequence if that is less. max_waiting:
+    requests in the waiting queue. dtype: of weights, activations and cache; None: the model's, but
+    float32 on CPUs, which compute in nothing smaller. warm: compile every shape at the start.
     """
 
     slots: int | None = None
@@ -51,17 +51,18 @@ class EngineConfig:
         for name in ("slots", "cache_bytes", "max_length"):
             if getattr(self, name) is not None:
                 check_positive(path, self, name)
-        rule = "must be at least 2: a prompt has a token, and so has its answer"
+        rule = "must be at least 2: one token of the prompt and one of the output"
         ok = self.max_length is None or self.max_length >= 2
         check(ok, f"{path}.max_length", self.max_length, rule, "Leave it out for the model's")
 
 
 @dataclasses.dataclass(frozen=True)
 class CachePlan:
-    """What an engine holds. share: of a sequence's tokens that each list is given room for.
+    """Slots and KV cache pages of an engine.
 
-    max_length: of prompt and answer. One sequence of so many tokens has room in the cache even if
-    all of them go through every recursion, so each one that is taken can be finished.
+    max_length: of prompt and output. One sequence of this length fits the cache even if all its
+    tokens go through every recursion, so every accepted request can finish. share: fraction of a
+    sequence's tokens for which it reserves space in each KV list.
     """
 
     spec: KVCacheSpec
@@ -84,11 +85,11 @@ class CachePlan:
         return ends * spec.end_page_bytes + sum(lists) * spec.block_page_bytes
 
     def holds(self, budget: int, length: int) -> int:
-        """Sequences of `length` tokens whose pages take at most `budget` bytes."""
+        """How many sequences of `length` tokens fit into `budget` bytes."""
         return budget // self.sequence_bytes(length)
 
     def deepest_pages(self, length: int) -> tuple[int, int]:
-        """Pages at the ends and in the block's pool of `length` tokens that all go all the way."""
+        """Pages of the end layers and of the block if all `length` tokens take every recursion."""
         pages = -(-length // self.spec.size)
         return (pages if self.spec.end_layers else 0), pages * self.spec.lists
 
@@ -98,11 +99,11 @@ class CachePlan:
         return ends * self.spec.end_page_bytes + block * self.spec.block_page_bytes
 
     def tokens(self, number: int, length: int) -> int:
-        """Entries that list `number` is given room for in a sequence of `length` tokens."""
+        """Entries of KV list `number` that a sequence of `length` tokens reserves."""
         return min(length, -int(-length * self.share[number] // 1))
 
     def pages(self, length: int) -> tuple[int, tuple[int, ...]]:
-        """Pages that a sequence of `length` tokens reserves: at the ends, and in each list."""
+        """Pages that a sequence of `length` tokens reserves: for the end layers, for each list."""
         size = self.spec.size
         lists = range(self.spec.lists)
         ends = -(-length // size) if self.spec.end_layers else 0
@@ -110,17 +111,17 @@ class CachePlan:
 
 
 def compute_config(cfg: ModelConfig, dtype: str | None) -> ModelConfig:
-    """The model in the dtype that generation runs in."""
+    """The model config with the dtype of generation."""
     if dtype is None:
         dtype = "float32" if jax.default_backend() == "cpu" else cfg.dtype
     return dataclasses.replace(cfg, dtype=dtype)
 
 
 def plan_cache(model: LoadedModel, cfg: EngineConfig) -> CachePlan:
-    """Slots and pages for a model.
+    """Computes slots and pages for a model.
 
     Raises:
-        ValueError: a setting out of range, or a budget that does not hold a page for every list.
+        ValueError: a setting is out of range, or the cache is too small for one sequence.
     """
     cfg.validate()
     model_cfg = compute_config(model.cfg, cfg.dtype)
@@ -137,70 +138,70 @@ def plan_cache(model: LoadedModel, cfg: EngineConfig) -> CachePlan:
     )
     full = CachePlan(spec, cfg.slots or 32, 0, 0, longest, share)
     budget = _budget(full, cfg)
-    held = _held(full, budget)
-    rule = f"the cache of {budget:,} bytes holds {held} tokens that take every recursion"
+    longest_sequence = _longest_sequence(full, budget)
+    rule = (
+        f"the cache of {budget:,} bytes holds {longest_sequence} tokens that take every recursion"
+    )
     fix = f"Use that or less, or a cache of {full.deepest_bytes(longest):,} bytes"
-    ok = cfg.max_length is None or held >= longest
+    ok = cfg.max_length is None or longest_sequence >= longest
     check(ok, "engine.max_length", cfg.max_length, rule, fix)
     slots = _slots(full, cfg, budget)
-    ends, block = _split(full, budget, held)
+    ends, block = _split_pages(full, budget, longest_sequence)
     return dataclasses.replace(
-        full, slots=slots, end_pages=ends, block_pages=block, max_length=held
+        full, slots=slots, end_pages=ends, block_pages=block, max_length=longest_sequence
     )
 
 
 def _budget(full: CachePlan, cfg: EngineConfig) -> int:
-    """Bytes for keys and values. Raises `ValueError` if they are too few, or not there."""
+    """Bytes of the KV cache. Raises `ValueError` if they are too few, or not free."""
     free = free_bytes()
     if cfg.cache_bytes is None:
-        wanted = full.slots * full.sequence_bytes(full.max_length)
-        # The expected depths of a few sequences may come to less than one that goes all the way.
-        budget = min(max(wanted, full.deepest_bytes(full.max_length)), free // 2)
+        full_bytes = full.slots * full.sequence_bytes(full.max_length)
+        # A few sequences of expected depth may need less than one whose tokens all go deepest.
+        budget = min(max(full_bytes, full.deepest_bytes(full.max_length)), free // 2)
     else:
         budget = cfg.cache_bytes
     rule = f"only {free:,} bytes of memory are free"
-    check(budget <= free, "engine.cache_bytes", budget, rule, "Give less")
-    least = full.deepest_bytes(2)
-    rule = f"must hold a sequence's first pages, {least:,} bytes"
-    check(budget >= least, "engine.cache_bytes", budget, rule, "Give more")
+    check(budget <= free, "engine.cache_bytes", budget, rule, "Use less")
+    min_bytes = full.deepest_bytes(2)
+    rule = f"must hold a sequence's first pages, {min_bytes:,} bytes"
+    check(budget >= min_bytes, "engine.cache_bytes", budget, rule, "Use more")
     return budget
 
 
 def _slots(full: CachePlan, cfg: EngineConfig, budget: int) -> int:
-    """Sequences that decode together. Raises `ValueError` if memory cannot hold so many rows."""
+    """Number of slots. Raises `ValueError` if they do not fit into memory."""
     if cfg.slots is None:
-        return max(
-            1, min(_MOST_SLOTS, full.holds(budget, min(cfg.typical_length, full.max_length)))
-        )
+        return max(1, min(_MAX_SLOTS, full.holds(budget, min(cfg.typical_length, full.max_length))))
     spec = full.spec
     tables = (1 + spec.lists) * -(-full.max_length // spec.size)
-    each = _VOCABULARY_BYTES * spec.cfg.vocab_size + 4 * tables
+    bytes_per_slot = _VOCABULARY_BYTES * spec.cfg.vocab_size + 4 * tables
     free = free_bytes() - budget
-    rule = f"so many rows need {each * cfg.slots:,} bytes beside the cache, {free:,} are free"
-    fix = f"Use {max(1, free // each)} or less"
-    check(each * cfg.slots <= free, "engine.slots", cfg.slots, rule, fix)
+    rule = f"so many slots need {bytes_per_slot * cfg.slots:,} bytes; {free:,} are free"
+    fix = f"Use {max(1, free // bytes_per_slot)} or less"
+    check(bytes_per_slot * cfg.slots <= free, "engine.slots", cfg.slots, rule, fix)
     return cfg.slots
 
 
-def _held(full: CachePlan, budget: int) -> int:
-    """Tokens of one sequence that have room whatever their depths, at most `full.max_length`."""
+def _longest_sequence(full: CachePlan, budget: int) -> int:
+    """Tokens of one sequence that fit at any depth, at most `full.max_length`."""
     pages = budget // full.deepest_bytes(1)
     return min(full.max_length, pages * full.spec.size)
 
 
-def _split(full: CachePlan, budget: int, held: int) -> tuple[int, int]:
-    """Pages of the two pools: at the ends, and in the block.
+def _split_pages(full: CachePlan, budget: int, longest_sequence: int) -> tuple[int, int]:
+    """Pages of the two pools: of the end layers, and of the block.
 
-    In the proportion that sequences of full length use them in, but not fewer than one sequence of
-    `held` tokens may need of either.
+    In the proportion in which sequences of full length use them, but no fewer of either than one
+    sequence of `longest` tokens may need.
     """
     ends, lists = full.pages(full.max_length)
     count = budget / full.sequence_bytes(full.max_length)
-    least_ends, least_block = full.deepest_pages(held)
+    least_ends, least_block = full.deepest_pages(longest_sequence)
     spec = full.spec
-    most = (budget - least_ends * spec.end_page_bytes) // spec.block_page_bytes
-    block = max(least_block, min(int(sum(lists) * count), most))
+    max_pages = (budget - least_ends * spec.end_page_bytes) // spec.block_page_bytes
+    block = max(least_block, min(int(sum(lists) * count), max_pages))
     if not ends:
         return 0, block
-    most = (budget - block * spec.block_page_bytes) // spec.end_page_bytes
-    return max(least_ends, min(int(ends * count), most)), block
+    max_pages = (budget - block * spec.block_page_bytes) // spec.end_page_bytes
+    return max(least_ends, min(int(ends * count), max_pages)), block
