@@ -177,7 +177,8 @@ def _slots(full: CachePlan, cfg: EngineConfig, budget: int) -> int:
     tables = (1 + spec.lists) * -(-full.max_length // spec.size)
     bytes_per_slot = _VOCABULARY_BYTES * spec.cfg.vocab_size + 4 * tables
     free = free_bytes() - budget
-    rule = f"so many slots need {bytes_per_slot * cfg.slots:,} bytes; {free:,} are free"
+    rule = f"so many slots need {bytes_per_slot * cfg.slots:,} bytes besides the cache"
+    rule += f"; {free:,} are free"
     fix = f"Use {max(1, free // bytes_per_slot)} or less"
     check(bytes_per_slot * cfg.slots <= free, "engine.slots", cfg.slots, rule, fix)
     return cfg.slots

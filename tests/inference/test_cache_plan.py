@@ -54,6 +54,6 @@ def test_as_many_slots_as_are_asked_for_or_an_error():
     assert plan_cache(model, EngineConfig(slots=300)).slots == 300
     cfg = EngineConfig(slots=10**12, cache_bytes=plan_cache(model, FEW).cache_bytes)
     with pytest.raises(
-        ValueError, match=r"slots=1000000000000: so many rows need .* Use \d+ or less"
+        ValueError, match=r"slots=1000000000000: so many slots need .* Use \d+ or less"
     ):
         plan_cache(model, cfg)
