@@ -1,4 +1,4 @@
-"""Calibrations: where a model's tokens go on at inference, kept as `<workdir>/calibrations/*.json`.
+"""Calibrations of routing at inference, stored as `<workdir>/calibrations/*.json`.
 
 A calibration belongs to the weights that it was measured on: other weights give other logits.
 """
@@ -22,12 +22,12 @@ from mor_jax.types import Params
 
 DIRECTORY = "calibrations"
 ALWAYS, NEVER = -1e30, 1e30
-"""Thresholds that every token and no token reaches; JSON has no infinities."""
+"""Thresholds that every token, and no token, reaches; JSON has no infinities."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Calibration:
-    """What decides on depths under causal routing, and what came of it.
+    """Parameters of causal routing, and the depths and loss that they give.
 
     weights: `fingerprint` of the weights it is for; step: theirs, for people. recursions: that the
     model ran. thresholds: expert-choice's logits, one a recursion. depth_bias: token-choice's
@@ -49,7 +49,7 @@ class Calibration:
 
     @property
     def depth(self) -> float:
-        """Mean recursions a token, as found."""
+        """Mean recursions per token, as measured."""
         return sum(self.shares)
 
     def apply(self, cfg: ModelConfig, params: Params) -> tuple[ModelConfig, Params]:
@@ -72,33 +72,33 @@ def with_depth_bias(
     return dataclasses.replace(cfg, router=changed), {**params, "router": router}
 
 
-def _is_for(calibration: Calibration, found: RunWeights, step: int) -> bool:
+def _is_for(calibration: Calibration, run: RunWeights, step: int) -> bool:
     """Whether those of `step` of the same run are the weights that it was made for."""
     # Once there is a checkpoint, the weights that a run started from are not found any more.
-    if step not in complete_steps(found.path):
+    if step not in complete_steps(run.path):
         return False
     try:
-        return calibration.weights == fingerprint(dataclasses.replace(found, step=step))
+        return calibration.weights == fingerprint(dataclasses.replace(run, step=step))
     except manifest.Damaged:
         return False
 
 
-def fingerprint(found: RunWeights) -> str:
+def fingerprint(run: RunWeights) -> str:
     """Short hash of the weights `found`: of the sizes and sums of the files that hold them."""
-    facts = manifest.read(_home(found))
-    held = json.dumps([facts["arrays"], facts["files"]], sort_keys=True)
-    return hashlib.sha256(held.encode()).hexdigest()[:24]
+    contents = manifest.read(_weights_directory(run))
+    encoded = json.dumps([contents["arrays"], contents["files"]], sort_keys=True)
+    return hashlib.sha256(encoded.encode()).hexdigest()[:24]
 
 
-def created(found: RunWeights) -> int:
+def created(run: RunWeights) -> int:
     """Unix time, in seconds, at which the weights `found` were completely written."""
-    return int((_home(found) / manifest.FILE).stat().mtime)
+    return int((_weights_directory(run) / manifest.FILE).stat().mtime)
 
 
-def _home(found: RunWeights) -> epath.Path:
-    if found.step == 0:
-        return found.path / pretrained.DIRECTORY
-    return step_directory(found.path, found.step)
+def _weights_directory(run: RunWeights) -> epath.Path:
+    if run.step == 0:
+        return run.path / pretrained.DIRECTORY
+    return step_directory(run.path, run.step)
 
 
 def path_of(directory: epath.PathLike, name: str) -> epath.Path:
@@ -113,7 +113,7 @@ def path_of(directory: epath.PathLike, name: str) -> epath.Path:
 
 
 def save(path: epath.Path, calibration: Calibration) -> None:
-    """Writes it whole or not at all; an older calibration of the name is replaced.
+    """Writes a calibration atomically; replaces an older one of the same name.
 
     Raises `ValueError` where the directory cannot be written, or another file has the name.
     """
@@ -138,13 +138,13 @@ def check_replaceable(path: epath.Path) -> None:
         fail("name", str(path), "is there and is no calibration; it is not replaced", fix)
 
 
-def load(found: RunWeights, name: str) -> Calibration:
+def load(run: RunWeights, name: str) -> Calibration:
     """The calibration `name` (or the file of that path), once it fits the weights `found`.
 
     Raises:
         ValueError: it does not exist, is damaged, or was made for other weights.
     """
-    path = path_of(found.path, name)
+    path = path_of(run.path, name)
     if not path.is_file():
         known = sorted(other.stem for other in path.parent.glob("*.json"))
         rule = f"there is no {path}; {path.parent} has {known or 'none'}"
@@ -154,20 +154,20 @@ def load(found: RunWeights, name: str) -> Calibration:
         calibration = parse(Calibration, _values(json.loads(path.read_text())), f"{path}: ")
     except (json.JSONDecodeError, UnicodeDecodeError, TypeError) as error:
         fail("calibration", str(path), f"is damaged or no calibration ({error})", again)
-    if calibration.weights != fingerprint(found):
-        rule = f"was made for other weights (step {calibration.step}) than {found}"
+    if calibration.weights != fingerprint(run):
+        rule = f"was made for other weights (step {calibration.step}) than {run}"
         fix = "Calibrate these with launch/calibrate.py"
-        if _is_for(calibration, found, calibration.step):
+        if _is_for(calibration, run, calibration.step):
             fix = f"Give --step={calibration.step}, or calibrate these"
         fail("calibration", str(path), rule, fix)
-    _check_fits(calibration, found.cfg.model, str(path))
+    _check_fits(calibration, run.cfg.model, str(path))
     return calibration
 
 
-def _values(told: Any) -> dict[str, Any]:
-    if not isinstance(told, dict):
-        raise TypeError(f"{type(told).__name__} in place of an object")
-    return told
+def _values(values: Any) -> dict[str, Any]:
+    if not isinstance(values, dict):
+        raise TypeError(f"{type(values).__name__} in place of an object")
+    return values
 
 
 def _check_fits(calibration: Calibration, cfg: ModelConfig, path: str) -> None:

@@ -1,8 +1,8 @@
-"""Messages to a prompt, by the template that came with the tokenizer.
+"""Turns chat messages into a prompt with the tokenizer's template.
 
 Templates are Jinja, rendered in its sandbox with the names that Hugging Face templates use. What
-people write can never become a special token: a message that spells one out is read as plain text,
-so nobody can speak in another's role.
+users write can never become a special token: a message that spells one out is encoded as plain
+text, so no user can speak in another role.
 """
 
 import datetime
@@ -22,7 +22,7 @@ from mor_jax.inference.load_model import LoadedModel
 _GUARD = "\ufdd0"
 
 # Characters of an error in a template that a message repeats.
-_MOST = 300
+_MAX_ERROR = 300
 
 
 class ChatTemplate:
@@ -33,7 +33,7 @@ class ChatTemplate:
         if model.chat_template is None:
             rule = "the tokenizer of this model has no chat template"
             fail("chat", model.name, rule, "Give prompts as they are, or put one beside it")
-        self._plain = model.tokenizer
+        self._tokenizer = model.tokenizer
         self._names = {"bos_token": "", "eos_token": "", **model.special_tokens}
         self._encoder, self._special = _encoder(model.tokenizer)
         try:
@@ -53,18 +53,22 @@ class ChatTemplate:
         text = self.render(guarded)
         if _GUARD not in text and self._encoder is not None:
             return tuple(self._encoder.encode(text, add_special_tokens=False).ids)
-        return tuple(self._pieces(text))
+        return tuple(self._encode_guarded(text))
 
-    def render(self, messages: Sequence[Mapping[str, str]], *, generates: bool = True) -> str:
-        """The prompt as text, up to where the assistant answers, or (not `generates`) where the
-        last message ends. Raises `ValueError` as `tokens`."""
+    def render(
+        self, messages: Sequence[Mapping[str, str]], *, add_generation_prompt: bool = True
+    ) -> str:
+        """The prompt as text, up to where the assistant answers.
+
+        With `add_generation_prompt=False` it ends with the last message. Raises `ValueError` as
+        `tokens`."""
         variables = {**self._names, "tools": None, "documents": None, "messages": list(messages)}
         try:
-            return self._template.render(**variables, add_generation_prompt=generates)
+            return self._template.render(**variables, add_generation_prompt=add_generation_prompt)
         # A template is a program: what it does with unusual messages is their fault.
         except Exception as error:
-            what = f"{type(error).__name__}: {error}"[:_MOST]
-            rule = f"the model's chat template does not take them ({what})"
+            reason = f"{type(error).__name__}: {error}"[:_MAX_ERROR]
+            rule = f"the model's chat template does not take them ({reason})"
             roles = [message.get("role") for message in messages[:10]]
             fail("messages", roles, rule, "Begin with user, then take turns")
 
@@ -72,28 +76,28 @@ class ChatTemplate:
         text = text.replace(_GUARD, "")
         if self._pattern is None:
             return text
-        return self._pattern.sub(lambda found: found[0][0] + _GUARD + found[0][1:], text)
+        return self._pattern.sub(lambda match: match[0][0] + _GUARD + match[0][1:], text)
 
-    def _pieces(self, text: str) -> list[int]:
-        found: list[int] = []
+    def _encode_guarded(self, text: str) -> list[int]:
+        ids: list[int] = []
         for part in re.split(f"({self._pattern.pattern})", text) if self._pattern else [text]:
             if part in self._special:
-                found.append(self._special[part])
+                ids.append(self._special[part])
             elif part:
-                found.extend(self._plain.encode(part.replace(_GUARD, "")).tolist())
-        return found
+                ids.extend(self._tokenizer.encode(part.replace(_GUARD, "")).tolist())
+        return ids
 
 
 def _environment(name: str) -> Any:
     """Jinja's sandbox, as Hugging Face sets it up for templates."""
     sandbox = require_package("jinja2.sandbox", "chat_template", name)
-    made = sandbox.ImmutableSandboxedEnvironment(
+    environment = sandbox.ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
     )
-    made.filters["tojson"] = _tojson
-    made.globals["raise_exception"] = _raise
-    made.globals["strftime_now"] = _now
-    return made
+    environment.filters["tojson"] = _tojson
+    environment.globals["raise_exception"] = _raise
+    environment.globals["strftime_now"] = _now
+    return environment
 
 
 def _encoder(tokenizer: Tokenizer) -> tuple[Encoder | None, dict[str, int]]:

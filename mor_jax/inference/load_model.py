@@ -1,4 +1,4 @@
-"""What is served: a run's weights, made ready for causal generation, with its text conventions."""
+"""Loads a run's weights, tokenizer and chat template for causal generation."""
 
 import dataclasses
 import json
@@ -67,35 +67,35 @@ def load_model(
             fit, a calibration that does not fit the weights, recursions that the model cannot run,
             or routers that never learned to decide without later tokens and no calibration.
     """
-    found = load_run(directory, step)
-    calibrated = None if calibration is None else load(found, calibration)
+    run = load_run(directory, step)
+    calibrated = None if calibration is None else load(run, calibration)
     if calibrated is None:
-        check_causal(found.cfg.model)
-    tokenizer = data.load_tokenizer(found.cfg.data.tokenizer)
-    data.check_vocabulary(tokenizer, found.cfg.model.vocab_size)
-    params = found.params()
-    check_finite(params, str(found))
-    cfg, params, thresholds, shares = prepare_model(found.cfg.model, params, calibrated, recursions)
-    beside = _files(tokenizer)
+        check_causal(run.cfg.model)
+    tokenizer = data.load_tokenizer(run.cfg.data.tokenizer)
+    data.check_vocabulary(tokenizer, run.cfg.model.vocab_size)
+    params = run.params()
+    check_finite(params, str(run))
+    cfg, params, thresholds, shares = prepare_model(run.cfg.model, params, calibrated, recursions)
+    tokenizer_files = _files(tokenizer)
     return LoadedModel(
-        name=f"{found.path.name}-{found.step}" if found.step else found.path.name,
+        name=f"{run.path.name}-{run.step}" if run.step else run.path.name,
         cfg=cfg,
         params=params,
         thresholds=thresholds,
         shares=shares,
         tokenizer=tokenizer,
-        chat_template=_template(beside),
-        special_tokens=_special_tokens(beside),
-        eos_ids=_ends(beside, tokenizer, cfg.vocab_size),
-        created=created(found),
+        chat_template=_template(tokenizer_files),
+        special_tokens=_special_tokens(tokenizer_files),
+        eos_ids=_eos_ids(tokenizer_files, tokenizer, cfg.vocab_size),
+        created=created(run),
     )
 
 
 def check_causal(cfg: ModelConfig) -> None:
-    """Raises `ValueError` for routers whose own scores do not say who goes on.
+    """Raises `ValueError` for routers that cannot select tokens causally.
 
-    Expert-choice picks the best of a row, later tokens included. A router that was not trained to
-    predict that choice has logits on no known scale, so no threshold is right without calibration.
+    Expert-choice selects the best tokens of a sequence, later ones included. A router that was not
+    trained to predict this choice has logits on an unknown scale, so it needs calibration.
     """
     if is_causal(cfg):
         return
@@ -151,57 +151,59 @@ def prepare_model(
 
 
 def _files(tokenizer: Tokenizer) -> dict[str, Any]:
-    """What stands beside the tokenizer on chats and ends of texts, by file name, parsed."""
+    """The tokenizer's chat and generation files, parsed, by file name."""
     if tokenizer.name == "bytes":
         return {}
     path = Path(tokenizer.name).expanduser()
     directory = path if path.is_dir() else path.parent
-    found: dict[str, Any] = {}
+    parsed: dict[str, Any] = {}
     for name in ("tokenizer_config.json", "generation_config.json", "chat_template.json"):
         if (directory / name).is_file():
-            found[name] = _object(directory / name)
+            parsed[name] = _object(directory / name)
     template = directory / "chat_template.jinja"
     if template.is_file():
-        found[template.name] = template.read_text(encoding="utf-8")
-    return found
+        parsed[template.name] = template.read_text(encoding="utf-8")
+    return parsed
 
 
 def _object(path: Path) -> dict[str, Any]:
     fix = "Copy or download it again"
     try:
-        told = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         fail("data.tokenizer", str(path), f"is damaged ({error})", fix)
-    check(isinstance(told, dict), "data.tokenizer", str(path), "holds no JSON object", fix)
-    return told
+    check(isinstance(value, dict), "data.tokenizer", str(path), "holds no JSON object", fix)
+    return value
 
 
-def _template(beside: Mapping[str, Any]) -> str | None:
-    """The chat template: its own file counts before what the settings say."""
-    if "chat_template.jinja" in beside:
-        return beside["chat_template.jinja"]
+def _template(tokenizer_files: Mapping[str, Any]) -> str | None:
+    """The chat template; its own file takes precedence over the settings."""
+    if "chat_template.jinja" in tokenizer_files:
+        return tokenizer_files["chat_template.jinja"]
     for name in ("chat_template.json", "tokenizer_config.json"):
-        told = beside.get(name, {}).get("chat_template")
-        if isinstance(told, list):
-            named = {row.get("name"): row.get("template") for row in told if isinstance(row, dict)}
-            told = named.get("default")
-        if isinstance(told, str):
-            return told
+        value = tokenizer_files.get(name, {}).get("chat_template")
+        if isinstance(value, list):
+            named = {row.get("name"): row.get("template") for row in value if isinstance(row, dict)}
+            value = named.get("default")
+        if isinstance(value, str):
+            return value
     return None
 
 
-def _special_tokens(beside: Mapping[str, Any]) -> dict[str, str]:
-    told = beside.get("tokenizer_config.json", {})
-    found = {role: told.get(role) for role in _SPECIAL}
+def _special_tokens(tokenizer_files: Mapping[str, Any]) -> dict[str, str]:
+    value = tokenizer_files.get("tokenizer_config.json", {})
+    parsed = {role: value.get(role) for role in _SPECIAL}
     # Written as a text or as a group of settings.
-    texts = {r: t.get("content") if isinstance(t, dict) else t for r, t in found.items()}
+    texts = {r: t.get("content") if isinstance(t, dict) else t for r, t in parsed.items()}
     return {role: text for role, text in texts.items() if isinstance(text, str)}
 
 
-def _ends(beside: Mapping[str, Any], tokenizer: Tokenizer, vocab_size: int) -> frozenset[int]:
-    """The end of documents, and what the model's generation settings name besides."""
-    told = beside.get("generation_config.json", {}).get("eos_token_id")
-    ids = told if isinstance(told, list) else [told]
+def _eos_ids(
+    tokenizer_files: Mapping[str, Any], tokenizer: Tokenizer, vocab_size: int
+) -> frozenset[int]:
+    """The tokenizer's EOS token, and those of the model's generation settings."""
+    value = tokenizer_files.get("generation_config.json", {}).get("eos_token_id")
+    ids = value if isinstance(value, list) else [value]
     known = {i for i in ids if type(i) is int and 0 <= i < vocab_size}
     return frozenset(known | {tokenizer.eos_id})
 

@@ -13,7 +13,7 @@ from mor_jax.types import Array, Params
 
 Thresholds = tuple[float, ...] | None
 
-_MOST = 1024
+_MAX_LAYERS = 1024
 """Effective layers of a model."""
 
 _log = logging.getLogger(__name__)
@@ -21,11 +21,11 @@ _log = logging.getLogger(__name__)
 
 @functools.cache
 def _warn(trained: int, recursions: int) -> None:
-    """Says once that a depth is far from what was trained."""
-    told = "recursions=%d: more than twice the %d that were trained. Each costs as much as one "
-    told += "that was, and what they do to the loss only a measurement tells: launch/analyze.py "
-    told += "depth --recursions=%d,%d"
-    _log.warning(told, recursions, trained, trained, recursions)
+    """Warns once about a depth far from the trained one."""
+    message = "recursions=%d: more than twice the %d that were trained. Each costs as much as one "
+    message += "that was, and what they do to the loss only a measurement tells: launch/analyze.py "
+    message += "depth --recursions=%d,%d"
+    _log.warning(message, recursions, trained, trained, recursions)
 
 
 def with_recursions(
@@ -39,21 +39,23 @@ def with_recursions(
     number that the model was trained with.
 
     Raises:
-        ValueError: a plain model; more recursions than trained where each has parameters of its
+        ValueError: a vanilla model; more recursions than trained where each has parameters of its
             own (norms that are not shared, the depths of token-choice); too many layers.
     """
     rule, setting = "must be at least 1", "recursions"
     check(recursions >= 1, setting, recursions, rule, f"Try {cfg.num_recursions}")
     if recursions == cfg.num_recursions:
         return cfg, params, thresholds
-    rule = "a plain model (sharing='none') runs its layers once"
+    rule = "a vanilla model (sharing='none') runs its layers once"
     check(cfg.sharing != "none", setting, recursions, rule, "Leave it out")
     if recursions > cfg.num_recursions:
         _check_more(cfg, recursions)
     layers = cfg.shared_layers * recursions + 2 * cfg.is_middle
-    rule = f"makes {layers:,} layers; programs are compiled layer by layer, for {_MOST} at most"
-    most = (_MOST - 2 * cfg.is_middle) // cfg.shared_layers
-    check(layers <= _MOST, setting, recursions, rule, f"Use at most {most}")
+    rule = (
+        f"makes {layers:,} layers; programs are compiled layer by layer, for {_MAX_LAYERS} at most"
+    )
+    max_recursions = (_MAX_LAYERS - 2 * cfg.is_middle) // cfg.shared_layers
+    check(layers <= _MAX_LAYERS, setting, recursions, rule, f"Use at most {max_recursions}")
     if recursions > 2 * cfg.num_recursions:
         _warn(cfg.num_recursions, recursions)
     changed = dataclasses.replace(cfg, num_recursions=recursions, num_layers=layers)
@@ -62,8 +64,8 @@ def with_recursions(
         router = dataclasses.replace(cfg.router, capacity=shares)
         changed = dataclasses.replace(changed, router=router)
     changed.validate()
-    kept = None if thresholds is None else _first(thresholds, recursions)
-    return changed, _params(cfg, params, recursions), kept
+    new_thresholds = None if thresholds is None else _first(thresholds, recursions)
+    return changed, _params(cfg, params, recursions), new_thresholds
 
 
 def _check_more(cfg: ModelConfig, recursions: int) -> None:

@@ -81,7 +81,7 @@ def test_more_repeats_the_last_router_and_its_threshold():
 
 def test_what_makes_no_sense_is_refused():
     params = random_params(TINY["plain"])
-    with pytest.raises(ValueError, match=r"recursions=2: a plain model .* runs its layers once"):
+    with pytest.raises(ValueError, match=r"recursions=2: a vanilla model .* runs its layers once"):
         with_recursions(TINY["plain"], params, 2)
     with pytest.raises(ValueError, match="recursions=0: must be at least 1"):
         with_recursions(TINY["plain"], params, 0)

@@ -282,7 +282,7 @@ class MorLM(TemplateLM):
         if generates:
             return chat.render(messages)
         # The last message is continued: what the template appends to it is removed.
-        text = chat.render(messages, generates=False)
+        text = chat.render(messages, add_generation_prompt=False)
         last = messages[-1]["content"].strip()
         end = text.rfind(last) + len(last)
         rule = "the chat template does not repeat the last message as it is"
