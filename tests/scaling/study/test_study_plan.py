@@ -120,7 +120,7 @@ def test_an_edited_manifest_is_refused(tmp_path):
     values = json.loads(file.read_text())
     values["runs"][0]["settings"]["optim.lr"] = 1.0
     file.write_text(json.dumps(values))
-    with pytest.raises(ValueError, match="changed by hand"):
+    with pytest.raises(ValueError, match="was edited"):
         read(tmp_path / "small")
     with pytest.raises(ValueError, match="was edited"):
         from_study.get_config(f"{tmp_path}/small/{values['runs'][0]['name']}")
