@@ -1,10 +1,10 @@
 """The configuration of one run of a study: STUDY/RUN after the colon.
 
-    python launch/train.py --config=configs/from_study.py:studies/small/mor-2-w64-3e12-s0 \\
+    mor train --config=from_study:studies/small/mor-2-w64-3e12-s0 \\
       --workdir=studies/small/runs/mor-2-w64-3e12-s0
 
-STUDY is a directory with a `manifest.json`, written by `launch/isoflop.py plan`. Usually
-`launch/isoflop.py run` generates these commands.
+STUDY is a directory with a `manifest.json`, written by `mor isoflop plan`. Usually
+`mor isoflop run` generates these commands.
 """
 
 import json
@@ -19,7 +19,7 @@ from mor_jax.config.old_names import translated, translated_paths
 from mor_jax.config.parsing import with_settings
 from mor_jax.scaling.study.seal import digest
 
-_FIX = "Write --config=configs/from_study.py:STUDY/RUN, as launch/isoflop.py run does"
+_FIX = "Write --config=from_study:STUDY/RUN, as mor isoflop run does"
 
 
 def get_config(arg: str = "") -> ConfigDict:
@@ -50,7 +50,7 @@ def _read(arg: str, file: epath.Path, name: str) -> dict[str, Any]:
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"config argument {arg!r}: {file} is damaged ({error}). {_FIX}") from error
     if recorded != digest(manifest):
-        fix = "Plan it again with the same command of launch/isoflop.py; finished runs are kept"
+        fix = "Plan it again with the same command of mor isoflop; finished runs are kept"
         raise ValueError(f"config argument {arg!r}: {file} was edited. {fix}")
     if name not in runs:
         raise ValueError(f"config argument {arg!r}: {file} has no run {name!r}. {_FIX}")

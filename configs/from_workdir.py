@@ -1,6 +1,6 @@
 """The configuration recorded in a run directory, to start or resume its run: DIR after the colon.
 
-    python launch/train.py --config=configs/from_workdir.py:runs/smollm2 --workdir=runs/smollm2 \\
+    mor train --config=from_workdir:runs/smollm2 --workdir=runs/smollm2 \\
       --config.steps=1000 --config.optim.lr=3e-4
 
 DIR is the directory of a run, or of imported weights.
@@ -15,7 +15,7 @@ from mor_jax.configs.common import train, vanilla_model
 
 from mor_jax.config.old_names import translated
 
-_FIX = "Write --config=configs/from_workdir.py:DIR with the directory of a run"
+_FIX = "Write --config=from_workdir:DIR with the directory of a run"
 
 
 def get_config(arg: str = "") -> ConfigDict:

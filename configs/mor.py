@@ -1,8 +1,8 @@
 """Mixture-of-Recursions: routers decide how often each token passes the shared block.
 
-    python launch/train.py --config=configs/mor.py --workdir=runs/mor
-    python launch/train.py --config=configs/mor.py:size=360m,recursions=2 --workdir=runs/mor-360m
-    python launch/train.py --config=configs/mor.py:routing=token,kv=shared --workdir=runs/token
+    mor train --config=mor --workdir=runs/mor
+    mor train --config=mor:size=360m,recursions=2 --workdir=runs/mor-360m
+    mor train --config=mor:routing=token,kv=shared --workdir=runs/token
 
 Defaults: 200 steps on the source text of the standard library, 36 seconds on two CPU cores, final
 validation loss 2.074 nats per byte. The other sizes are meant for accelerators.

@@ -1,7 +1,7 @@
 """Recursive transformer: one block of layers applied several times, every token at full depth.
 
-    python launch/train.py --config=configs/recursive.py --workdir=runs/recursive
-    python launch/train.py --config=configs/recursive.py:size=360m,recursions=2,kv=shared
+    mor train --config=recursive --workdir=runs/recursive
+    mor train --config=recursive:size=360m,recursions=2,kv=shared
 
 Defaults: 200 steps on the source text of the standard library, 39 seconds on two CPU cores, final
 validation loss 2.286 nats per byte. The other sizes are meant for accelerators.

@@ -1,7 +1,7 @@
 """Vanilla transformer: a Llama-style decoder, the baseline.
 
-    python launch/train.py --config=configs/vanilla.py --workdir=runs/vanilla
-    python launch/train.py --config=configs/vanilla.py:size=360m --workdir=runs/vanilla-360m
+    mor train --config=vanilla --workdir=runs/vanilla
+    mor train --config=vanilla:size=360m --workdir=runs/vanilla-360m
 
 Defaults: 200 steps on the source text of the standard library, 35 seconds on two CPU cores, final
 validation loss 2.138 nats per byte. The other sizes are meant for accelerators.

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from mor_jax.api.model import Model, load
     from mor_jax.api.train import train
 
-__version__ = "0.1.0"
+__version__ = "0.2.0.dev0"
 
 _HOMES = {
     "Model": "model",

@@ -1,4 +1,4 @@
-"""Calibrates a run, measures the calibration and writes it (`launch/calibrate.py`)."""
+"""Calibrates a run, measures the calibration and writes it (`mor calibrate`)."""
 
 import dataclasses
 import json

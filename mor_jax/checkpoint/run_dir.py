@@ -173,7 +173,7 @@ def _changes_error(path: epath.Path, rejected: Sequence[Change], unused: bool) -
     end = ", or delete the directory to start over"
     if unused:
         content, end = "imported weights of another model", ""
-        same = f"use their settings with --config=configs/from_workdir.py:{path}"
+        same = f"use their settings with --config=from_workdir:{path}"
     free = [change.setting for change in rejected if not is_within(change.setting, _SHAPES)]
     # Changes of shapes are not offered: the checkpoint would not load.
     allowed = f", allow the changes with --allow_changes={','.join(free)}" if free else ""

@@ -169,7 +169,7 @@ def _same_source(current: SourcePosition, known: dict[int, SourcePosition]) -> i
 def _check_rows(current: SourcePosition, saved: SourcePosition) -> None:
     """Raises `ValueError` unless the sequences of a source and their order are unchanged."""
     before, after = saved.settings, current.settings
-    another = "start another run from its weights (launch/convert.py export, import)"
+    another = "start another run from its weights (mor convert export, import)"
     names = [name for name in _ORDER if before[name] != after[name]]
     if not before["data.shuffle"] and not after["data.shuffle"]:
         names = [name for name in names if name == "seq_len"]

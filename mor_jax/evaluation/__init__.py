@@ -1,4 +1,4 @@
-"""Losses of a trained or imported model on text: `launch/evaluate.py`. docs/evaluation.md."""
+"""Losses of a trained or imported model on text: `mor evaluate`. docs/evaluation.md."""
 
 from mor_jax.evaluation.eval_config import EvalRequest, config_for
 from mor_jax.evaluation.perplexity import Evaluation, TextEvaluation, evaluate

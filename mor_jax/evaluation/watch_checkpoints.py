@@ -92,4 +92,4 @@ class CheckpointWatcher:
 def _status(trainer: str) -> str:
     if trainer:
         return f"; {trainer} is training it"
-    return "; no process is training it; resume it with launch/train.py (Ctrl-C exits)"
+    return "; no process is training it; resume it with mor train (Ctrl-C exits)"

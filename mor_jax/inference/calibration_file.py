@@ -148,15 +148,15 @@ def load(run: RunWeights, name: str) -> Calibration:
     if not path.is_file():
         known = sorted(other.stem for other in path.parent.glob("*.json"))
         rule = f"there is no {path}; {path.parent} has {known or 'none'}"
-        fail("calibration", name, rule, "Make it with launch/calibrate.py")
-    again = "Make it again with launch/calibrate.py"
+        fail("calibration", name, rule, "Make it with mor calibrate")
+    again = "Make it again with mor calibrate"
     try:
         calibration = parse(Calibration, _values(json.loads(path.read_text())), f"{path}: ")
     except (json.JSONDecodeError, UnicodeDecodeError, TypeError) as error:
         fail("calibration", str(path), f"is damaged or no calibration ({error})", again)
     if calibration.weights != fingerprint(run):
         rule = f"was made for other weights (step {calibration.step}) than {run}"
-        fix = "Calibrate these with launch/calibrate.py"
+        fix = "Calibrate these with mor calibrate"
         if _is_for(calibration, run, calibration.step):
             fix = f"Give --step={calibration.step}, or calibrate these"
         fail("calibration", str(path), rule, fix)

@@ -100,7 +100,7 @@ def check_causal(cfg: ModelConfig) -> None:
     if is_causal(cfg):
         return
     rule = "no causal routing: these routers were never trained to predict who is chosen"
-    fix = "Make thresholds from data with launch/calibrate.py, then name them with --calibration"
+    fix = "Make thresholds from data with mor calibrate, then name them with --calibration"
     fail("model.router.causal_routing", cfg.router.causal_routing, rule, fix)
 
 

@@ -23,7 +23,7 @@ _log = logging.getLogger(__name__)
 def _warn(trained: int, recursions: int) -> None:
     """Warns once about a depth far from the trained one."""
     message = "recursions=%d: more than twice the %d that were trained. Each costs as much as one "
-    message += "that was, and what they do to the loss only a measurement tells: launch/analyze.py "
+    message += "that was, and what they do to the loss only a measurement tells: mor analyze "
     message += "depth --recursions=%d,%d"
     _log.warning(message, recursions, trained, trained, recursions)
 

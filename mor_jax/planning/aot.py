@@ -172,7 +172,7 @@ def _fake_cpu_devices(topology: Topology) -> list[jax.Device]:
             jax.config.update("jax_num_cpu_devices", topology.devices)
     cpus = jax.devices("cpu")
     rule = f"needs {topology.devices} fake CPU devices, but JAX is running with {len(cpus)}"
-    fix = "Plan for GPUs in a separate process, as launch/plan.py does"
+    fix = "Plan for GPUs in a separate process, as mor plan does"
     check(len(cpus) >= topology.devices, "topology", topology.name, rule, fix)
     return cpus[: topology.devices]
 

@@ -284,9 +284,9 @@ def test_a_calibration_of_other_weights_is_refused_with_what_would_do(trained, t
     for weights, step, fix in (
         (fingerprint(load_run(trained, 1)), 1, "Give --step=1, or calibrate these"),
         # Of another run, at the step that is there, at another one, at one that is not.
-        ("other", 2, "Calibrate these with launch/calibrate.py"),
-        ("other", 1, "Calibrate these with launch/calibrate.py"),
-        ("other", 9, "Calibrate these with launch/calibrate.py"),
+        ("other", 2, "Calibrate these with mor calibrate"),
+        ("other", 1, "Calibrate these with mor calibrate"),
+        ("other", 9, "Calibrate these with mor calibrate"),
     ):
         file.write_text(json.dumps(values | {"weights": weights, "step": step}))
         with pytest.raises(

@@ -26,7 +26,7 @@ RECORD_TOKENS = 4096
 MANIFEST = "manifest.json"
 SPLITS = ("train", "heldout")
 
-_REPAIR = "Run launch/prepare_data.py with the same settings: it rewrites damaged shards"
+_REPAIR = "Run mor prepare-data with the same settings: it rewrites damaged shards"
 
 
 def read_manifest(directory: Path, setting: str, spec: str) -> dict[str, Any]:
@@ -34,7 +34,7 @@ def read_manifest(directory: Path, setting: str, spec: str) -> dict[str, Any]:
     rule = "is read by index, so it must be a local or mounted directory"
     fix = "Copy it: gcloud storage cp -r gs://BUCKET/DIR ."
     check("://" not in spec, setting, spec, rule, fix)
-    fix = f"Run python launch/prepare_data.py --output={directory}"
+    fix = f"Run mor prepare-data --output={directory}"
     path = directory / MANIFEST
     check(directory.is_dir(), setting, spec, f"{directory} is not a directory", fix)
     rule = f"{directory} has no {MANIFEST}: it was never prepared, or the preparation was stopped"

@@ -123,7 +123,7 @@ def tokenize(
     hashes: list[int] = []
     characters = 0
     rule = f"has more than {MEMORY_LIMIT / 2**30:.0f} Gi characters, too many to tokenise in memory"
-    fix = f"Prepare shards once: python launch/prepare_data.py --source={documents.spec} "
+    fix = f"Prepare shards once: mor prepare-data --source={documents.spec} "
     fix += f"--tokenizer={tokenizer.name} --output=DIR, then use 'shards:DIR'"
     # Files far beyond the limit fail at once instead of after minutes of reading.
     check(documents.size <= 2 * MEMORY_LIMIT, documents.setting, documents.spec, rule, fix)

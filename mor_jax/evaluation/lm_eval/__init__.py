@@ -1,5 +1,5 @@
 """Runs EleutherAI's lm-evaluation-harness on models of this project; docs/evaluation.md.
 
-`launch/evaluate.py --tasks=` runs it. `lm_eval` itself is imported by `model`, `tasks` and
+`mor evaluate --tasks=` runs it. `lm_eval` itself is imported by `model`, `tasks` and
 `command` alone.
 """

@@ -93,7 +93,7 @@ def configured(
     """lm-eval's settings from its own parser. Raises `ValueError` as `prepare`."""
     check(bool(names), "tasks", list(names), "names no task", "Try --tasks=lambada_openai")
     rows_of(batch_size)
-    parser = argparse.ArgumentParser(prog="launch/evaluate.py")
+    parser = argparse.ArgumentParser(prog="mor evaluate")
     Run(parser.add_subparsers())
     size = ["--batch_size", batch_size or "auto"]
     given = parser.parse_args(["run", "--tasks", *names, *size, *options])

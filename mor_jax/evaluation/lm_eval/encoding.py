@@ -1,6 +1,6 @@
 """Tokenizes texts by the rules of lm-eval's own Hugging Face model, with the same tokenizer.
 
-The tokenizer is the one that `launch/convert.py export` would write: special tokens spelled out in
+The tokenizer is the one that `mor convert export` would write: special tokens spelled out in
 a text are special tokens (chat templates need that), and a beginning-of-text token is prepended if
 the tokenizer does so.
 """
