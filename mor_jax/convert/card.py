@@ -1,10 +1,10 @@
-"""The model card of an export: what the model is, what it was trained on, how good it is."""
+"""The model card of an export: architecture, training data and evaluation."""
 
 from pathlib import Path
 
 from mor_jax.config import ModelConfig
 from mor_jax.convert.run_source import RunSource
-from mor_jax.models.flops import flops
+from mor_jax.models.flops import FlopReport, flops
 from mor_jax.models.param_count import effective, effective_parameters, unique_parameters
 from mor_jax.observability.progress import quantity
 
@@ -17,7 +17,7 @@ _PAPER = "[Mixture-of-Recursions](https://arxiv.org/abs/2507.10524) (Bae et al.,
 
 
 def model_card(run: RunSource, title: str, use: str) -> str:
-    """Markdown with front matter. use: how to load the model, as Markdown."""
+    """The card as Markdown with front matter. use: how to load the model, as Markdown."""
     cfg = run.cfg
     parts = [
         _front_matter(cfg.model),
@@ -56,7 +56,7 @@ def _origin(run: RunSource) -> str:
 
 
 def _model_rows(cfg: ModelConfig, seq_len: int) -> list[tuple[str, str]]:
-    ours, unshared = flops(cfg, seq_len), flops(effective(cfg), seq_len)
+    model_flops, unshared_flops = flops(cfg, seq_len), flops(effective(cfg), seq_len)
     stored, full = unique_parameters(cfg), effective_parameters(cfg)
     rows = [
         ("parameters stored", f"{stored:,}"),
@@ -67,7 +67,7 @@ def _model_rows(cfg: ModelConfig, seq_len: int) -> list[tuple[str, str]]:
         ),
         ("MLP size, vocabulary", f"{cfg.intermediate_size}, {cfg.vocab_size}"),
         ("maximum sequence length", f"{cfg.max_seq_len} tokens"),
-        ("forward FLOPs per token", quantity(ours.forward())),
+        ("forward FLOPs per token", quantity(model_flops.forward())),
     ]
     if cfg.sharing == "none":
         return [("layers", str(cfg.num_layers)), *rows]
@@ -78,7 +78,7 @@ def _model_rows(cfg: ModelConfig, seq_len: int) -> list[tuple[str, str]]:
         ("unshared model of this depth", f"{full:,} parameters ({stored / full:.2f} stored)"),
         (
             "... forward FLOPs per token",
-            f"{_ratio(ours, unshared)}",
+            _flop_ratio(model_flops, unshared_flops),
         ),
     ]
     if cfg.router.kind != "none":
@@ -91,8 +91,8 @@ def _model_rows(cfg: ModelConfig, seq_len: int) -> list[tuple[str, str]]:
     return [*rows, *shared]
 
 
-def _ratio(ours, unshared) -> str:
-    ratio = ours.forward() / unshared.forward()
+def _flop_ratio(model: FlopReport, unshared: FlopReport) -> str:
+    ratio = model.forward() / unshared.forward()
     return f"{quantity(unshared.forward())} ({ratio:.2f} of them executed)"
 
 

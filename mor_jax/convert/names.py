@@ -1,10 +1,10 @@
-"""The one map between names in foreign checkpoints and the paths of our parameter tree.
+"""The one mapping between tensor names in foreign checkpoints and paths of our parameter tree.
 
-A row says: this tensor of the state dict is that array of the tree (at that place of a stack),
-with its axes arranged so. Both directions, the aliases of shared weights and the shapes that a
-checkpoint must have follow from the rows. Three tables of them differ in names alone: the
-reference's (`entries`), that of our own Hugging Face export (`mor_entries`), and that of a plain
-Llama (`llama_entries`).
+An entry maps one tensor of a state dict to an array of the tree (or to an index of a stacked
+array) and gives the order of its axes. Both directions of the conversion, the aliases of shared
+weights and the expected shapes follow from the entries. Three tables, which differ only in names:
+the reference's (`entries`), our own Hugging Face export (`mor_entries`) and a vanilla Llama
+(`llama_entries`).
 """
 
 import dataclasses
@@ -34,7 +34,7 @@ NORMS = {
     "input_layernorm.weight": ("norm1.scale", "d -> d"),
     "post_attention_layernorm.weight": ("norm2.scale", "d -> d"),
 }
-# Routers by kind and architecture. Expert-choice has one per recursion, stacked by us.
+# Routers by kind and architecture. Expert-choice has one per recursion; our tree stacks them.
 ROUTERS = {
     ("expert", "linear"): {"router.weight": ("weight", "1 d -> d")},
     ("expert", "mlp"): {
@@ -53,9 +53,9 @@ ROUTERS = {
 class TensorName:
     """One tensor of a state dict.
 
-    path, index: the array of our tree and the place on its leading (stacked) axes.
-    pattern: einops pattern from the torch layout to that place.
-    canonical: the name under which the same weights appear first; `name` itself if not shared.
+    path, index: the array of our tree and the index on its leading (stacked) axes.
+    pattern: einops pattern from the torch layout to ours.
+    canonical: the first name of the same weights; `name` itself if they are not shared.
     """
 
     name: str
@@ -66,12 +66,12 @@ class TensorName:
 
     @classmethod
     def own(cls, name: str, path: str, index: tuple[int, ...], pattern: str) -> "TensorName":
-        """A tensor that repeats no other."""
+        """A tensor that is not an alias."""
         return cls(name, path, index, pattern, name)
 
     @property
     def is_alias(self) -> bool:
-        """Whether the tensor repeats weights that another name holds."""
+        """Whether the tensor repeats the weights of an earlier name."""
         return self.canonical != self.name
 
 
@@ -84,17 +84,17 @@ def entries(cfg: ModelConfig) -> tuple[TensorName, ...]:
 
 
 def mor_entries(cfg: ModelConfig) -> tuple[TensorName, ...]:
-    """The tensors of our own Hugging Face export: each weight once, under the name of its place.
+    """The tensors of our own Hugging Face export: each weight once, named by its stack and slot.
 
-    A tied unembedding is listed as an alias: it may be there, and need not.
+    A tied unembedding is listed as an alias: files may contain it or leave it out.
     """
     rows = []
     for stack, slot in _slots(cfg):
         inside = f"{slot}." if stack in ("layers", "shared") else ""
         prefix = f"model.{stack}.{inside}"
-        apart = stack == "shared" and not cfg.share_norms
+        unshared_norms = stack == "shared" and not cfg.share_norms
         for suffix, (path, pattern) in (ATTENTION | MLP | NORMS).items():
-            for r in range(cfg.num_recursions) if apart and suffix in NORMS else [None]:
+            for r in range(cfg.num_recursions) if unshared_norms and suffix in NORMS else [None]:
                 name = suffix if r is None else suffix.replace(".weight", f".{r}.weight")
                 index = (slot,) if r is None else (slot, r)
                 rows.append(TensorName.own(prefix + name, f"{stack}.{path}", index, pattern))
@@ -102,18 +102,17 @@ def mor_entries(cfg: ModelConfig) -> tuple[TensorName, ...]:
 
 
 def llama_entries(cfg: ModelConfig) -> tuple[TensorName, ...]:
-    """The tensors of the plain Llama that computes the same; recursions are written out.
+    """The tensors of the equivalent vanilla Llama, with recursions unrolled.
 
-    Shared weights stand there once for each layer that uses them: nothing but a tied unembedding
-    is an alias.
+    Shared weights are repeated for each layer that uses them; only a tied unembedding is an alias.
 
     Raises:
-        ValueError: the model routes tokens or shares keys and values, which no Llama does.
+        ValueError: the model routes tokens or shares keys and values, which a Llama cannot express.
     """
-    rule = "tokens leave at different depths, and every layer of a Llama runs for every token"
-    fix = "Use --to=hf, whose modeling_mor.py routes"
+    rule = "tokens exit at different depths, but every layer of a Llama runs for every token"
+    fix = "Use --to=hf, whose modeling_mor.py supports routing"
     check(cfg.router.kind == "none", "model.router.kind", cfg.router.kind, rule, fix)
-    rule = "later recursions attend to keys and values of the first, and a Llama's layers do not"
+    rule = "later recursions attend to keys and values of the first, which a Llama cannot express"
     check(cfg.kv_mode == "recursion", "model.kv_mode", cfg.kv_mode, rule, "Use --to=hf")
     rows = []
     for layer in _layers(cfg):
@@ -132,7 +131,7 @@ def _with_ends(cfg: ModelConfig, rows: list[TensorName]) -> tuple[TensorName, ..
 
 
 def _slots(cfg: ModelConfig) -> Iterator[tuple[str, int]]:
-    # Every layer that is stored: its stack and its place there.
+    # Every stored layer: its stack and its index in it.
     if cfg.is_middle:
         yield "first", 0
     for slot in range(cfg.shared_layers):
@@ -143,7 +142,7 @@ def _slots(cfg: ModelConfig) -> Iterator[tuple[str, int]]:
 
 @dataclasses.dataclass(frozen=True)
 class _Layer:
-    # An effective layer: its prefix, that of its slot in recursion 0, and its place.
+    # An effective layer: its name prefix, that of its slot in recursion 0, and where it is stored.
     prefix: str
     first: str
     stack: str
@@ -232,7 +231,7 @@ def _mor_routers(cfg: ModelConfig) -> Iterator[TensorName]:
 
 
 def sizes(cfg: ModelConfig) -> dict[str, int]:
-    """What the letters of the patterns stand for."""
+    """Sizes of the dimension letters used in the patterns."""
     return {
         "v": cfg.vocab_size,
         "d": cfg.hidden_size,
@@ -251,7 +250,7 @@ def torch_shape(cfg: ModelConfig, entry: TensorName) -> tuple[int, ...]:
 
 
 def place_shape(cfg: ModelConfig, entry: TensorName) -> tuple[int, ...]:
-    """Shape of the tensor's place in our array, without the leading axes of a stack."""
+    """Shape of the tensor in our array, without the leading axes of a stack."""
     return _shape(cfg, entry.pattern.split("->")[1])
 
 

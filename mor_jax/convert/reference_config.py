@@ -2,7 +2,7 @@
 
 The reference describes a model by a Hugging Face Llama configuration and three blocks of options:
 `recursive`, `mor` and `kv_sharing`. Every option is either expressed in our configuration or
-refused with an explanation; none is passed over.
+rejected with an explanation; none is ignored.
 """
 
 import dataclasses
@@ -12,11 +12,11 @@ from typing import Any
 from mor_jax.config import Attention, KVMode, ModelConfig, RouterConfig, Sharing
 from mor_jax.config.parsing import check, fail
 from mor_jax.convert.hf_config import llama_config
-from mor_jax.convert.reference_kinds import check_group, check_option, shares
+from mor_jax.convert.reference_kinds import capacity_fractions, check_group, check_option
 
 Options = dict[str, Any]
 
-# What the reference assumes where its configuration is silent.
+# The reference's defaults.
 DEFAULTS: Options = {
     "recursive": {
         "enable": False,
@@ -65,13 +65,13 @@ DEFAULTS: Options = {
 
 
 def merge_options(*layers: Mapping[str, Any] | None) -> Options:
-    """The reference's defaults, overridden by each of `layers` in turn (None: nothing).
+    """The reference's defaults, overridden by each of `layers` in turn (None: no change).
 
-    A block that is given as None is switched off. Settings outside of the three blocks belong to
-    the reference's data and trainer and say nothing about the model.
+    A block that is None is disabled. Settings outside the three blocks belong to the reference's
+    data and trainer and do not affect the model.
 
     Raises:
-        ValueError: an option that the reference's models do not have and that is switched on.
+        ValueError: an unknown option that is enabled.
     """
     merged = DEFAULTS
     for layer in layers:
@@ -82,7 +82,7 @@ def merge_options(*layers: Mapping[str, Any] | None) -> Options:
                 merged = merged | {block: _merge(merged[block], values, block)}
             elif isinstance(values, Mapping) and values.get("enable"):
                 rule = f"unknown block; known are {sorted(DEFAULTS)}"
-                fail(block, dict(values), rule, "Switch it off in the reference")
+                fail(block, dict(values), rule, "Disable it in the reference")
     return merged
 
 
@@ -112,26 +112,26 @@ def model_config(
 ) -> ModelConfig:
     """Configuration of the model that the reference builds; float32, validated.
 
-    hf: the Llama configuration. options: see `merge_options`. layers: effective layers after the
-    reference fitted them to the sharing scheme; None: fit them as it does. tied: whether the
-    tensors share embedding and unembedding; None: as `hf` says, except that the reference's
-    recursive class never ties.
+    hf: the Llama configuration. options: from `merge_options`. layers: effective layers after the
+    reference fitted them to the sharing scheme; None: fit them the same way. tied: whether
+    embedding and unembedding are shared; None: as in `hf`, except that the reference's recursive
+    class never ties them.
 
     Raises:
-        ValueError: an option that we do not support, or values that do not fit together.
+        ValueError: an unsupported option, or values that do not fit together.
     """
     recursive, mor = options["recursive"], options["mor"]
     shared = bool(recursive["enable"])
     if tied is None:
         never = shared and not mor["enable"]
         tied = bool(hf.get("tie_word_embeddings", False)) and not never
-    plain = llama_config(hf, "hf_config", tied=tied)
-    rule = "the reference's models turn positions as they are"
-    scaling = plain.rope_scaling.rope_type
+    vanilla = llama_config(hf, "hf_config", tied=tied)
+    rule = "the reference's models do not scale rotary positions"
+    scaling = vanilla.rope_scaling.rope_type
     check(scaling == "none", "hf_config: rope_scaling", scaling, rule, "Use rope_theta alone")
     cfg = dataclasses.replace(
-        plain,
-        num_layers=layers or fitted_layers(plain.num_layers, recursive),
+        vanilla,
+        num_layers=layers or fitted_layers(vanilla.num_layers, recursive),
         sharing=_sharing(recursive),
         num_recursions=recursive["num_recursion"] if shared else 1,
         share_norms=bool(recursive["ln_share"]) if shared else True,
@@ -144,10 +144,10 @@ def model_config(
 
 
 def fitted_layers(layers: int, recursive: Options) -> int:
-    """Effective layers of the model that the reference makes of a plain one of `layers` layers.
+    """Effective layers of the recursive model that the reference makes from `layers` layers.
 
-    Multiples of the number of recursions (plus first and last): as many as there are, or
-    `base_depth` per recursion; one recursion keeps `base_depth` layers in all.
+    A multiple of the number of recursions (plus first and last): as many as fit, or `base_depth`
+    per recursion. With one recursion, `base_depth` layers in total.
     """
     if not recursive["enable"]:
         return layers
@@ -169,13 +169,13 @@ def _kv_mode(options: Options) -> KVMode:
     kv, recursive, mor = options["kv_sharing"], options["recursive"], options["mor"]
     if not kv["enable"]:
         return "recursion"
-    rule = "sharing keys and values needs recursive.enable"
-    check(bool(recursive["enable"]), "kv_sharing.enable", True, rule, "Switch recursion on")
+    rule = "sharing keys and values needs recursive.enable=true"
+    check(bool(recursive["enable"]), "kv_sharing.enable", True, rule, "Enable recursion")
     for name in ("sharing", "num_recursion"):
-        rule = f"must be that of the recursion, {recursive[name]!r}"
+        rule = f"must equal recursive.{name}, {recursive[name]!r}"
         ok = kv[name] in (None, recursive[name])
         check(ok, f"kv_sharing.{name}", kv[name], rule, "Leave it out")
-    # Elsewhere the reference accepts the switch without any effect.
+    # For other models the reference accepts update_cache without any effect.
     expert = mor["enable"] and mor["type"] == "expert"
     takes_effect = expert and recursive["sharing"] == "middle_cycle"
     return "shared_update" if kv["update_cache"] and takes_effect else "shared"
@@ -185,14 +185,14 @@ def _router(options: Options) -> RouterConfig:
     mor = options["mor"]
     if not mor["enable"]:
         return RouterConfig()
-    rule = "the reference routes inside of a recursive model only"
+    rule = "the reference routes only inside a recursive model"
     check(bool(options["recursive"]["enable"]), "mor.enable", True, rule, "Enable recursion")
-    rule = "random routing has no learned scores, and its choices cannot be repeated here"
+    rule = "random routing has no learned scores, and its choices cannot be reproduced"
     check(not mor["rand_router"], "mor.rand_router", True, rule, "Use a learned router")
     archs = {"linear": "linear", "mlp": "mlp", "wide_mlp": "mlp"}
     kind = mor["type"]
-    check(kind in ("expert", "token"), "mor.type", kind, "is no router", "Use expert or token")
-    rule = f"supported are {sorted(archs)}"
+    check(kind in ("expert", "token"), "mor.type", kind, "unknown router", "Use expert or token")
+    rule = f"must be one of {sorted(archs)}"
     check(mor["router_type"] in archs, "mor.router_type", mor["router_type"], rule, "Use linear")
     base = RouterConfig(
         kind=kind,
@@ -201,7 +201,7 @@ def _router(options: Options) -> RouterConfig:
         z_loss_coeff=float(mor["z_coeff"]) if mor["z_loss"] else 0.0,
         gating=_choice(mor[kind]["gating"], ("weighted", "additive"), f"mor.{kind}.gating"),
         alpha=float(mor[kind]["alpha"]),
-        # The reference rounds no capacity, whatever it runs on.
+        # The reference never rounds capacities, on any hardware.
         capacity_multiple=1,
     )
     return _expert(base, mor) if kind == "expert" else _token(base, mor["token"])
@@ -209,21 +209,21 @@ def _router(options: Options) -> RouterConfig:
 
 def _expert(base: RouterConfig, mor: Options) -> RouterConfig:
     part = mor["expert"]
-    rule = "every recursion of our models has a router; the reference can leave out the first"
+    rule = "every recursion of our models has a router; the reference can omit the first"
     check(part["include_first"] is not False, "mor.expert.include_first", False, rule, "Use true")
-    rule = "must be a number of steps; the reference would take it from its trainer's settings"
+    rule = "must be a number of steps; the reference takes the default from its trainer"
     warmup = part["cap_warmup_step"]
     check(warmup is not None, "mor.expert.cap_warmup_step", warmup, rule, "Write the number out")
     capacity = mor["capacity"]
-    told = None if capacity is None else shares("mor.capacity", capacity)
-    score = "none" if part["router_func"] is None else part["router_func"]
+    fractions = None if capacity is None else capacity_fractions("mor.capacity", capacity)
+    activation = "none" if part["router_func"] is None else part["router_func"]
     sampling = "none" if part["sampling"] is None else part["sampling"]
     return dataclasses.replace(
         base,
-        activation=_choice(score, ("sigmoid", "tanh", "none"), "mor.expert.router_func"),
-        capacity=told,
+        activation=_choice(activation, ("sigmoid", "tanh", "none"), "mor.expert.router_func"),
+        capacity=fractions,
         capacity_warmup_steps=int(warmup),
-        # One level per forward pass: the reference changes its capacity at every one.
+        # One stage per forward pass: the reference changes its capacity at every pass.
         capacity_warmup_stages=max(int(warmup), 1),
         causal_routing=_choice(sampling, ("aux_loss", "aux_router", "none"), "mor.expert.sampling"),
         aux_loss_coeff=float(part["coeff"]),
@@ -234,7 +234,7 @@ def _token(base: RouterConfig, part: Options) -> RouterConfig:
     balancing = "none" if part["balancing"] is None else part["balancing"]
     return dataclasses.replace(
         base,
-        # The reference takes whatever is not "sigmoid" for softmax.
+        # The reference treats every value but "sigmoid" as softmax.
         activation="sigmoid" if part["router_func"] == "sigmoid" else "softmax",
         load_balancing=_choice(balancing, ("loss", "loss_free", "none"), "mor.token.balancing"),
         balance_loss_coeff=float(part["coeff"]),

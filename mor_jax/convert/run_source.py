@@ -1,6 +1,6 @@
-"""The weights of a run, read from its directory without its devices and without disturbing it.
+"""Reads the weights of a run from its directory, without its devices.
 
-A training job may be at work in the directory meanwhile: nothing is locked and nothing is written.
+A training job may use the directory at the same time: nothing is locked or written.
 """
 
 import dataclasses
@@ -23,13 +23,13 @@ from mor_jax.observability import metrics
 
 @dataclasses.dataclass(frozen=True)
 class RunSource:
-    """A run as a conversion sees it.
+    """A run as the source of a conversion.
 
-    path: its directory. step: of the checkpoint; 0 for the weights that the run was given to start
-    from. params: by dotted path, float32. tokenizer: None if imported weights came without. source:
-    where weights that were imported came from, else None. evaluated: the last evaluation that the
-    run logged at or before `step`, else empty. check: reads all files through once and raises
-    `ValueError` if one is damaged; takes as long as a conversion, so both go on at one time.
+    path: its directory. step: of the checkpoint; 0 for imported initial weights. params: by dotted
+    path, float32. tokenizer: None if imported weights came without one. source: origin of imported
+    weights, else None. evaluated: the last evaluation that the run logged at or before `step`, else
+    empty. check: reads all files once and raises `ValueError` if one is damaged; it takes as long
+    as a conversion, so both run concurrently.
     """
 
     path: epath.Path
@@ -43,44 +43,46 @@ class RunSource:
 
 
 def open_run(directory: epath.PathLike, step: int | None = None) -> RunSource:
-    """The newest good checkpoint of a run, or that of `step`; else the weights it starts from.
+    """The newest valid checkpoint of a run, or that of `step`; else its initial weights.
 
     Raises:
-        ValueError: no run is there, no checkpoint is good, `step` is not there, or the tokenizer
-            has gone.
+        ValueError: `directory` is not a run, it has no valid checkpoint, `step` does not exist, or
+            the tokenizer is missing.
     """
-    found = load_run(directory, step, sums=False)
-    cfg, path = found.cfg, found.path
+    weights = load_run(directory, step, sums=False)
+    cfg, path = weights.cfg, weights.path
     part = partial(pretrained.array, path)
-    if found.step:
+    if weights.step:
         checkpoints = Checkpointer(path, CheckpointConfig())
-        part = checkpoints.partial_restore(found.step).read
+        part = checkpoints.partial_restore(weights.step).read
         checkpoints.close()
     shapes = array_shapes(cfg.model, entries(cfg.model))
     specs = {name: ArraySpec(shape) for name, shape in shapes.items()}
-    params = LazyArrays(str(found), specs, part, part)
+    params = LazyArrays(str(weights), specs, part, part)
     tokenizer = None
-    if found.step or found.source is None or found.source.get("tokenizer"):
-        tokenizer = data.load_tokenizer(_place(path, cfg.data.tokenizer))
+    if weights.step or weights.source is None or weights.source.get("tokenizer"):
+        tokenizer = data.load_tokenizer(_tokenizer_path(path, cfg.data.tokenizer))
         data.check_vocabulary(tokenizer, cfg.model.vocab_size)
-    evaluated = _evaluated(path, found.step)
-    return RunSource(path, cfg, found.step, params, tokenizer, found.source, evaluated, found.check)
+    evaluated = _last_evaluation(path, weights.step)
+    return RunSource(
+        path, cfg, weights.step, params, tokenizer, weights.source, evaluated, weights.check
+    )
 
 
-def _place(path: epath.Path, name: str) -> str:
-    # A run that was moved still has the tokenizer that it was imported with.
+def _tokenizer_path(path: epath.Path, name: str) -> str:
+    # An imported run has a copy of its tokenizer, which also serves after the run was moved.
     if name == "bytes" or epath.Path(name).expanduser().exists():
         return name
-    own = path / "tokenizer"
-    rule = "the tokenizer of this run is not there any more"
-    check(own.is_dir(), "data.tokenizer", name, rule, f"Put it back, or its files into {own}")
-    return str(own)
+    copy = path / "tokenizer"
+    rule = "the tokenizer of this run does not exist any more"
+    check(copy.is_dir(), "data.tokenizer", name, rule, f"Restore it, or copy its files to {copy}")
+    return str(copy)
 
 
-def _evaluated(path: epath.Path, step: int) -> dict[str, Any]:
+def _last_evaluation(path: epath.Path, step: int) -> dict[str, Any]:
     file = path / "metrics.jsonl"
     records = metrics.read(file) if file.exists() else []
-    told = [r for r in records if "eval/loss_causal" in r and r["step"] <= step]
-    if not told:
+    evaluations = [r for r in records if "eval/loss_causal" in r and r["step"] <= step]
+    if not evaluations:
         return {}
-    return {name.removeprefix("eval/"): value for name, value in told[-1].items()}
+    return {name.removeprefix("eval/"): value for name, value in evaluations[-1].items()}

@@ -1,6 +1,6 @@
-"""Tensors into safetensors files as Hugging Face lays them out: one file, or shards with an index.
+"""Writes safetensors files in the Hugging Face layout: one file, or shards with an index.
 
-Tensors go to disk one by one, while the next ones are being read.
+Tensors are written one by one, while the next ones are read.
 """
 
 import concurrent.futures
@@ -22,7 +22,7 @@ DTYPES: tuple[Dtype, ...] = get_args(Dtype)
 
 ONE_FILE, INDEX = "model.safetensors", "model.safetensors.index.json"
 DEFAULT_SHARD = 2 * 10**9
-"""Bytes of a shard: few files, and a conversion that needs little memory."""
+"""Default size of a shard in bytes."""
 
 _NUMPY = {"float32": np.float32, "bfloat16": jnp.bfloat16, "float16": np.float16}
 _CODES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
@@ -31,25 +31,25 @@ _CODES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 def write_shards(
     directory: Path, tensors: LazyArrays, dtype: Dtype = "float32", shard_bytes: int = DEFAULT_SHARD
 ) -> list[str]:
-    """Writes `tensors`, in their order, to files of at most `shard_bytes`; returns their names.
+    """Writes `tensors`, in order, to files of at most `shard_bytes` bytes; returns the file names.
 
-    A tensor larger than that has a file of its own. Memory: a few tensors, however large a shard.
+    A larger tensor gets a file of its own. Memory: a few tensors, independent of `shard_bytes`.
 
     Raises:
-        ValueError: a value is too large for `dtype`, and what reading `tensors` raises.
+        ValueError: a value is too large for `dtype`, or reading `tensors` fails.
     """
     check(dtype in DTYPES, "dtype", dtype, f"must be one of {DTYPES}", "Try 'float32'")
     plan = list(plan_shards(tensors, np.dtype(_NUMPY[dtype]).itemsize, shard_bytes))
     files = [f"model-{i + 1:05d}-of-{len(plan):05d}.safetensors" for i in range(len(plan))]
     files = [ONE_FILE] if len(plan) == 1 else files
-    settled = []
-    with concurrent.futures.ThreadPoolExecutor(1, "settle") as thread:
+    syncs = []
+    with concurrent.futures.ThreadPoolExecutor(1, "fsync") as thread:
         for file, names in zip(files, plan, strict=True):
             _write(directory / file, tensors, names, dtype)
-            # The disk takes it while the next one is written.
-            settled.append(thread.submit(fsync, directory / file))
-        for done in settled:
-            done.result()
+            # Synced in the background while the next one is written.
+            syncs.append(thread.submit(fsync, directory / file))
+        for sync in syncs:
+            sync.result()
     if len(plan) > 1:
         _write_index(directory, tensors, dict(zip(files, plan, strict=True)), dtype)
     return files
@@ -58,10 +58,10 @@ def write_shards(
 def _write(path: Path, tensors: LazyArrays, names: list[str], dtype: Dtype) -> None:
     """One safetensors file: the header's length in 8 bytes, the header as JSON, the values.
 
-    The library writes only what is in memory all at one time: a shard, gathered first and written
-    then, which takes longer by half.
+    Written by hand because the library needs all tensors of a file in memory before it writes,
+    which takes half as long again.
     """
-    # Readers in PyTorch ask for the framework that the tensors are for.
+    # transformers requires this entry.
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name in names:
@@ -78,8 +78,8 @@ def _write(path: Path, tensors: LazyArrays, names: list[str], dtype: Dtype) -> N
 
 
 def plan_shards(tensors: LazyArrays, itemsize: int, shard_bytes: int) -> Iterator[list[str]]:
-    """Names of each shard's tensors, in their order."""
-    rule = "must be at least a megabyte"
+    """Yields the tensor names of each shard, in order. Raises `ValueError` below 1 MB a shard."""
+    rule = "must be at least 1 MB"
     check(shard_bytes >= 10**6, "max_shard_size", shard_bytes, rule, "Try 2GB")
     names: list[str] = []
     filled = 0
@@ -95,13 +95,13 @@ def plan_shards(tensors: LazyArrays, itemsize: int, shard_bytes: int) -> Iterato
 
 
 def narrow(value: np.ndarray, dtype: Dtype, name: str) -> np.ndarray:
-    """float32 values in `dtype`, rounded to nearest. Raises `ValueError` where that overflows."""
+    """float32 values as `dtype`, rounded to nearest. Raises `ValueError` if one overflows."""
     if dtype == "float32":
         return np.ascontiguousarray(value, np.float32)
     largest = float(jnp.finfo(_NUMPY[dtype]).max)
-    reach = float(np.max(np.abs(value), initial=0.0))
-    rule = f"{name} reaches {reach:.3g}, more than {dtype} holds"
-    check(reach <= largest, "dtype", dtype, rule, "Use 'bfloat16' or 'float32'")
+    magnitude = float(np.max(np.abs(value), initial=0.0))
+    rule = f"{name} reaches {magnitude:.3g}, more than {dtype} can represent"
+    check(magnitude <= largest, "dtype", dtype, rule, "Use 'bfloat16' or 'float32'")
     return value.astype(_NUMPY[dtype])
 
 
@@ -110,6 +110,6 @@ def _write_index(
 ) -> None:
     itemsize = np.dtype(_NUMPY[dtype]).itemsize
     total = sum(math.prod(spec.shape) for spec in tensors.specs.values()) * itemsize
-    where = {name: file for file, names in shards.items() for name in names}
-    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(where.items()))}
+    weight_map = {name: file for file, names in shards.items() for name in names}
+    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
     (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n")

@@ -1,4 +1,4 @@
-"""State dict by reference name <-> parameter tree, whole: for models that fit into memory."""
+"""State dict by reference name <-> parameter tree, in memory: for small models."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -13,7 +13,7 @@ from mor_jax.types import Params
 
 
 def to_params(cfg: ModelConfig, state: Mapping[str, Any]) -> Params:
-    """State dict (anything `numpy.asarray` takes, by reference name) -> parameter tree, float32.
+    """State dict (anything `numpy.asarray` accepts, by reference name) -> parameter tree, float32.
 
     A shared weight may appear under any or all of its names; copies must be identical.
 
@@ -26,8 +26,8 @@ def to_params(cfg: ModelConfig, state: Mapping[str, Any]) -> Params:
 def from_params(cfg: ModelConfig, params: Params, *, aliases: bool = True) -> dict[str, np.ndarray]:
     """Parameter tree -> state dict by reference name, float32 in torch layout.
 
-    Works on any tree of the same structure, such as gradients. `aliases`: also list the further
-    names of shared weights, as the reference does (the same array object under each name).
+    Works on any tree of the same structure, such as gradients. `aliases`: include the
+    further names of shared weights, as the reference does (the same array object under each name).
 
     Raises:
         ValueError: see `views.as_tensors`.

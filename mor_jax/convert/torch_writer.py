@@ -1,8 +1,8 @@
-"""Files that `torch.load` reads, written one tensor at a time.
+"""Writes files for `torch.load`, one tensor at a time.
 
-`torch.save` wants the whole model in memory. Its file is a zip archive, though: a pickle that
-names tensors and their storages, and one uncompressed record of bytes for each storage. Both are
-written here, the records as the tensors come.
+`torch.save` needs the whole model in memory. Its format is a zip archive of a pickle, which names
+tensors and their storages, and one uncompressed record per storage. This module writes both and
+streams the records.
 """
 
 import dataclasses
@@ -23,7 +23,7 @@ from mor_jax.config.parsing import check
 from mor_jax.convert.shards import Dtype, narrow
 
 ALIGNMENT = 64
-"""Bytes at whose multiples records begin, so that they can be used where they are mapped."""
+"""Alignment of records in bytes, so that they can be memory-mapped."""
 
 _LOCAL_HEADER, _ZIP64_EXTRA = 30, 20
 _STORAGES = {"float32": "FloatStorage", "bfloat16": "BFloat16Storage", "float16": "HalfStorage"}
@@ -40,11 +40,13 @@ def write_torch(
     aliases: further names -> the name whose storage they share. Memory: a few tensors.
 
     Raises:
-        ValueError: an alias of nothing, a value too large for `dtype`, and what reading raises.
+        ValueError: an alias of a tensor that is not written, a value too large for `dtype`, or
+            reading `tensors` fails.
     """
     aliases = aliases or {}
-    lost = sorted(name for name, other in aliases.items() if other not in tensors.specs)
-    check(not lost, "aliases", lost, "name tensors that are not written", "Name what they repeat")
+    dangling = sorted(name for name, other in aliases.items() if other not in tensors.specs)
+    rule = "must refer to tensors that are written"
+    check(not dangling, "aliases", dangling, rule, "Give the name whose storage they share")
     torch = require_package("torch", "path", str(path))
     kind = getattr(torch, _STORAGES[dtype])
     state = OrderedDict(
@@ -53,21 +55,21 @@ def write_torch(
     )
     state.update((name, state[other]) for name, other in aliases.items())
     with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
-        _record(archive, "data.pkl", _pickled(state, torch))
-        _record(archive, ".format_version", b"1")
-        _record(archive, ".storage_alignment", str(ALIGNMENT).encode())
-        _record(archive, "byteorder", b"little")
+        _write_record(archive, "data.pkl", _pickle_state(state, torch))
+        _write_record(archive, ".format_version", b"1")
+        _write_record(archive, ".storage_alignment", str(ALIGNMENT).encode())
+        _write_record(archive, "byteorder", b"little")
         for name, values in ahead(tensors, list(tensors.specs)):
             narrowed = narrow(values, dtype, name)
-            _record(archive, f"data/{state[name].storage.key}", _little(narrowed))
-        _record(archive, "version", b"3\n")
+            _write_record(archive, f"data/{state[name].storage.key}", _little_endian(narrowed))
+        _write_record(archive, "version", b"3\n")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Storage:
     kind: Any
     key: str
-    numbers: int
+    size: int
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -77,7 +79,7 @@ class _Tensor:
 
 
 class _Pickler(pickle.Pickler):
-    """Writes `_Tensor` and `_Storage` the way torch writes its own."""
+    """Pickles `_Tensor` and `_Storage` in torch's own format."""
 
     def __init__(self, file: io.BytesIO, rebuild: Any) -> None:
         super().__init__(file, protocol=2)
@@ -86,7 +88,7 @@ class _Pickler(pickle.Pickler):
     def persistent_id(self, obj: Any) -> Any:
         if not isinstance(obj, _Storage):
             return None
-        return ("storage", obj.kind, obj.key, "cpu", obj.numbers)
+        return ("storage", obj.kind, obj.key, "cpu", obj.size)
 
     def reducer_override(self, obj: Any) -> Any:
         if not isinstance(obj, _Tensor):
@@ -95,24 +97,24 @@ class _Pickler(pickle.Pickler):
         return self._rebuild, (obj.storage, 0, obj.shape, strides, False, OrderedDict())
 
 
-def _pickled(state: Mapping[str, _Tensor], torch: Any) -> bytes:
+def _pickle_state(state: Mapping[str, _Tensor], torch: Any) -> bytes:
     file = io.BytesIO()
-    # The name under which every file of torch.save asks for tensors.
+    # The function that every file of torch.save refers to.
     _Pickler(file, torch._utils._rebuild_tensor_v2).dump(state)
     return file.getvalue()
 
 
-def _little(values: np.ndarray) -> memoryview:
+def _little_endian(values: np.ndarray) -> memoryview:
     if values.dtype.byteorder == ">":
         values = values.astype(values.dtype.newbyteorder("<"))
     return memoryview(np.ascontiguousarray(values).reshape(-1).view(np.uint8))
 
 
-def _record(archive: zipfile.ZipFile, name: str, contents: bytes | memoryview) -> None:
+def _write_record(archive: zipfile.ZipFile, name: str, contents: bytes | memoryview) -> None:
     info = zipfile.ZipInfo(f"archive/{name}")
     header = archive.fp.tell() + _LOCAL_HEADER + len(info.filename) + _ZIP64_EXTRA
-    # An extra field of its own kind, four bytes of head, fills up to the next multiple.
-    gap = -(header + 4) % ALIGNMENT
-    info.extra = b"FB" + gap.to_bytes(2, "little") + b"Z" * gap
+    # An extra field with a four-byte header pads to the next multiple.
+    padding = -(header + 4) % ALIGNMENT
+    info.extra = b"FB" + padding.to_bytes(2, "little") + b"Z" * padding
     with archive.open(info, "w", force_zip64=True) as record:
         record.write(contents)

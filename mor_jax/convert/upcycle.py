@@ -1,7 +1,7 @@
-"""Upcycling: a plain pretrained model becomes the start of a recursive or a routed one.
+"""Upcycling: initialises a recursive or routed model from a pretrained vanilla one.
 
-Which layers a shared slot takes is up to a strategy (`init_strategies.py`); routers start as in a
-fresh model. What comes out has to be trained on before it is of use.
+A strategy selects the source layers of each shared slot (`init_strategies.py`); routers are
+initialised as in a new model. The result needs further training (uptraining) to be useful.
 """
 
 import dataclasses
@@ -26,7 +26,7 @@ from mor_jax.convert.names import array_shapes, mor_entries
 
 Routing = Literal["none", "expert", "token"]
 
-# The routers that the paper found best of each kind.
+# The router of each kind that performs best in the paper.
 ROUTERS: dict[Routing, RouterConfig] = {
     "none": RouterConfig(),
     "expert": RouterConfig(kind="expert", activation="sigmoid", alpha=0.1),
@@ -36,10 +36,10 @@ ROUTERS: dict[Routing, RouterConfig] = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class UpcycleOptions:
-    """What a plain model is to become.
+    """The recursive model to create.
 
-    init: where shared layers come from, one of `STRATEGIES`. seed: of the strategy `random` and of
-    new routers.
+    init: strategy that selects the source of shared layers, one of `STRATEGIES`. seed: for the
+    strategy `random` and for new routers.
     """
 
     recursions: int
@@ -52,111 +52,117 @@ class UpcycleOptions:
 
 
 def parse_upcycle(text: str) -> UpcycleOptions:
-    """`recursions=3,sharing=middle_cycle,init=stepwise` and so on, keys as in `UpcycleOptions`.
+    """Parses `recursions=3,sharing=middle_cycle,init=stepwise`; keys as in `UpcycleOptions`.
 
     Raises:
         ValueError: an unknown key or choice, a key given twice, or no `recursions`.
     """
-    found: dict[str, Any] = {}
+    options: dict[str, Any] = {}
     for item in filter(None, (item.strip() for item in text.split(","))):
         key, equals, value = item.partition("=")
         if key not in _KEYS:
             near = difflib.get_close_matches(key, _KEYS, n=1, cutoff=0.0)[0]
-            fail("upcycle", item, f"takes {', '.join(_KEYS)}", f"Did you mean {near}=...?")
-        check(key not in found, "upcycle", item, f"{key} is given twice", "Give it once")
+            rule = f"unknown key; known are {', '.join(_KEYS)}"
+            fail("upcycle", item, rule, f"Did you mean {near}=...?")
+        check(key not in options, "upcycle", item, f"{key} is given twice", "Give it once")
         check(bool(equals), "upcycle", item, "has no value", f"Write {key}=...")
-        found[key] = _KEYS[key](f"upcycle.{key}", value)
+        options[key] = _KEYS[key](f"upcycle.{key}", value)
     example = "Try 'recursions=3,sharing=middle_cycle,init=stepwise'"
-    check("recursions" in found, "upcycle", text, "does not say how many recursions", example)
-    return UpcycleOptions(**found)
+    check("recursions" in options, "upcycle", text, "does not say how many recursions", example)
+    return UpcycleOptions(**options)
 
 
-def upcycled_config(plain: ModelConfig, wish: UpcycleOptions) -> ModelConfig:
-    """The configuration that `plain` is upcycled to.
+def upcycled_config(vanilla: ModelConfig, options: UpcycleOptions) -> ModelConfig:
+    """The configuration that `vanilla` is upcycled to.
 
     Raises:
-        ValueError: `plain` is not plain or too shallow, or the wish is of no possible model.
+        ValueError: `vanilla` shares layers or has too few, or the options do not fit together.
     """
-    rule = "only a plain model can be upcycled"
-    check(plain.sharing == "none", "model.sharing", plain.sharing, rule, "Import it as it is")
+    rule = "only a model without shared layers can be upcycled"
+    sharing, fix = vanilla.sharing, "Import it without --upcycle"
+    check(sharing == "none", "model.sharing", sharing, rule, fix)
     cfg = dataclasses.replace(
-        plain,
-        num_layers=len(_selection(plain, wish).effective),
-        sharing=wish.sharing,
-        num_recursions=wish.recursions,
-        share_norms=wish.share_norms,
-        kv_mode=wish.kv,
-        router=ROUTERS[wish.routing],
+        vanilla,
+        num_layers=len(_selection(vanilla, options).effective),
+        sharing=options.sharing,
+        num_recursions=options.recursions,
+        share_norms=options.share_norms,
+        kv_mode=options.kv,
+        router=ROUTERS[options.routing],
     )
     cfg.validate("upcycle")
     return cfg
 
 
 def upcycle(
-    plain: ModelConfig, cfg: ModelConfig, params: LazyArrays, wish: UpcycleOptions
+    vanilla: ModelConfig, cfg: ModelConfig, params: LazyArrays, options: UpcycleOptions
 ) -> LazyArrays:
-    """Parameters of `cfg`, which is `upcycled_config(plain, wish)`, from those of `plain`.
+    """Parameters of `cfg`, which is `upcycled_config(vanilla, options)`, from those of `vanilla`.
 
-    Routers are drawn as in a fresh model, N(0, init_std^2) and zeros for a bias, from `wish.seed`.
+    Routers are initialised as in a new model: N(0, init_std^2), and zeros for a bias, from
+    `options.seed`.
     """
-    shared = share_layers(params, cfg, _selection(plain, wish))
+    shared = share_layers(params, cfg, _selection(vanilla, options))
     shapes = array_shapes(cfg, mor_entries(cfg))
     routers = {name: ArraySpec(shape) for name, shape in shapes.items() if name not in shared.specs}
 
     def read(name: str) -> np.ndarray:
         if name in routers:
-            return _fresh(name, routers[name].shape, cfg.init_std, wish.seed)
+            return _initial_router(name, routers[name].shape, cfg.init_std, options.seed)
         return shared.read(name)
 
     return LazyArrays(params.where, {**shared.specs, **routers}, read)
 
 
-def upcycle_notes(plain: ModelConfig, wish: UpcycleOptions) -> list[str]:
-    """What a reader should know of it: layers that do not fit, layers that were taken."""
-    chosen = _selection(plain, wish)
-    ends = " and the first and the last by themselves" if chosen.ends else ""
+def upcycle_notes(vanilla: ModelConfig, options: UpcycleOptions) -> list[str]:
+    """Notes for the report: the source layers, and the layers that do not fit the scheme."""
+    chosen = _selection(vanilla, options)
+    ends = ", plus an unshared first and last layer" if chosen.ends else ""
     slots = ", ".join("+".join(map(str, slot)) for slot in chosen.slots)
-    routers = "" if wish.routing == "none" else f"; {wish.routing}-choice routers are new"
+    routers = "" if options.routing == "none" else f"; new {options.routing}-choice routers"
     notes = [
-        f"upcycled to {wish.sharing}: {len(chosen.slots)} shared layers run {wish.recursions} "
-        f"times{ends}; {wish.init}: they come from layers {slots} (from 0){routers}"
+        f"upcycled to {options.sharing}: {len(chosen.slots)} shared layers run "
+        f"{options.recursions} times{ends}; {options.init}: initialised from layers {slots} "
+        f"(counted from 0){routers}"
     ]
-    if len(chosen.kept) != plain.num_layers:
-        rest = sorted(set(range(plain.num_layers)) - set(chosen.kept))
+    if len(chosen.source_layers) != vanilla.num_layers:
+        dropped = sorted(set(range(vanilla.num_layers)) - set(chosen.source_layers))
         notes.append(
-            f"{plain.num_layers} layers do not fit {wish.sharing} with {wish.recursions} "
-            "recursions: "
-            f"{len(chosen.kept)} evenly spaced ones stand for them, without {_listed(rest)}"
+            f"{vanilla.num_layers} layers do not fit {options.sharing} with {options.recursions} "
+            f"recursions: {len(chosen.source_layers)} evenly spaced ones are used, without "
+            f"{_listed(dropped)}"
         )
     return notes
 
 
-def _selection(plain: ModelConfig, wish: UpcycleOptions) -> Selection:
-    return select_layers(wish.sharing, plain.num_layers, wish.recursions, wish.init, wish.seed)
+def _selection(vanilla: ModelConfig, options: UpcycleOptions) -> Selection:
+    return select_layers(
+        options.sharing, vanilla.num_layers, options.recursions, options.init, options.seed
+    )
 
 
 def _listed(layers: list[int]) -> str:
     return f"layer{'s' if len(layers) > 1 else ''} {', '.join(map(str, layers))}"
 
 
-def _fresh(name: str, shape: tuple[int, ...], std: float, seed: int) -> np.ndarray:
+def _initial_router(name: str, shape: tuple[int, ...], std: float, seed: int) -> np.ndarray:
     if name == "router.bias":
         return np.zeros(shape, np.float32)
-    # Each array has a stream of its own, so that the order of reading does not matter.
+    # Each array has its own random stream, so that the order of reading does not matter.
     rng = np.random.default_rng([seed, zlib.crc32(name.encode())])
     return std * rng.standard_normal(shape, np.float32)
 
 
-def _from(low: int) -> Callable[[str, str], int]:
+def _at_least(low: int) -> Callable[[str, str], int]:
     def convert(path: str, text: str) -> int:
         ok = text.isdecimal() and int(text) >= low
-        check(ok, path, text, f"must be a whole number from {low} on", "Try 3")
+        check(ok, path, text, f"must be a whole number from {low} up", "Try 3")
         return int(text)
 
     return convert
 
 
-def _yes(path: str, text: str) -> bool:
+def _flag(path: str, text: str) -> bool:
     check(text in ("true", "false"), path, text, "must be true or false", "Try 'true'")
     return text == "true"
 
@@ -171,13 +177,13 @@ def _choice(choices: tuple[str, ...]) -> Callable[[str, str], str]:
 
 
 _KEYS: dict[str, Callable[[str, str], Any]] = {
-    "recursions": _from(1),
+    "recursions": _at_least(1),
     "sharing": _choice(tuple(name for name in get_args(Sharing) if name != "none")),
     "init": _choice(STRATEGIES),
     "routing": _choice(get_args(Routing)),
     "kv": _choice(get_args(KVMode)),
-    "share_norms": _yes,
-    "seed": _from(0),
+    "share_norms": _flag,
+    "seed": _at_least(0),
 }
 
 

@@ -1,15 +1,16 @@
 """Parameters, FLOPs and bytes of every model variant, per token and per recursion.
 
-Conventions, the same everywhere. A multiply-add is 2 FLOPs. Only matrix products count: the
-projections, attention's scores and mixing, the MLP, the routers and the output head; norms,
-rotary turns, softmax, gathers and the embedding look-up do not. "Per token" means per token of
-the row, also for work that only some tokens of the row receive. Attention is held for all pairs
-of a query and a key; `causal=True` halves it, as a causal mask leaves about half of the pairs.
+Conventions, the same everywhere: a multiply-add is 2 FLOPs. Only matrix products count: the
+projections, attention scores and their products with values, the MLP, the routers and the output
+head; norms, rotary embeddings, softmax, gathers and the embedding look-up do not. "Per token"
+means per token of the sequence, also for work that only some of its tokens receive. Attention
+counts all pairs of a query and a key; `causal=True` halves it, as a causal mask leaves about half
+of the pairs.
 The backward pass is twice the forward pass.
 
-Two counts go side by side. Routed: the tokens that the routers send on, the model FLOPs that an
-MFU or an isoFLOP budget is made of. Computed: the tokens that the static shapes process, the
-hardware FLOPs; they differ for token-choice routing and under rematerialisation.
+Every report has two counts. Routed: the tokens that the routers select; these are the model FLOPs
+of an MFU or an isoFLOP budget. Computed: the tokens that the static shapes process; these are the
+hardware FLOPs. They differ for token-choice routing and under rematerialisation.
 """
 
 import dataclasses
@@ -31,18 +32,18 @@ _ITEMSIZE = {"bfloat16": 2, "float32": 4}
 
 
 def _tile(queries: float) -> float:
-    """Queries that blockwise attention handles at once, which decides what it skips."""
+    """Queries per block of blockwise attention; a block skips keys that no query of it can see."""
     return queries if queries <= 256 else 64.0 * math.ceil(queries / 512)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StageFlops:
-    """Forward work of one stage, in FLOPs per token of the row.
+    """Forward FLOPs of one stage, per token of the sequence.
 
     name: `layers`, `first`, `recursion 0` .., `last`. layers: layers that the stage applies.
-    share: share of the row's tokens that go through them, 0 .. 1. projections: query, key, value
-    and output. attention: scores and mixing over all pairs, not halved. router: scoring the
-    candidates of this stage.
+    share: fraction of the sequence's tokens that the stage processes, 0 .. 1. projections: query,
+    key, value and output. attention: scores and weighted sums over all pairs, not halved. router:
+    scores of the candidates of this stage.
     """
 
     name: str
@@ -54,20 +55,20 @@ class StageFlops:
     router: float = 0.0
 
     def forward(self, *, causal: bool = True) -> float:
-        """FLOPs per token of the row; `causal` halves attention."""
+        """FLOPs per token of the sequence; `causal` halves attention."""
         attention = self.attention / 2 if causal else self.attention
         return self.projections + attention + self.mlp + self.router
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FlopReport:
-    """FLOPs of one model at one row length, per token of the row.
+    """FLOPs of one model at one sequence length, per token of the sequence.
 
-    length: tokens of a row. routed: the stages in order, by the tokens routed. computed: the same
-    by static shapes, with attention as the implementation runs it (`xla`: all pairs; the others:
-    the keys that a block of queries can reach). head: the product with the output matrix.
-    recomputed: what the backward pass runs a second time, because of `remat` and because fused
-    attention makes its scores again.
+    length: tokens of a sequence. routed: the stages in order, counted by routed tokens. computed:
+    the same counted by static shapes, with attention as the implementation runs it (`xla`: all
+    pairs; the others: the keys that a block of queries can see). head: the product with the output
+    matrix. recomputed: what the backward pass computes a second time, due to `remat` and because
+    fused attention recomputes its scores.
     """
 
     length: int
@@ -77,7 +78,7 @@ class FlopReport:
     recomputed: float
 
     def forward(self, *, causal: bool = True, head: bool = True) -> float:
-        """Model FLOPs of a forward pass; `head` False leaves the output matrix out."""
+        """Model FLOPs of a forward pass; `head=False` excludes the output matrix."""
         stages = sum(stage.forward(causal=causal) for stage in self.routed)
         return stages + (self.head if head else 0.0)
 
@@ -86,19 +87,19 @@ class FlopReport:
         return 3 * self.forward(causal=causal)
 
     def hardware(self) -> float:
-        """FLOPs that a training step executes, recomputation and filler slots included."""
+        """FLOPs that a training step executes, including recomputation and padding slots."""
         forward = self.head + sum(stage.forward(causal=False) for stage in self.computed)
         return 3 * forward + self.recomputed
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ByteReport:
-    """Bytes of one model at one row length.
+    """Bytes of one model at one sequence length.
 
-    parameters: of the stored float32 weights. train_state: with the two moments of AdamW.
-    kv: cache per token of the row in the compute dtype, for the shares routed on. activations:
-    per token of the row, what the stages keep for the backward pass (`activation_bytes`).
-    logits: per token of the row, one float32 row of the vocabulary.
+    parameters: the stored float32 weights. train_state: these and the two moments of AdamW.
+    kv: cache per token of the sequence in the compute dtype, for the routed fractions.
+    activations: per token of the sequence, what the stages save for the backward pass
+    (`activation_bytes`). logits: float32 logits per token of the sequence.
     """
 
     parameters: int
@@ -109,10 +110,10 @@ class ByteReport:
 
 
 def routed_shares(cfg: ModelConfig, length: int) -> tuple[float, ...]:
-    """Share of a row's tokens that each recursion takes, 0 .. 1, before any step is run.
+    """Expected fraction of a sequence's tokens that each recursion selects, 0 .. 1.
 
-    Expert-choice: `capacity_tokens` over the length. Token-choice: (Nr - r) / Nr, what perfectly
-    balanced depths give. Unrouted models: 1.
+    Expert-choice: `capacity_tokens` over the length. Token-choice: (Nr - r) / Nr, as for perfectly
+    balanced depths. Unrouted models: 1.
     """
     if cfg.router.kind == "token":
         return tuple(
@@ -122,26 +123,26 @@ def routed_shares(cfg: ModelConfig, length: int) -> tuple[float, ...]:
 
 
 def computed_shares(cfg: ModelConfig, length: int) -> tuple[float, ...]:
-    """Share of a row's tokens that the static shapes of each recursion process, 0 .. 1.
+    """Fraction of a sequence's tokens that the static shapes of each recursion process, 0 .. 1.
 
-    They equal the routed shares but for token-choice, which without a capacity factor makes room
+    Equals `routed_shares` except for token-choice, which without a capacity factor allocates slots
     for all tokens at every recursion.
     """
     return tuple(count / length for count in capacity_tokens(cfg, length))
 
 
 def flops(cfg: ModelConfig, length: int, shares: tuple[float, ...] | None = None) -> FlopReport:
-    """FLOPs per token of a row of `length` tokens.
+    """FLOPs per token of a sequence of `length` tokens.
 
-    shares: realised share of tokens that each recursion took, in place of `routed_shares`; for
-    logging. Attention then uses their mean, so rows routed unevenly are slightly undercounted.
-    Raises ValueError unless there is one share per recursion, each in [0, 1].
+    shares: measured fraction of tokens that each recursion selected, in place of `routed_shares`;
+    for logging. Attention then uses their mean, which slightly undercounts unevenly routed
+    sequences. Raises ValueError unless there is one fraction per recursion, each in [0, 1].
     """
     if shares is None:
         shares = routed_shares(cfg, length)
-    rule = f"needs one share in [0, 1] per recursion ({cfg.num_recursions})"
+    rule = f"needs one fraction in [0, 1] per recursion ({cfg.num_recursions})"
     ok = len(shares) == cfg.num_recursions and all(0 <= share <= 1 for share in shares)
-    check(ok, "shares", shares, rule, "Pass the tokens that went on over the tokens of the row")
+    check(ok, "shares", shares, rule, "Divide the selected tokens by the tokens of the sequence")
     computed = _stages(cfg, length, computed_shares(cfg, length), blocks=cfg.attention != "xla")
     return FlopReport(
         length=length,
@@ -153,11 +154,11 @@ def flops(cfg: ModelConfig, length: int, shares: tuple[float, ...] | None = None
 
 
 def _recomputed(cfg: ModelConfig, stage: StageFlops) -> float:
-    """FLOPs per token of the row that the backward pass of `stage` repeats.
+    """FLOPs per token of the sequence that the backward pass of `stage` recomputes.
 
-    Blocked attention makes its scores again; `xla` keeps no more than its inputs, so all of it is
-    made again. `block` runs the MLP's first two products again. `full` and `offload` run every
-    checkpointed body again, but for the last product: no gradient needs its result.
+    Blocked attention recomputes its scores; `xla` saves only its inputs and recomputes everything.
+    `block` recomputes the MLP's first two products. `full` and `offload` recompute every
+    checkpointed body except its last product, whose result no gradient needs.
     """
     last = f"recursion {cfg.num_recursions - 1}"
     # The sequence schemes checkpoint all recursions of a layer as one body.
@@ -175,7 +176,11 @@ def _recomputed(cfg: ModelConfig, stage: StageFlops) -> float:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Load:
-    """Shares of a row in one stage: tokens that ask, that answer and that are projected anew."""
+    """Fractions of a sequence in one stage.
+
+    share: tokens that are processed, as queries. keys: tokens that can be attended to. fresh:
+    tokens whose keys and values are newly projected.
+    """
 
     share: float = 1.0
     keys: float = 1.0
@@ -183,10 +188,10 @@ class _Load:
 
 
 def _loads(cfg: ModelConfig, shares: tuple[float, ...]) -> list[_Load]:
-    """One per recursion.
+    """One `_Load` per recursion.
 
-    With KV sharing the first one yields keys for the whole row, so it processes every token even
-    where its router keeps fewer.
+    With KV sharing the first recursion produces the keys of the whole sequence, so it processes
+    every token even if its router selects fewer.
     """
     if cfg.kv_mode == "recursion":
         return [_Load(share=share, keys=share, fresh=share) for share in shares]
@@ -197,7 +202,7 @@ def _loads(cfg: ModelConfig, shares: tuple[float, ...]) -> list[_Load]:
 def _stages(
     cfg: ModelConfig, length: int, shares: tuple[float, ...], *, blocks: bool
 ) -> tuple[StageFlops, ...]:
-    """All stages; with `blocks`, attention leaves out keys that no query of a block can see."""
+    """All stages; `blocks` excludes keys that no query of an attention block can see."""
 
     def stage(name: str, layers: int, load: _Load, router: float = 0.0) -> StageFlops:
         keys = load.keys
@@ -226,7 +231,7 @@ def _stages(
 
 
 def _router_flops(cfg: ModelConfig, r: int, shares: tuple[float, ...]) -> float:
-    """Scoring before recursion `r`: its candidates; all depths at once for token-choice."""
+    """FLOPs of the router before recursion `r`; token-choice scores all depths before the first."""
     if cfg.router.kind == "expert":
         candidates = 1.0 if r == 0 else shares[r - 1]
         return 2.0 * candidates * scorers(cfg) * scorer_weights(cfg, 1)
@@ -236,32 +241,32 @@ def _router_flops(cfg: ModelConfig, r: int, shares: tuple[float, ...]) -> float:
 
 
 def kv_bytes(cfg: ModelConfig, length: int, shares: tuple[float, ...] | None = None) -> float:
-    """Bytes of keys and values that decoding keeps per token of the row, in the compute dtype.
+    """Bytes of cached keys and values per token of the sequence, in the compute dtype.
 
-    Recursion-wise caching keeps one pair per layer and recursion that the token went through; KV
-    sharing one per shared layer; updated sharing recursion 0's and, at every later recursion, the
-    fresh ones of its tokens. shares: as in `flops`; all ones give the room of a dense cache.
+    Recursion-wise caching stores one pair per layer and recursion that processed the token; KV
+    sharing one per shared layer; updated sharing those of recursion 0 and, at every later
+    recursion, the new ones of its tokens. shares: as in `flops`; all ones give a dense cache.
     """
     pair = 2 * cfg.num_kv_heads * cfg.head_dim * _ITEMSIZE[cfg.dtype]
     if cfg.sharing == "none":
         return float(cfg.num_layers * pair)
     shares = routed_shares(cfg, length) if shares is None else shares
-    kept = sum(load.fresh for load in _loads(cfg, shares))
-    return pair * (2 * cfg.is_middle + cfg.shared_layers * kept)
+    pairs = sum(load.fresh for load in _loads(cfg, shares))
+    return pair * (2 * cfg.is_middle + cfg.shared_layers * pairs)
 
 
 def activation_bytes(cfg: ModelConfig, length: int) -> float:
-    """What the stages keep for the backward pass, in bytes per token of the row.
+    """Activations saved for the backward pass, in bytes per token of the sequence.
 
     With `remat="none"`, per layer and processed token, in the compute dtype: the layer's input and
-    its sum with attention (2 d), the MLP's gate and up (2 f), queries and attention's result
+    its sum with attention (2 d), the MLP's gate and up (2 f), queries and the output of attention
     (2 h k), new keys and values (2 g k), and a float32 normaliser per query and head; everything
-    else is made again, by `xla` attention its result and normaliser too. With `block` the gate and
-    up of one layer at a time; with `full` every layer's input and the rest for one layer at a time;
-    with `offload` the inputs too are on the host.
+    else is recomputed, by `xla` attention also its output and normaliser. With `block`, gate and up
+    of one layer at a time; with `full`, every layer's input and the rest for one layer at a time;
+    with `offload`, the inputs are on the host as well.
     Not counted: embedding, head, router scores, copies of gathered tokens, temporaries.
     """
-    e, kept, peak = _ITEMSIZE[cfg.dtype], 0.0, 0.0
+    e, saved, peak = _ITEMSIZE[cfg.dtype], 0.0, 0.0
     for load, layers in _layers_of(cfg, length):
         inner = e * load.share * 2 * (cfg.hidden_size + cfg.intermediate_size)
         inner += load.share * cfg.num_heads * e * cfg.head_dim
@@ -271,10 +276,12 @@ def activation_bytes(cfg: ModelConfig, length: int) -> float:
         inputs = e * load.share * cfg.hidden_size
         wide = e * load.share * 2 * cfg.intermediate_size
         each = {"none": inner, "block": inner - wide, "full": inputs, "offload": 0.0}[cfg.remat]
-        kept += each * layers
-        again = {"none": 0.0, "block": wide, "full": inner, "offload": inner + inputs}[cfg.remat]
-        peak = max(peak, again)
-    return kept + peak
+        saved += each * layers
+        recomputed = {"none": 0.0, "block": wide, "full": inner, "offload": inner + inputs}[
+            cfg.remat
+        ]
+        peak = max(peak, recomputed)
+    return saved + peak
 
 
 def _layers_of(cfg: ModelConfig, length: int) -> list[tuple[_Load, int]]:
@@ -286,7 +293,7 @@ def _layers_of(cfg: ModelConfig, length: int) -> list[tuple[_Load, int]]:
 
 
 def memory(cfg: ModelConfig, length: int) -> ByteReport:
-    """Every byte count of the model at rows of `length` tokens."""
+    """Every byte count of the model at sequences of `length` tokens."""
     stored = 4 * unique_parameters(cfg)
     return ByteReport(
         parameters=stored,

@@ -1,7 +1,7 @@
 """Parameter counts by formula, from the configuration alone.
 
-A shared weight counts once, as in the stored tree. Needs no JAX, so initialisation, checkpoints
-and converters are all checked against the same numbers.
+A shared weight counts once, as in the stored tree. Needs no JAX, so that initialisation,
+checkpoints and converters can all be checked against the same numbers.
 """
 
 import dataclasses
@@ -24,7 +24,7 @@ def effective(cfg: ModelConfig) -> ModelConfig:
 def unique_parameters(cfg: ModelConfig, *, embedding: bool = True) -> int:
     """Number of stored parameters; shared ones count once.
 
-    embedding: count the embedding and the untied head; without them the result is the
+    embedding: include the embedding and the untied head; without them this is the
     "non-embedding" count of the paper's tables (314.6M for the vanilla 360M model).
     """
     d = cfg.hidden_size
@@ -42,7 +42,7 @@ def effective_parameters(cfg: ModelConfig, *, embedding: bool = True) -> int:
 
 
 def layer_weights(cfg: ModelConfig) -> int:
-    """Matrix entries of one layer; also its multiply-adds per token outside of attention."""
+    """Matrix entries of one layer; also its multiply-adds per token outside attention scores."""
     return (
         query_output_weights(cfg)
         + key_value_weights(cfg)
@@ -68,7 +68,7 @@ def scorer_weights(cfg: ModelConfig, outputs: int) -> int:
 
 
 def scorers(cfg: ModelConfig) -> int:
-    """Router networks that an expert-choice recursion runs."""
+    """Number of router networks per expert-choice recursion."""
     return 2 if cfg.router.causal_routing == "aux_router" else 1
 
 

@@ -384,5 +384,5 @@ def test_directories_without_a_model_are_refused(tmp_path):
         ) as error:
             import_hf(str(tmp_path))
         assert "\n" not in str(error.value) and len(str(error.value)) < 500
-    with pytest.raises(ValueError, match="neither an existing path nor a name of the hub"):
+    with pytest.raises(ValueError, match="neither an existing path nor a hub repository"):
         import_hf(str(tmp_path / "nowhere"))

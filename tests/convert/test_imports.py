@@ -100,7 +100,7 @@ def test_a_run_that_was_moved_keeps_its_tokenizer(plain, tmp_path):
     settings = json.loads((tmp_path / "out" / "generation_config.json").read_text())
     assert settings["temperature"] == 0.5 and settings["eos_token_id"] == 0
     shutil.rmtree(tmp_path / "moved" / "tokenizer")
-    with pytest.raises(ValueError, match=r"not there any more.*Put it back"):
+    with pytest.raises(ValueError, match=r"does not exist any more.*Restore it"):
         open_run(tmp_path / "moved")
 
 
@@ -122,7 +122,7 @@ def test_upcycling_on_the_way_in(plain, tmp_path):
     options = ImportOptions(workdir=tmp_path / "run", upcycle=wish)
     made = import_run("hf", str(plain[0].output), options)
     assert made.cfg.model.router.kind == "expert" and made.cfg.model.num_layers == 4
-    assert any("routers are new" in note for note in made.notes)
+    assert any("new expert-choice routers" in note for note in made.notes)
     run = open_run(tmp_path / "run")
     gate = plain[1]["layers"]["mlp"]["gate"]
     np.testing.assert_array_equal(run.params.read("shared.mlp.gate"), gate[1:2])

@@ -12,7 +12,7 @@ from support.tiny import TINY
 from mor_jax.checkpoint.lazy_arrays import LazyArrays, flatten, from_arrays
 from mor_jax.convert.names import EMBEDDING, HEAD, entries, llama_entries, mor_entries
 from mor_jax.convert.state_dict import from_params, to_params
-from mor_jax.convert.views import as_params, as_tensors, turn
+from mor_jax.convert.views import as_params, as_tensors, copy_transposed
 from mor_jax.models.param_count import unique_parameters
 from mor_jax.models.params import paths
 
@@ -116,7 +116,7 @@ def test_values_that_are_not_finite_are_refused_by_name(value):
     state = state_of(RECURSIVE)
     state[EMBEDDING] = state[EMBEDDING].copy()
     state[EMBEDDING][3, 3:5] = value
-    with pytest.raises(ValueError, match=rf"{EMBEDDING}=.* 2 values there that are NaN"):
+    with pytest.raises(ValueError, match=rf"{EMBEDDING}=.* 2 values that are NaN"):
         to_params(RECURSIVE, state)
 
 
@@ -135,7 +135,7 @@ def test_attention_that_differs_between_recursions_is_refused_with_an_explanatio
 
 @pytest.mark.parametrize(
     ("part", "fix"),
-    [("input_layernorm", "share_norms=False"), ("mlp.up_proj", "Check sharing and recursions")],
+    [("input_layernorm", "share_norms=False"), ("mlp.up_proj", "Check sharing and num_recursions")],
 )
 def test_other_copies_that_differ_are_refused(part, fix):
     state = state_of(EXPERT)
@@ -226,5 +226,5 @@ def test_large_arrays_are_turned_like_small_ones(shape):
     source = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
     for axes in itertools.permutations(range(len(shape))):
         out = np.zeros([shape[i] for i in axes], np.float32)
-        turn(source.transpose(axes), out)
+        copy_transposed(source.transpose(axes), out)
         np.testing.assert_array_equal(out, source.transpose(axes))

@@ -90,14 +90,15 @@ def test_layers_that_do_not_fit_are_told():
     wish = UpcycleOptions(recursions=3, sharing="middle_cycle", routing="expert")
     cfg = upcycled_config(plain, wish)
     chosen = select_layers("middle_cycle", 10, 3, "stepwise")
-    assert cfg.num_layers == len(chosen.kept) == 8
+    assert cfg.num_layers == len(chosen.source_layers) == 8
     told, fit = upcycle_notes(plain, wish)
     layers = ", ".join(str(slot[0]) for slot in chosen.slots)
-    assert "2 shared layers run 3 times and the first and the last by themselves" in told
+    assert "2 shared layers run 3 times, plus an unshared first and last layer" in told
     assert (
-        f"stepwise: they come from layers {layers} (from 0)" in told and "routers are new" in told
+        f"stepwise: initialised from layers {layers} (counted from 0)" in told
+        and "new expert" in told
     )
-    rest = sorted(set(range(10)) - set(chosen.kept))
+    rest = sorted(set(range(10)) - set(chosen.source_layers))
     assert "10 layers do not fit middle_cycle with 3 recursions: 8 evenly" in fit
     assert fit.endswith(f"without layers {rest[0]}, {rest[1]}")
     assert len(upcycle_notes(PLAIN, wish)) == 1
@@ -123,7 +124,10 @@ def test_options_from_text():
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("recursion=3", r"upcycle='recursion=3': takes recursions, .*Did you mean recursions="),
+        (
+            "recursion=3",
+            r"upcycle='recursion=3': unknown key; known are recursions, .*mean recursions=",
+        ),
         ("recursions", "has no value"),
         ("recursions=0", r"upcycle\.recursions='0': must be a whole number from 1"),
         ("recursions=2,recursions=3", "given twice"),
@@ -142,7 +146,7 @@ def test_a_wrong_option_names_itself_and_what_is_right(text, message):
 @pytest.mark.parametrize(
     ("plain", "wish", "message"),
     [
-        (upcycled_config(PLAIN, UpcycleOptions(recursions=2)), {}, "only a plain model"),
+        (upcycled_config(PLAIN, UpcycleOptions(recursions=2)), {}, "without shared layers"),
         (PLAIN, {"recursions": 7}, r"layers=8: middle_cycle with recursions=7 needs 2 \+ 7"),
         (PLAIN, {"kv": "shared_update"}, r"upcycle\.kv_mode='shared_update'"),
         (PLAIN, {"sharing": "sequence", "routing": "expert"}, "routed models repeat the whole"),

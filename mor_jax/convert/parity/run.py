@@ -150,12 +150,16 @@ def compare_strategies(path: Path) -> Report:
     report = Report(path.stem)
     for key, row in json.loads(path.read_text()).items():
         sharing, layers, recursions, strategy = key.split("|")
-        made = select_layers(sharing, int(layers[1:]), int(recursions[2:]), strategy)
-        kept = np.asarray(made.kept)
-        report.add("selections", f"{key}.n_layers", of_selection(len(kept), row["n_layers"]))
+        selection = select_layers(sharing, int(layers[1:]), int(recursions[2:]), strategy)
+        source_layers = np.asarray(selection.source_layers)
+        report.add(
+            "selections", f"{key}.n_layers", of_selection(len(source_layers), row["n_layers"])
+        )
         if "layer_idx" in row:
-            report.add("selections", f"{key}.layer_idx", of_selection(kept, row["layer_idx"]))
-        means = np.asarray([np.mean(sources) for sources in made.effective])
+            report.add(
+                "selections", f"{key}.layer_idx", of_selection(source_layers, row["layer_idx"])
+            )
+        means = np.asarray([np.mean(sources) for sources in selection.effective])
         for name in ("src", "src_ln"):
             if name in row:
                 # Recorded with four decimals.

@@ -1,4 +1,4 @@
-"""Texts that are to be paths, looked at before the system is asked about them."""
+"""Checks of paths, before they reach the file system."""
 
 import os
 from pathlib import Path
@@ -7,16 +7,16 @@ from mor_jax.config.parsing import check
 
 PathLike = str | os.PathLike[str]
 
-_NAME, _PATH = 255, 4095
+_NAME_BYTES, _PATH_BYTES = 255, 4095
 
 
 def check_path(name: str, path: PathLike) -> None:
-    """Raises `ValueError` unless `path` can be one. name: of the setting."""
+    """Raises `ValueError` unless `path` is a possible path. name: of the setting."""
     text = os.fspath(path)
     check(text != "", name, text, "is empty", "Give a path")
-    check("\0" not in text, name, text, "holds a zero byte, which no path has", "Check the path")
+    check("\0" not in text, name, text, "contains a zero byte", "Check the path")
     longest = max((len(os.fsencode(part)) for part in Path(text).parts), default=0)
-    ok = longest <= _NAME and len(os.fsencode(text)) <= _PATH
-    rule = f"is too long for a path: {_NAME} bytes a name, {_PATH} in all"
+    ok = longest <= _NAME_BYTES and len(os.fsencode(text)) <= _PATH_BYTES
+    rule = f"is too long: at most {_NAME_BYTES} bytes per name, {_PATH_BYTES} in total"
     shown = text if len(text) < 100 else f"{text[:40]}...{text[-40:]}"
     check(ok, name, shown, rule, "Choose a shorter one")

@@ -1,4 +1,4 @@
-"""Safetensors files: one, or several with an index. Sixteen-bit floats widen without loss."""
+"""Reads safetensors files: one, or several with an index. 16-bit floats widen exactly."""
 
 import json
 from pathlib import Path
@@ -10,7 +10,7 @@ from mor_jax.config.optional_import import require_package
 from mor_jax.config.parsing import fail
 from mor_jax.convert.sources.shards import open_shards
 
-# Name in the file -> our name and what the bytes are read as.
+# dtype in the file -> our name of it, and the NumPy type to read its bytes as.
 _DTYPES = {
     "F64": ("float64", "<f8"),
     "F32": ("float32", "<f4"),
@@ -20,25 +20,27 @@ _DTYPES = {
 
 
 def open_safetensors(path: Path) -> LazyArrays:
-    """The tensors of one file. Values are read when asked for, one tensor at a time.
+    """The tensors of one file. Values are read on demand, one tensor at a time.
 
     Raises:
-        ValueError: the file is torn or none, or holds numbers that are no floats.
+        ValueError: the file is damaged, not a safetensors file, or has tensors of other types.
     """
-    _check_whole(path)
+    _check_format(path)
     with path.open("rb") as file:
         size = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(size))
     header.pop("__metadata__", None)
     other = [
-        f"{name} ({row['dtype']})" for name, row in header.items() if row["dtype"] not in _DTYPES
+        f"{name} ({entry['dtype']})"
+        for name, entry in header.items()
+        if entry["dtype"] not in _DTYPES
     ]
     if other:
-        rule = f"holds tensors that are no plain floats ({', '.join(_DTYPES)})"
-        fail(str(path), other[:10], rule, "Take the unquantized files of this model")
+        rule = f"contains tensors of other types than {', '.join(_DTYPES)}"
+        fail(str(path), other[:10], rule, "Use the unquantized files of this model")
     specs = {
-        name: ArraySpec(tuple(row["shape"]), _DTYPES[row["dtype"]][0])
-        for name, row in header.items()
+        name: ArraySpec(tuple(entry["shape"]), _DTYPES[entry["dtype"]][0])
+        for name, entry in header.items()
     }
 
     def read(name: str) -> np.ndarray:
@@ -47,7 +49,7 @@ def open_safetensors(path: Path) -> LazyArrays:
         count = (end - start) // np.dtype(raw).itemsize
         values = np.fromfile(path, raw, count, offset=8 + size + start)
         if values.size != count:
-            fail(str(path), name, "the file was cut while it was read", "Copy it again")
+            fail(str(path), name, "the file was truncated while it was read", "Copy it again")
         return widened(values, spec.dtype).reshape(spec.shape)
 
     return LazyArrays(str(path), specs, read)
@@ -59,20 +61,20 @@ def open_sharded_safetensors(index: Path) -> LazyArrays:
 
 
 def widened(values: np.ndarray, dtype: str) -> np.ndarray:
-    """Floats of any width in float32; bfloat16 comes as its bits, uint16."""
+    """Floats as float32. Values of dtype bfloat16 are passed as their bits, uint16."""
     if dtype == "bfloat16":
         return (values.astype(np.uint32) << 16).view(np.float32)
     return values.astype(np.float32, copy=False)
 
 
-def _check_whole(path: Path) -> None:
-    # The library checks what a header may say: ranges inside of the file, without gaps or overlaps.
+def _check_format(path: Path) -> None:
+    # The library checks that ranges lie inside the file, without gaps or overlaps.
     safetensors = require_package("safetensors", "path", str(path))
-    # A file that may not be read is no damaged one; the library does not tell them apart.
+    # Raises PermissionError for an unreadable file, which the library reports like a damaged one.
     path.open("rb").close()
     try:
         with safetensors.safe_open(path, "numpy"):
             pass
     except (safetensors.SafetensorError, OSError) as error:
-        rule = f"is damaged or no safetensors file ({error})"
+        rule = f"is damaged or not a safetensors file ({error})"
         fail(str(path), f"{path.stat().st_size} bytes", rule, "Copy or download it again")

@@ -118,7 +118,7 @@ def test_padding_of_plain_models_is_not_compared(tmp_path):
     ("name", "spec", "arrays", "reason"),
     [
         ("moe_kv_mc_nr3_upd", {}, {"attention_mask": np.zeros((3, 24))}, "never selects it"),
-        (SMALL, {"resolved": {"mor": {"enable": True}}}, {}, "inside of a recursive model"),
+        (SMALL, {"resolved": {"mor": {"enable": True}}}, {}, "only inside a recursive model"),
         (SMALL, {}, {"eval.entropy": np.zeros(3)}, "eval.entropy=(3,): this array is not"),
         (SMALL, {}, {"params_flat": np.zeros(5)}, "must hold the 6480 numbers"),
         (SMALL, {}, {"params_flat": None}, "holds neither params_flat"),

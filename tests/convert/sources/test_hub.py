@@ -103,9 +103,12 @@ def test_repositories_are_fetched_and_kept(server, tmp_path):
     lines = ask(tmp_path, server, "me/model", "me/model/small.gguf", "me/absent", "me/quantized")
     assert lines[0] == "['config.json', 'model.safetensors', 'tokenizer.json']"
     assert lines[1] == "b'GGUF'"
-    assert "path='me/absent': is no existing path, and the hub does not give it" in lines[2]
-    told = "path='me/quantized': holds GGUF files. Give the path of one of them with --from=gguf"
+    assert (
+        "path='me/absent': does not exist as a path, and downloading it from the hub failed"
+        in lines[2]
+    )
+    told = "path='me/quantized': contains GGUF files. Give the path of one of them with --from=gguf"
     assert lines[3] == told
     lines = ask(tmp_path, "http://127.0.0.1:9", "me/model", "me/other", HF_HUB_OFFLINE="1")
     assert "model.safetensors" in lines[0]
-    assert "offline" in lines[1].lower() and "fetch it elsewhere" in lines[1]
+    assert "offline" in lines[1].lower() and "download it elsewhere" in lines[1]
