@@ -17,7 +17,7 @@ from mor_jax.configs.from_workdir import fill
 
 from mor_jax.config.old_names import translated, translated_paths
 from mor_jax.config.parsing import with_settings
-from mor_jax.scaling.study.seal import digest
+from mor_jax.scaling.study.manifest_digest import digest
 
 _FIX = "Write --config=from_study:STUDY/RUN, as mor isoflop run does"
 

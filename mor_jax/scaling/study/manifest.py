@@ -14,7 +14,7 @@ from mor_jax.config import TrainConfig
 from mor_jax.config.old_names import translated, translated_command, translated_paths
 from mor_jax.config.parsing import check, fail, flatten_settings, with_settings
 from mor_jax.files import write_atomic
-from mor_jax.scaling.study.seal import digest
+from mor_jax.scaling.study.manifest_digest import digest
 from mor_jax.training.resolved_settings import resolve_settings
 
 FILE = "manifest.json"

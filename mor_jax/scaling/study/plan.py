@@ -10,10 +10,10 @@ import mor_jax
 from mor_jax.config import TrainConfig
 from mor_jax.config.parsing import check, fail
 from mor_jax.scaling.study.architectures import Architecture, Shapes, is_width
-from mor_jax.scaling.study.brackets import check_brackets
 from mor_jax.scaling.study.budgets import Unit
 from mor_jax.scaling.study.family import Model, Planned, Rules, assemble, family
 from mor_jax.scaling.study.manifest import Manifest
+from mor_jax.scaling.study.minimum_bracketing import check_brackets
 
 _DECIDED = {
     "steps": "--budgets",
