@@ -47,8 +47,9 @@ def _read(arg: str) -> dict[str, Any]:
 def fill(cfg: ConfigDict, values: dict[str, Any]) -> None:
     """Sets the values of a JSON configuration in `cfg`, group by group."""
     for name, value in values.items():
-        if isinstance(value, dict) and isinstance(cfg.get(name), ConfigDict):
-            fill(cfg[name], value)
+        group = cfg.get(name)
+        if isinstance(value, dict) and isinstance(group, ConfigDict):
+            fill(group, value)
         else:
             # JSON has no tuples, and settings have no lists.
             cfg[name] = tuple(value) if isinstance(value, list) else value

@@ -1,4 +1,4 @@
-"""The command line of programs that take `--config`: what is wrong with it is told in one line."""
+"""The command line of programs that take `--config`: errors are one line."""
 
 import difflib
 import re
@@ -6,6 +6,7 @@ import sys
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, NoReturn
 
 from absl import flags
 from ml_collections import ConfigDict
@@ -19,7 +20,7 @@ _LATE = "Configuration is not available because of an earlier failure to load: "
 
 
 def parsed(argv: Sequence[str]) -> list[str]:
-    """Parses the flags, for `app.run(main, flags_parser=parsed)`; returns what is no flag.
+    """Parses the flags, for `app.run(main, flags_parser=parsed)`; returns the other words.
 
     Ends the process with `exit_codes.REFUSED` and one line if a flag, the configuration's file or
     a setting is wrong.
@@ -29,18 +30,18 @@ def parsed(argv: Sequence[str]) -> list[str]:
         try:
             rest = flags.FLAGS(argv)
         except SystemExit:
-            # Help that was asked for is no failure; absl ends it with 1.
+            # --help is no failure, but absl exits with 1.
             sys.exit(exit_codes.OK)
-        config = flags.FLAGS["config"].value
+        config: Any = flags.FLAGS["config"].value
         if type(config).__name__ != "ConfigDict":
-            # A file that could not be read is told only when its content is looked for.
+            # A file that cannot be read shows only when its content is used.
             rule = f"its get_config() returned {config.lock and config!r}, not a ConfigDict"
             raise ValueError(rule)
     except Exception as error:
-        _refuse(_told(error, argv))
+        _refuse(_message(error, argv))
     if len(rest) > 1:
         fix = f"Settings are {_CONFIG}.NAME=VALUE, other flags --NAME=VALUE"
-        _refuse(f"{rest[1]}: is no flag, and nothing else is taken. {fix}")
+        _refuse(f"{rest[1]}: unknown argument. {fix}")
     return rest
 
 
@@ -55,12 +56,12 @@ def _with_paths(argv: Sequence[str]) -> list[str]:
     return words
 
 
-def _refuse(message: str) -> None:
+def _refuse(message: str) -> NoReturn:
     print(f"error: {message}", file=sys.stderr, flush=True)
     sys.exit(exit_codes.REFUSED)
 
 
-def _told(error: Exception, argv: Sequence[str]) -> str:
+def _message(error: Exception, argv: Sequence[str]) -> str:
     config = _given(argv)
     if isinstance(error, OSError):
         reason = str(error).strip().splitlines()[-1].strip().removeprefix(_LATE).rstrip(".")
@@ -72,31 +73,31 @@ def _told(error: Exception, argv: Sequence[str]) -> str:
             return f"{_CONFIG}={config}: neither a file nor a shipped configuration. {fix}"
         return f"{_CONFIG}={config}: cannot be read: {reason}. {fix}"
     if isinstance(error, (flags.ValidationError, flags.Error)):
-        # An exception in the configuration's file is told as a traceback; its own words do.
+        # absl wraps an exception of the configuration file in a traceback.
         inner = error.__cause__ or error.__context__
         inner = inner and (inner.__cause__ or inner.__context__)
         if inner is not None and "Error whilst parsing config file" in str(error):
-            return f"{_CONFIG}={config}: {_old_name(inner) or _lines(inner)}"
-        text = _lines(error).removeprefix("flag ").rstrip(".")
+            return f"{_CONFIG}={config}: {_old_name(inner) or _one_line(inner)}"
+        text = _one_line(error).removeprefix("flag ").rstrip(".")
         if missing := re.match(r"(--\w+)=None: Flag .* must have a value", text):
             text = f"{missing[1]}: is missing"
         return f"{text}. Every flag is listed by --help"
-    told = _old_name(error) or f"{_place(error)}{_lines(error)}"
-    return _unknown(argv) or f"{_CONFIG}={config}: {told}"
+    message = _old_name(error) or f"{_place(error)}{_one_line(error)}"
+    return _unknown(argv) or f"{_CONFIG}={config}: {message}"
 
 
 def _old_name(error: BaseException) -> str | None:
-    """What to say if a configuration's file sets or reads a setting under an old name."""
+    """The message for a configuration file that uses the old name of a setting."""
     found = re.search(r'Key "(\w+)" does not|^\W*(?:Did.* instead of \W)?(\w+)\W*$', str(error))
     name = (
         (found[1] or found[2]) if found and isinstance(error, LookupError | AttributeError) else ""
     )
-    told = old_names.rename_hint_for_leaf(name)
-    return f"{name}: unknown setting. {told}" if told else None
+    message = old_names.rename_hint_for_leaf(name)
+    return f"{name}: unknown setting. {message}" if message else None
 
 
 def _given(argv: Sequence[str]) -> str:
-    # Of several the last counts.
+    # The last one counts.
     words, given = list(argv), ""
     for i, word in enumerate(words):
         if word.startswith(f"{_CONFIG}="):
@@ -109,9 +110,10 @@ def _given(argv: Sequence[str]) -> str:
 def _unknown(argv: Sequence[str]) -> str | None:
     """The first setting on the command line that the configuration does not have."""
     try:
-        names = _names(flags.FLAGS["config"].parser.parse(_given(argv)))
+        tree: Any = flags.FLAGS["config"].parser.parse(_given(argv))
+        names = _names(tree)
     except Exception:
-        # The file itself is wrong, whatever the settings are.
+        # The file itself is wrong.
         return None
     for word in argv:
         name, _, _ = word.removeprefix(f"{_CONFIG}.").partition("=")
@@ -146,7 +148,7 @@ def _is_ours(file: str) -> bool:
     return file == __file__ or "site-packages" in file
 
 
-def _lines(error: BaseException) -> str:
+def _one_line(error: BaseException) -> str:
     return " ".join(str(error).split())
 
 

@@ -55,6 +55,7 @@ def _plan(options: argparse.Namespace, rest: list[str]) -> int:
     again = [f"mor isoflop {name} --study={options.study}" for name in FOLLOWING]
     planned = shlex.join(["mor", "isoflop", *options.given])
     manifest = dataclasses.replace(manifest, reproduce=(planned, *again))
+    new = False
     if not options.dry_run:
         new = write(options.study, manifest)
         manifest = read(options.study)

@@ -37,7 +37,7 @@ _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "Name of a shipped configuration or a file, with choices: mor:size=1.7b."
 )
 _TOPOLOGY = flags.DEFINE_string(
-    "topology", None, "Devices: v5e:16x16, 2xv5e:16x16 (two slices), h100:8x4."
+    "topology", None, "Devices: v5e:16x16, 2xv5e:16x16 (two slices), h100:8x4.", required=True
 )
 _TOKENS = flags.DEFINE_float(
     "tokens", None, "Tokens of the whole run; default: those of its steps."
@@ -47,7 +47,7 @@ _JSON = flags.DEFINE_bool("json", False, "Print one line of JSON for each plan i
 _TRY = flags.DEFINE_float(
     "try_seconds", 300, "Seconds to search for settings that fit, if these do not.", lower_bound=0
 )
-flags.mark_flags_as_required(["config", "topology"])
+flags.mark_flags_as_required(["config"])
 
 
 def main(_: list[str]) -> None:

@@ -27,7 +27,9 @@ from mor_jax.runtime import exit_codes, platform
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "Name of a shipped configuration or a file, with choices: mor:size=360m."
 )
-_WORKDIR = flags.DEFINE_string("workdir", None, "Run directory; a run that is there resumes.")
+_WORKDIR = flags.DEFINE_string(
+    "workdir", None, "Run directory; a run that is there resumes.", required=True
+)
 _ALLOW = flags.DEFINE_list(
     "allow_changes",
     [],
@@ -47,7 +49,7 @@ _COORDINATOR = flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0.
 _PROCESSES = flags.DEFINE_integer("processes", None, "Number of processes.")
 _PROCESS = flags.DEFINE_integer("process", None, "Index of this process, from 0.")
 _WAIT = flags.DEFINE_integer("distributed_wait", 300, "Seconds to wait for all processes.")
-flags.mark_flags_as_required(["config", "workdir"])
+flags.mark_flags_as_required(["config"])
 
 
 def main(_: list[str]) -> None:

@@ -74,7 +74,7 @@ WRONG = [
     ),
     (["--config={tmp}/sets.py"], r"sets\.py: length: unknown setting\. It is called seq_len now$"),
     (["--config={tmp}/reads.py"], r"reads\.py: width: unknown .*called model\.hidden_size now$"),
-    ([GOOD, "workdir=runs/a"], r"workdir=runs/a: is no flag.*--NAME=VALUE"),
+    ([GOOD, "workdir=runs/a"], r"workdir=runs/a: unknown argument.*--NAME=VALUE"),
 ]
 
 
