@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from mor_jax.analysis.observe import RoutingPass, RoutingRecord
-from mor_jax.analysis.output import number
+from mor_jax.analysis.output_directory import number
+from mor_jax.analysis.routing_record import RoutingPass, RoutingRecord
 
 POSITIONS = 16
 TENTHS = 10

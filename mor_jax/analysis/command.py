@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from mor_jax.analysis import maps, recursions, statistics
-from mor_jax.analysis.observe import Model, observe, routed_model
-from mor_jax.analysis.output import AnalysisOutput
+from mor_jax.analysis.output_directory import AnalysisOutput
 from mor_jax.analysis.parts_of_speech import check_tagger
-from mor_jax.analysis.reading import TextRequest, TokenBatches, read, utf8
+from mor_jax.analysis.routing_record import Model, observe, routed_model
+from mor_jax.analysis.text_input import TextRequest, TokenBatches, read, utf8
 from mor_jax.checkpoint.load_weights import RunWeights, load_run
 from mor_jax.config.parsing import check
 

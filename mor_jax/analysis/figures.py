@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from mor_jax.analysis.observe import ROUTINGS
+from mor_jax.analysis.routing_record import ROUTINGS
 from mor_jax.plotting import plots, titles
 
 Record = Mapping[str, Any]

@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from mor_jax.analysis.observe import ROUTINGS, RoutingRecord, scores
-from mor_jax.analysis.output import Write, json_lines, number
+from mor_jax.analysis.output_directory import Write, json_lines, number
 from mor_jax.analysis.page import Page, Token
+from mor_jax.analysis.routing_record import ROUTINGS, RoutingRecord, scores
 from mor_jax.inference.token_bytes import token_bytes
 from mor_jax.plotting import plots
 

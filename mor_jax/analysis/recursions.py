@@ -9,9 +9,9 @@ import numpy as np
 
 from mor_jax import data
 from mor_jax.analysis.figures import recursion_figure
-from mor_jax.analysis.observe import ROUTINGS
-from mor_jax.analysis.output import Write, json_lines, number
-from mor_jax.analysis.reading import TokenBatches
+from mor_jax.analysis.output_directory import Write, json_lines, number
+from mor_jax.analysis.routing_record import ROUTINGS
+from mor_jax.analysis.text_input import TokenBatches
 from mor_jax.checkpoint.load_weights import RunWeights
 from mor_jax.config import TrainConfig
 from mor_jax.config.parsing import check

@@ -5,8 +5,8 @@ from typing import Any
 
 import numpy as np
 
-from mor_jax.analysis.observe import RoutingRecord
-from mor_jax.analysis.output import number
+from mor_jax.analysis.output_directory import number
+from mor_jax.analysis.routing_record import RoutingRecord
 from mor_jax.models.flops import flops, kv_bytes
 
 

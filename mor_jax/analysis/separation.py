@@ -4,8 +4,8 @@ from typing import Any
 
 import numpy as np
 
-from mor_jax.analysis.observe import Model, RoutingPass, RoutingRecord, scores
-from mor_jax.analysis.output import number
+from mor_jax.analysis.output_directory import number
+from mor_jax.analysis.routing_record import Model, RoutingPass, RoutingRecord, scores
 from mor_jax.inference.calibration_targets import takes_all
 
 BINS = 50

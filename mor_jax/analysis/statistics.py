@@ -10,9 +10,9 @@ from mor_jax.analysis import maps, tables
 from mor_jax.analysis.buckets import Buckets, by_frequency, by_loss, by_position, by_token
 from mor_jax.analysis.figures import depth_figure, score_figure
 from mor_jax.analysis.frequency import token_shares
-from mor_jax.analysis.observe import ROUTINGS, RoutingRecord
-from mor_jax.analysis.output import Write, json_lines
+from mor_jax.analysis.output_directory import Write, json_lines
 from mor_jax.analysis.parts_of_speech import CLASSES, tagged, token_classes
+from mor_jax.analysis.routing_record import ROUTINGS, RoutingRecord
 from mor_jax.analysis.savings import dead_records, saving_records
 from mor_jax.analysis.separation import agreement_records, choice_records, score_records
 from mor_jax.inference.token_bytes import token_bytes

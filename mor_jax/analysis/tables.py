@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from mor_jax.analysis.observe import ROUTINGS
+from mor_jax.analysis.routing_record import ROUTINGS
 
 Record = dict[str, Any]
 

@@ -12,9 +12,9 @@ from support.seeded import random_params
 from support.tiny import TINY, train_config
 
 from mor_jax.analysis import recursions, statistics
-from mor_jax.analysis.observe import observe, routed_model
-from mor_jax.analysis.output import FILE, AnalysisOutput
-from mor_jax.analysis.reading import TextRequest, read
+from mor_jax.analysis.output_directory import FILE, AnalysisOutput
+from mor_jax.analysis.routing_record import observe, routed_model
+from mor_jax.analysis.text_input import TextRequest, read
 from mor_jax.checkpoint import pretrained
 from mor_jax.checkpoint.lazy_arrays import flatten, from_arrays
 from mor_jax.checkpoint.load_weights import load_run

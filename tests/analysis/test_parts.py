@@ -12,9 +12,9 @@ from support.tiny import TINY, train_config
 from mor_jax import data
 from mor_jax.analysis import parts_of_speech, separation
 from mor_jax.analysis.frequency import token_shares
-from mor_jax.analysis.output import FILE, AnalysisOutput, json_lines
+from mor_jax.analysis.output_directory import FILE, AnalysisOutput, json_lines
 from mor_jax.analysis.page import Page, Token
-from mor_jax.analysis.reading import TextRequest, read
+from mor_jax.analysis.text_input import TextRequest, read
 from mor_jax.config import DataConfig
 from mor_jax.types import IGNORE
 

@@ -8,7 +8,7 @@ import numpy as np
 
 from mor_jax import data
 from mor_jax.analysis.passes import compiled
-from mor_jax.analysis.reading import TokenBatches
+from mor_jax.analysis.text_input import TokenBatches
 from mor_jax.checkpoint.load_weights import RunWeights
 from mor_jax.config import ModelConfig, TrainConfig
 from mor_jax.config.parsing import fail
