@@ -1,4 +1,4 @@
-"""The commands of `launch/analyze.py`: from what was asked to a directory and a table."""
+"""The commands of `mor analyze`: from the request to a directory and a table."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -67,7 +67,7 @@ def _place(found: RunWeights, given: Given, rows: TokenBatches) -> AnalysisOutpu
 
 
 def _head(model: object, rows: TokenBatches, notes: tuple[str, ...] = ()) -> list[str]:
-    told = f"{rows.name}: {rows.tokens:,} tokens in rows of {rows.length}"
+    told = f"{rows.name}: {rows.tokens:,} tokens in sequences of {rows.length}"
     return [str(model), told, *(f"  {note}" for note in (*rows.notes, *notes))]
 
 

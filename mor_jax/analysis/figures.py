@@ -29,8 +29,8 @@ def depth_figure(
     for place, (title, records) in enumerate(shown.items()):
         axes = figure.add_subplot(-(-len(shown) // 2), 2, place + 1)
         _depth_panel(axes, title, records, recursions)
-    told = f"Recursions per token, mean above each bar: {about}"
-    below = titles.title(figure, told, figure.axes[0].get_legend_handles_labels())
+    label = f"Recursions per token, mean above each bar: {about}"
+    below = titles.title(figure, label, figure.axes[0].get_legend_handles_labels())
     figure.tight_layout(rect=(0, 0, 1, below))
     plots.write_figure(figure, path)
 
@@ -65,7 +65,7 @@ def _depth_panel(axes: Any, title: str, records: Sequence[Record], recursions: i
 
 
 def score_figure(records: Sequence[Record], about: str, path: plots.PathLike) -> None:
-    """Histograms of router scores, chosen tokens against others, a panel a recursion: a PNG."""
+    """Histograms of router scores, selected tokens against others, one panel per recursion: PNG."""
     columns = min(3, len(records))
     rows = -(-len(records) // columns)
     figure = plots.new_figure(max(4.2 * columns, 7.0), 0.7 + 3.2 * rows)
@@ -86,8 +86,8 @@ def score_figure(records: Sequence[Record], about: str, path: plots.PathLike) ->
         router = ", main router" if record["router"] == "main" else ""
         auroc = ", every candidate" if record["chosen"] == record["candidates"] else ""
         auroc = auroc if record["auroc"] is None else f", AUROC {record['auroc']:.3f}"
-        told = f"Recursion {record['recursion']}{router}, {ROUTINGS[record['routing']]}{auroc}"
-        axes.set_title(told, loc="left", fontsize=9.5)
+        label = f"Recursion {record['recursion']}{router}, {ROUTINGS[record['routing']]}{auroc}"
+        axes.set_title(label, loc="left", fontsize=9.5)
         axes.set_xlim(0, 1)
         axes.set_xlabel("score, 0 to 1", fontsize=8.5)
         axes.set_ylabel("share of candidates (log)", fontsize=8.5)
@@ -118,8 +118,10 @@ def recursion_figure(
             across = [record["recursions"] for record in records]
             values = [record[field] for record in records]
             dashes = "solid" if colour == _CHOSEN else (0, (4, 4))
-            told = f"{routing} routing" if routing else "every token at every recursion"
-            axes.plot(across, values, "o", linestyle=dashes, color=colour, markersize=5, label=told)
+            label = f"{routing} routing" if routing else "every token at every recursion"
+            axes.plot(
+                across, values, "o", linestyle=dashes, color=colour, markersize=5, label=label
+            )
         axes.axvline(
             trained, color=_LINE, linestyle=":", linewidth=1.2, label=f"trained: {trained}"
         )

@@ -103,8 +103,8 @@ def truncate_model(
             number of recursions that does not fit.
     """
     model = found.cfg.model
-    rule = "a plain model has no recursions: it runs its layers once"
-    fix = "Give a run with model.sharing other than 'none'; launch/evaluate.py tells a loss"
+    rule = "a vanilla model has no recursions: it runs its layers once"
+    fix = "Give a run with model.sharing other than 'none'; mor evaluate measures its loss"
     check(model.sharing != "none", "model.sharing", model.sharing, rule, fix)
     calibrated = None if calibration is None else load(found, calibration)
     tokenizer = data.load_tokenizer(found.cfg.data.tokenizer)
@@ -116,9 +116,8 @@ def truncate_model(
         routings = ("causal",)
     elif calibrated is None and not is_causal(model):
         routings = ("topk",)
-        told = "top-k routing alone and no sample: causal routing needs thresholds, because these "
-        told += "routers were never trained to predict who is chosen (launch/calibrate.py)"
-        notes = (told,)
+        note = "only top-k routing and no sample: causal routing needs thresholds, because these "
+        notes = (note + "routers were not trained to predict the selection (mor calibrate)",)
     elif model.router.kind == "token" and model.router.capacity_factor is None:
         routings = ("causal",)
     most = 2 * model.num_recursions
@@ -137,7 +136,7 @@ def truncate_model(
         notes=notes,
     )
     for each in made.numbers:
-        # Refused before an hour of work, not after.
+        # Fail before an hour of work, not after.
         made.at(each)
     return made
 
@@ -199,7 +198,7 @@ def _printable(line: str) -> str:
 def measure(model: TruncatedModel, rows: TokenBatches, sample: Sample) -> DepthScaling:
     """Losses and samples with every number of recursions. Raises `ValueError` for a bad sample."""
     prompt = tuple(model.tokenizer.encode(sample.text).tolist())
-    rule = "must not be negative; 0 is for no sample"
+    rule = "must not be negative; 0 means no sample"
     check(sample.max_tokens >= 0, "sample.max_tokens", sample.max_tokens, rule, "Try 64")
     wanted = sample.max_tokens != 0 and "causal" in model.routings
     if wanted:

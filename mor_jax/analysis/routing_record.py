@@ -1,4 +1,4 @@
-"""A routed model on a text: what every token did, under both routings, gathered in NumPy arrays."""
+"""The routing of every token of a text, under causal and top-k routing, as NumPy arrays."""
 
 import dataclasses
 
@@ -19,16 +19,16 @@ from mor_jax.inference.load_model import check_finite, is_causal, prepare_model
 from mor_jax.types import Params
 
 ROUTINGS = {"causal": "causal", "topk": "top-k"}
-"""Names of routings: in records -> for people."""
+"""Name in records -> name in tables."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Model:
-    """A run's weights, ready to be looked at.
+    """The weights of a run, ready for analysis.
 
-    cfg: the run's configuration, the model's as it runs here. thresholds: of causal routing of
-    expert-choice, one a recursion. calibration: its name, None without. modes: routings that mean
-    something, the one that generation uses first. notes: what has to be said about it.
+    cfg: of the run, with the model as it runs here. thresholds: of causal routing of expert-choice,
+    one per recursion. calibration: its name, None without. modes: routings that apply, that of
+    generation first. notes: lines for the report.
     """
 
     found: RunWeights
@@ -64,7 +64,7 @@ def routed_model(
     """The weights `found`, to be analysed; calibration, recursions: as in `load_model`.
 
     Raises:
-        ValueError: nothing is routed in the model, a parameter is not finite, or calibration,
+        ValueError: the model has no routers, a parameter is not finite, or calibration,
             recursions or tokenizer do not fit it.
     """
     check_routed(found)
@@ -78,10 +78,10 @@ def routed_model(
     modes, notes = ("causal", "topk"), ()
     if calibrated is None and not is_causal(model):
         modes = ("topk",)
-        told = "top-k routing alone: these routers were never trained to predict who is chosen, "
-        notes = (told + "so causal routing needs thresholds (launch/calibrate.py, --calibration)",)
+        note = "only top-k routing: these routers were not trained to predict the selection, so "
+        notes = (note + "causal routing needs thresholds (mor calibrate, --calibration)",)
     if model.router.kind == "token" and model.router.capacity_factor is None:
-        # Both rules are one where every recursion has room for all.
+        # The two routings are equal where no recursion has a capacity limit.
         modes = ("causal",)
     return Model(
         found=found,
@@ -101,12 +101,10 @@ def check_routed(found: RunWeights) -> None:
     if model.router.kind != "none":
         return
     if model.sharing == "none":
-        rule = "nothing is routed in this model: every token goes through every layer"
-        fail("model.sharing", model.sharing, rule, "launch/evaluate.py tells its loss")
-    rule = (
-        f"nothing is routed in this model: every token takes all {model.num_recursions} recursions"
-    )
-    fix = "Loss against the number of recursions: launch/analyze.py depth"
+        rule = "this model has no routers: every token goes through every layer"
+        fail("model.sharing", model.sharing, rule, "mor evaluate measures its loss")
+    rule = f"this model has no routers: every token takes all {model.num_recursions} recursions"
+    fix = "mor analyze depth measures loss against the number of recursions"
     fail("model.router.kind", model.router.kind, rule, fix)
 
 
@@ -145,7 +143,7 @@ class RoutingRecord:
 
 
 def observe(model: Model, rows: TokenBatches) -> RoutingRecord:
-    """Runs the rows through the model, batch by batch; a few dozen bytes are kept of each token."""
+    """Runs the rows through the model, batch by batch; stores a few dozen bytes per token."""
     run = compiled(model.model, model.modes)
     given = None if model.thresholds is None else jnp.asarray(model.thresholds, jnp.float32)
     found: dict[str, list[list[np.ndarray]]] = {mode: [] for mode in model.modes}
@@ -186,7 +184,7 @@ def _joined(parts: list[list[np.ndarray]], joined: bool) -> RoutingPass:
 
 
 def scores(model: ModelConfig, logits: np.ndarray) -> np.ndarray:
-    """Logits [r n] as probabilities in [0, 1]: what "goes on" (or, token-choice, each depth) gets.
+    """Logits [r n] as probabilities in [0, 1]: of selection, or of each depth for token-choice.
 
     Expert-choice: sigmoid, by which its cross-entropy trains the logits, whatever scales the
     output. Token-choice: softmax over depths, or sigmoid, without alpha and balancing bias.

@@ -1,4 +1,4 @@
-"""What routing saves: keys and values that are not kept, FLOPs not spent, tokens left behind."""
+"""What routing saves: KV cache entries and FLOPs; tokens that are never selected."""
 
 import dataclasses
 from typing import Any

@@ -43,8 +43,8 @@ def agreement(records: Sequence[Record]) -> list[str]:
     """Top-k and causal routing, a line a recursion and kind of state."""
     if not records:
         return []
-    head = f"{'':<12}{'asked about':<22}{'causal':>8}{'top-k':>8}{'accuracy':>10}"
-    made = ["", "does causal routing send on whom top-k routing sends on"]
+    head = f"{'':<12}{'compared on':<22}{'causal':>8}{'top-k':>8}{'accuracy':>10}"
+    made = ["", "agreement of causal and top-k routing, per recursion"]
     made.append(f"{head}{'precision':>11}{'recall':>8}{'Jaccard':>9}")
     asked = {"topk": "top-k's candidates", "own": "all, separate passes"}
     for one in records:
@@ -66,8 +66,8 @@ def choice(records: Sequence[Record]) -> list[str]:
     made = []
     for one in records:
         each = "  ".join(f"{depth + 1}: {share:.1%}" for depth, share in enumerate(one["shares"]))
-        told = f"largest share {one['max_violation']:+.0%} against even ones"
-        made += ["", f"depths chosen  {each}", f"{told}; entropy {one['entropy']:.3f} of even ones"]
+        worst = f"largest share {one['max_violation']:+.0%} against a uniform one"
+        made += ["", f"depths chosen  {each}", f"{worst}; entropy {one['entropy']:.3f} of uniform"]
         if "overflow" in one:
             made.append(f"no room under top-k routing: {one['overflow']:.1%} of tokens")
     return made
@@ -75,7 +75,7 @@ def choice(records: Sequence[Record]) -> list[str]:
 
 def scores(records: Sequence[Record]) -> list[str]:
     """How well scores tell the chosen from the others."""
-    made = ["", "router scores, chosen tokens against the other candidates"]
+    made = ["", "router scores, selected tokens against the other candidates"]
     head = f"{'':<22}{'mean chosen':>12}{'mean other':>12}{'AUROC':>8}{'overlap':>9}"
     made.append(f"{head}{'0.1 to 0.9':>12}{'threshold':>11}")
     for one in records:
@@ -91,7 +91,7 @@ def scores(records: Sequence[Record]) -> list[str]:
 
 def savings(records: Sequence[Record]) -> list[str]:
     """The KV cache and the work."""
-    made = ["", "keys and values kept of a token, against every token at every layer"]
+    made = ["", "KV cache per token, against every token at every layer"]
     made.append(
         f"{'routing':<10}{'entries':>9}{'of':>6}{'bytes':>10}{'of':>9}{'saved':>8}{'work':>8}"
     )
@@ -105,17 +105,17 @@ def savings(records: Sequence[Record]) -> list[str]:
 
 
 def dead(records: Sequence[Record], tokens: Sequence[Record]) -> list[str]:
-    """Tokens that no recursion takes, places and kinds that never reach the last one."""
+    """Tokens that no recursion selects; positions and token types that never reach the last one."""
     first = records[0]
     rows = {
-        "tokens that no recursion takes": ("tokens", ""),
-        "positions never at the last recursion": ("positions", f"of {first['rows']} rows"),
-        "kinds of tokens never there": (
+        "tokens that no recursion selects": ("tokens", ""),
+        "positions never at the last recursion": ("positions", f"of {first['rows']} sequences"),
+        "token types never there": (
             "kinds",
             f"of {first['of_kinds']} that occur at least {first['min_count']} times",
         ),
     }
-    made = ["", f"{'left behind':<40}" + "".join(f"{ROUTINGS[r['routing']]:>8}" for r in records)]
+    made = ["", f"{'never reached':<40}" + "".join(f"{ROUTINGS[r['routing']]:>8}" for r in records)]
     for name, (field, of) in rows.items():
         values = "".join(f"{_number(record[field], '.1%'):>8}" for record in records)
         made.append(f"{name:<40}{values}   {of}".rstrip())
@@ -130,11 +130,14 @@ def dead(records: Sequence[Record], tokens: Sequence[Record]) -> list[str]:
 
 
 def extremes(records: Sequence[Record], min_count: int) -> list[str]:
-    """The deepest and the shallowest kinds of tokens, side by side."""
+    """The deepest and the shallowest token types, side by side."""
     judged = [record for record in records if record["tokens"] >= min_count]
     ordered = sorted(judged, key=lambda record: (record["depth"], -record["tokens"]))
     number = min(EXTREMES, (len(ordered) + 1) // 2)
-    made = ["", f"depth by token, of {len(judged)} kinds that occur at least {min_count} times"]
+    made = [
+        "",
+        f"depth by token, of {len(judged)} token types that occur at least {min_count} times",
+    ]
     made.append(
         f"{'deepest':<16}{'count':>8}{'depth':>7}    {'shallowest':<16}{'count':>8}{'depth':>7}"
     )

@@ -1,4 +1,4 @@
-"""What is analysed: a text of the user's, or rows of a data source, as batches of one shape."""
+"""The text of an analysis: a file, a prompt or a data source, as batches of one shape."""
 
 import dataclasses
 import hashlib
@@ -15,17 +15,17 @@ from mor_jax.data.tokenizers.base import Tokenizer
 from mor_jax.types import IGNORE, Batch
 
 MOST_TOKENS = 2**23
-"""Tokens that one analysis may hold: about half a gigabyte of what is kept of each."""
+"""Tokens that one analysis may hold: their records take about half a gigabyte."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TextRequest:
-    """Which text to analyse; nothing given: the held-out part of the run's own.
+    """The text to analyse; by default the validation part of the run's own.
 
-    text: a file, "-" for the standard input. prompt: a text itself. sources: all of these, written
-    as `data.sources`. tokens: at most so many. length: tokens of a row; None: the run's. window:
-    cut a text longer than the context into rows of that length. batch_size: rows of a pass; None:
-    the run's.
+    text: a file, "-" for the standard input. prompt: the text itself. sources: written like
+    `data.sources`. tokens: the largest number of tokens. length: sequence length in tokens; None:
+    the run's. window: cut a text longer than the context into sequences of that length.
+    batch_size: sequences per batch; None: the run's.
     """
 
     text: str | None = None
@@ -54,11 +54,11 @@ class TextRequest:
 
 @dataclasses.dataclass(frozen=True)
 class TokenBatches:
-    """Rows to analyse, in batches of one shape.
+    """Sequences to analyse, in batches of one shape.
 
-    name: for people. batches: NumPy. fresh: for each, the tokens [b l] that count; the others are
-    padding, repetitions, or stand in another window too. joined: the rows follow each other in one
-    text. notes: what has to be said about it.
+    name: for titles. batches: NumPy arrays. fresh: bool [b l] for each, the tokens that count; the
+    others are padding or belong to another window as well. joined: the sequences are consecutive
+    parts of one text. notes: lines for the report.
     """
 
     name: str
@@ -87,45 +87,45 @@ class TokenBatches:
 
 
 def read(
-    cfg: TrainConfig, tokenizer: Tokenizer, wanted: TextRequest, stdin: Callable[[], bytes]
+    cfg: TrainConfig, tokenizer: Tokenizer, request: TextRequest, stdin: Callable[[], bytes]
 ) -> TokenBatches:
-    """The rows of what is `wanted`.
+    """The sequences of the requested text.
 
     cfg: of the run. stdin: reads all of the standard input.
 
     Raises:
-        ValueError: a file that cannot be read or is no text, a text that is empty or longer than
+        ValueError: a file that cannot be read or is not text, a text that is empty or longer than
             the context, a source that does not fit the run.
     """
-    wanted.validate()
+    request.validate()
     data.check_vocabulary(tokenizer, cfg.model.vocab_size)
-    length, longest = wanted.length or cfg.seq_len, cfg.model.max_seq_len
+    length, longest = request.length or cfg.seq_len, cfg.model.max_seq_len
     rule = f"the model's context is model.max_seq_len={longest} tokens"
     check(length <= longest, "length", length, rule, f"Use at most {longest}")
-    if wanted.text is None and wanted.prompt is None:
-        return _of_sources(cfg, tokenizer, wanted, length)
-    setting, name = ("prompt", "the prompt") if wanted.text is None else ("text", wanted.text)
-    if wanted.text is None:
-        text = utf8("prompt", wanted.prompt or "", "Give it as a file with --text")
+    if request.text is None and request.prompt is None:
+        return _of_sources(cfg, tokenizer, request, length)
+    setting, name = ("prompt", "the prompt") if request.text is None else ("text", request.text)
+    if request.text is None:
+        text = utf8("prompt", request.prompt or "", "Give it as a file with --text")
     else:
-        text = _file(wanted.text, stdin)
+        text = _file(request.text, stdin)
     tokens = tokenizer.encode(text).astype(np.int32)
-    shown = text[:40] if wanted.text is None else wanted.text
+    shown = text[:40] if request.text is None else request.text
     rule = "holds no tokens"
     check(len(tokens) > 0, setting, shown, rule, "Give some text")
     notes: list[str] = []
-    if len(tokens) > longest and not wanted.window:
+    if len(tokens) > longest and not request.window:
         rule = f"has {len(tokens):,} tokens, the model's context is model.max_seq_len={longest}"
         fix = f"Shorten it, or cut it into windows of {length} tokens with --window"
         fail(setting, shown, rule, fix)
-    if len(tokens) > wanted.tokens:
-        notes.append(f"the first {wanted.tokens:,} of {len(tokens):,} tokens (--tokens)")
-        tokens = tokens[: wanted.tokens]
-    if wanted.window and len(tokens) > length:
+    if len(tokens) > request.tokens:
+        notes.append(f"the first {request.tokens:,} of {len(tokens):,} tokens (--tokens)")
+        tokens = tokens[: request.tokens]
+    if request.window and len(tokens) > length:
         notes.append(f"windows of {length} tokens, each read without those before it")
     else:
         length = len(tokens)
-    batch_size = wanted.batch_size or cfg.eval.batch_size
+    batch_size = request.batch_size or cfg.eval.batch_size
     parts = list(_windows(tokens, length, batch_size))
     batches = [Batch(row, target) for row, target, _ in parts]
     called = "the standard input" if name == "-" else name
@@ -133,7 +133,7 @@ def read(
 
 
 def utf8(setting: str, text: str, fix: str) -> str:
-    """Shells hand on bytes that are no text as halves of surrogate pairs; those are refused."""
+    """Raises `ValueError` for bytes that are not UTF-8: shells pass them on as lone surrogates."""
     ok = not any("\ud800" <= char <= "\udfff" for char in text)
     check(ok, setting, text, "is not UTF-8", fix)
     return text
@@ -151,7 +151,7 @@ def _file(name: str, stdin: Callable[[], bytes]) -> str:
     records.check_head(raw[: compressed.HEAD], name, "text")
     text = records.decode(raw.removeprefix(records.MARK), name, "text")
     at = text.find("\0")
-    rule = f"holds a NUL character at offset {at}, so it is no text"
+    rule = f"holds a NUL character at offset {at}, so it is not text"
     check(at < 0, "text", name, rule, "Give a text")
     return text
 
@@ -159,9 +159,10 @@ def _file(name: str, stdin: Callable[[], bytes]) -> str:
 def _windows(
     tokens: np.ndarray, length: int, most: int
 ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """Tokens, targets and which count, int32 and bool [b l]; the last window reaches back.
+    """Tokens, targets (int32 [b l]) and which tokens count (bool [b l]), of each batch.
 
-    So every row is full: top-k routing chooses a share of the whole row, padding would widen it.
+    The last window overlaps the one before, so that every sequence is full: the capacity of top-k
+    routing is a fraction of the sequence, padding included.
     """
     starts = [min(start, len(tokens) - length) for start in range(0, len(tokens), length)]
     following = np.append(tokens[1:], IGNORE).astype(np.int32)
@@ -177,15 +178,15 @@ def _windows(
 
 
 def _of_sources(
-    cfg: TrainConfig, tokenizer: Tokenizer, wanted: TextRequest, length: int
+    cfg: TrainConfig, tokenizer: Tokenizer, request: TextRequest, length: int
 ) -> TokenBatches:
     text, split = cfg.data, "heldout"
-    if wanted.sources is not None:
-        text, split = dataclasses.replace(text, sources=wanted.sources, weights=None), "all"
-    # At most so many tokens are at most so many of one row.
-    shorter, length = wanted.tokens < length, min(wanted.tokens, length)
-    rows = wanted.tokens // length
-    size = min(wanted.batch_size or cfg.eval.batch_size, rows)
+    if request.sources is not None:
+        text, split = dataclasses.replace(text, sources=request.sources, weights=None), "all"
+    # A limit below the sequence length shortens the sequence.
+    shorter, length = request.tokens < length, min(request.tokens, length)
+    rows = request.tokens // length
+    size = min(request.batch_size or cfg.eval.batch_size, rows)
     layout = data.Layout(length=length, batch_size=size)
     batches = data.validation_batches(text, tokenizer, layout, -(-rows // size), split, 1)
     fresh, left = [], rows
@@ -196,11 +197,11 @@ def _of_sources(
         whole = np.repeat(here[:, None], length, axis=1)
         fresh.append(whole if batch.segments is None else whole & (batch.segments > 0))
     names = ", ".join(text.sources)
-    name = f"held-out part of {names}" if split == "heldout" else names
+    name = f"validation part of {names}" if split == "heldout" else names
     notes = ()
     if shorter:
-        notes = (f"one row, shorter than usual (--tokens={wanted.tokens})",)
+        notes = (f"one sequence, shorter than the run's (--tokens={request.tokens})",)
     elif left == 0:
-        told = f"{rows:,} rows of {length} tokens, spread over the text (--tokens={wanted.tokens})"
-        notes = (told,)
+        note = f"{rows:,} sequences of {length} tokens, spread over the text"
+        notes = (f"{note} (--tokens={request.tokens})",)
     return TokenBatches(name, batches, fresh, False, notes)

@@ -1,4 +1,4 @@
-"""`launch/analyze.py` on small runs: what it finds is what the model does, and what it refuses."""
+"""`mor analyze` on small runs: what it finds is what the model does, and what it refuses."""
 
 import dataclasses
 import importlib
@@ -161,7 +161,7 @@ def test_map(runs, tmp_path, capsys):
     assert len(text.encode()) == 62
     given = ["map", f"--workdir={runs / 'expert'}", f"--prompt={text}", f"--output={where}"]
     code, out, _ = run(capsys, *given, "--window")
-    assert code == 0 and out.splitlines()[1] == "the prompt: 62 tokens in rows of 16"
+    assert code == 0 and out.splitlines()[1] == "the prompt: 62 tokens in sequences of 16"
     records = lines_of(where / "map.jsonl")
     assert "".join(record["text"] for record in records) == text
     assert bytes.fromhex("".join(record["bytes"] for record in records)).decode() == text
@@ -242,9 +242,9 @@ def test_a_sample_comes_from_the_engine(runs):
 
 def test_what_a_model_cannot_do_is_refused(runs, capsys):
     for given, told in (
-        (("map", "plain"), "every token goes through every layer. launch/evaluate.py"),
-        (("statistics", "recursive"), "all 2 recursions. Loss against .* launch/analyze.py depth"),
-        (("depth", "plain"), "a plain model has no recursions"),
+        (("map", "plain"), "every token goes through every layer. mor evaluate"),
+        (("statistics", "recursive"), "all 2 recursions. mor analyze depth measures loss"),
+        (("depth", "plain"), "a vanilla model has no recursions"),
         (("depth", "token", "--recursions=4"), "recursions=4: token-choice scores the 3 depths"),
         (("depth", "expert", "--recursions=1,x"), "recursions='1,x': must be whole numbers"),
         (("map", "expert", "--calibration=fast"), "calibration='fast': there is no"),
@@ -271,5 +271,5 @@ def test_without_a_causal_router_top_k_remains(runs, tmp_path):
     model = dataclasses.replace(found.cfg.model, router=router)
     blind = dataclasses.replace(found, cfg=dataclasses.replace(found.cfg, model=model))
     made = routed_model(blind)
-    assert made.modes == ("topk",) and "launch/calibrate.py" in made.notes[0]
+    assert made.modes == ("topk",) and "mor calibrate" in made.notes[0]
     assert recursions.truncate_model(blind, None, (1,)).routings == ("topk",)

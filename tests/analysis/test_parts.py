@@ -67,7 +67,7 @@ def test_rows_of_a_source_are_as_many_as_asked_for(cfg):
     for tokens, length in ((10, None), (1, None), (15, 16), (3, 9)):
         few = given(cfg, tokens=tokens, length=length)
         assert few.tokens == few.length == tokens
-        assert few.notes == (f"one row, shorter than usual (--tokens={tokens})",)
+        assert few.notes == (f"one sequence, shorter than the run's (--tokens={tokens})",)
     [batch] = given(cfg, sources=cfg.data.sources, batch_size=10**15).batches
     assert batch.tokens.shape == (43, 16)
     everything = given(cfg, sources=cfg.data.sources)
