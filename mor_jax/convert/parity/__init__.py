@@ -1,1 +1,1 @@
-"""Parity with the paper authors' implementation, on its recorded cases. docs/parity.md."""
+"""Parity with the paper authors' implementation on recorded cases. See docs/parity.md."""

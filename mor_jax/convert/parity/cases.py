@@ -1,7 +1,7 @@
-"""Recorded cases of the reference: reading them, and the model and batch that they describe.
+"""Reads recorded cases of the reference: the model, the batch and the recorded arrays.
 
-A case is `NAME.json` (options, names and shapes) with `NAME.npz` (arrays). Flat vectors hold the
-unique parameters one after another, in the order of `param_layout`.
+A case is `NAME.json` (options, names and shapes) and `NAME.npz` (arrays). Flat vectors concatenate
+the unique parameters in the order of `param_layout`.
 """
 
 import dataclasses
@@ -21,7 +21,7 @@ from mor_jax.convert.reference_config import merge_options, model_config
 from mor_jax.convert.state_dict import to_params
 from mor_jax.types import IGNORE, Batch, Params
 
-# What a recording says, by the type of the value; a trajectory says more.
+# Required keys of a case and the types of their values; a trajectory has more.
 COMMON: dict[str, type] = {"hf_config": dict, "param_layout": list, "tied": dict}
 TRAJECTORY: dict[str, type] = {
     "hp": dict,
@@ -61,20 +61,20 @@ class Case:
             tied=HEAD in self.spec["tied"],
             attention=self.attention,
         )
-        # The reference's rotary embedding knows no longest row.
+        # The reference's rotary embedding has no maximum sequence length.
         length = self.arrays["input_ids"].shape[-1]
         return dataclasses.replace(cfg, max_seq_len=max(cfg.max_seq_len, length))
 
     @property
     def items(self) -> float:
-        """What the reference divided the summed cross-entropy by."""
+        """The count by which the reference divided the summed cross-entropy."""
         labels = self.arrays.get("labels", self.arrays["input_ids"])
         recorded = self.spec.get("meta", {}).get("num_items_in_batch")
         return float(self.spec.get("num_items_in_batch") or recorded or np.sum(labels != IGNORE))
 
     @property
     def passes_before(self) -> int:
-        """Training forward passes before the first one that was recorded: warm-ups count them."""
+        """Training forward passes before the first recorded one; warm-ups count them."""
         return int(self.spec.get("training_step", 0))
 
     def tensors(self, key: str) -> dict[str, np.ndarray]:
@@ -85,44 +85,52 @@ class Case:
         """
         flat, layout = self.arrays[key], self.spec["param_layout"]
         counts = [math.prod(shape) for _, shape in layout]
-        rule = f"must hold the {sum(counts)} numbers of param_layout"
+        rule = f"must have the {sum(counts)} values of param_layout"
         check(flat.shape == (sum(counts),), key, flat.shape, rule, "Record the case again")
-        pieces = np.split(flat, np.cumsum(counts)[:-1])
-        pairs = zip(layout, pieces, strict=True)
-        return {name: piece.reshape(shape) for (name, shape), piece in pairs}
+        chunks = np.split(flat, np.cumsum(counts)[:-1])
+        pairs = zip(layout, chunks, strict=True)
+        return {name: chunk.reshape(shape) for (name, shape), chunk in pairs}
 
     def params(self, key: str) -> Params:
-        """The flat vector `key` as our parameter tree, with the recorded aliases checked."""
+        """The flat vector `key` as our parameter tree, with the recorded aliases."""
         state = self.tensors(key)
         aliases = {alias: state[name] for alias, name in self.spec["tied"].items()}
         return to_params(self.config, state | aliases)
 
 
 def load_case(path: Path, attention: Attention = "auto") -> Case:
-    """Reads `path` (.json) and the .npz beside it.
+    """Reads `path` (.json) and the .npz file of the same name.
 
     Raises:
-        ValueError: one of the two is missing or is not a case.
+        ValueError: one of the two is missing or not a valid case.
     """
     arrays = path.with_suffix(".npz")
     for file in (path, arrays):
-        check(file.exists(), str(file), None, "the file is missing", "A case is .json with .npz")
+        check(
+            file.exists(),
+            str(file),
+            None,
+            "the file is missing",
+            "A case needs its .json and its .npz file",
+        )
     spec = _read(path)
     with np.load(arrays) as archive:
         values = {key: archive[key] for key in archive.files}
     trajectory = TRAJECTORY if "init_flat" in values else {}
     for key, kind in (COMMON | trajectory).items():
         ok = isinstance(spec.get(key), kind) and not isinstance(spec.get(key), bool)
-        rule = f"must be there, as a JSON {JSON_NAMES[kind]}"
+        rule = f"is required, as a JSON {JSON_NAMES[kind]}"
         check(ok, f"{path}: {key}", spec.get(key), rule, "Record the case again")
     counts = [key for key in ("steps", "grad_accum", "batch") if key in trajectory]
     for key, least in (*((key, 1) for key in counts), ("training_step", 0)):
         value = spec.get(key, 0)
         ok = type(value) is int and value >= least
-        check(ok, f"{path}: {key}", value, f"must be a whole number, at least {least}", "Mend it")
-    known = any(key in values for key in ("params_flat", "init_flat"))
-    rule = "holds neither params_flat (a pass) nor init_flat (a trajectory)"
-    check(known and "input_ids" in values, str(arrays), sorted(values), rule, "Record it again")
+        check(
+            ok, f"{path}: {key}", value, f"must be a whole number, at least {least}", "Correct it"
+        )
+    is_case = any(key in values for key in ("params_flat", "init_flat"))
+    rule = "needs input_ids, and params_flat (a pass) or init_flat (a trajectory)"
+    check(is_case and "input_ids" in values, str(arrays), sorted(values), rule, "Record it again")
     _check_tokens(arrays, values["input_ids"], spec["hf_config"].get("vocab_size"))
     return Case(path.stem, spec, values, attention)
 
@@ -134,7 +142,11 @@ def _read(path: Path) -> dict[str, Any]:
         line = getattr(error, "lineno", 1)
         fail(f"{path}:{line}", "...", f"is not JSON ({error})", "Record the case again")
     check(
-        isinstance(spec, dict), str(path), type(spec).__name__, "must hold a JSON object", "Mend it"
+        isinstance(spec, dict),
+        str(path),
+        type(spec).__name__,
+        "must be a JSON object",
+        "Correct it",
     )
     return spec
 
@@ -142,11 +154,19 @@ def _read(path: Path) -> dict[str, Any]:
 def _check_tokens(path: Path, ids: np.ndarray, vocabulary: int | None) -> None:
     place = f"{path}: input_ids"
     ok = ids.ndim == 2 and ids.size > 0 and np.issubdtype(ids.dtype, np.integer)
-    check(ok, place, f"{ids.dtype}{ids.shape}", "must be rows of whole numbers", "Record it again")
+    check(
+        ok,
+        place,
+        f"{ids.dtype}{ids.shape}",
+        "must be sequences of whole numbers",
+        "Record it again",
+    )
     if isinstance(vocabulary, int):
-        span = (int(np.min(ids)), int(np.max(ids)))
+        bounds = (int(np.min(ids)), int(np.max(ids)))
         rule = f"tokens must be 0 to vocab_size - 1 = {vocabulary - 1}"
-        check(span[0] >= 0 and span[1] < vocabulary, place, span, rule, "Record the case again")
+        check(
+            bounds[0] >= 0 and bounds[1] < vocabulary, place, bounds, rule, "Record the case again"
+        )
 
 
 def batch_of(

@@ -1,10 +1,10 @@
-"""One fault of the authors' token-choice code, emulated so that recordings of it can be compared.
+"""Emulates a bug of the authors' token-choice code, so that recordings of it can be compared.
 
-The authors' router drops the rows of a batch in which no token goes on, runs the block on what is
-left, and then asks the routing of the whole batch by the places of the rows that are left. Behind
-a row that was dropped, every row so takes the depths and weights of an earlier one: tokens leave
-with a weight that is not theirs, leave twice, or never. mor_jax does not do this; only
-`convert.parity` can, by the name `compacted_rows`.
+The authors' router removes the sequences of a batch in which no token continues, runs the block on
+the others, and then indexes the routing of the whole batch by positions in the compacted one. After
+a removed sequence, every sequence thus uses the depths and weights of an earlier one: its tokens
+exit with a wrong weight, twice, or never. mor_jax does not have this bug; only `convert.parity`
+emulates it, under the name `compacted_rows`.
 """
 
 import jax.numpy as jnp
@@ -21,24 +21,24 @@ from mor_jax.types import Array, Batch, Bool, Float, Int, Params
 
 
 def first_compacted(depth: Int[np.ndarray, "b l"]) -> list[tuple[int, int]]:
-    """Where the fault shows: (recursion, row), both from 0, for rows that take another's routing.
+    """(recursion, sequence), both from 0, where a sequence uses the routing of another one.
 
-    depth: recursions of each token.
+    depth: number of recursions of each token.
     """
-    found = []
+    affected = []
     for r in range(int(np.max(depth, initial=0))):
         rows = np.flatnonzero(np.any(depth > r, axis=1))
-        found += [(r, int(row)) for place, row in enumerate(rows) if place != row]
-    return found
+        affected += [(r, int(row)) for position, row in enumerate(rows) if position != row]
+    return affected
 
 
 def forward(cfg: ModelConfig, params: Params, batch: Batch, route: Route) -> ModelOutput:
-    """As `state.forward` with a trace, for a token-choice model, with the fault."""
+    """As `params.forward` with a trace, for a token-choice model, with the bug."""
     return model_of(cfg, params, _Compacted)(batch, route, trace=True)
 
 
 class _Compacted(Transformer):
-    """A token-choice model whose recursion stage has the fault."""
+    """A token-choice model whose recursion stage has the bug."""
 
     def _recur(
         self, x: Float[Array, "b l d"], row: SequenceContext, route: Route, trace: bool
@@ -53,7 +53,7 @@ class _Compacted(Transformer):
 def _run(
     stage: RecursionContext, x: Float[Array, "b l d"], row: SequenceContext
 ) -> tuple[Float[Array, "b l d"], Routing]:
-    """As `run_token_choice`, but the routing of a sequence is read from another one."""
+    """As `run_token_choice`, but with the routing of another sequence where the bug applies."""
     assert stage.routers is not None
     router = stage.cfg.router
     logits = stage.routers.main.joint(x.astype(jnp.float32) / router.temperature)
@@ -62,32 +62,32 @@ def _run(
     gate = jnp.take_along_axis(weights, choice[..., None], axis=-1)[..., 0]
     if router.gating != "weighted":
         gate = jnp.ones_like(gate)
-    state, left, kv, visits = x, jnp.zeros_like(x), None, []
+    state, exited, kv, traces = x, jnp.zeros_like(x), None, []
     for r in range(stage.cfg.num_recursions):
         active = choice >= r
-        level = _level(active, gate)
-        _, out, kv = stage.run_block(state, level, row, r, kv)
-        out = level.scatter(state, out)
+        tokens = _active_tokens(active, gate)
+        _, out, kv = stage.run_block(state, tokens, row, r, kv)
+        out = tokens.scatter(state, out)
         source = _sources(active)
-        theirs = choice[source]
-        left = left + jnp.where(
-            (active & (theirs == r))[..., None], gate[source][..., None] * out, 0.0
+        source_choice = choice[source]
+        exited = exited + jnp.where(
+            (active & (source_choice == r))[..., None], gate[source][..., None] * out, 0.0
         )
-        state = jnp.where((active & (theirs > r))[..., None], out, state)
-        visits.append(RecursionTrace(logits, logits, level.index, level.valid))
-    here, lost = jnp.ones(choice.shape), jnp.zeros(stage.cfg.num_recursions)
-    sums = token_sums(logits, weights, choice, here, lost)
-    return x + left, Routing(choice + 1, None, sums, tuple(visits))
+        state = jnp.where((active & (source_choice > r))[..., None], out, state)
+        traces.append(RecursionTrace(logits, logits, tokens.index, tokens.valid))
+    valid, dropped = jnp.ones(choice.shape), jnp.zeros(stage.cfg.num_recursions)
+    sums = token_sums(logits, weights, choice, valid, dropped)
+    return x + exited, Routing(choice + 1, None, sums, tuple(traces))
 
 
-def _level(active: Bool[Array, "b l"], gate: Float[Array, "b l"]) -> ActiveTokens:
-    """The active tokens of the whole row, in room for all."""
+def _active_tokens(active: Bool[Array, "b l"], gate: Float[Array, "b l"]) -> ActiveTokens:
+    """The active tokens, with slots for the whole sequence."""
     length = active.shape[1]
     index, valid = select(gate, length, active, padding_last=True)
     return ActiveTokens().select(index, valid, length)
 
 
 def _sources(active: Bool[Array, "b l"]) -> Int[Array, "b"]:
-    """For each row the one whose routing it takes: its place among the rows that are left."""
-    present = jnp.any(active, axis=1)
-    return jnp.where(present, jnp.cumsum(present) - 1, 0)
+    """For each sequence the one whose routing it uses: its position among those not removed."""
+    continues = jnp.any(active, axis=1)
+    return jnp.where(continues, jnp.cumsum(continues) - 1, 0)

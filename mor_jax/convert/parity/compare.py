@@ -1,7 +1,7 @@
-"""How far a recomputed array is from the recorded one, and what one case reports.
+"""Errors between recomputed and recorded arrays, and the report of one case.
 
-Errors are relative, each in the way its kind of array asks for; a case keeps the worst error of
-each group and where it was.
+Errors are relative, with a norm that depends on the kind of array. A report has the largest error
+of each group and the array it occurred in.
 """
 
 import dataclasses
@@ -26,32 +26,34 @@ TOLERANCES: dict[Group, float] = {
     "gradients": 1e-4,
     "trajectory": 1e-4,
 }
-# Below a tenth, a loss is compared absolutely: accuracies and unused terms are often exactly 0.
+# Losses below this are compared absolutely: accuracies and unused terms are often exactly 0.
 SMALL_LOSS = 0.1
-# Ties of a case that its line names.
+# Ties of a case that its line lists.
 SHOWN = 3
-# A gradient tensor this much smaller than the largest one holds little but rounding of the rest.
+# A gradient tensor this much smaller than the largest one is mostly rounding error.
 FAINT = 1e-4
 
 
 @dataclasses.dataclass
 class Report:
-    """What the comparison of one case found.
+    """Result of comparing one case.
 
-    worst: group -> largest error and the array it was found in. reason: why the case could not be
-    compared at all, if so. ties: choices that rounding decides. mistaken: where the recording may
-    hold the fault `compacted_rows`, in words. emulated: whether it was computed with that fault.
+    worst: group -> largest error and the array it occurred in. reason: why the case could not be
+    compared, else None. ties: choices decided by rounding. affected: descriptions of the sequences
+    that the bug `compacted_rows` changes. emulated: whether the case was computed with that bug.
     """
 
     name: str
     worst: dict[Group, tuple[float, str]] = dataclasses.field(default_factory=dict)
     reason: str | None = None
     ties: list[Tie] = dataclasses.field(default_factory=list)
-    mistaken: list[str] = dataclasses.field(default_factory=list)
+    affected: list[str] = dataclasses.field(default_factory=list)
     emulated: bool = False
 
-    def saw(self, cfg: ModelConfig, params: Params, routing: Routing | None, step: int | None):
-        """Notes the ties of a pass, and its rows behind one that was dropped.
+    def add_routing(
+        self, cfg: ModelConfig, params: Params, routing: Routing | None, step: int | None
+    ):
+        """Records the ties of a pass and the sequences that `compacted_rows` affects.
 
         step: number of the training forward pass, from 1; None: an evaluation.
         """
@@ -61,18 +63,18 @@ class Report:
         self.ties += find_ties(cfg, routing, step, None if bias is None else np.asarray(bias))
         if routing.token is not None:
             when = "evaluation" if step is None else f"forward {step}"
-            places = first_compacted(np.asarray(routing.depth))
-            self.mistaken += [f"{when}, row {row}, recursion {r + 1}" for r, row in places]
+            affected = first_compacted(np.asarray(routing.depth))
+            self.affected += [f"{when}, row {row}, recursion {r + 1}" for r, row in affected]
 
     def add(self, group: Group, what: str, error: float | np.floating) -> None:
-        """Takes the error of one array into account; NaN counts as infinite."""
+        """Adds the error of one array; NaN counts as infinite."""
         error = float("inf") if np.isnan(error) else float(error)
         if group not in self.worst or error > self.worst[group][0]:
             self.worst[group] = (error, what)
 
     @property
     def failures(self) -> list[str]:
-        """Groups beyond their tolerance, in words."""
+        """Descriptions of the groups beyond their tolerance."""
         return [
             f"{group} {error:.1e} > {TOLERANCES[group]:g} at {what}"
             for group, (error, what) in self.worst.items()
@@ -81,28 +83,28 @@ class Report:
 
     @property
     def passed(self) -> bool:
-        """Whether everything was compared and is within its tolerance."""
+        """Whether the case was compared and every group is within its tolerance."""
         return self.reason is None and bool(self.worst) and not self.failures
 
     def line(self) -> str:
-        """One readable line."""
+        """The report as one line."""
         head = f"{'ok' if self.passed else 'FAIL':4} {self.name:28}"
         if self.reason is not None:
             return f"{head} {self.reason}"
         if not self.worst:
-            return f"{head} nothing was recorded to compare with"
+            return f"{head} the case has no arrays to compare with"
         parts = [self._part(group, error) for group, (error, _) in self.worst.items()]
         return f"{head} {'  '.join(parts + self.failures + self.notes)}"
 
     @property
     def notes(self) -> list[str]:
-        """What a reader should know of how the numbers came about."""
-        found = [str(tie) for tie in self.ties[:SHOWN]]
+        """Ties and emulated bugs, as text."""
+        notes = [str(tie) for tie in self.ties[:SHOWN]]
         if len(self.ties) > SHOWN:
-            found.append(f"and {len(self.ties) - SHOWN} ties more")
+            notes.append(f"and {len(self.ties) - SHOWN} more ties")
         if self.emulated:
-            found.append(f"with the reference's fault compacted_rows, from {self.mistaken[0]}")
-        return found
+            notes.append(f"with the reference's bug compacted_rows, from {self.affected[0]}")
+        return notes
 
     @staticmethod
     def _part(group: Group, error: float) -> str:
@@ -117,9 +119,9 @@ def _aligned(ours: Any, theirs: Any) -> tuple[np.ndarray, np.ndarray] | None:
 
 
 def by_magnitude(ours: Any, theirs: Any, floor: float = 0.0) -> float:
-    """Largest difference over the largest magnitude recorded (at least `floor`).
+    """Largest difference divided by the largest recorded magnitude (at least `floor`).
 
-    Infinite where the shapes differ; 0 for equal arrays, whatever their magnitude.
+    Infinite if the shapes differ; 0 for equal arrays of any magnitude.
     """
     pair = _aligned(ours, theirs)
     if pair is None:
@@ -133,12 +135,12 @@ def by_magnitude(ours: Any, theirs: Any, floor: float = 0.0) -> float:
 
 
 def of_loss(ours: Any, theirs: Any) -> float:
-    """Largest relative difference of a loss or of a vector of shares."""
+    """Largest relative difference of a loss or of a vector of fractions."""
     return by_magnitude(ours, theirs, SMALL_LOSS)
 
 
 def of_selection(ours: Any, theirs: Any) -> float:
-    """0 if equal, else the number of places that differ (infinite if the shapes do)."""
+    """0 if equal, else the number of different elements (infinite if the shapes differ)."""
     pair = _aligned(ours, theirs)
     return float("inf") if pair is None else float(np.sum(pair[0] != pair[1]))
 
@@ -149,7 +151,7 @@ def add_tensors(
     ours: Mapping[str, Any],
     theirs: Mapping[str, np.ndarray],
 ) -> None:
-    """Compares tensors by name, each by its own magnitude (with a floor from the largest)."""
+    """Compares tensors by name, relative to their own magnitude (with a floor from the largest)."""
     largest = max((np.max(np.abs(t), initial=0.0) for t in theirs.values()), default=0.0)
     for name, value in theirs.items():
         report.add(group, name, by_magnitude(ours[name], value, FAINT * float(largest)))

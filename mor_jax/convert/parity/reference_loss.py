@@ -1,8 +1,8 @@
-"""The reference's losses: the project's own, with the normalisation of the reference's trainer.
+"""The losses of the reference: ours with the normalisation of the reference's trainer.
 
-mor_jax averages every term over the global batch. The reference divides the cross-entropy by a
-number of items it is given (all labels of the optimiser step, unshifted), scales z-loss and
-balancing by tokens / items, and leaves the auxiliary loss alone (the authors' trainer).
+mor_jax averages every term over the global batch. The reference divides the cross-entropy by the
+number of items (all labels of the optimiser step, unshifted), scales z-loss and balancing loss by
+tokens / items, and does not scale the auxiliary loss (the authors' trainer).
 """
 
 import dataclasses
@@ -22,10 +22,10 @@ from mor_jax.models.transformer import ModelOutput
 from mor_jax.training.losses import batch_counts, router_losses, text_loss
 from mor_jax.types import Array, Batch, Float, Int, Params
 
-# The cross-entropy works through a row in turns; short rows, too, should take more than one.
-TURNS = 3
-# Compiling takes far longer than running such small models, so it is kept short.
-QUICK = {
+# Chunks of a sequence in the cross-entropy: several, so that chunking is compared as well.
+LOSS_CHUNKS = 3
+# Such small models take far longer to compile than to run, so optimisations are off.
+FAST_COMPILATION = {
     "xla_backend_optimization_level": 0,
     "xla_llvm_disable_expensive_passes": True,
     "xla_cpu_use_fusion_emitters": False,
@@ -36,7 +36,7 @@ Values = dict[str, Array]
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Pass:
-    """A forward pass. values: losses and rates by the reference's names."""
+    """Results of a forward pass. values: losses and rates by the reference's names."""
 
     values: Values
     logits: Float[Array, "b l v"]
@@ -45,17 +45,18 @@ class Pass:
 
 @dataclasses.dataclass(frozen=True)
 class Rules:
-    """What is fixed when a pass is compiled.
+    """Static arguments of a compiled pass.
 
-    counts: tokens that each recursion keeps. compacted_rows: with that fault of the reference.
+    capacity_tokens: tokens that each recursion selects. compacted_rows: emulate that bug of the
+    reference.
     """
 
-    counts: tuple[int, ...]
+    capacity_tokens: tuple[int, ...]
     compacted_rows: bool = False
 
 
 def rules(cfg: ModelConfig, length: int, step: int, compacted_rows: bool = False) -> Rules:
-    """The rules of training forward pass number `step`, from 1."""
+    """The static arguments of training forward pass number `step`, from 1."""
     return Rules(capacity_tokens(cfg, length, step), compacted_rows)
 
 
@@ -72,29 +73,30 @@ def objective(
     fixed: Rules,
     step: Int[Array, ""] | int,
 ) -> tuple[Float[Array, ""], Pass]:
-    """What the reference differentiates, and the pass that led to it.
+    """The scalar that the reference differentiates, and the results of its forward pass.
 
-    items: labels that the loss is divided by. step: number of this training forward pass, from 1.
-    The auxiliary router's own loss is part of the objective but not of
-    `total_loss`: the reference minimises it apart, and neither reaches the other's parameters.
+    items: number of labels to divide the loss by. step: number of this training forward pass,
+    from 1. The auxiliary router's own loss is part of the objective but not of
+    `total_loss`: the reference minimises it separately, and neither has gradients for the other's
+    parameters.
     """
-    route = Route(capacity_tokens=fixed.counts, step=step)
+    route = Route(capacity_tokens=fixed.capacity_tokens, step=step)
     if fixed.compacted_rows:
         out = compacted_rows.forward(cfg, params, batch, route)
     else:
         out = forward(cfg, params, batch, route, trace=True)
-    chunk = math.ceil(batch.tokens.shape[1] / TURNS)
+    chunk = math.ceil(batch.tokens.shape[1] / LOSS_CHUNKS)
     ce, _ = text_loss(out.hidden, logits_table(cfg, params), batch.targets, chunk)
     values = {"loss": ce / items, "total_loss": ce / items}
-    apart = jnp.zeros(())
+    aux_router_loss = jnp.zeros(())
     if out.routing is not None:
-        _, terms = router_losses(cfg, out.routing, batch_counts(cfg, batch, fixed.counts))
+        _, terms = router_losses(cfg, out.routing, batch_counts(cfg, batch, fixed.capacity_tokens))
         values |= _router_values(cfg.router, out.routing, terms, batch.tokens.size / items)
-        values["total_loss"] += _weighed(cfg.router, values)
+        values["total_loss"] += _weighted_terms(cfg.router, values)
         if cfg.router.kind == "expert" and cfg.router.causal_routing == "aux_router":
-            apart = values["sampling_loss"]
+            aux_router_loss = values["sampling_loss"]
     logits = unembed(cfg, params, out.hidden)
-    return values["total_loss"] + apart, Pass(values, logits, out)
+    return values["total_loss"] + aux_router_loss, Pass(values, logits, out)
 
 
 @functools.cache
@@ -108,9 +110,9 @@ def compiled():
 
 
 def _known_options() -> dict[str, bool | int]:
-    # Options come and go with XLA's versions. Without one, compiling just takes longer.
+    # Options differ between versions of XLA. Without one, compilation only takes longer.
     known = {}
-    for name, value in QUICK.items():
+    for name, value in FAST_COMPILATION.items():
         try:
             jax.jit(jnp.negative, compiler_options={name: value})(0.0)
         except jax.errors.JaxRuntimeError as error:
@@ -139,22 +141,24 @@ def _router_values(
     return values
 
 
-def _weighed(router: RouterConfig, values: Values) -> Float[Array, ""]:
+def _weighted_terms(router: RouterConfig, values: Values) -> Float[Array, ""]:
     coeff = router.aux_loss_coeff if router.causal_routing == "aux_loss" else 0.0
-    weighed = coeff * values["sampling_loss"] + router.balance_loss_coeff * values["balancing_loss"]
-    return weighed + router.z_loss_coeff * values["router_z_loss"]
+    weighted = (
+        coeff * values["sampling_loss"] + router.balance_loss_coeff * values["balancing_loss"]
+    )
+    return weighted + router.z_loss_coeff * values["router_z_loss"]
 
 
 def overlap_accuracy(routing: Routing) -> float:
-    """Share of each recursion's choice that the trained router's own top-k would have made."""
-    shares, before = [], None
-    for visit in routing.recursion_traces:
-        scores = np.asarray(visit.trained)
-        rows = np.arange(scores.shape[1]) if visit.index is None else np.asarray(visit.index)
+    """Mean fraction of selected tokens that are also in the top-k of the trained router."""
+    overlaps, previous = [], None
+    for trace in routing.recursion_traces:
+        scores = np.asarray(trace.trained)
+        rows = np.arange(scores.shape[1]) if trace.index is None else np.asarray(trace.index)
         chosen = np.broadcast_to(rows, (scores.shape[0], rows.shape[-1]))
         best = np.argsort(-scores, axis=1, kind="stable")[:, : chosen.shape[1]]
-        guess = best if before is None else np.take_along_axis(before, best, axis=1)
-        hits = [np.isin(a, b).sum() for a, b in zip(chosen, guess, strict=True)]
-        shares.append(sum(hits) / chosen.size)
-        before = chosen
-    return float(np.mean(shares))
+        predicted = best if previous is None else np.take_along_axis(previous, best, axis=1)
+        hits = [np.isin(a, b).sum() for a, b in zip(chosen, predicted, strict=True)]
+        overlaps.append(sum(hits) / chosen.size)
+        previous = chosen
+    return float(np.mean(overlaps))

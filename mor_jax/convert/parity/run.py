@@ -2,8 +2,9 @@
 
     python -m mor_jax.convert.parity --cases DIR
 
-Every case in DIR is recomputed from the reference's own weights; one line a case gives the worst
-error of each group. Exits with 1 unless all pass. docs/parity.md explains groups and tolerances.
+Recomputes every case in DIR from the reference's own weights and prints one line per case with the
+largest error of each group. Exits with 1 unless all pass. docs/parity.md explains groups
+and tolerances.
 """
 
 import argparse
@@ -42,22 +43,22 @@ Seen = dict[str, tuple[Group, Any]]
 STRATEGIES = "init_strategies"
 EMULATED = ("compacted_rows", "none")
 INPUTS = {"params_flat", "grads_flat", "input_ids", "attention_mask", "labels"}
-# Recorded inside of a shared block; the output of each stage covers them.
+# Arrays from inside a shared block, which are not compared; the output of each stage covers them.
 INNER = re.compile(r"eval\.layer\d+\.(rec\d+\.)?block\d+\.out")
 
 
 def compare_pass(case: Case, compacted_rows: bool = False) -> Report:
     """Recomputes a recorded forward and backward pass.
 
-    compacted_rows: with that fault of the reference, see `convert.compacted_rows`.
+    compacted_rows: emulate that bug of the reference, see `parity.compacted_rows`.
 
     Raises:
-        ValueError: the case asks for what we do not support, or records an unknown array.
+        ValueError: the case needs an unsupported option or contains an unknown array.
     """
     report, cfg, arrays = Report(case.name, emulated=compacted_rows), case.config, case.arrays
     mask, labels = arrays.get("attention_mask"), arrays.get("labels", arrays["input_ids"])
     batch = batch_of(arrays["input_ids"], labels, mask)
-    rule = "the reference routes padding like text, mor_jax never selects it"
+    rule = "the reference routes padding like text, but mor_jax never selects it"
     ok = batch.segments is None or cfg.router.kind == "none"
     check(ok, "attention_mask", "zeros", rule, "Record routed cases without padding")
     items = case.items
@@ -69,10 +70,10 @@ def compare_pass(case: Case, compacted_rows: bool = False) -> Report:
 
     (_, evaluated), _ = run(steady(cfg))
     (_, trained), grads = run(step)
-    report.saw(cfg, params, evaluated.out.routing, None)
+    report.add_routing(cfg, params, evaluated.out.routing, None)
     if step < steady(cfg):
-        # Only a warm-up makes the training pass choose otherwise.
-        report.saw(cfg, params, trained.out.routing, step)
+        # The training pass selects other tokens only during a warm-up.
+        report.add_routing(cfg, params, trained.out.routing, step)
     seen = _seen("eval", cfg, evaluated) | _seen("train", cfg, trained)
     valid = np.sum(np.asarray(batch.targets) != IGNORE)
     seen["eval.loss_mean"] = ("losses", evaluated.values["loss"] * items / valid)
@@ -88,19 +89,19 @@ def compare_pass(case: Case, compacted_rows: bool = False) -> Report:
 
 def _compare(report: Report, key: str, recorded: np.ndarray, seen: Seen, rows: np.ndarray) -> None:
     """Adds one recorded array to the report; `rows` [b l] is False at padding."""
-    rule = f"this array is not understood; known are {sorted(seen)}"
+    rule = f"unknown array; known are {sorted(seen)}"
     check(key in seen, key, recorded.shape, rule, "Extend mor_jax/convert/parity/run.py")
     group, value = seen[key]
     value = np.asarray(value)
     if group == "outputs" and value.shape == recorded.shape and value.shape[:2] == rows.shape:
-        # Nobody reads what a model computes at padding.
+        # Outputs at padding are meaningless.
         value, recorded = value[rows], recorded[rows]
     measure = {"outputs": by_magnitude, "losses": of_loss, "selections": of_selection}[group]
     report.add(group, key, measure(value, recorded))
 
 
 def _seen(mode: str, cfg: ModelConfig, ran: Pass) -> Seen:
-    """Everything that can be recorded of a pass, by the reference's names: group and value."""
+    """Every array of a pass that a case may contain, by the reference's names: group and value."""
     trace, routing = ran.out.trace, ran.out.routing
     assert trace is not None
     seen: Seen = {f"{mode}.{name}": ("losses", value) for name, value in ran.values.items()}
@@ -118,7 +119,7 @@ def _seen(mode: str, cfg: ModelConfig, ran: Pass) -> Seen:
 
 
 def _chosen_depth(prefix: str, first: int, routing: Routing) -> Seen:
-    """Token-choice: the whole stage is one top-level layer, number `first`."""
+    """Arrays of token-choice: the whole stage is the top-level layer `first`."""
     depth, name = np.asarray(routing.depth), f"{prefix}{first}"
     seen: Seen = {
         f"{name}.router_logits": ("outputs", routing.recursion_traces[0].logits),
@@ -132,21 +133,21 @@ def _chosen_depth(prefix: str, first: int, routing: Routing) -> Seen:
 
 
 def _chosen_by_recursion(prefix: str, first: int, routing: Routing) -> Seen:
-    """Expert-choice: recursion r is top-level layer number `first` + r."""
+    """Arrays of expert-choice: recursion r is the top-level layer `first` + r."""
     seen: Seen = {}
     rows, length = routing.depth.shape
-    for r, visit in enumerate(routing.recursion_traces):
+    for r, trace in enumerate(routing.recursion_traces):
         name = f"{prefix}{first + r}"
-        index = np.arange(length) if visit.index is None else np.asarray(visit.index)
+        index = np.arange(length) if trace.index is None else np.asarray(trace.index)
         chosen = np.broadcast_to(index, (rows, index.shape[-1]))
-        seen[f"{name}.router_logits"] = ("outputs", visit.logits[..., None])
-        seen[f"{name}.mlp_router_logits"] = ("outputs", visit.trained[..., None])
+        seen[f"{name}.router_logits"] = ("outputs", trace.logits[..., None])
+        seen[f"{name}.mlp_router_logits"] = ("outputs", trace.trained[..., None])
         seen[f"{name}.selected_tokens"] = ("selections", chosen)
     return seen
 
 
 def compare_strategies(path: Path) -> Report:
-    """Checks every row of the table of layer selections."""
+    """Compares every row of the table of layer selections."""
     report = Report(path.stem)
     for key, row in json.loads(path.read_text()).items():
         sharing, layers, recursions, strategy = key.split("|")
@@ -163,15 +164,17 @@ def compare_strategies(path: Path) -> Report:
         for name in ("src", "src_ln"):
             if name in row:
                 # Recorded with four decimals.
-                far = np.shape(row[name]) != means.shape or np.any(np.abs(means - row[name]) > 1e-4)
-                report.add("selections", f"{key}.{name}", float(far))
+                differs = np.shape(row[name]) != means.shape or np.any(
+                    np.abs(means - row[name]) > 1e-4
+                )
+                report.add("selections", f"{key}.{name}", float(differs))
     return report
 
 
 def run_file(path: Path, attention: Attention = "auto", emulate: str = EMULATED[0]) -> Report:
-    """The report of one file. Whatever goes wrong in a case becomes the reason of its failure.
+    """The report of one file. An exception becomes the reason of its failure.
 
-    emulate: the fault of the reference that may explain a case which fails without, or `none`.
+    emulate: the bug of the reference to emulate if the case fails without it, or `none`.
     """
     try:
         if path.stem == STRATEGIES:
@@ -179,7 +182,7 @@ def run_file(path: Path, attention: Attention = "auto", emulate: str = EMULATED[
         case = load_case(path, attention)
         compare = compare_trajectory if case.is_trajectory else compare_pass
         report = compare(case)
-        if report.passed or not report.mistaken or emulate == "none":
+        if report.passed or not report.affected or emulate == "none":
             return report
         emulated = compare(case, compacted_rows=True)
         return emulated if emulated.passed else report
@@ -199,20 +202,20 @@ def run_all(
     only: str = "*",
     emulate: str = EMULATED[0],
 ) -> list[Report]:
-    """Compares the cases in `folder` whose names match `only`, and shows a line for each.
+    """Compares the cases in `folder` whose names match `only`, and shows one line per case.
 
     Raises:
-        ValueError: there are none.
+        ValueError: no case matches.
     """
     files = [] if not folder.is_dir() else sorted(folder.iterdir())
     names = sorted({path.stem for path in files if path.suffix in (".json", ".npz")})
-    rule = "holds no cases (.json with .npz)"
-    check(bool(names), "--cases", str(folder), rule, "Give the folder of the recorded cases")
-    # A file's name, too, names its case.
+    rule = "contains no cases (.json with .npz)"
+    check(bool(names), "--cases", str(folder), rule, "Set it to the folder of the recorded cases")
+    # A case may also be given by its file name.
     chosen = fnmatch.filter(names, only.removesuffix(".json").removesuffix(".npz"))
-    near = difflib.get_close_matches(only, names, n=1, cutoff=0.0)
-    rule = f"none of the {len(names)} cases in {folder} has such a name"
-    check(bool(chosen), "--only", only, rule, f"Try {near[0]!r}, or a pattern such as 'moe_*'")
+    closest = difflib.get_close_matches(only, names, n=1, cutoff=0.0)
+    rule = f"none of the {len(names)} cases in {folder} matches"
+    check(bool(chosen), "--only", only, rule, f"Try {closest[0]!r}, or a pattern such as 'moe_*'")
     reports = []
     for name in chosen:
         with jax.default_matmul_precision("highest"):
@@ -224,7 +227,7 @@ def run_all(
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command; returns its exit code: 0, 1 if a case fails, 2 if there is nothing to run."""
+    """The command; returns its exit code: 0, 1 if a case fails, 2 for invalid options."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--cases", type=Path, required=True, help="folder of recorded cases")
     choices = typing.get_args(Attention)
@@ -235,7 +238,7 @@ def main(argv: list[str] | None = None) -> int:
         "--emulate",
         choices=EMULATED,
         default=EMULATED[0],
-        help="fault of the reference that may explain a case which fails without it",
+        help="bug of the reference to emulate for cases that fail without it",
     )
     args = parser.parse_args(argv)
     jax.config.update("jax_platforms", args.platform)
@@ -252,5 +255,5 @@ def _check_platform(name: str) -> None:
     try:
         jax.devices()
     except RuntimeError as error:
-        rule = f"JAX cannot use it here ({' '.join(str(error).split())})"
+        rule = f"JAX cannot use it ({' '.join(str(error).split())})"
         fail("--platform", name, rule, "Try cpu")

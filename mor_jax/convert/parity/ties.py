@@ -1,7 +1,7 @@
-"""Near-ties of routing: choices that rounding decides, found in a pass that was computed.
+"""Finds near-ties of routing in a computed pass: choices that rounding decides.
 
-Where two candidates' scores are a tie (`router.TIE`), mor_jax keeps the earlier token, and a
-recording may hold either. A difference behind such a place is no fault of the model.
+If the scores of two candidates tie (`router.TIE`), mor_jax selects the earlier token, but a
+recording may have selected either. Differences after a tie are not errors of the model.
 """
 
 import dataclasses
@@ -20,9 +20,9 @@ class Tie:
     """Two candidates between which rounding decides.
 
     step: number of the training forward pass, from 1; None: an evaluation. recursion, row: from
-    0; recursion None: the one choice of token-choice. places: the two tokens of the row
-    (expert-choice: the last that was chosen, the first that was not), or the token and the two
-    depths. gap: difference of their scores.
+    0, row is the sequence; recursion is None for token-choice. places: the positions of the two
+    tokens (expert-choice: the last selected and the first dropped one), or the position of the
+    token and the two depths. gap: difference of their scores.
     """
 
     step: int | None
@@ -44,9 +44,9 @@ class Tie:
 def find_ties(
     cfg: ModelConfig, routing: Routing, step: int | None, bias: Float[np.ndarray, "r"] | None = None
 ) -> list[Tie]:
-    """Every tie of a pass in which one of the two went on and the other did not.
+    """Every tie of a pass between a selected and a dropped candidate.
 
-    bias: token-choice's balancing bias in that pass.
+    bias: balancing bias of token-choice in that pass.
     """
     if routing.token is None:
         return _of_tokens(cfg, routing, step)
@@ -56,22 +56,22 @@ def find_ties(
 
 
 def _of_tokens(cfg: ModelConfig, routing: Routing, step: int | None) -> list[Tie]:
-    found, above = [], None
-    for r, visit in enumerate(routing.recursion_traces):
-        scores = np.asarray(expert_score(cfg.router, visit.logits))
+    ties, previous = [], None
+    for r, trace in enumerate(routing.recursion_traces):
+        scores = np.asarray(expert_score(cfg.router, trace.logits))
         places = np.broadcast_to(np.arange(scores.shape[1]), scores.shape)
-        places = places if above is None else above
-        above = places if visit.index is None else np.asarray(visit.index)
-        count = above.shape[1]
+        places = places if previous is None else previous
+        previous = places if trace.index is None else np.asarray(trace.index)
+        count = previous.shape[1]
         if count == scores.shape[1]:
             continue
         order = np.argsort(-scores, axis=1, kind="stable")[:, [0, count - 1, count]]
-        best, kept, left = np.take_along_axis(scores, order, axis=1).T
+        best, selected, dropped = np.take_along_axis(scores, order, axis=1).T
         pairs = np.take_along_axis(places, order[:, 1:], axis=1)
-        for row in np.flatnonzero(kept - left <= _margin(best, kept)):
-            gap = float(kept[row] - left[row])
-            found.append(Tie(step, r, int(row), (int(pairs[row, 0]), int(pairs[row, 1])), gap))
-    return found
+        for row in np.flatnonzero(selected - dropped <= _margin(best, selected)):
+            gap = float(selected[row] - dropped[row])
+            ties.append(Tie(step, r, int(row), (int(pairs[row, 0]), int(pairs[row, 1])), gap))
+    return ties
 
 
 def _of_depths(
@@ -80,11 +80,11 @@ def _of_depths(
     scores = np.asarray(token_score(cfg.router, routing.recursion_traces[0].logits)) + bias
     order = np.argsort(-scores, axis=-1, kind="stable")[..., :2]
     best, second = np.moveaxis(np.take_along_axis(scores, order, axis=-1), -1, 0)
-    gap, found = best - second, []
+    gap, ties = best - second, []
     for b, t in np.argwhere(gap <= _margin(best, second)):
         places = (int(t), int(order[b, t, 0]), int(order[b, t, 1]))
-        found.append(Tie(step, None, int(b), places, float(gap[b, t])))
-    return found
+        ties.append(Tie(step, None, int(b), places, float(gap[b, t])))
+    return ties
 
 
 def _margin(best: np.ndarray, lowest: np.ndarray) -> np.ndarray:

@@ -1,7 +1,7 @@
-"""Recomputes recorded training runs of the reference: a few optimiser steps, with our optimiser.
+"""Recomputes recorded training runs of the reference: a few optimiser steps.
 
-The model, the optimiser and its schedule are the project's own; only the normalisation of the
-losses is the reference's (`reference_loss`).
+Model, optimiser and schedule are ours; only the normalisation of the losses is the reference's
+(`reference_loss`).
 """
 
 from typing import Any
@@ -51,7 +51,7 @@ def optim_config(hp: dict[str, Any]) -> OptimConfig:
 def compare_trajectory(case: Case, compacted_rows: bool = False) -> Report:
     """Runs the recorded steps and compares losses, gradient norms, rates and final weights.
 
-    compacted_rows: with that fault of the reference, see `convert.compacted_rows`.
+    compacted_rows: emulate that bug of the reference, see `parity.compacted_rows`.
     """
     report, spec, cfg = Report(case.name, emulated=compacted_rows), case.spec, case.config
     optim, steps = optim_config(spec["hp"]), spec["steps"]
@@ -64,14 +64,14 @@ def compare_trajectory(case: Case, compacted_rows: bool = False) -> Report:
     for step in range(steps):
         summed, routings = None, []
         for index in range(step * spec["grad_accum"], (step + 1) * spec["grad_accum"]):
-            # The reference counts forward passes, and a recording may begin in the middle.
+            # The reference counts forward passes, and a recording may start in the middle of a run.
             number = case.passes_before + index + 1
             params = _warm_bias(cfg, params, number)
             batch = batch_of(*_rows(case, index))
             inputs = (params, cfg, batch, float(spec["num_items_in_batch"]))
             fixed = rules(cfg, batch.tokens.shape[1], number, compacted_rows)
             (_, ran), grads = compiled()(*inputs, fixed, number)
-            report.saw(cfg, params, ran.out.routing, number)
+            report.add_routing(cfg, params, ran.out.routing, number)
             summed = grads if summed is None else jax.tree.map(jnp.add, summed, grads)
             micro_losses.append(ran.values["loss"])
             routings.append(ran.out.routing)
@@ -100,34 +100,34 @@ def _rows(case: Case, index: int) -> list[np.ndarray | None]:
     size = case.spec["batch"]
     arrays = [case.arrays.get(name) for name in ("input_ids", "labels", "attention_mask")]
     rows = [None if a is None else a[index * size : (index + 1) * size] for a in arrays]
-    rule = f"micro-batch {index} needs {size} rows"
+    rule = f"micro-batch {index} needs {size} sequences"
     ok = all(row is None or len(row) == size for row in rows)
-    check(ok, "input_ids", case.arrays["input_ids"].shape, rule, "Record all rows")
+    check(ok, "input_ids", case.arrays["input_ids"].shape, rule, "Record all sequences")
     return rows
 
 
 def _check_decay(case: Case) -> None:
     ours = {e.name for e in entries(case.config) if not e.is_alias and decays(e.path)}
     theirs = set(case.spec["decay_names"])
-    rule = "the optimiser would decay other parameters than the reference did"
+    rule = "our optimiser decays other parameters than the reference"
     check(
         ours == theirs,
         "decay_names",
         sorted(ours ^ theirs),
         rule,
-        "See mor_jax.training.optimizer.decays",
+        "Compare with mor_jax.training.optimizer.decays",
     )
 
 
 def _warm_bias(cfg: ModelConfig, params: Params, forward: int) -> Params:
-    """Parameters for training forward pass `forward`: warm-up of balancing clears the bias."""
+    """Parameters for training forward pass `forward`: the bias is zero during warm-up."""
     if "bias" not in params.get("router", {}) or forward >= cfg.router.balance_warmup_steps:
         return params
     return _with_bias(params, jnp.zeros_like(params["router"]["bias"]))
 
 
 def _move_bias(cfg: ModelConfig, params: Params, routings: list[Routing | None]) -> Params:
-    """Loss-free balancing: the bias moves a step towards an even use of the depths.
+    """Loss-free balancing: moves the bias one step towards equal use of all depths.
 
     routings: of every micro-batch of the step.
     """
@@ -139,11 +139,11 @@ def _move_bias(cfg: ModelConfig, params: Params, routings: list[Routing | None])
 
 
 def balancing_sign(counts: list[Float[np.ndarray, "r"]]) -> Float[np.ndarray, "r"]:
-    """Where the reference moves its bias: -1, 0 or 1 for each depth.
+    """Direction in which the reference moves its bias: -1, 0 or 1 for each depth.
 
-    counts: tokens of every micro-batch at each depth. On the host and in the reference's order,
-    because at an even use the rounding of these very divisions decides the sign; compiled, they
-    become products with a reciprocal.
+    counts: tokens of every micro-batch at each depth. Computed on the host and in the
+    reference's order, because at equal use the rounding of these divisions decides the sign; XLA
+    would replace them by products with a reciprocal.
     """
     ratios = [count / np.float32(np.sum(count)) for count in counts]
     ratio = sum(ratios[1:], ratios[0]) / np.float32(len(ratios))

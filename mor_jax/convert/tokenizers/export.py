@@ -1,7 +1,7 @@
-"""A run's tokenizer as the files that `AutoTokenizer.from_pretrained` reads, with the same tokens.
+"""Exports a run's tokenizer to files for `AutoTokenizer.from_pretrained`, with the same tokens.
 
-Whatever the tokenizer was, the export has a tokenizer.json, and names the class that takes it as it
-stands: classes of single models would rebuild parts of it by rules of their own.
+Every export has a tokenizer.json and names the class that loads it unchanged: model-specific
+classes would rebuild parts of it by their own rules.
 """
 
 import json
@@ -36,11 +36,11 @@ TOKENIZER_FILES = (
     "chat_template.json",
     "generation_config.json",
 )
-"""Files that may lie beside a tokenizer and belong to it."""
+"""Files that may belong to a tokenizer, in its directory."""
 
 CONFIG = "tokenizer_config.json"
 BYTES_EOS = "<|endoftext|>"
-"""Name of token 0 of the byte tokenizer, which ends documents and stands for no byte of a text."""
+"""Name of token 0 of the byte tokenizer, which ends documents and represents no byte of text."""
 
 _SPECIALS = ("bos", "eos", "pad", "unk")
 _ALGORITHMS = {1: "unigram", 2: "bpe"}
@@ -49,71 +49,72 @@ _ALGORITHMS = {1: "unigram", 2: "bpe"}
 def tokenizer_files(tokenizer: Tokenizer) -> dict[str, bytes]:
     """Files for an exported model, by name.
 
-    A tokenizer.json comes with what lies beside it (chat template, generation settings). A
-    SentencePiece model is rewritten as one, and comes along (of a unigram model, readings of a text
-    that are equally likely may be told apart differently). Bytes become a byte-level vocabulary.
+    A tokenizer.json is copied with the files beside it (chat template, generation settings). A
+    SentencePiece model is copied and also converted to a tokenizer.json (for a unigram model,
+    equally likely segmentations may be resolved differently). The byte tokenizer becomes a
+    byte-level vocabulary.
 
     Raises:
-        ValueError: a SentencePiece model of a kind that tokenizer.json cannot express.
+        ValueError: a SentencePiece model that tokenizer.json cannot express.
     """
     if isinstance(tokenizer, ByteTokenizer):
-        return files_of(_bytes(), _paddable({"eos_token": BYTES_EOS}))
-    held = tokenizer.files()
+        return files_of(_byte_tokenizer(), _with_padding({"eos_token": BYTES_EOS}))
+    own = tokenizer.files()
     beside = files_beside(Path(tokenizer.name).expanduser(), TOKENIZER_FILES)
-    if "tokenizer.json" in held:
-        files = beside | held
-        files[CONFIG] = _told(tokenizer, files)
+    if "tokenizer.json" in own:
+        files = beside | own
+        files[CONFIG] = _tokenizer_config(tokenizer, files)
         return files
-    built, names = _from_sentencepiece(held["tokenizer.model"], tokenizer.name)
-    told = {f"{role}_token": text for role, text in names.items()}
-    return beside | held | files_of(built, _paddable(told))
+    converted, names = _from_sentencepiece(own["tokenizer.model"], tokenizer.name)
+    config = {f"{role}_token": text for role, text in names.items()}
+    return beside | own | files_of(converted, _with_padding(config))
 
 
 def special_ids(tokenizer: Tokenizer, files: Mapping[str, bytes]) -> dict[str, int]:
-    """`bos_token_id`, `eos_token_id` and `pad_token_id`, those that the tokenizer has.
+    """`bos_token_id`, `eos_token_id` and `pad_token_id`, as far as the tokenizer defines them.
 
-    files: `tokenizer_files` of it.
+    files: from `tokenizer_files(tokenizer)`.
     """
     loaded = tokenizers.Tokenizer.from_str(files["tokenizer.json"].decode())
-    told = json.loads(files[CONFIG])
-    found = {
-        role: loaded.token_to_id(_content(told.get(f"{role}_token"))) for role in _SPECIALS[:3]
+    config = json.loads(files[CONFIG])
+    ids = {
+        role: loaded.token_to_id(_content(config.get(f"{role}_token"))) for role in _SPECIALS[:3]
     }
-    found["eos"] = tokenizer.eos_id
-    return {f"{role}_token_id": number for role, number in found.items() if number is not None}
+    ids["eos"] = tokenizer.eos_id
+    return {f"{role}_token_id": number for role, number in ids.items() if number is not None}
 
 
 def _content(token: Any) -> str:
-    # Written as a text or as a group of settings; nothing has the empty text.
+    # A string or a group of settings; no token is the empty string.
     return token["content"] if isinstance(token, Mapping) else token or ""
 
 
-def _told(tokenizer: Tokenizer, files: Mapping[str, bytes]) -> bytes:
-    """tokenizer_config.json that makes every release take tokenizer.json as it stands."""
-    told = json.loads(files.get(CONFIG, b"{}"))
-    told["tokenizer_class"] = "PreTrainedTokenizerFast"
-    # Releases since 5 write a list under a name where those before expect a group.
-    if isinstance(told.get("extra_special_tokens"), list):
-        told.setdefault("additional_special_tokens", told.pop("extra_special_tokens"))
-    told.pop("auto_map", None)
-    told.pop("backend", None)
+def _tokenizer_config(tokenizer: Tokenizer, files: Mapping[str, bytes]) -> bytes:
+    """tokenizer_config.json with which every release loads tokenizer.json unchanged."""
+    config = json.loads(files.get(CONFIG, b"{}"))
+    config["tokenizer_class"] = "PreTrainedTokenizerFast"
+    # Releases from 5 write a list under a name for which earlier ones expect a group.
+    if isinstance(config.get("extra_special_tokens"), list):
+        config.setdefault("additional_special_tokens", config.pop("extra_special_tokens"))
+    config.pop("auto_map", None)
+    config.pop("backend", None)
     loaded = tokenizers.Tokenizer.from_str(files["tokenizer.json"].decode())
-    if loaded.token_to_id(_content(told.get("eos_token"))) != tokenizer.eos_id:
-        told["eos_token"] = loaded.id_to_token(tokenizer.eos_id)
-    told.setdefault("clean_up_tokenization_spaces", False)
-    _paddable(told)
-    return (json.dumps(told, indent=2, ensure_ascii=False) + "\n").encode()
+    if loaded.token_to_id(_content(config.get("eos_token"))) != tokenizer.eos_id:
+        config["eos_token"] = loaded.id_to_token(tokenizer.eos_id)
+    config.setdefault("clean_up_tokenization_spaces", False)
+    _with_padding(config)
+    return (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()
 
 
-def _paddable(told: dict[str, Any]) -> dict[str, Any]:
-    # Batches of prompts need both, and what stands at padding has no effect.
-    told["pad_token"] = told.get("pad_token") or told["eos_token"]
-    told.setdefault("padding_side", "left")
-    return told
+def _with_padding(config: dict[str, Any]) -> dict[str, Any]:
+    # Batches of prompts need both. The token used for padding has no effect.
+    config["pad_token"] = config.get("pad_token") or config["eos_token"]
+    config.setdefault("padding_side", "left")
+    return config
 
 
-def _bytes() -> tokenizers.Tokenizer:
-    """Byte b is token b, but for byte 0, which no text has."""
+def _byte_tokenizer() -> tokenizers.Tokenizer:
+    """Byte b is token b, except byte 0, which does not occur in text."""
     letters = byte_letters()
     vocabulary = {letters[byte]: byte for byte in range(1, 256)} | {BYTES_EOS: 0}
     tokenizer = tokenizers.Tokenizer(models.BPE(vocabulary, []))
@@ -127,25 +128,25 @@ def _bytes() -> tokenizers.Tokenizer:
 def _from_sentencepiece(
     contents: bytes, name: str
 ) -> tuple[tokenizers.Tokenizer, dict[str, str | None]]:
-    """The tokenizer, and its special pieces by role."""
+    """The tokenizer, and its special tokens by role."""
     proto = require_package(
         "sentencepiece.sentencepiece_model_pb2", "data.tokenizer", name
     ).ModelProto()
     proto.ParseFromString(contents)
     trainer, normal = proto.trainer_spec, proto.normalizer_spec
     kinds = [piece.type for piece in proto.pieces]
-    fix = "Export without the tokenizer, or train one of kind bpe or unigram"
+    fix = "Export without the tokenizer, or train a bpe or unigram one"
     kind = trainer.model_type
-    check(kind in _ALGORITHMS, name, kind, "only bpe and unigram models can be rewritten", fix)
-    odd = {
+    check(kind in _ALGORITHMS, name, kind, "only bpe and unigram models can be converted", fix)
+    unsupported = {
         "treat_whitespace_as_suffix": trainer.treat_whitespace_as_suffix,
         "escape_whitespaces=False": not normal.escape_whitespaces,
         "unused pieces": Kind.UNUSED in kinds,
         "normalization after decoding": bool(proto.denormalizer_spec.precompiled_charsmap),
     }
-    for what, there in odd.items():
-        if there:
-            fail(name, what, "cannot be expressed in a tokenizer.json", fix)
+    for feature, used in unsupported.items():
+        if used:
+            fail(name, feature, "cannot be expressed in a tokenizer.json", fix)
     pieces = SentencePieceVocab(
         _ALGORITHMS[kind],
         [piece.piece for piece in proto.pieces],
@@ -155,9 +156,9 @@ def _from_sentencepiece(
         prefix=normal.add_dummy_prefix,
         squeeze=normal.remove_extra_whitespaces,
     )
-    numbers = {role: getattr(trainer, f"{role}_id") for role in _SPECIALS}
+    ids = {role: getattr(trainer, f"{role}_id") for role in _SPECIALS}
     names = {
-        role: pieces.texts[number] if 0 <= number < len(pieces.texts) else None
-        for role, number in numbers.items()
+        role: pieces.texts[token] if 0 <= token < len(pieces.texts) else None
+        for role, token in ids.items()
     }
     return tokenizer_of(pieces), names

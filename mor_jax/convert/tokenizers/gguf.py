@@ -1,7 +1,7 @@
-"""The tokenizer inside a GGUF file -> tokenizer.json and tokenizer_config.json.
+"""Converts the tokenizer of a GGUF file to tokenizer.json and tokenizer_config.json.
 
-The file holds the vocabulary and names the rule by which texts are cut before tokens are looked up.
-Only rules that are known exactly are rebuilt.
+The file contains the vocabulary and the name of its pre-tokenizer. Only pre-tokenizers that can be
+rebuilt exactly are supported.
 """
 
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ from mor_jax.convert.sources.gguf_file import Metadata
 from mor_jax.convert.tokenizers.sentencepiece import (
     Kind,
     SentencePieceVocab,
-    around,
+    add_around_text,
     files_of,
     tokenizer_of,
 )
@@ -24,8 +24,8 @@ _LLAMA3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-# tokenizer.ggml.pre -> how text is cut: GPT-2's way, so with digits apart, or Llama 3's.
-CUTS = {
+# tokenizer.ggml.pre -> pre-tokenizer: GPT-2's, GPT-2's with single digits, or Llama 3's.
+PRE_TOKENIZERS = {
     "gpt-2": "gpt2",
     "smollm": "digits",
     "starcoder": "digits",
@@ -33,7 +33,7 @@ CUTS = {
     "llama-v3": "llama3",
     "llama3": "llama3",
 }
-_OTHER = "Give the tokenizer's Hugging Face files with --tokenizer=DIR"
+_FIX = "Pass the tokenizer's Hugging Face files with --tokenizer=DIR"
 _SPECIALS = {
     "bos_token": "bos_token_id",
     "eos_token": "eos_token_id",
@@ -46,82 +46,87 @@ def tokenizer_files(fields: Metadata) -> dict[str, bytes]:
     """Files of the tokenizer, by name.
 
     Raises:
-        ValueError: the file holds none, or one that cannot be rebuilt exactly.
+        ValueError: the file has no tokenizer, or one that cannot be rebuilt exactly.
     """
     key = "tokenizer.ggml.model"
     builders = {"gpt2": _byte_level, "llama": _sentencepiece}
     kind = fields.get(key, str)
-    rule = f"only {sorted(builders)} are rebuilt"
-    check(kind in builders, f"{fields.where}: {key}", kind, rule, _OTHER)
+    rule = f"must be one of {sorted(builders)}"
+    check(kind in builders, f"{fields.where}: {key}", kind, rule, _FIX)
     fields.check_present("tokenizer.ggml.tokens")
     texts = fields.get_list("tokenizer.ggml.tokens", str)
-    twice = len(texts) - len(set(texts))
-    rule = "tokens of the same text cannot be told apart"
-    check(not twice, f"{fields.where}: tokenizer.ggml.tokens", twice, rule, _OTHER)
+    repeated = len(texts) - len(set(texts))
+    rule = "tokens with equal text cannot be distinguished"
+    check(not repeated, f"{fields.where}: tokenizer.ggml.tokens", repeated, rule, _FIX)
     kinds = fields.get_list("tokenizer.ggml.token_type", int) or [Kind.NORMAL] * len(texts)
-    rule = "must be as many as there are tokens"
+    rule = f"must have one entry per token ({len(texts)})"
     ok = len(kinds) == len(texts)
     check(ok, f"{fields.where}: tokenizer.ggml.token_type", len(kinds), rule, "Copy it again")
     tokenizer = builders[kind](fields, texts, kinds)
     names = {name: _text(fields, texts, key) for name, key in _SPECIALS.items()}
-    always = kind == "llama" or _cut(fields) == "llama3"
-    first = fields.get("tokenizer.ggml.add_bos_token", bool, always)
+    adds_bos = kind == "llama" or _pre_tokenizer(fields) == "llama3"
+    first = fields.get("tokenizer.ggml.add_bos_token", bool, adds_bos)
     last = fields.get("tokenizer.ggml.add_eos_token", bool, False)
-    around(tokenizer, names["bos_token"] if first else None, names["eos_token"] if last else None)
+    add_around_text(
+        tokenizer, names["bos_token"] if first else None, names["eos_token"] if last else None
+    )
     length = fields.get("llama.context_length", int)
     more = {"chat_template": _chat(fields), "model_max_length": length}
     return files_of(tokenizer, {**names, **more})
 
 
-def _cut(fields: Metadata) -> str | None:
-    return CUTS.get(fields.get("tokenizer.ggml.pre", str))
+def _pre_tokenizer(fields: Metadata) -> str | None:
+    return PRE_TOKENIZERS.get(fields.get("tokenizer.ggml.pre", str))
 
 
 def _text(fields: Metadata, texts: Sequence[str], key: str) -> str | None:
     key = f"tokenizer.ggml.{key}"
-    number = fields.get(key, int)
-    if number is None:
+    token = fields.get(key, int)
+    if token is None:
         return None
-    ok = 0 <= number < len(texts)
-    check(ok, f"{fields.where}: {key}", number, f"there are {len(texts)} tokens", "Copy it again")
-    return texts[number]
+    ok = 0 <= token < len(texts)
+    rule = f"must be a token, 0 to {len(texts) - 1}"
+    check(ok, f"{fields.where}: {key}", token, rule, "Copy it again")
+    return texts[token]
 
 
 def _chat(fields: Metadata) -> Any:
-    """One template, or several by name."""
+    """The chat template, or a list of several with their names."""
     template = fields.get("tokenizer.chat_template", str)
     named = fields.get_list("tokenizer.chat_templates", str)
     if not named:
         return template
-    rows = [("default", template)] if template else []
+    templates = [("default", template)] if template else []
     for name in named:
         fields.check_present(f"tokenizer.chat_template.{name}")
-        rows.append((name, fields.get(f"tokenizer.chat_template.{name}", str)))
-    return [{"name": name, "template": text} for name, text in rows]
+        templates.append((name, fields.get(f"tokenizer.chat_template.{name}", str)))
+    return [{"name": name, "template": text} for name, text in templates]
 
 
 def _byte_level(
     fields: Metadata, texts: Sequence[str], kinds: Sequence[int]
 ) -> tokenizers.Tokenizer:
-    pre, cut = fields.get("tokenizer.ggml.pre", str), _cut(fields)
-    rule = f"of the rules to cut text, {sorted(CUTS)} are known exactly"
-    check(cut is not None, f"{fields.where}: tokenizer.ggml.pre", pre, rule, _OTHER)
+    name, pre_tokenizer = fields.get("tokenizer.ggml.pre", str), _pre_tokenizer(fields)
+    rule = f"unknown pre-tokenizer; supported are {sorted(PRE_TOKENIZERS)}"
+    check(pre_tokenizer is not None, f"{fields.where}: tokenizer.ggml.pre", name, rule, _FIX)
     fields.check_present("tokenizer.ggml.merges")
     merges = [tuple(merge.split(" ")) for merge in fields.get_list("tokenizer.ggml.merges", str)]
     vocabulary = {text: number for number, text in enumerate(texts)}
-    known = (len(m) == 2 and {*m, "".join(m)} <= vocabulary.keys() for m in merges)
-    odd = [m for m, ok in zip(merges, known, strict=True) if not ok]
-    rule = "must be pairs of tokens whose join is a token"
-    check(not odd, f"{fields.where}: tokenizer.ggml.merges", odd[:5], rule, _OTHER)
-    model = models.BPE(vocabulary, merges, fuse_unk=False, ignore_merges=cut == "llama3")
+    valid = (len(m) == 2 and {*m, "".join(m)} <= vocabulary.keys() for m in merges)
+    invalid = [m for m, ok in zip(merges, valid, strict=True) if not ok]
+    rule = "must be pairs of tokens whose concatenation is a token"
+    check(not invalid, f"{fields.where}: tokenizer.ggml.merges", invalid[:5], rule, _FIX)
+    model = models.BPE(vocabulary, merges, fuse_unk=False, ignore_merges=pre_tokenizer == "llama3")
     tokenizer = tokenizers.Tokenizer(model)
-    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=cut != "llama3")
-    before: dict[str, list[Any]] = {
+    byte_level = pre_tokenizers.ByteLevel(
+        add_prefix_space=False, use_regex=pre_tokenizer != "llama3"
+    )
+    steps: dict[str, list[Any]] = {
         "gpt2": [],
         "digits": [pre_tokenizers.Digits(individual_digits=True)],
         "llama3": [pre_tokenizers.Split(tokenizers.Regex(_LLAMA3), "isolated")],
     }
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*before[cut], byte_level])
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*steps[pre_tokenizer], byte_level])
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
     pairs = list(zip(texts, kinds, strict=True))
@@ -131,12 +136,12 @@ def _byte_level(
 
 
 def _added(
-    pairs: Sequence[tuple[str, int]], wanted: Kind, special: bool
+    pairs: Sequence[tuple[str, int]], selected: Kind, special: bool
 ) -> list[tokenizers.AddedToken]:
     return [
         tokenizers.AddedToken(text, normalized=False, special=special)
         for text, kind in pairs
-        if kind == wanted
+        if kind == selected
     ]
 
 
@@ -147,7 +152,8 @@ def _sentencepiece(
     scores = fields.get_list("tokenizer.ggml.scores", float)
     if len(scores) != len(texts):
         where = f"{fields.where}: tokenizer.ggml.scores"
-        fail(where, len(scores), "must be as many as there are tokens", "Copy it again")
+        rule = f"must have one entry per token ({len(texts)})"
+        fail(where, len(scores), rule, "Copy it again")
     return tokenizer_of(
         SentencePieceVocab(
             "bpe",

@@ -1,4 +1,4 @@
-"""SentencePiece vocabularies as a Hugging Face tokenizer.json that gives the same tokens."""
+"""Converts SentencePiece vocabularies to a Hugging Face tokenizer.json with the same tokens."""
 
 import dataclasses
 import json
@@ -14,7 +14,7 @@ SPACE = "\u2581"
 
 
 class Kind(IntEnum):
-    """What a piece is, numbered as in SentencePiece's files and in GGUF."""
+    """Types of pieces, numbered as in SentencePiece files and in GGUF."""
 
     NORMAL = 1
     UNKNOWN = 2
@@ -26,10 +26,10 @@ class Kind(IntEnum):
 
 @dataclasses.dataclass(frozen=True)
 class SentencePieceVocab:
-    """A SentencePiece vocabulary: pieces in the order of their numbers, and how text is prepared.
+    """A SentencePiece vocabulary: pieces in the order of their ids, and the normalisation of text.
 
-    charsmap: its compiled normalisation, empty for none. prefix: a space in front of every text.
-    squeeze: runs of spaces become one, those at both ends go.
+    charsmap: compiled normalisation rules, empty for none. prefix: prepend a space to every text.
+    squeeze: collapse runs of spaces and strip those at both ends.
     """
 
     algorithm: Literal["bpe", "unigram"]
@@ -41,12 +41,12 @@ class SentencePieceVocab:
     squeeze: bool = False
 
     def of(self, *kinds: Kind) -> list[str]:
-        """The pieces of these kinds."""
+        """The texts of the pieces of these kinds."""
         return [text for text, kind in zip(self.texts, self.kinds, strict=True) if kind in kinds]
 
 
 def tokenizer_of(pieces: SentencePieceVocab) -> tokenizers.Tokenizer:
-    """The tokenizer with the same pieces under the same numbers; it adds nothing to texts."""
+    """A tokenizer with the same pieces and ids; it adds no special tokens to texts."""
     tokenizer = tokenizers.Tokenizer(_model(pieces))
     steps: list[Any] = []
     if pieces.charsmap:
@@ -77,14 +77,14 @@ def _model(pieces: SentencePieceVocab) -> Any:
     unknown = pieces.of(Kind.UNKNOWN)
     fallback = len(pieces.of(Kind.BYTE)) == 256
     if pieces.algorithm == "unigram":
-        # What is user-defined is always taken whole.
+        # User-defined pieces are never split.
         scores = [
             0.0 if kind == Kind.USER_DEFINED else score
             for score, kind in zip(pieces.scores, pieces.kinds, strict=True)
         ]
         vocabulary = list(zip(pieces.texts, scores, strict=True))
-        place = pieces.texts.index(unknown[0]) if unknown else None
-        return models.Unigram(vocabulary, unk_id=place, byte_fallback=fallback)
+        unknown_id = pieces.texts.index(unknown[0]) if unknown else None
+        return models.Unigram(vocabulary, unk_id=unknown_id, byte_fallback=fallback)
     return models.BPE(
         vocab={text: number for number, text in enumerate(pieces.texts)},
         merges=_merges(pieces),
@@ -96,23 +96,24 @@ def _model(pieces: SentencePieceVocab) -> Any:
 
 
 def _merges(pieces: SentencePieceVocab) -> list[tuple[str, str]]:
-    """Every way to put a piece together from two others, the best piece first.
+    """All pairs of pieces whose concatenation is a piece, in the order of its score.
 
-    SentencePiece joins the two neighbours whose joint piece scores best, whatever they are.
+    SentencePiece merges the two neighbours whose concatenation scores best; it has no list of
+    merges.
     """
     rows = zip(pieces.texts, pieces.scores, pieces.kinds, strict=True)
     normal = {text: score for text, score, kind in rows if kind == Kind.NORMAL}
-    ways = [
+    merges = [
         (-score, number, cut, text)
         for number, (text, score) in enumerate(normal.items())
         for cut in range(1, len(text))
         if text[:cut] in normal and text[cut:] in normal
     ]
-    return [(text[:cut], text[cut:]) for _, _, cut, text in sorted(ways)]
+    return [(text[:cut], text[cut:]) for _, _, cut, text in sorted(merges)]
 
 
-def around(tokenizer: tokenizers.Tokenizer, first: str | None, last: str | None) -> None:
-    """Lets the tokenizer put `first` before and `last` behind every text."""
+def add_around_text(tokenizer: tokenizers.Tokenizer, first: str | None, last: str | None) -> None:
+    """Makes the tokenizer add the tokens `first` before and `last` after every text."""
     ends = [text for text in (first, last) if text is not None]
     if not ends:
         return
@@ -130,13 +131,13 @@ def around(tokenizer: tokenizers.Tokenizer, first: str | None, last: str | None)
 
 
 def files_of(tokenizer: tokenizers.Tokenizer, config: dict[str, Any]) -> dict[str, bytes]:
-    """tokenizer.json, and tokenizer_config.json with `config` and the class that reads it."""
-    told = {
+    """Contents of tokenizer.json, and of tokenizer_config.json with `config` and the class name."""
+    settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "clean_up_tokenization_spaces": False,
         **{key: value for key, value in config.items() if value is not None},
     }
-    text = json.dumps(told, indent=2, ensure_ascii=False) + "\n"
+    text = json.dumps(settings, indent=2, ensure_ascii=False) + "\n"
     return {
         "tokenizer.json": tokenizer.to_str(pretty=True).encode(),
         "tokenizer_config.json": text.encode(),

@@ -119,24 +119,24 @@ def test_padding_of_plain_models_is_not_compared(tmp_path):
     [
         ("moe_kv_mc_nr3_upd", {}, {"attention_mask": np.zeros((3, 24))}, "never selects it"),
         (SMALL, {"resolved": {"mor": {"enable": True}}}, {}, "only inside a recursive model"),
-        (SMALL, {}, {"eval.entropy": np.zeros(3)}, "eval.entropy=(3,): this array is not"),
-        (SMALL, {}, {"params_flat": np.zeros(5)}, "must hold the 6480 numbers"),
-        (SMALL, {}, {"params_flat": None}, "holds neither params_flat"),
+        (SMALL, {}, {"eval.entropy": np.zeros(3)}, "eval.entropy=(3,): unknown array"),
+        (SMALL, {}, {"params_flat": np.zeros(5)}, "must have the 6480 values"),
+        (SMALL, {}, {"params_flat": None}, "needs input_ids, and params_flat"),
         (SMALL, {"hf_config": {"hidden_size": 8}}, {}, "lacks these sizes of the model"),
-        ("trainer_mot_lossfree", {"decay_names": []}, {}, "would decay other parameters"),
-        ("trainer_mot_lossfree", {"steps": 9}, {}, "micro-batch 10 needs 3 rows"),
+        ("trainer_mot_lossfree", {"decay_names": []}, {}, "decays other parameters"),
+        ("trainer_mot_lossfree", {"steps": 9}, {}, "micro-batch 10 needs 3 sequences"),
         ("trainer_mot_lossfree", {"steps": 0}, {}, "json: steps=0: must be a whole number, at"),
         ("trainer_mot_lossfree", {"batch": 0}, {}, "json: batch=0: must be a whole number, at"),
-        ("trainer_mot_lossfree", {"grad_accum": 1.5}, {}, "json: grad_accum=1.5: must be there"),
+        ("trainer_mot_lossfree", {"grad_accum": 1.5}, {}, "json: grad_accum=1.5: is required"),
         ("trainer_mot_lossfree", {"hp": {}}, {}, "hp.lr=None: is missing"),
-        ("trainer_mot_lossfree", {"hp": 3}, {}, "json: hp=3: must be there, as a JSON object"),
+        ("trainer_mot_lossfree", {"hp": 3}, {}, "json: hp=3: is required, as a JSON object"),
         (SMALL, {"training_step": -3}, {}, "json: training_step=-3: must be a whole number"),
         (SMALL, {"training_step": "x"}, {}, "json: training_step='x': must be a whole number"),
-        (SMALL, {"param_layout": 3}, {}, "json: param_layout=3: must be there, as a JSON array"),
+        (SMALL, {"param_layout": 3}, {}, "json: param_layout=3: is required, as a JSON array"),
         (SMALL, {}, {"input_ids": np.full((3, 24), 99)}, "(99, 99): tokens must be 0 to"),
         (SMALL, {}, {"input_ids": np.full((3, 24), -1)}, "(-1, -1): tokens must be 0 to"),
-        (SMALL, {}, {"input_ids": np.zeros(24, int)}, "must be rows of whole numbers"),
-        (SMALL, {}, {"input_ids": np.zeros((3, 24))}, "must be rows of whole numbers"),
+        (SMALL, {}, {"input_ids": np.zeros(24, int)}, "must be sequences of whole numbers"),
+        (SMALL, {}, {"input_ids": np.zeros((3, 24))}, "must be sequences of whole numbers"),
     ],
 )
 def test_what_cannot_be_compared_fails_with_a_reason(tmp_path, name, spec, arrays, reason):
@@ -146,7 +146,7 @@ def test_what_cannot_be_compared_fails_with_a_reason(tmp_path, name, spec, array
 
 @pytest.mark.parametrize(
     ("text", "reason"),
-    [("{", "json:1='...': is not JSON"), ("{\n\n[", "json:3="), ("[]", "must hold a JSON object")],
+    [("{", "json:1='...': is not JSON"), ("{\n\n[", "json:3="), ("[]", "must be a JSON object")],
 )
 def test_a_damaged_description_is_named_with_its_line(tmp_path, text, reason):
     path = copy_case(tmp_path)
@@ -155,7 +155,7 @@ def test_a_damaged_description_is_named_with_its_line(tmp_path, text, reason):
 
 
 def test_lone_files_and_empty_folders_are_no_success(tmp_path):
-    with pytest.raises(ValueError, match="holds no cases"):
+    with pytest.raises(ValueError, match="contains no cases"):
         run_all(tmp_path)
     path = copy_case(tmp_path)
     path.unlink()
@@ -177,7 +177,7 @@ def test_not_a_number_never_passes():
     report = Report("case")
     report.add("losses", "loss", float("nan"))
     assert not report.passed and "inf" in report.line()
-    assert not Report("empty").passed and "nothing was recorded" in Report("empty").line()
+    assert not Report("empty").passed and "no arrays to compare with" in Report("empty").line()
 
 
 def test_faint_gradients_are_measured_against_the_largest():

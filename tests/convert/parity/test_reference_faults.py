@@ -144,7 +144,7 @@ def test_ties_of_expert_choice_are_named_with_step_place_and_gap():
     assert "gap " in str(tie) and "evaluation" in str(find_ties(cfg, routing, None)[0])
     report = Report("case", {"trajectory": (0.5, "micro_loss")}, ties=[tie] * 5)
     assert "FAIL" in report.line() and "tie at forward 4" in report.line()
-    assert report.line().endswith("and 2 ties more")
+    assert report.line().endswith("and 2 more ties")
 
 
 def test_ties_of_token_choice_are_between_depths():
@@ -162,8 +162,8 @@ def test_ties_of_token_choice_are_between_depths():
     [
         (["--only", "vanila_untied"], "--only='vanila_untied': none of the 11 cases in "),
         (["--only", ""], "--only='': none of the 11 cases"),
-        (["--cases", "nowhere"], "--cases='nowhere': holds no cases"),
-        (["--cases", str(CASES / "vanilla_untied.npz")], "holds no cases"),
+        (["--cases", "nowhere"], "--cases='nowhere': contains no cases"),
+        (["--cases", str(CASES / "vanilla_untied.npz")], "contains no cases"),
     ],
 )
 def test_names_that_are_not_there_are_one_line(arguments, message, capsys):
@@ -184,4 +184,4 @@ def test_a_platform_that_is_not_there_is_one_line():
     command = [sys.executable, "-m", "mor_jax.convert.parity", "--cases", str(CASES)]
     ran = subprocess.run([*command, "--platform", "moon"], capture_output=True, text=True)
     assert ran.returncode == 2 and ran.stderr.count("\n") == 1
-    assert ran.stderr.startswith("--platform='moon': JAX cannot use it here")
+    assert ran.stderr.startswith("--platform='moon': JAX cannot use it (")
