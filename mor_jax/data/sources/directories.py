@@ -44,19 +44,19 @@ def advice(folder: str, names: Sequence[str], kind: str) -> tuple[str, str]:
         if mark in names:
             return (
                 rule,
-                f"Its {mark} says that it is of another source: try {form.format(folder)!r}",
+                f"Its {mark} belongs to another kind of source: try {form.format(folder)!r}",
             )
     for other in (kind, *(known for known in ENDINGS if known != kind)):
         fitting = [name for name in names if kind_of(name) == other]
         if fitting:
             fix = f"Try {_pattern(folder, fitting, other)!r}"
-            return rule, fix if other == kind else f"It holds no {kind} files. {fix}"
+            return rule, fix if other == kind else f"It contains no {kind} files. {fix}"
     if kind == "text" and names:
         return rule, f"Try {_pattern(folder, names, kind)!r}"
     ending = ENDINGS.get(kind, (".txt",))[0]
-    held = f"none of its {len(names)} files looks like {kind}" if names else "it holds no file"
+    held = f"none of its {len(names)} files looks like {kind}" if names else "it contains no files"
     example = f"{kind}:{os.path.join(folder, '**', '*' + ending)}"
-    return f"{rule}; {held}", f"Name its files by a pattern, such as {example!r}"
+    return f"{rule}; {held}", f"Give a pattern for its files, such as {example!r}"
 
 
 def _pattern(folder: str, names: Sequence[str], kind: str) -> str:

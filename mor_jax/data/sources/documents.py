@@ -93,7 +93,7 @@ def open_documents(spec: str, text_key: str = "text", setting: str = "data.sourc
         check(not rest, setting, spec, "takes no argument", "Write it as 'stdlib'")
         root = Path(sysconfig.get_path("stdlib"))
         files, reader = _stdlib_files(root), file_readers.read_stdlib
-        rule = f"the running Python keeps no source files in {root}"
+        rule = f"this Python installation has no source files in {root}"
         check(bool(files), setting, spec, rule, "Use text:GLOB with files of your own")
     else:
         readers = {
@@ -101,7 +101,7 @@ def open_documents(spec: str, text_key: str = "text", setting: str = "data.sourc
             "jsonl": file_readers.read_jsonl,
             "parquet": file_readers.read_parquet,
         }
-        rule = f"unknown source; there are {', '.join(KINDS)}"
+        rule = f"unknown source; the kinds are {', '.join(KINDS)}"
         check(kind in readers, setting, spec, rule, _meant(spec))
         check(bool(rest), setting, spec, "names no file", f"Write it as '{kind}:GLOB'")
         if kind == "parquet":
@@ -121,9 +121,9 @@ def _meant(spec: str) -> str:
     if rest.startswith("//"):
         if kind == "gs":
             return f"Name the kind of its files: try {_with_kind(spec)!r}"
-        return "Copy the files here, or to gs://, and name their kind, such as 'jsonl:GLOB'"
+        return "Copy the files to this machine or to gs://, then write them as 'jsonl:GLOB'"
     if kind in _TABLES or os.path.splitext(spec)[1][1:].lower() in _TABLES:
-        return "Tables are read as parquet: write it so, such as with pandas' to_parquet"
+        return "Tables are read as parquet: convert it, for example with pandas' to_parquet"
     kind = kind.lower()
     near = difflib.get_close_matches(kind, [known.partition(":")[0] for known in KINDS], n=1)
     meant = _OTHER_NAMES.get(kind) or (near[0] if near else None)

@@ -62,7 +62,7 @@ def read_jsonl(
 
 def _record(line: bytes, where: str) -> dict[str, Any]:
     text = decode(line, where)
-    fix = "Write one object a line, or leave files that are no JSONL out of the pattern"
+    fix = "Write one object per line, or exclude files that are not JSONL from the pattern"
     try:
         record = json.loads(text)
     except json.JSONDecodeError as error:
@@ -71,18 +71,18 @@ def _record(line: bytes, where: str) -> dict[str, Any]:
         rule = f"is not one JSON value ({error.msg} at column {column})"
         # The value goes on behind the line, is a list, or shares its line with others.
         if error.pos >= len(text.rstrip()) or text.startswith("["):
-            fix = "Write one object a line: jq -c . FILE, or jq -c '.[]' FILE for a list of them"
+            fix = "Write one object per line: jq -c . FILE, or jq -c '.[]' FILE for a list"
         elif "\r" in text.strip():
-            fix = "End lines with a line feed, such as with tr '\\r' '\\n'"
+            fix = "End lines with a line feed, for example with tr '\\r' '\\n'"
         if not line.endswith(b"\n") and not error.msg.startswith("Extra"):
             rule += "; it is the last line, so the file may be cut short"
         fail("line", where, rule, fix)
     except RecursionError:
-        fail("line", where, "nests brackets too deep to be read", "Leave the line out")
+        fail("line", where, "nests brackets too deeply to be read", "Remove the line")
     except ValueError as error:
         # Python refuses whole numbers of thousands of digits.
-        rule = f"holds a number that cannot be read ({str(error).partition(';')[0]})"
-        fail("line", where, rule, "Write such numbers as text, or leave their field out")
+        rule = f"contains a number that cannot be read ({str(error).partition(';')[0]})"
+        fail("line", where, rule, "Write such numbers as strings, or remove the field")
     rule = f"must be an object, not {type(record).__name__}"
     check(isinstance(record, dict), "line", where, rule, 'Write lines such as {"text": "..."}')
     return record
@@ -116,13 +116,13 @@ def read_parquet(
 def _refuse_parquet(file: File, where: str, error: Exception) -> None:
     why = " ".join(str(error).split())
     if where != file.name:
-        fail("file", where, f"cannot be read ({why})", "Copy the file again, or write it anew")
+        fail("file", where, f"cannot be read ({why})", "Copy the file again, or rewrite it")
     if isinstance(error, OSError) and error.errno is not None:
         why = object_store.reason(error)
         fail("file", where, f"cannot be read ({why})", "Check its permissions")
     with file.random() as opened:
         form = compressed.compression_of(opened.read(compressed.HEAD))
     if form is not None:
-        rule = f"is compressed with {form.name} as a whole, so nothing in it can be found"
-        fail("file", where, rule, "Unpack it: parquet compresses what it holds by itself")
-    fail("file", where, f"is no parquet file ({why})", "Check that it is complete")
+        rule = f"is compressed with {form.name} as a whole, so random access is impossible"
+        fail("file", where, rule, "Decompress it: parquet compresses its columns itself")
+    fail("file", where, f"is not a parquet file ({why})", "Check that it is complete")

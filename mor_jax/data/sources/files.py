@@ -45,7 +45,7 @@ def matching(pattern: str, setting: str, spec: str) -> list[File]:
     if pattern.startswith(object_store.SCHEME):
         return _stored(pattern, setting, spec)
     rule = "is neither a path nor an address that begins with gs://"
-    fix = "Copy the files to one of these first; a path is written without 'file://'"
+    fix = "Copy the files to a local path or to gs:// first; write paths without 'file://'"
     check("://" not in pattern, setting, spec, rule, fix)
     pattern = os.path.expanduser(pattern)
     if os.path.isdir(pattern):
@@ -54,7 +54,7 @@ def matching(pattern: str, setting: str, spec: str) -> list[File]:
     # A name may hold brackets itself.
     names = [pattern] if os.path.isfile(pattern) else glob.glob(pattern, recursive=True)
     files = [path for path in sorted(Path(name) for name in names) if path.is_file()]
-    rule = f"matches no file (looked from {os.getcwd()})"
+    rule = f"matches no file (current directory: {os.getcwd()})"
     check(bool(files), setting, spec, rule, _unmatched(pattern))
     root = Path(os.path.dirname(_fixed(pattern)) or ".")
     return [local_file(path, root) for path in files]
@@ -66,7 +66,7 @@ def _fixed(pattern: str) -> str:
 
 def _unmatched(pattern: str) -> str:
     if "{" in pattern:
-        return "Braces stand for themselves: give one source for each of the names in them"
+        return "Braces are not expanded: give one source per alternative"
     return "Check the path; ** matches folders at any depth"
 
 
@@ -88,7 +88,7 @@ def _stored(pattern: str, setting: str, spec: str) -> list[File]:
         fail(setting, spec, *advice(bucket.address(exact), inside, spec.partition(":")[0]))
     wanted = exact.split("/")
     found = [path for path in sizes if path == exact or matches(path.split("/"), wanted)]
-    check(bool(found), setting, spec, "matches no file of the bucket", _unmatched(exact))
+    check(bool(found), setting, spec, "matches no file in the bucket", _unmatched(exact))
     return [
         File(
             bucket.address(path),

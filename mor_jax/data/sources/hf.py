@@ -68,7 +68,7 @@ def _names(rest: str, setting: str, spec: str) -> list[str]:
 
 def _saved(library: Any, folder: str, setting: str, spec: str) -> Any:
     rule = f"{folder} was not written by save_to_disk: it has none of {', '.join(_SAVED)}"
-    fix = "Name the directory that was given to save_to_disk; for files use 'parquet:GLOB'"
+    fix = "Give the directory that save_to_disk wrote; for files use 'parquet:GLOB'"
     ok = any(os.path.isfile(os.path.join(folder, name)) for name in _SAVED)
     check(ok, setting, spec, rule, fix)
     try:
@@ -76,20 +76,20 @@ def _saved(library: Any, folder: str, setting: str, spec: str) -> Any:
     # What the library raises on files that lack, are damaged or have another form.
     except (OSError, ValueError, KeyError, TypeError) as error:
         rule = f"cannot be loaded ({_line(error)})"
-        fail(setting, spec, rule, "Copy it again, or write it anew with save_to_disk")
+        fail(setting, spec, rule, "Copy it again, or save it again with save_to_disk")
 
 
 def _of_hub(library: Any, name: str, config: str | None, setting: str, spec: str) -> Any:
     ok = name[0] not in "./~" and name.count("/") <= 1
-    rule = f"there is no directory {name} (looked from {os.getcwd()}), and no such name on the hub"
+    rule = f"{name} is neither a directory (current directory: {os.getcwd()}) nor a name on the hub"
     check(ok, setting, spec, rule, f"Check the path, or write {FORMS}")
     try:
         with _quiet():
             return library.load_dataset(name, config)
     except ConnectionError as error:
-        rule = f"is no directory here, and the hub cannot be reached ({_line(error)})"
-        fix = "Save it where there is a network, with load_dataset(...).save_to_disk(DIR)"
-        fail(setting, spec, rule, f"{fix}, and give its directory")
+        rule = f"is not a local directory, and the hub cannot be reached ({_line(error)})"
+        fix = "Save it on a machine with network access: load_dataset(...).save_to_disk(DIR)"
+        fail(setting, spec, rule, f"{fix}. Then give that directory")
     # No such name, a configuration that lacks or is not there, files that need code to be read.
     except (OSError, ValueError, RuntimeError) as error:
         rule = f"cannot be loaded from the hub ({_line(error)})"
@@ -123,7 +123,7 @@ def _parts(library: Any, found: Any, split: str, setting: str, spec: str) -> lis
         fail(setting, spec, f"has no split {split!r} ({_line(error)})", fix)
     parts = [(found[part.splitname], part.from_, part.to) for part in wanted]
     rows = sum(stop - first for _, first, stop in parts)
-    check(rows > 0, setting, spec, f"split {split!r} has no row", f"The splits' rows: {sizes}")
+    check(rows > 0, setting, spec, f"split {split!r} has no rows", f"Rows per split: {sizes}")
     return parts
 
 

@@ -29,7 +29,7 @@ class Bucket:
         self._setting, self._spec = setting, spec
         self._prefix = SCHEME + (_ANONYMOUS if address.startswith(_ANONYMOUS) else "")
         name, _, self.path = address.removeprefix(_ANONYMOUS).partition("/")
-        rule = "names no bucket and file"
+        rule = "must name a bucket and a file"
         fix = "Write it as gs://BUCKET/PATH; the path may be a pattern"
         ok = bool(name) and bool(self.path) and not set(name) & set("*?[")
         check(ok, setting, spec, rule, fix)
@@ -38,8 +38,8 @@ class Bucket:
         try:
             _ = self._module.GcsFileSystem
         except ImportError as error:
-            fix = "Install pyarrow as pip has it, or copy the files to this machine"
-            fail(setting, spec, f"this pyarrow has no client for it ({error})", fix)
+            fix = "Install pyarrow with pip, or copy the files to this machine"
+            fail(setting, spec, f"this build of pyarrow has no GCS client ({error})", fix)
 
     @property
     def _store(self) -> Any:
@@ -65,12 +65,12 @@ class Bucket:
                 found = self._store.get_file_info(selector)
             if not found:
                 [bucket] = self._store.get_file_info([self._name])
-                rule = f"there is no bucket {self._name}"
+                rule = f"bucket {self._name} does not exist"
                 ok = bucket.type != self._module.FileType.NotFound
                 check(ok, self._setting, self._spec, rule, "Check its name")
         except OSError as error:
-            fix = "Check the bucket's name, the network, and that gcloud auth application-default "
-            fix += "login was done; gs://anonymous@BUCKET/PATH reads a public bucket without"
+            fix = "Check the bucket's name and the network, and run gcloud auth "
+            fix += "application-default login; gs://anonymous@BUCKET/PATH reads a public bucket"
             fail(self._setting, self._spec, f"cannot be listed ({reason(error)})", fix)
         files = [info for info in found if info.type == self._module.FileType.File]
         return {info.path.removeprefix(f"{self._name}/"): info.size for info in files}

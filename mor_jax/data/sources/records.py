@@ -22,14 +22,14 @@ _WIDE_MARKS = {
 
 _FOREIGN = {
     b"PAR1": ("parquet", "Read it with 'parquet:...'"),
-    b"ARROW1": ("an Arrow file", "Write it as parquet, such as with pyarrow"),
+    b"ARROW1": ("an Arrow file", "Convert it to parquet, for example with pyarrow"),
     b"PK\x03\x04": ("a zip archive", "Unpack it, or compress each file with gzip or zstd"),
     b"7z\xbc\xaf": ("a 7z archive", "Unpack it, or compress each file with gzip or zstd"),
     b"Rar!\x1a": ("a rar archive", "Unpack it, or compress each file with gzip or zstd"),
-    b"\x04\x22\x4d\x18": ("lz4", "Unpack it with lz4 -d, or compress it with gzip or zstd"),
-    b"]\x00\x00": ("lzma, the form before xz", "Write it anew: xz -dc FILE | xz > FILE.xz"),
-    b"\x1f\x9d": ("compressed by compress", "Unpack it with gzip -d"),
-    b"%PDF-": ("a PDF file", "Leave it out of the pattern, or take its text out first"),
+    b"\x04\x22\x4d\x18": ("compressed with lz4", "Decompress it with lz4 -d, or use gzip or zstd"),
+    b"]\x00\x00": ("in the legacy .lzma format", "Recompress it: xz -dc FILE | xz > FILE.xz"),
+    b"\x1f\x9d": ("compressed with Unix compress", "Decompress it with gzip -d"),
+    b"%PDF-": ("a PDF file", "Exclude it from the pattern, or extract its text first"),
 }
 _TAR = (257, b"ustar")
 _CONTROL = re.compile(rb"[\x00-\x08\x0e-\x1a\x1c-\x1f]")
@@ -48,7 +48,7 @@ def check_head(head: bytes, where: str, setting: str = "file") -> None:
         for start, (name, fix) in _FOREIGN.items():
             check(not head.startswith(start), setting, where, f"is {name}, not text", fix)
         at, mark = _TAR
-        fix = "Unpack it: each of its files is read by itself"
+        fix = "Unpack it: each of its files is then read separately"
         check(head[at : at + len(mark)] != mark, setting, where, "is a tar archive", fix)
     encoding = next((name for start, name in _WIDE_MARKS.items() if head.startswith(start)), None)
     encoding = encoding or _without_mark(head)
@@ -83,7 +83,7 @@ def decode(raw: bytes, where: str, setting: str = "file") -> str:
         return raw.decode("utf-8")
     except UnicodeDecodeError as error:
         rule = f"is not UTF-8: byte {raw[error.start]:#04x} at offset {error.start}"
-        fail(setting, where, rule, "Convert it, such as with iconv -f latin1 -t utf-8")
+        fail(setting, where, rule, "Convert it, for example with iconv -f latin1 -t utf-8")
 
 
 def file_text(raw: bytes, where: str, found: SkippedRecords) -> str:
@@ -91,10 +91,10 @@ def file_text(raw: bytes, where: str, found: SkippedRecords) -> str:
     check_head(raw[:512], where)
     text = decode(raw.removeprefix(MARK), where)
     nuls = text.count("\0")
-    rule = f"holds a NUL character at offset {text.find(chr(0))}, so it is no text"
+    rule = f"contains a NUL character at offset {text.find(chr(0))}, so it is not text"
     if nuls > 1:
-        rule = f"{rule} ({nuls} of {len(text)} characters are)"
-    fix = "Leave binary files out of the pattern"
+        rule = f"{rule} ({nuls} of {len(text)} characters are NUL)"
+    fix = "Exclude binary files from the pattern"
     check(nuls <= _NUL_SHARE * len(text), "file", where, rule, fix)
     return cleaned(text, where, found)
 
@@ -123,7 +123,7 @@ class Field:
             value = decode(value, where)
         rule = f"holds {type(value).__name__} in {where}, not text"
         ok = isinstance(value, str)
-        check(ok, self.setting, self.name, rule, "Name a field of text")
+        check(ok, self.setting, self.name, rule, "Name a field that contains text")
         return cleaned(_without_surrogates(value, where, found), where, found)
 
 

@@ -5,9 +5,9 @@ import logging
 
 _log = logging.getLogger(__name__)
 
-EMPTY = "documents without text (empty or null), left out: {documents}"
-NUL = "NUL characters, left out since no text holds them: {count} (documents: {documents})"
-SURROGATE = "halves of surrogate pairs, now U+FFFD: {count} (documents: {documents})"
+EMPTY = "documents without text (empty or null), skipped: {documents}"
+NUL = "NUL characters, removed: {count} (documents: {documents})"
+SURROGATE = "unpaired surrogates, replaced by U+FFFD: {count} (documents: {documents})"
 
 
 @dataclasses.dataclass

@@ -53,8 +53,8 @@ def _builder(name: str, split: str | None, setting: str, spec: str) -> Any:
     tfds = require_package("tensorflow_datasets", setting, spec)
     folder = Path(name).expanduser()
     if folder.is_dir():
-        rule = f"{folder} is no prepared dataset: it has no dataset_info.json"
-        fix = "Give the folder of one version, such as DIR/NAME/1.0.0"
+        rule = f"{folder} is not a prepared dataset: it has no dataset_info.json"
+        fix = "Give the directory of one version, such as DIR/NAME/1.0.0"
         check((folder / "dataset_info.json").exists(), setting, spec, rule, fix)
         return tfds.builder_from_directory(folder)
     try:
@@ -74,7 +74,7 @@ def _builder(name: str, split: str | None, setting: str, spec: str) -> Any:
             ok = known is None or all(part in (*known, "all") for part in names)
             check(ok, setting, spec, f"has no split {split!r}", f"Choose one of {known}")
             if known is None:
-                unsure = f"it may have no split {split!r}, which shows when it is prepared; "
+                unsure = f"it may have no split {split!r}, which is known once it is prepared; "
         _download(builder, unsure, setting, spec)
     return builder
 
@@ -116,10 +116,10 @@ def _download(builder: Any, unsure: str, setting: str, spec: str) -> None:
         rule = f"{unsure}preparing it needs a package that is missing ({error})"
         missing = (error.name or "tensorflow").partition(".")[0].replace("_", "-")
         needed = " ".join(sorted({missing, "tensorflow"}))
-        fail(setting, spec, rule, f"Run pip install {needed}, only for this preparation")
+        fail(setting, spec, rule, f"Run pip install {needed}, needed only to prepare the dataset")
     except OSError as error:
         rule = f"{unsure}it cannot be downloaded to {builder.data_dir} ({error})"
-        fail(setting, spec, rule, "Prepare it where there is a network and give its directory")
+        fail(setting, spec, rule, "Prepare it where there is network access and give its directory")
 
 
 def _records(kind: str, files: Any, setting: str, spec: str) -> Callable[[int], Iterator[bytes]]:

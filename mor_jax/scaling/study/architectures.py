@@ -43,10 +43,10 @@ class Architecture:
         else:
             found = cls(name, *_shipped(text, folder))
         ok = re.fullmatch(r"[a-z0-9][a-z0-9_.-]*", found.name) is not None
-        rule = "names of runs are made of it: lower case letters, digits, - _ ."
-        check(ok, "architectures", text, rule, f"There are {NAMED}")
-        exists = found.file.is_file()
-        check(exists, "architectures", text, f"there is no file {found.file}", f"There are {NAMED}")
+        rule = "is part of run names: only lower-case letters, digits, - _ . are allowed"
+        check(ok, "architectures", text, rule, f"Choose one of {NAMED}")
+        exists, rule = found.file.is_file(), f"file {found.file} does not exist"
+        check(exists, "architectures", text, rule, f"Choose one of {NAMED}")
         return found
 
     def config(self, size: str, overrides: dict[str, Any]) -> Any:
@@ -66,7 +66,7 @@ class Architecture:
                 config.update_from_flattened_dict({setting: overrides[setting]})
             except TypeError as error:
                 rule = f"has the wrong type ({error})"
-                fail(f"config.{setting}", overrides[setting], rule, "Write it as Python would")
+                fail(f"config.{setting}", overrides[setting], rule, "Write it as a Python literal")
         return config
 
     def _load(self, choices: str) -> Any:
@@ -76,8 +76,8 @@ class Architecture:
             raise
         # A file of the user's may do anything, and so fail in any way.
         except Exception as error:
-            rule = f"{self.file} is no configuration ({type(error).__name__}: {error})"
-            fail("architectures", self.name, rule, "Name a file like those of configs/")
+            rule = f"{self.file} is not a configuration file ({type(error).__name__}: {error})"
+            fail("architectures", self.name, rule, "Name a file like those in configs/")
 
 
 def _shipped(text: str, folder: Path) -> tuple[Path, str]:
@@ -85,7 +85,7 @@ def _shipped(text: str, folder: Path) -> tuple[Path, str]:
         return folder / "vanilla.py", ""
     match = re.fullmatch(r"(recursive|mor|token)-(\d+)(?:-(shared|update))?", text)
     if match is None:
-        fail("architectures", text, "is no architecture", f"There are {NAMED}")
+        fail("architectures", text, "unknown architecture", f"Choose one of {NAMED}")
     family, recursions, kv = match.groups()
     choices = [f"recursions={recursions}"]
     choices += ["routing=token"] if family == "token" else []

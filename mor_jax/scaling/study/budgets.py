@@ -1,7 +1,7 @@
 """What a budget of FLOPs counts, and how many steps it buys.
 
 `training`: training FLOPs of the tokens routed on, head included, causal attention halved; what
-`launch/accounting.py` prints. `paper`: the unit in which the paper's 2e18, 5e18 and 16.5e18 give
+`mor accounting` prints. `paper`: the unit in which the paper's 2e18, 5e18 and 16.5e18 give
 its numbers of steps (docs/accounting.md): forward FLOPs without the head, causal attention halved,
 keys and values counted as wide as the queries.
 """
@@ -18,7 +18,7 @@ UNITS: dict[str, str] = {
     "training": "training FLOPs, routed, head included, causal attention halved",
     "paper": "forward FLOPs without the head, keys and values as wide as queries",
 }
-"""What people are told."""
+"""Descriptions for reports."""
 
 
 def flops_per_token(cfg: ModelConfig, length: int, unit: Unit) -> float:

@@ -43,7 +43,7 @@ class Rules:
         """Raises `ValueError` on a value out of range."""
         for name in ("warmup", "decay"):
             value = getattr(self, name)
-            check(0 <= value < 1, name, value, "must be in [0, 1), it is a share", "Try 0.2")
+            check(0 <= value < 1, name, value, "must be a fraction in [0, 1)", "Try 0.2")
         for name in ("lr_width", "min_steps", "tokens_per_parameter"):
             check(getattr(self, name) > 0, name, getattr(self, name), "must be positive", "Try 20")
         rule = "must be a positive finite number"
@@ -84,9 +84,9 @@ def family(model: Model, budgets: Sequence[float], seed: int) -> list[Planned]:
     per_token = flops_per_token(cfg.model, cfg.seq_len, model.unit)
     steps = [steps_for(budget, per_token, batch) for budget in budgets]
     for budget, count in zip(budgets, steps, strict=True):
-        rule = f"buys {name} of size {size} {count} steps of {batch} tokens, fewer than "
+        rule = f"pays for {count} steps of {batch} tokens of {name} at size {size}, fewer than "
         rule += f"min_steps={rules.min_steps}"
-        fix = f"Raise the budget, leave the point out with --drop={size}@{budget:g}, or take "
+        fix = f"Raise the budget, drop the point with --drop={size}@{budget:g}, or use "
         fix += "smaller batches (--config.batch_size)"
         check(count >= rules.min_steps, "budgets", f"{budget:g}", rule, fix)
     warmup = max(round(rules.warmup * steps[0]), 1) if steps else 0
@@ -151,7 +151,8 @@ def assemble(
     """
     names = [run.name for run, _ in planned]
     again = sorted({name for name in names if names.count(name) > 1})
-    check(not again, "runs", again, "are planned twice", "Choose budgets that differ by 1%")
+    fix = "Choose budgets that differ by at least 1%"
+    check(not again, "runs", again, "are planned twice", fix)
     base = to_plain(planned[0][1])
     runs = [dataclasses.replace(run, settings=_settings(base, cfg)) for run, cfg in planned]
     return Manifest(study=study, unit=unit, rules=rules, code=code, base=base, runs=tuple(runs))

@@ -93,7 +93,7 @@ class Manifest:
             if run.name == name:
                 return run
         names = [run.name for run in self.runs]
-        fail("run", name, f"the study {self.study} has no such run, only {names}", "Name one")
+        fail("run", name, f"the study {self.study} has no such run", f"Choose one of {names}")
 
     def config(self, run: Run) -> TrainConfig:
         """The complete configuration of a run; capacities that it leaves open are exact."""
@@ -123,7 +123,7 @@ def write(study: epath.PathLike, manifest: Manifest) -> bool:
     """
     path = epath.Path(study)
     if not (path / FILE).exists():
-        rule = "is there and holds no study"
+        rule = "exists and is not a study directory"
         names = {entry.name for entry in path.iterdir()} if path.is_dir() else set()
         free = not path.exists() or (path.is_dir() and names <= _LEFT)
         check(free, "study", str(path), rule, "Choose a new directory")
@@ -137,8 +137,8 @@ def write(study: epath.PathLike, manifest: Manifest) -> bool:
         _write(path, manifest)
         return True
     other = _differences(there, manifest)
-    rule = "holds another study: " + "; ".join(other[:5]) + ("; ..." if other[5:] else "")
-    check(not other, "study", str(path), rule, "Plan into a new directory; runs there stay")
+    rule = "contains another study: " + "; ".join(other[:5]) + ("; ..." if other[5:] else "")
+    check(not other, "study", str(path), rule, "Plan into a new directory; these runs stay")
     if there.to_dict()["runs"] != manifest.to_dict()["runs"]:
         _write(path, manifest)
     return False
@@ -156,8 +156,8 @@ def read(study: epath.PathLike) -> Manifest:
         ValueError: there is none, or it is of another version.
     """
     file = epath.Path(study) / FILE
-    fix = "Plan it first: python launch/isoflop.py plan"
-    check(file.exists(), "study", str(study), f"is no study: it has no {FILE}", fix)
+    fix = "Plan it first: mor isoflop plan"
+    check(file.exists(), "study", str(study), f"is not a study directory: it has no {FILE}", fix)
     fix = "Plan it again with the same command; finished runs stay"
     try:
         values = json.loads(file.read_text())
@@ -168,7 +168,7 @@ def read(study: epath.PathLike) -> Manifest:
     rule = f"has format {format_}, this version reads {FORMAT}"
     check(format_ == FORMAT, "manifest", str(file), rule, "Use the version that planned it")
     if given != digest(values):
-        rule = "was changed by hand after it was planned, so its runs would not be what it says"
+        rule = "was edited after it was planned, so its finished runs may not match it"
         raise Damaged(f"manifest={str(file)!r}: {rule}. {fix}")
     del values["format"]
     try:
@@ -180,7 +180,7 @@ def read(study: epath.PathLike) -> Manifest:
         reproduce = tuple(map(translated_command, values.pop("reproduce", ())))
         return Manifest(runs=runs, reproduce=reproduce, **values)
     except (KeyError, TypeError) as error:
-        rule = f"holds other values than this version writes ({type(error).__name__}: {error})"
+        rule = f"has other fields than this version writes ({type(error).__name__}: {error})"
         fail("manifest", str(file), rule, "Use the version that planned it")
 
 

@@ -21,7 +21,7 @@ def check_brackets(runs: Sequence[Run], ratio: float) -> None:
     for run in runs:
         groups.setdefault((run.architecture, run.budget), {})[run.size] = run
     for (name, budget), found in groups.items():
-        rule = f"{name} has {len(found)} sizes at {budget:g} FLOPs; a minimum between them needs "
+        rule = f"{name} has {len(found)} sizes at {budget:g} FLOPs; to bracket a minimum it needs "
         rule += f"{_LEAST}"
         check(len(found) >= _LEAST, "sizes", sorted(found), rule, "Add sizes")
         _check_sides(name, budget, list(found.values()), ratio)
@@ -29,14 +29,14 @@ def check_brackets(runs: Sequence[Run], ratio: float) -> None:
 
 def _check_sides(name: str, budget: float, runs: list[Run], ratio: float) -> None:
     each = {run.size: run.tokens / run.effective for run in runs}
-    told = ", ".join(f"{size}: {value:.3g}" for size, value in each.items())
-    rule = f"{name} at {budget:g} FLOPs would see these tokens per effective parameter: {told}; "
+    listed = ", ".join(f"{size}: {value:.3g}" for size, value in each.items())
+    rule = f"{name} at {budget:g} FLOPs trains on these tokens per effective parameter: {listed}; "
     small, large = max(each.values()), min(each.values())
-    rule += f"the minimum is expected near {ratio:g}, which they do not enclose"
+    rule += f"the minimum is expected near {ratio:g}, which they do not bracket"
     # Tokens fall with the size, so their ratio falls with its square.
     side = "smaller" if small <= ratio else "larger"
     nearest = min(runs, key=lambda run: run.effective * (1 if side == "smaller" else -1))
     wanted = nearest.effective * (each[nearest.size] / ratio) ** 0.5
-    fix = f"Add {side} sizes (about {wanted:.2g} effective parameters), change the budget, or say "
-    fix += "where your data has it: --tokens_per_parameter"
+    fix = f"Add {side} sizes (about {wanted:.2g} effective parameters), change the budget, or "
+    fix += "set --tokens_per_parameter to where you expect the minimum"
     check(large < ratio < small, "sizes", sorted(each), rule, fix)

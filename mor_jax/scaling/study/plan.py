@@ -121,7 +121,7 @@ def _common_depth(values: list[dict[str, Any]], wanted: float, size: str) -> int
         if all(_has_depth(tree["model"], layers) for tree in values):
             return layers
     rule = f"the architectures have no common depth near {wanted:.0f} layers at this size"
-    fail("architectures", size, rule, "Plan those with other sharing schemes apart")
+    fail("architectures", size, rule, "Plan architectures with other sharing schemes separately")
 
 
 def _has_depth(model: dict[str, Any], layers: int) -> bool:
@@ -132,11 +132,11 @@ def _has_depth(model: dict[str, Any], layers: int) -> bool:
 
 def _check_lists(asked: StudyRequest) -> None:
     for name in ("architectures", "sizes", "budgets"):
-        check(bool(getattr(asked, name)), name, getattr(asked, name), "is empty", "Name some")
+        check(bool(getattr(asked, name)), name, getattr(asked, name), "is empty", "Give some")
         _distinct(name, getattr(asked, name))
     for budget in asked.budgets:
         check(0 < budget < float("inf"), "budgets", budget, "must be positive FLOPs", "Try 1e18")
-    rule = f"must be in 1 .. {_MOST_SEEDS}: each is a run of every point"
+    rule = f"must be in 1 .. {_MOST_SEEDS}; every point runs once per seed"
     check(0 < asked.seeds <= _MOST_SEEDS, "seeds", asked.seeds, rule, "Try 1")
     if asked.noise is not None:
         rule, number = f"must be at most {_MOST_SEEDS}", asked.noise_seeds
@@ -149,7 +149,7 @@ def _check_lists(asked: StudyRequest) -> None:
     check(ok, "speed", asked.speed, rule, "Try 1e12, or leave it out")
     for point in (*asked.drop, *([asked.noise] if asked.noise else [])):
         known = any(_named([point], s, b) for s in asked.sizes for b in asked.budgets)
-        rule = "is no point of the study: SIZE@BUDGET of those planned"
+        rule = "is not a point of the study, SIZE@BUDGET"
         fix = f"Sizes are {', '.join(asked.sizes)}"
         check(known, "drop" if point in asked.drop else "noise", point, rule, fix)
 
@@ -161,13 +161,13 @@ def _check_overrides(asked: StudyRequest) -> None:
     if any(is_width(size) for size in asked.sizes):
         decided |= _SHAPE
     for setting, value in asked.overrides.items():
-        rule = f"is not for the runs to choose: {decided.get(setting)} decides it"
+        rule = f"cannot be overridden: {decided.get(setting)} decides it"
         check(setting not in decided, f"config.{setting}", value, rule, "Leave it out")
 
 
 def _distinct(name: str, values: Sequence[Any]) -> None:
     again = [value for i, value in enumerate(values) if value in values[:i]]
-    check(not again, name, list(values), f"names {again} twice", "Name each once")
+    check(not again, name, list(values), f"repeats {again}", "Give each once")
 
 
 def _named(points: Sequence[str], size: str, budget: float) -> bool:
@@ -177,8 +177,8 @@ def _named(points: Sequence[str], size: str, budget: float) -> bool:
             if at and named == size and float(flops_) == budget:
                 return True
         except ValueError as error:
-            fix = "Write it like w64@3e12"
-            raise ValueError(f"point={point!r}: {flops_!r} are no FLOPs. {fix}") from error
+            rule, fix = f"{flops_!r} is not a number of FLOPs", "Write it like w64@3e12"
+            raise ValueError(f"point={point!r}: {rule}. {fix}") from error
     return False
 
 

@@ -114,7 +114,7 @@ def test_truncated_gzip(tmp_path):
 
 def test_bad_parquet(tmp_path):
     (tmp_path / "no.parquet").write_bytes(b"nothing")
-    with pytest.raises(ValueError, match="is no parquet file"):
+    with pytest.raises(ValueError, match="is not a parquet file"):
         list(open_documents(f"parquet:{tmp_path}/no.parquet").read(0))
     parquet.write_table(pyarrow.table({"body": ["a"]}), tmp_path / "other.parquet")
     with pytest.raises(ValueError, match=r"data\.text_key='text'.*no such field, only \['body'\]"):

@@ -100,15 +100,15 @@ def test_a_run_reads_it_with_or_without_credentials(files, byte_tokenizer):
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ("jsonl:gs://corpus/none/*.jsonl", "matches no file of the bucket"),
-        ("jsonl:gs://corpus/none", "matches no file of the bucket"),
-        ("jsonl:gs://absent/*.jsonl", "there is no bucket absent. Check its name"),
+        ("jsonl:gs://corpus/none/*.jsonl", "matches no file in the bucket"),
+        ("jsonl:gs://corpus/none", "matches no file in the bucket"),
+        ("jsonl:gs://absent/*.jsonl", "bucket absent does not exist. Check its name"),
         ("jsonl:gs://corpus/jsonl", r"is a directory.*Try 'jsonl:gs://corpus/jsonl/\*\.jsonl'"),
         ("text:gs://corpus/text/", r"is a directory.*Try 'text:gs://corpus/text/\*\.txt'"),
         ("jsonl:gs://corpus/bad/*.gz", r"file='gs://corpus/bad/cut\.jsonl\.gz:31': .* cut short"),
         (
             "parquet:gs://corpus/bad/*.parquet",
-            r"file='gs://corpus/bad/cut\.parquet': is no parquet",
+            r"file='gs://corpus/bad/cut\.parquet': is not a parquet file",
         ),
         ("jsonl:gs://corpus/**/*.md", r"line='gs://corpus/jsonl/readme\.md:1': is not one JSON"),
     ],
@@ -143,5 +143,7 @@ def test_a_pyarrow_without_a_client_is_one_line(monkeypatch):
             raise ImportError("not built with GCS")
 
     monkeypatch.setattr(object_store, "require_package", lambda *_: Built())
-    with pytest.raises(ValueError, match=r"'text:gs://corpus/\*': this pyarrow has no client"):
+    with pytest.raises(
+        ValueError, match=r"'text:gs://corpus/\*': this build of pyarrow has no GCS"
+    ):
         open_documents("text:gs://corpus/*")

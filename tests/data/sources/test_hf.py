@@ -68,11 +68,11 @@ def test_identity_and_size_follow_the_rows_not_the_folder(saved, tmp_path, byte_
     [
         ("{}/two:nosuch", r"has no split 'nosuch' .*Choose one of \['test', 'train'\]"),
         ("{}/one:test", r"has no split 'test' .*Choose one of \['train'\]"),
-        ("{}/one:train[90:]", r"split 'train\[90:\]' has no row"),
+        ("{}/one:train[90:]", r"split 'train\[90:\]' has no rows"),
         ("{}/one:train[x]", r"has no split 'train\[x\]'"),
         ("{}/one:config:train", "a directory has no configuration"),
         ("{}", "was not written by save_to_disk"),
-        ("{}/absent", "there is no directory"),
+        ("{}/absent", "absent is neither a directory"),
         ("", "is not the name of a dataset"),
         ("gs://bucket/x", "is not the name of a dataset"),
         ("a:b:c:d", "is not the name of a dataset"),

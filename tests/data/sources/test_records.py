@@ -84,8 +84,8 @@ def test_other_kinds_of_files_are_named(tmp_path):
         (gzip.compress(packed.getvalue()), "is a tar archive"),
         (zipped.getvalue(), "is a zip archive"),
         (table.getvalue(), r"is parquet, not text\. Read it with 'parquet:"),
-        (b"\x04\x22\x4d\x18" + bytes(9), "is lz4"),
-        (lzma.compress(b"text", format=lzma.FORMAT_ALONE), "is lzma, the form before xz"),
+        (b"\x04\x22\x4d\x18" + bytes(9), "is compressed with lz4"),
+        (lzma.compress(b"text", format=lzma.FORMAT_ALONE), "is in the legacy \\.lzma format"),
     ):
         path.write_bytes(contents)
         for kind in ("jsonl", "text"):
@@ -117,8 +117,8 @@ def test_empty_rows_and_files_are_counted(tmp_path, caplog):
         (tmp_path / name).write_text(text)
     assert read(f"text:{tmp_path}/*.txt") == ["text", "", ""]
     in_parquet, in_text = caplog.messages
-    assert in_parquet.endswith(f"left out: 3. The first is {tmp_path}/f.parquet, row 1 of group 0")
-    assert in_text.endswith(f"left out: 2. The first is {tmp_path}/b.txt")
+    assert in_parquet.endswith(f"skipped: 3. The first is {tmp_path}/f.parquet, row 1 of group 0")
+    assert in_text.endswith(f"skipped: 2. The first is {tmp_path}/b.txt")
 
 
 def test_nul_is_left_out_everywhere_and_said(tmp_path, caplog):
@@ -140,20 +140,20 @@ def test_half_surrogate_pairs_are_counted(tmp_path, caplog):
     spec = write_jsonl(tmp_path / "f.jsonl", *lines)
     assert read(spec) == [*FINE, "😀 \ufffd \ufffd x", "é \ufffd"]
     [said] = caplog.messages
-    assert "halves of surrogate pairs, now U+FFFD: 3 (documents: 2). The first is" in said
+    assert "unpaired surrogates, replaced by U+FFFD: 3 (documents: 2). The first is" in said
     assert said.endswith("f.jsonl:21")
 
 
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ('{"text": "a", "n": ' + "9" * 5000 + "}", "holds a number that cannot be read .*4300"),
-        ('{"text": "a", "n": ' + "[" * 100_000 + "]" * 100_000 + "}", "nests brackets too deep"),
-        ("[" * 100_000, "nests brackets too deep"),
+        ('{"text": "a", "n": ' + "9" * 5000 + "}", "contains a number that cannot be read .*4300"),
+        ('{"text": "a", "n": ' + "[" * 100_000 + "]" * 100_000 + "}", "nests brackets too deeply"),
+        ("[" * 100_000, "nests brackets too deeply"),
         ('{"text": "a",', r"is not one JSON value.*jq -c \. FILE"),
         ('[{"text": "a"},', r"is not one JSON value.*jq -c '\.\[\]' FILE"),
         ('{"text": "a"}\r{"text": "b"}', r"is not one JSON value.*End lines with a line feed"),
-        ("readme", "is not one JSON value.*leave files that are no JSONL out of the pattern"),
+        ("readme", "is not one JSON value.*exclude files that are not JSONL from the pattern"),
         ('{"text": "\x01"}', "is not one JSON value .Invalid control character"),
     ],
 )

@@ -79,7 +79,7 @@ def test_a_directory_gets_a_source_that_works(tmp_path, monkeypatch, names, give
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ("csv:x.csv", "there are stdlib, text:GLOB.*Tables are read as parquet.*to_parquet"),
+        ("csv:x.csv", "the kinds are stdlib, text:GLOB.*Tables are read as parquet.*to_parquet"),
         ("x.csv", "Tables are read as parquet"),
         ("json:x.json", r"Did you mean 'jsonl:x\.json'"),
         ("JSONL:X", "Did you mean 'jsonl:X'"),
@@ -92,14 +92,14 @@ def test_a_directory_gets_a_source_that_works(tmp_path, monkeypatch, names, give
         ("jsonl", "names no file. Write it as 'jsonl:GLOB'"),
         ("parquet:", "names no file. Write it as 'parquet:GLOB'"),
         ("gs://bucket/x.parquet", r"try 'parquet:gs://bucket/x\.parquet'"),
-        ("https://example.com/x.jsonl", "Copy the files here"),
-        ("s3://bucket/x.jsonl", "Copy the files here, or to gs://"),
-        ("webdataset:x.tar", "unknown source; there are"),
+        ("https://example.com/x.jsonl", "Copy the files to this machine"),
+        ("s3://bucket/x.jsonl", "Copy the files to this machine or to gs://"),
+        ("webdataset:x.tar", "unknown source; the kinds are"),
         ("jsonl:https://example.com/x.jsonl", "is neither a path nor an address"),
-        ("jsonl:file:///x.jsonl", "written without 'file://'"),
-        ("text:*.{txt,md}", "matches no file.*one source for each"),
-        ("text:gs://bucket", "names no bucket and file"),
-        ("text:gs://b*/x", "names no bucket and file"),
+        ("jsonl:file:///x.jsonl", "write paths without 'file://'"),
+        ("text:*.{txt,md}", "matches no file.*one source per alternative"),
+        ("text:gs://bucket", "must name a bucket and a file"),
+        ("text:gs://b*/x", "must name a bucket and a file"),
     ],
 )
 def test_other_kinds_name_what_to_write(spec, message):

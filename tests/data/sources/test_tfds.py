@@ -110,7 +110,7 @@ def test_by_name(prepared, name):
     ("spec", "message"),
     [
         ("tfds:{}:nothing", r"has no split 'nothing'.*\['test', 'train'\]"),
-        ("tfds:{}/..", "is no prepared dataset: it has no dataset_info"),
+        ("tfds:{}/..", "is not a prepared dataset: it has no dataset_info"),
         ("tfds:no_such_dataset_at_all", "neither a dataset that TFDS knows nor a directory"),
         ("tfds:", "is not the name of a dataset"),
         ("tfds:imdb_reviews:9.9.9:train", "cannot be opened .*9.9.9, only: 1.0.0"),

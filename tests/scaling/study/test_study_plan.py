@@ -73,12 +73,12 @@ def test_noise_adds_seeds_at_one_point_and_drop_leaves_one_out():
         ({"sizes": ("w48", "w64", "w80")}, "Add smaller sizes"),
         ({"sizes": ("w8", "w16", "w24"), "budgets": (4e12,)}, "Add larger sizes"),
         ({"budgets": (1e9, 1e12)}, "fewer than min_steps=100"),
-        ({"architectures": ("plain", "mor-2-both")}, "is no architecture"),
-        ({"architectures": ("mine=here.py",)}, "there is no file here.py"),
+        ({"architectures": ("plain", "mor-2-both")}, "unknown architecture"),
+        ({"architectures": ("mine=here.py",)}, "file here.py does not exist"),
         ({"sizes": ("w16", "w30", "w64")}, "Try w32"),
-        ({"sizes": ("w16", "w16", "w64")}, "twice"),
-        ({"noise": "w32@2e12"}, "is no point of the study"),
-        ({"drop": ("w32",)}, "is no point of the study"),
+        ({"sizes": ("w16", "w16", "w64")}, r"repeats \['w16'\]"),
+        ({"noise": "w32@2e12"}, "is not a point of the study"),
+        ({"drop": ("w32",)}, "is not a point of the study"),
         ({"overrides": {"optim.bee": 1}}, "optim.bee"),
         ({"overrides": {"batch_size": 3, "grad_accum_steps": 2}}, "grad_accum_steps"),
         ({"budgets": ()}, "is empty"),
@@ -86,7 +86,7 @@ def test_noise_adds_seeds_at_one_point_and_drop_leaves_one_out():
         ({"overrides": {"optim.lr": 0.1}}, "--lr decides it"),
         ({"overrides": {"model.hidden_size": 8}}, "--sizes decides it"),
         ({"overrides": {"batch_size": "four"}}, "wrong type"),
-        ({"architectures": (f"mine={CONFIGS / 'common.py'}",)}, "is no configuration"),
+        ({"architectures": (f"mine={CONFIGS / 'common.py'}",)}, "is not a configuration file"),
         ({"noise": "w32@1e12", "noise_seeds": 1}, "noise_seeds=1: must be more"),
         ({"noise": "w32@1e12", "noise_seeds": 10**11}, "noise_seeds=10+: must be at most 1000"),
         ({"seeds": 10**11}, "^seeds=10+: must be in 1 .. 1000"),
@@ -110,7 +110,7 @@ def test_a_study_can_grow_but_not_change(tmp_path):
         write(study, plan(rules=Rules(lr=8e-3, lr_width=32, lr_power=1.0)))
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "thesis.tex").touch()
-    with pytest.raises(ValueError, match="holds no study"):
+    with pytest.raises(ValueError, match="is not a study directory"):
         write(tmp_path / "other", plan())
 
 
@@ -132,7 +132,7 @@ def test_an_edited_manifest_is_refused(tmp_path):
     file.unlink()
     (tmp_path / "small" / "results.jsonl").touch()
     assert write(tmp_path / "small", plan())
-    with pytest.raises(ValueError, match="is no study"):
+    with pytest.raises(ValueError, match=r"is not a study directory: it has no manifest\.json"):
         read(tmp_path / "nothing")
 
 
