@@ -52,23 +52,23 @@ def _wanted(given: Given) -> TextRequest:
 
 
 def _place(found: RunWeights, given: Given, rows: TokenBatches) -> AnalysisOutput:
-    """Where the answer goes, and the question: all but where it goes and how it is told.
+    """The output directory, with the request: the options that the result depends on.
 
-    Raises `ValueError` where it may not go, before there is one.
+    Raises `ValueError` if the directory may not be written, before anything is computed.
     """
-    asked = {
+    request = {
         name: value
         for name, value in given.items()
         if name not in ("output", "overwrite") and value is not None
     }
-    asked |= {"workdir": str(found.path), "step": found.step, "digest": rows.digest}
+    request |= {"workdir": str(found.path), "step": found.step, "digest": rows.digest}
     default = f"{given['command']}-{found.step}"
-    return AnalysisOutput.of(given["output"], asked, default, given["overwrite"])
+    return AnalysisOutput.of(given["output"], request, default, given["overwrite"])
 
 
 def _head(model: object, rows: TokenBatches, notes: tuple[str, ...] = ()) -> list[str]:
-    told = f"{rows.name}: {rows.tokens:,} tokens in sequences of {rows.length}"
-    return [str(model), told, *(f"  {note}" for note in (*rows.notes, *notes))]
+    summary = f"{rows.name}: {rows.tokens:,} tokens in sequences of {rows.length}"
+    return [str(model), summary, *(f"  {note}" for note in (*rows.notes, *notes))]
 
 
 def _map(found: RunWeights, given: Given, stdin: Stdin) -> Result:

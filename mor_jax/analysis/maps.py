@@ -165,7 +165,7 @@ def _title(record: dict[str, Any]) -> str:
     lines = [f"{record['text']!r}  token {record['token']}, position {record['position']}"]
     for mode, depth in record["depth"].items():
         loss, found = record["loss"][mode], record["scores"][mode]
-        told = "-" if loss is None else f"{loss:.2f} nats"
+        loss_text = "-" if loss is None else f"{loss:.2f} nats"
         each = " ".join("-" if score is None else f"{score:.3f}" for score in found)
-        lines.append(f"{ROUTINGS[mode]}: depth {depth}, loss {told}, scores {each}")
+        lines.append(f"{ROUTINGS[mode]}: depth {depth}, loss {loss_text}, scores {each}")
     return "\n".join(lines)

@@ -54,10 +54,10 @@ class AnalysisOutput:
             return
         check(path.is_dir(), "output", str(path), "is a file", fix)
         try:
-            told = json.loads((path / FILE).read_text())
-            asked, owner = told["asked"], told["asked"]["workdir"]
+            recorded = json.loads((path / FILE).read_text())
+            asked, owner = recorded["asked"], recorded["asked"]["workdir"]
             # Earlier releases kept names alone.
-            made = told.get("stamps") or dict.fromkeys(told["files"])
+            made = recorded.get("stamps") or dict.fromkeys(recorded["files"])
         except (OSError, ValueError, TypeError, KeyError):
             rule = "is there and holds no analysis; it is not replaced"
             fail("output", str(path), rule, fix)

@@ -58,7 +58,7 @@ class Page:
 
     def html(self) -> str:
         """The file."""
-        names = {f"depth, {told} routing": name for name, told in self.routings.items()}
+        names = {f"depth, {label_text} routing": name for name, label_text in self.routings.items()}
         choices = {**names, "loss": "loss"}
         title = html.escape(self.title)
         parts = [
@@ -67,10 +67,10 @@ class Page:
             f"<title>{title}</title>\n<style>{_STYLE}{self._rules(choices.values())}</style>\n"
             f'</head>\n<body>\n<h1>{title}</h1>\n<p class="about">{html.escape(self.about)}</p>\n'
         ]
-        for number, (told, name) in enumerate(choices.items()):
+        for number, (label_text, name) in enumerate(choices.items()):
             checked = " checked" if number == 0 else ""
             parts.append(f'<input type="radio" name="by" id="by-{name}"{checked}>')
-            parts.append(f'<label for="by-{name}">{html.escape(told)}</label>\n')
+            parts.append(f'<label for="by-{name}">{html.escape(label_text)}</label>\n')
         parts += [self._legend(name) for name in choices.values()]
         parts.append("<main>\n")
         for row in self.rows:
@@ -94,15 +94,15 @@ class Page:
     def _legend(self, name: str) -> str:
         if name == "loss":
             last = len(_LOSSES) - 1
-            told = [f"{k} to {k + 1} nats" for k in range(last)] + [f"{last} nats and more"]
+            label_text = [f"{k} to {k + 1} nats" for k in range(last)] + [f"{last} nats and more"]
             shown = range(len(_LOSSES))
         else:
             depths = [token.depths[name] for row in self.rows for token in row]
             counts = [depths.count(depth) for depth in range(self.recursions + 1)]
             shown = range(0 if counts[0] else 1, self.recursions + 1)
             each = [f"{count:,}, {count / max(len(depths), 1):.0%}" for count in counts]
-            told = [f"{d} recursion{'s' * (d != 1)} ({each[d]})" for d in range(len(counts))]
-        spans = [f'<span class="{name}-{k}">{html.escape(told[k])}</span>' for k in shown]
+            label_text = [f"{d} recursion{'s' * (d != 1)} ({each[d]})" for d in range(len(counts))]
+        spans = [f'<span class="{name}-{k}">{html.escape(label_text[k])}</span>' for k in shown]
         return f'<div class="legend {name}">{"".join(spans)}</div>\n'
 
     def _span(self, token: Token) -> str:

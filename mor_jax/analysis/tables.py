@@ -55,8 +55,8 @@ def agreement(records: Sequence[Record]) -> list[str]:
             continue
         counts = [one[rule] / max(one["tokens"], 1) for rule in ("causal", "topk")]
         shares = "".join(f"{share:>8.1%}" for share in counts)
-        told = [_number(one[k], ".3f") for k in ("accuracy", "precision", "recall", "jaccard")]
-        values = f"{told[0]:>10}{told[1]:>11}{told[2]:>8}{told[3]:>9}"
+        cells = [_number(one[k], ".3f") for k in ("accuracy", "precision", "recall", "jaccard")]
+        values = f"{cells[0]:>10}{cells[1]:>11}{cells[2]:>8}{cells[3]:>9}"
         made.append(f"{name:<12}{asked[one['states']]:<22}{shares}{values}")
     return made
 
@@ -81,9 +81,9 @@ def scores(records: Sequence[Record]) -> list[str]:
     for one in records:
         name = f"recursion {one['recursion']}"
         name += ", main router" if one["router"] == "main" else ""
-        told = [_number(one[k], ".3f") for k in ("mean_chosen", "mean_other", "auroc", "overlap")]
+        cells = [_number(one[k], ".3f") for k in ("mean_chosen", "mean_other", "auroc", "overlap")]
         made.append(
-            f"{name:<22}{told[0]:>12}{told[1]:>12}{told[2]:>8}{told[3]:>9}"
+            f"{name:<22}{cells[0]:>12}{cells[1]:>12}{cells[2]:>8}{cells[3]:>9}"
             f"{_number(one['undecided'], '.1%'):>12}{_number(one['threshold'], '.3f'):>11}"
         )
     return made
@@ -124,8 +124,8 @@ def dead(records: Sequence[Record], tokens: Sequence[Record]) -> list[str]:
         kinds = [names[token] for token in one["dead_kinds"][:NAMED]]
         more = len(one["dead_kinds"]) - len(kinds)
         if kinds:
-            told = f"{' '.join(kinds)}{f' and {more} more' if more else ''}"
-            made.append(f"  {ROUTINGS[one['routing']]}: {told}")
+            cells = f"{' '.join(kinds)}{f' and {more} more' if more else ''}"
+            made.append(f"  {ROUTINGS[one['routing']]}: {cells}")
     return made
 
 

@@ -216,8 +216,8 @@ def _fitted(options: argparse.Namespace) -> tuple[Any, Any, Any]:
 
     manifest = read(options.study)
     missing = [each for each in progress(options.study, manifest) if each.state != "done"]
-    told = ", ".join(f"{each.run.name} ({each.problem or each.state})" for each in missing[:8])
-    rule = f"{len(missing)} of {len(manifest.runs)} runs have no result: {told}"
+    listed = ", ".join(f"{each.run.name} ({each.problem or each.state})" for each in missing[:8])
+    rule = f"{len(missing)} of {len(manifest.runs)} runs have no result: {listed}"
     fix = "Run them: mor isoflop run; or fit those that are there: --partial"
     check(not missing or options.partial, "study", options.study, rule, fix)
     points = read_points(options.study)

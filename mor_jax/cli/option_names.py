@@ -1,7 +1,7 @@
-"""Errors for who typed a command: settings under the names that they have on the command line.
+"""Errors of commands: settings under their names on the command line.
 
 Code below the commands names a setting by its path in the configuration (`eval.batch_size`,
-`sample.max_tokens`). Who gave it as an option knows it by that name alone.
+`sample.max_tokens`). The user knows it by the name of the option.
 """
 
 import argparse
@@ -19,12 +19,12 @@ _CONFIG = "config."
 _SETTING = re.compile(r"([A-Za-z_][\w.]*)(\[\d+\])?=")
 
 
-def as_typed(told: object, typed: Typed) -> str:
+def as_typed(error: object, typed: Typed) -> str:
     """`sample.max_tokens=-1: must ...` as `--max_tokens=-1: must ...`.
 
-    told: an error, or its text, of the form of `parsing.fail`; anything else stays as it is.
+    error: an error or its text, in the form of `parsing.fail`; other text is returned unchanged.
     """
-    text = str(told)
+    text = str(error)
     found = _SETTING.match(text)
     if found is None:
         return text

@@ -80,7 +80,7 @@ def _serve(options: argparse.Namespace) -> int:
         warm=True,
     )
     log_to_stderr()
-    # Before anything that takes long: an address in use is told at once.
+    # Before anything that takes long: an address in use is reported at once.
     bound = bind(options.host, options.port)
     served = load_model(
         options.workdir,

@@ -57,9 +57,9 @@ class Evaluation:
 
     def lines(self) -> list[str]:
         """Aligned tables for a terminal."""
-        told = self.found.changes(self.cfg.model.num_recursions, self.calibration)
+        changes = self.found.changes(self.cfg.model.num_recursions, self.calibration)
         size = f"{self.rows} sequences of {self.cfg.seq_len} tokens"
-        return [f"{self.found}{told}", *report.lines(f"{self.text}: {size}", self.values)]
+        return [f"{self.found}{changes}", *report.lines(f"{self.text}: {size}", self.values)]
 
 
 class TextEvaluation:

@@ -42,7 +42,7 @@ def check_head(head: bytes, where: str, setting: str = "file") -> None:
     """Raises `ValueError` if bytes that begin like `head` are no UTF-8 text, as far as that shows.
 
     head: the first bytes, decompressed. setting: what errors call the place. Other encodings and
-    kinds of files are told by name.
+    kinds of files are recognised by name.
     """
     if _binary(head):
         for start, (name, fix) in _FOREIGN.items():
