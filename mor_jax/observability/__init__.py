@@ -1,1 +1,1 @@
-"""What a run reports: metrics, progress, events, goodput, profiles."""
+"""Reports of a run: metrics, progress, events, goodput, profiles."""

@@ -1,18 +1,18 @@
-"""The event log of a run: what it did when, over all of its starts, in `events.jsonl`.
+"""The event log of a run, `events.jsonl`: what happened when, over all starts of the run.
 
-One object a line: `event`, `start` (which start of the run, from 1), `clock` (seconds since that
-start), `time` (the wall clock, for people: nothing is computed from it, so it may jump), and values
-of its own. Spans of time carry `seconds`:
+One object per line: `event`, `start` (which start of the run, from 1), `clock` (seconds since that
+start), `time` (wall clock, for people: nothing is computed from it, so it may jump), and further
+values per event. Spans of time carry `seconds`:
 
-start      host, process, devices    assemble  from the command to a run that is ready
-restore    step, position            fresh     weights: a new state was made instead, of these
+start      host, process, devices    assemble  from the command until the run is ready
+restore    step, position            fresh     weights: a new state from these weights
 compile    step                      steps     first, last, input (seconds waited for batches)
-eval       step                      save      step: what the loop waited for, not the writing
+eval       step                      save      step: time the loop waited, not the writing
 stall      step: an unusual wait for input, also counted in `steps`
 skipped    step, position            rollback  from_step, step, jumped (first batch, end)
 changed    setting, old, new         memory    bytes by use
 stop       step, reason              end       step
-open       position: the reading of data began    finish    pictures and a sample
+open       position: where reading of the data begins    finish    figures and a sample
 """
 
 import contextlib
@@ -30,14 +30,14 @@ from mor_jax.files import end_torn_line, read_json_lines
 FILE = "events.jsonl"
 
 FLUSH = 10.0
-"""Seconds of steps after which their span is written: what a killed run loses of its log."""
+"""Seconds after which a span of steps is written: the most a killed run loses of its log."""
 
 STALL = 1.0
 """Seconds of waiting for one batch that count as a stall."""
 
 
 class Events:
-    """Writes the log of one start; only process 0 does. Durations are of the monotonic clock."""
+    """Writes the log of one start, on process 0 only. Durations use the monotonic clock."""
 
     def __init__(self, workdir: epath.PathLike, began: float):
         """began: monotonic time at which this start of the run began."""
@@ -72,7 +72,7 @@ class Events:
 
     @contextlib.contextmanager
     def timed(self, event: str, **values: Any) -> Iterator[None]:
-        """Writes the event with its `seconds` when the block is done, or left by an exception."""
+        """Writes the event with its `seconds` when the block ends, also by an exception."""
         self.flush()
         begin = time.monotonic()
         try:
@@ -83,7 +83,7 @@ class Events:
             self._mark += end - begin
 
     def step(self, step: int, waited: float) -> None:
-        """Notes that the loop is through with `step`, of which it waited for a batch `waited` s."""
+        """Notes that the loop finished `step`, having waited `waited` seconds for its batch."""
         now = time.monotonic()
         if self._first is None:
             self._first = step
@@ -94,7 +94,7 @@ class Events:
             self.flush()
 
     def restart_clock(self) -> None:
-        """What was done since the last event is not part of the steps that follow."""
+        """Excludes the time since the last event from the steps that follow."""
         self.flush()
         self._reset(time.monotonic())
 
@@ -112,7 +112,7 @@ class Events:
             self._reset(now)
 
     def _reset(self, now: float) -> None:
-        # _mark: where the present span of steps begins, moved on by what is timed inside it.
+        # _mark: start of the current span of steps, moved forward by what is timed inside it.
         self._mark, self._input = now, 0.0
         self._first: int | None = None
         self._last = 0
@@ -135,7 +135,7 @@ class Events:
 
 
 def read(path: epath.PathLike) -> list[dict[str, Any]]:
-    """The events of a run, in order; lines cut short by a killed process are left out."""
+    """The events of a run, in order; lines truncated by a killed process are skipped."""
     path = epath.Path(path)
     lines = read_json_lines(path, torn="any") if path.exists() else ()
     return [event for _, event in lines if isinstance(event, dict) and "event" in event]

@@ -6,8 +6,8 @@ from typing import Any
 
 from mor_jax.observability.progress import duration
 
-# Event that takes time -> where that time went, in the first start of a run. In later ones getting
-# to the first step is all restart.
+# Event that takes time -> its use, in the first start of a run. In later starts, all time before
+# the first step counts as restart.
 _USES = {"eval": "evaluation", "save": "checkpoints", "finish": "finish"}
 _STARTUP = {"assemble": "startup", "fresh": "startup", "open": "startup", "compile": "compile"}
 _STARTUP["restore"] = "startup"
@@ -27,11 +27,11 @@ KINDS = (
 
 @dataclasses.dataclass(frozen=True)
 class Goodput:
-    """Seconds by use (`KINDS`); together the time in which processes of the run existed.
+    """Seconds by use (`KINDS`); their sum is the time in which processes of the run existed.
 
-    restarts: what every start but the first did before its first step, and steps done again.
-    startup: the same of the first start, without compiling. finish: pictures and a sample at the
-    end. starts: how many there were. again: steps that were done more than once.
+    restarts: time before the first step in every start but the first, and repeated steps.
+    startup: the same in the first start, without compilation. finish: figures and a sample at the
+    end. starts: number of starts. again: steps that were repeated.
     """
 
     seconds: dict[str, float]
@@ -40,11 +40,11 @@ class Goodput:
 
     @property
     def total(self) -> float:
-        """Seconds in all."""
+        """Total seconds."""
         return sum(self.seconds.values())
 
     def share(self, kind: str) -> float:
-        """0 .. 1."""
+        """Fraction of the total time, 0 .. 1."""
         return self.seconds[kind] / self.total if self.total else 0.0
 
     def line(self) -> str:
@@ -64,18 +64,18 @@ def goodput(events: Sequence[dict[str, Any]]) -> Goodput:
     starts = _starts(events)
     for number, part in enumerate(starts):
         total = max((event["clock"] for event in part), default=0.0)
-        found = dict.fromkeys(KINDS, 0.0)
+        uses = dict.fromkeys(KINDS, 0.0)
         for event in part:
             name = event["event"]
             use = ("restarts" if number else _STARTUP[name]) if name in _STARTUP else None
             use = use or _USES.get(name)
             if use:
-                found[use] += event["seconds"]
+                uses[use] += event["seconds"]
             elif name == "steps":
-                found["training steps"] += event["seconds"]
-                found["input"] += event["input"]
-        found["other"] = max(total - sum(found.values()), 0.0)
-        for kind, value in found.items():
+                uses["training steps"] += event["seconds"]
+                uses["input"] += event["input"]
+        uses["other"] = max(total - sum(uses.values()), 0.0)
+        for kind, value in uses.items():
             seconds[kind] += value
     again, wasted = _again([event for part in starts for event in part])
     seconds["training steps"] -= wasted
@@ -91,21 +91,21 @@ def _starts(events: Iterable[dict[str, Any]]) -> list[list[dict[str, Any]]]:
 
 
 def _again(events: Iterable[dict[str, Any]]) -> tuple[int, float]:
-    """Steps that a later restore or rollback undid, and the seconds that they had taken."""
+    """Steps undone by a later restore or rollback, and the seconds they took."""
     spans: list[tuple[int, int, float]] = []
     count, wasted = 0, 0.0
     for event in events:
         if event["event"] == "steps":
             spans.append((event["first"], event["last"], event["seconds"]))
         elif event["event"] in ("restore", "fresh", "rollback"):
-            kept, step = [], event["step"]
+            remaining, step = [], event["step"]
             for first, last, seconds in spans:
                 undone = min(max(last - step, 0), last - first + 1)
                 part = undone / (last - first + 1)
                 count, wasted = count + undone, wasted + seconds * part
                 if undone <= last - first:
-                    kept.append((first, last - undone, seconds * (1 - part)))
-            spans = kept
+                    remaining.append((first, last - undone, seconds * (1 - part)))
+            spans = remaining
     return count, wasted
 
 

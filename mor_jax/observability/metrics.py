@@ -1,8 +1,8 @@
 """Metrics of a run: from scalars on a device to `metrics.jsonl`, TensorBoard, Weights & Biases.
 
-`metrics.jsonl` is always written: one object a line with `step`, `time` (seconds since 1970) and
-named values, each a number or a list of numbers. What JSON has no number for is written as one of
-the strings "NaN", "Infinity", "-Infinity"; `read` turns them back.
+`metrics.jsonl` is always written: one object per line with `step`, `time` (seconds since 1970) and
+named values, each a number or a list of numbers. Values that JSON cannot represent are written as
+the strings "NaN", "Infinity", "-Infinity"; `read` converts them back.
 """
 
 import json
@@ -33,20 +33,20 @@ class Record(NamedTuple):
 
 
 class Tracker(Protocol):
-    """Something that keeps records. `close` makes them durable."""
+    """Writes records somewhere. `close` makes them durable."""
 
     def write(self, record: Record) -> None:
-        """Keeps one record."""
+        """Writes one record."""
 
     def close(self) -> None:
-        """Flushes and releases what is held."""
+        """Flushes and releases its resources."""
 
 
 class Metrics:
     """Takes the metrics of every step and fetches them one step late.
 
-    Fetching waits until the device has computed them. Doing so for the step before, when the next
-    is already under way, keeps the device busy. Only process 0 writes.
+    Fetching waits until the device has computed them. Fetching the previous step while the next
+    one runs keeps the device busy. Only process 0 writes.
     """
 
     def __init__(
@@ -60,9 +60,9 @@ class Metrics:
     ):
         """Opens the trackers. Records of steps after `start_step` are dropped from the file.
 
-        again: so are those of `start_step` itself whose names begin with this, since they will be
-        written again. config: the resolved configuration, shown by Weights & Biases. Raises
-        `ValueError` when a tracker asked for is not installed.
+        again: so are records of `start_step` itself that hold names with this prefix, since they
+        are written again. config: the resolved configuration, shown by Weights & Biases. Raises
+        `ValueError` when a requested tracker is not installed.
         """
         self._every = cfg.interval
         self._pending: tuple[int, Any, dict[str, Any]] | None = None
@@ -85,25 +85,25 @@ class Metrics:
     def push(
         self, step: int, arrays: dict[str, Any], host: dict[str, Any] | None = None
     ) -> Record | None:
-        """Hands over the metrics of `step`; returns the record of the step handed over before.
+        """Takes the metrics of `step`; returns the record of the previous step.
 
-        arrays: scalars or vectors, on a device, possibly not computed yet. host: numbers known
-        already. A record is kept when `step` is the first or a multiple of `cfg.interval`.
+        arrays: scalars or vectors on a device, possibly not computed yet. host: numbers known
+        already. A record is written when `step` is the first or a multiple of `cfg.interval`.
         """
         pending, self._pending = self._pending, (step, arrays, host or {})
         return self._fetch(pending)
 
     def flush(self) -> Record | None:
-        """Fetches what `push` still holds."""
+        """Fetches the pending metrics of the last `push`."""
         pending, self._pending = self._pending, None
         return self._fetch(pending)
 
     def write(self, step: int, values: dict[str, Any]) -> None:
-        """Keeps numbers at once, for instance those of an evaluation after `step`."""
-        self._keep(Record(step, {name: _plain(value) for name, value in values.items()}))
+        """Writes numbers at once, for instance those of an evaluation after `step`."""
+        self._write(Record(step, {name: _plain(value) for name, value in values.items()}))
 
     def close(self) -> None:
-        """Keeps the last record and closes the trackers. May be called again."""
+        """Writes the last record and closes the trackers. May be called more than once."""
         try:
             self.flush()
         finally:
@@ -118,10 +118,10 @@ class Metrics:
         values = {name: _plain(value) for name, value in jax.device_get(arrays).items()}
         record = Record(step, values | {name: _plain(value) for name, value in host.items()})
         if step == 1 or step % self._every == 0:
-            self._keep(record)
+            self._write(record)
         return record
 
-    def _keep(self, record: Record) -> None:
+    def _write(self, record: Record) -> None:
         for tracker in self._trackers:
             tracker.write(record)
 
@@ -129,13 +129,15 @@ class Metrics:
 def read(path: epath.PathLike) -> list[dict[str, Any]]:
     """The records of a `metrics.jsonl`, in order, each with `step`, `time` and its values.
 
-    A last line cut short by a killed process is left out. Raises `ValueError` with the line
+    A last line truncated by a killed process is skipped. Raises `ValueError` with the line
     number on any other that is not a record.
     """
     records = []
     for number, record in read_json_lines(epath.Path(path)):
         if not isinstance(record, dict) or not isinstance(record.get("step"), int):
-            raise ValueError(f"{path}:{number}: not a record (it has no step). Remove it")
+            raise ValueError(
+                f"{path}:{number}: not a metrics record: it has no integer step. Remove the line"
+            )
         records.append({name: _parse(value) for name, value in record.items()})
     return records
 
@@ -144,10 +146,10 @@ class _Jsonl:
     def __init__(self, workdir: epath.Path, start_step: int, again: str | None):
         path = workdir / FILE
         if path.exists():
-            kept = [record for record in read(path) if record["step"] <= start_step]
+            remaining = [record for record in read(path) if record["step"] <= start_step]
             if again is not None:
-                kept = [r for r in kept if r["step"] < start_step or not _has(r, again)]
-            write_atomic(path, "".join(map(_line, kept)))
+                remaining = [r for r in remaining if r["step"] < start_step or not _has(r, again)]
+            write_atomic(path, "".join(map(_line, remaining)))
         self._file = path.open("a")
 
     def write(self, record: Record) -> None:
@@ -167,7 +169,7 @@ class _TensorBoard:
             fail("log.tensorboard", True, "needs the package tensorboard", _install("tensorboard"))
         self._event, self._summary = event_pb2.Event, summary_pb2.Summary
         self._file = EventFileWriter(str(workdir / "tensorboard"))
-        # Tells readers to forget what an earlier start wrote for the steps now run again.
+        # Tells readers to discard what an earlier start wrote for the steps that run again.
         start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
         self._file.add_event(
             self._event(wall_time=time.time(), step=start_step + 1, session_log=start)
@@ -202,7 +204,7 @@ class _Wandb:
             dir=str(workdir),
             config=config,
         )
-        # With a step axis of our own, records of steps run again after a resume are not refused.
+        # With its own step axis, wandb accepts records of steps that run again after a resume.
         self._run.define_metric("*", step_metric="step")
 
     def write(self, record: Record) -> None:
@@ -217,7 +219,7 @@ def _install(package: str) -> str:
 
 
 def _scalars(values: dict[str, Value]) -> dict[str, float]:
-    # Trackers draw one curve a number: the members of a list are counted from 1.
+    # Trackers draw one curve per number: list members are numbered from 1.
     flat: dict[str, float] = {}
     for name, value in values.items():
         if isinstance(value, list):

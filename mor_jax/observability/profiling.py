@@ -1,4 +1,4 @@
-"""Traces and memory of a run on request: what the device did, and what it held."""
+"""Profiler traces and memory use of a run."""
 
 import resource
 import sys
@@ -25,13 +25,13 @@ class Profile:
         self._stop()
 
     def before(self, step: int) -> None:
-        """Starts the trace when its first step comes, or the run is taken up inside."""
+        """Starts the trace at its first step, or where a run resumes inside its steps."""
         if self._steps and not self._on and self._steps[0] <= step <= self._steps[1]:
             jax.profiler.start_trace(str(self._path))
             self._on = True
 
     def after(self, step: int, results: Any) -> str:
-        """Ends the trace when the last step has its results; then says where the trace is."""
+        """Ends the trace once the last step is computed; then returns a line with its path."""
         if not self._on or self._steps is None or step < self._steps[1]:
             return ""
         jax.block_until_ready(results)
@@ -48,8 +48,8 @@ class Profile:
 def memory(program: jax.stages.Compiled) -> dict[str, int]:
     """Bytes by use: of the compiled step on each device, of this device, of this process.
 
-    arguments: state and batch. temporaries: beside them while a step runs. device_*: where the
-    platform tells. host: the largest resident size so far.
+    arguments: state and batch. temporaries: further buffers while a step runs. device_*: where the
+    platform reports them. host: peak resident size so far.
     """
     report: dict[str, int] = {}
     analysis = program.memory_analysis()
@@ -61,20 +61,20 @@ def memory(program: jax.stages.Compiled) -> dict[str, int]:
     names = {"bytes_in_use": "device_used", "peak_bytes_in_use": "device_peak"}
     names["bytes_limit"] = "device_limit"
     report |= {ours: stats[theirs] for theirs, ours in names.items() if theirs in stats}
-    # The system counts in bytes on macOS and in KiB elsewhere.
+    # ru_maxrss is in bytes on macOS and in KiB elsewhere.
     unit = 1 if sys.platform == "darwin" else 1024
     report["host"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
     return report
 
 
 def memory_line(report: dict[str, int]) -> str:
-    """`memory: ...` for people, in MiB."""
+    """One log line, `memory per device: ...`, in MiB."""
     words = {
         "arguments": "state and batch",
-        "temporaries": "temporaries of a step",
-        "device_peak": "largest use of the device",
-        "device_limit": "of the device",
-        "host": "largest use of the host",
+        "temporaries": "temporary buffers",
+        "device_peak": "peak device memory",
+        "device_limit": "device memory",
+        "host": "peak host memory",
     }
     parts = [f"{words[k]} {v / 2**20:,.0f} MiB" for k, v in report.items() if k in words]
     return "memory per device: " + ", ".join(parts)

@@ -1,4 +1,4 @@
-"""The terminal during a run: one live line, or plain lines where output goes to a file.
+"""Progress of a run: one live line in a terminal, plain lines where output goes to a file.
 
 `Meter` turns step numbers and a clock into tokens per second, utilisation and time left;
 `Progress` shows them. Neither touches a device.
@@ -21,8 +21,8 @@ _BAR = 24
 class Meter:
     """Speed of a run, from the times at which its steps were reported.
 
-    The first report starts the clock, so that compilation counts neither in the rate nor in the
-    time left. Time inside `pause` is left out as well.
+    The first report starts the clock, so compilation counts neither in the rate nor in the time
+    left. Time inside `pause` is excluded as well.
     """
 
     def __init__(
@@ -45,7 +45,7 @@ class Meter:
 
     @contextlib.contextmanager
     def pause(self) -> Iterator[None]:
-        """Leaves the time spent inside out of the rate."""
+        """Excludes the time spent inside from the rate."""
         start = self._clock()
         try:
             yield
@@ -68,24 +68,24 @@ class Meter:
 
     @property
     def mfu(self) -> float | None:
-        """Share of the peak that the model's FLOPs reach, 0 .. 1; None where no peak is known."""
+        """Share of the peak that the model's FLOPs reach, 0 .. 1; None if the peak is unknown."""
         rate = self.tokens_per_second
         if rate is None or self._flops is None or self._peak is None:
             return None
         return rate * self._flops / self._peak
 
     def seconds_left(self, steps: int) -> float | None:
-        """Seconds that `steps` more steps take at the present rate."""
+        """Seconds that `steps` more steps take at the current rate."""
         rate = self.steps_per_second
         return steps / rate if rate else None
 
 
 class Progress:
-    """Shows a run. Use it as a context manager: leaving it, by Ctrl-C too, restores the terminal.
+    """Shows a run. Use it as a context manager: its exit, also by Ctrl-C, restores the terminal.
 
-    In a terminal one line is redrawn in place four times a second and never wraps: what does not
-    fit is left out, the least important first. Elsewhere a plain line appears for the first and
-    the last step, and at most every `interval` seconds between.
+    In a terminal one line is redrawn in place four times a second and never wraps: parts that do
+    not fit are dropped, the least important first. Elsewhere a plain line is printed for the first
+    and the last step, and at most every `interval` seconds between.
     """
 
     def __init__(
@@ -112,7 +112,7 @@ class Progress:
     def update(self, step: int, loss: float, depths: Sequence[float] = ()) -> None:
         """Shows `step` (counted from 1) with its loss.
 
-        depths: share of tokens that went through exactly 1, 2, ... recursions, adding up to 1.
+        depths: fraction of tokens that ran exactly 1, 2, ... recursions; they sum to 1.
         """
         self._meter.tick(step)
         self._step, self._loss, self._depths, self._label = step, loss, depths, ""
@@ -128,7 +128,7 @@ class Progress:
 
     @contextlib.contextmanager
     def busy(self, label: str) -> Iterator[None]:
-        """Shows what is being done instead of training, and leaves its time out of the rate."""
+        """Shows `label` while something else than training runs, outside the rate."""
         before, self._label = self._label, label
         try:
             with self._meter.pause():

@@ -1,7 +1,7 @@
-"""Pictures of a run: its loss curves, and a text coloured by the recursion depth of its tokens.
+"""Figures of a run: loss curves, and a text coloured by the recursion depth of its tokens.
 
-matplotlib is imported inside the functions, because it takes longer than the start of a run
-should; no window is ever opened.
+matplotlib is imported inside the functions, because its import would slow down the start of a run;
+no window is ever opened.
 """
 
 import dataclasses
@@ -17,8 +17,8 @@ from mor_jax.plotting import titles
 
 SERIES = {
     "training": "ce",
-    "held out, top-k routing": "eval/loss_topk",
-    "held out, causal routing": "eval/loss_causal",
+    "validation, top-k routing": "eval/loss_topk",
+    "validation, causal routing": "eval/loss_causal",
 }
 """Curves of `loss_curves`: label -> name in metrics.jsonl."""
 
@@ -31,7 +31,7 @@ _DEPTHS = ("#fef3c7", "#fdba74", "#f58a6e", "#c893c0", "#8f9fd6", "#6fb3b8", "#8
 PathLike = str | os.PathLike[str]
 
 _TAB = 4
-# Longest page: what follows is cut off, an image has a largest height.
+# Longest page: image heights are limited, so later text is cut off.
 _ROWS = 400
 
 
@@ -45,8 +45,8 @@ def loss_curves(
 ) -> None:
     """Draws the losses in the `metrics.jsonl` at `records` over the steps, as a PNG at `path`.
 
-    series: label -> name of a value; those that no record has are left out. The first, noisy one
-    is drawn faint with its running mean. baseline: loss of the bigram model, nats per token.
+    series: label -> name of a value; those without records are skipped. The first, noisy one is
+    drawn faint with its running mean. baseline: loss of the bigram model, nats per token.
     Raises `ValueError` when the file holds none of the series.
     """
     rows = metrics.read(records)
@@ -54,7 +54,7 @@ def loss_curves(
     curves = {label: curve for label, curve in curves.items() if len(curve)}
     if not curves:
         names = sorted(series.values())
-        raise ValueError(f"{records}: has no finite value of {names}. Train some steps first")
+        raise ValueError(f"{records}: has no finite value of {names}. Train a few steps first")
     figure = new_figure(9.0, 5.0)
     axes = figure.add_axes((0.085, 0.11, 0.885, 0.8))
     for colour, (label, curve) in zip(_COLOURS, curves.items(), strict=False):
@@ -63,7 +63,7 @@ def loss_curves(
             axes.plot(curve[:, 0], curve[:, 1], color=colour, alpha=0.3, linewidth=0.8)
             curve = _smooth(curve)
         last = f"{label}: {curve[-1, 1]:.3f}"
-        # The two held-out curves often coincide: the later one, on top, shows the other through.
+        # The two validation curves often coincide: dashes let the lower one show through.
         dashes = (0, (4, 4)) if label == list(curves)[-1] and len(curves) > 2 else "solid"
         marker = "o" if len(curve) < 40 else None
         axes.plot(
@@ -87,7 +87,7 @@ def depth_curve(
 ) -> None:
     """Draws loss over mean depth as a PNG at `path`.
 
-    points: name, recursions a token, nats per token, and whether the point is on the curve; the
+    points: name, recursions per token, nats per token, and whether the point is on the curve; the
     others are marked with their names.
     """
     curve = sorted((depth, loss) for _, depth, loss, on in points if on)
@@ -99,7 +99,7 @@ def depth_curve(
     for (name, depth, loss), colour in zip(marked, itertools.cycle(_MARKS), strict=False):
         label = f"{name}: {loss:.3f} at {depth:.2f}"
         axes.plot(depth, loss, "D", markersize=7, color=colour, label=label)
-    _style(axes, title, "recursions a token, mean")
+    _style(axes, title, "mean recursions per token")
     write_figure(figure, path)
 
 
@@ -114,9 +114,9 @@ def depth_map(
 ) -> None:
     """Draws a text as a page of monospaced letters on the colour of each token's depth, as a PNG.
 
-    pieces: text of each token, such as `text_pieces` makes. depths: recursions each token went
-    through, 0 for none, one per piece. recursions: entries of the legend, by default the largest
-    depth. Spaces, tabs, newlines and control characters are shown as faint signs; a letter that
+    pieces: text of each token, as from `text_pieces`. depths: recursions that each token ran,
+    0 for none, one per piece. recursions: entries of the legend, by default the largest
+    depth. Spaces, tabs, newlines and control characters are shown as faint signs, a character that
     the font lacks as a box. Text beyond 400 rows is cut off. Raises `ValueError` if the two differ
     in length or are empty.
     """
@@ -134,9 +134,9 @@ def depth_map(
 
 
 def text_pieces(tokens: Sequence[int] | np.ndarray, decode: Callable[[Any], str]) -> list[str]:
-    """Text that each token adds when `decode` reads them in order; joined they are the text.
+    """The text that each token adds when decoded in order; joined, they give the whole text.
 
-    A character spread over several tokens belongs to the last of them, the others get "".
+    A character spread over several tokens belongs to the last of them; the others get "".
     """
     pieces: list[str] = []
     start = before = 0
@@ -211,7 +211,7 @@ class _Page:
         """entries: of the legend. Title and legend take as many lines as they need."""
         width, height = self._CELL
         rows = 1 + max((cell.row for cell in cells), default=0)
-        # Room for the title and the legend over a text of short lines.
+        # Space for the title and the legend above a text of short lines.
         columns = max([cell.column + cell.width for cell in cells] + [72])
         self._title = titles.wrapped(title, columns * width, self._TITLE[0])
         self._across = int(columns * width / self._ENTRY[0])
@@ -337,7 +337,7 @@ def _style(axes: Any, title: str, across: str = "optimiser step") -> None:
 
 
 def new_figure(width: float, height: float) -> Any:
-    """An empty matplotlib figure of so many inches."""
+    """An empty matplotlib figure. width, height: inches."""
     # A bare Figure renders through Agg and needs no display, whatever backend is configured.
     from matplotlib.figure import Figure
 
@@ -345,7 +345,7 @@ def new_figure(width: float, height: float) -> Any:
 
 
 def write_figure(figure: Any, path: PathLike) -> None:
-    """Writes a figure of `new_figure` as a PNG at `path`."""
+    """Writes a figure as a PNG at `path`."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     FigureCanvasAgg(figure).print_figure(path, dpi=160, format="png")

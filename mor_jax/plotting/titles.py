@@ -1,4 +1,4 @@
-"""Titles and legends that stay inside a picture, however long a run's name or its legend is.
+"""Titles and legends that stay inside a figure, however long a run's name or its legend is.
 
 matplotlib is imported inside the functions, as in `plots`.
 """
@@ -10,17 +10,17 @@ SIZE, LINE = 12.0, 0.2
 """Points of a figure's title, and inches from one of its lines to the next."""
 
 _SIDE = 0.02
-"""Share of a figure's width that its title leaves free at either side."""
+"""Fraction of a figure's width that its title leaves free on each side."""
 
 _HEAD = 0.3
-"""Inches of a head of one line."""
+"""Height of a one-line head, inches."""
 
 _ENTRY = 1.25
-"""Inches of an entry of a figure's legend, `100 recursions`."""
+"""Width of a legend entry such as `100 recursions`, inches."""
 
 
 def text_width(text: str, size: float) -> float:
-    """Inches that a line of bold text takes in a picture, kerning aside. size: points."""
+    """Width of a line of bold text in inches, without kerning. size: points."""
     return size * sum(map(_advance, text)) / 72
 
 
@@ -37,7 +37,7 @@ def _advance(char: str) -> float:
 
 
 def wrapped(text: str, inches: float, size: float) -> list[str]:
-    """Lines of bold text that are not wider than `inches`; words that are get cut."""
+    """Lines of bold text no wider than `inches`; wider words are split."""
     lines = [""]
     for word in text.split(" "):
         longer = f"{lines[-1]} {word}" if lines[-1] else word
@@ -54,15 +54,15 @@ def wrapped(text: str, inches: float, size: float) -> list[str]:
 
 
 def title(figure: Any, text: str, legend: tuple[list[Any], list[str]] | None = None) -> float:
-    """Writes a title, and a legend beside or below it, at the top of a figure, which grows for it.
+    """Writes a title, and a legend beside or below it, at the top of a figure, which grows to fit.
 
-    Returns the share of the figure's height below it. legend: handles and labels, short ones.
+    Returns the fraction of the figure's height below it. legend: handles and short labels.
     """
     width, height = figure.get_size_inches()
-    room, number = width * (1 - 2 * _SIDE), 0 if legend is None else len(legend[1])
-    beside = text_width(text, SIZE) + number * _ENTRY <= room
-    lines = wrapped(text, room, SIZE)
-    columns = number if beside else min(number, int(room / _ENTRY))
+    line_width, number = width * (1 - 2 * _SIDE), 0 if legend is None else len(legend[1])
+    beside = text_width(text, SIZE) + number * _ENTRY <= line_width
+    lines = wrapped(text, line_width, SIZE)
+    columns = number if beside else min(number, int(line_width / _ENTRY))
     below = 0 if beside or not number else -(-number // columns)
     more = (len(lines) - 1 + below) * LINE
     height, head = height + more, _HEAD + more
@@ -72,6 +72,6 @@ def title(figure: Any, text: str, legend: tuple[list[Any], list[str]] | None = N
     figure.suptitle("\n".join(lines), **style)
     if legend is not None:
         top = 1.0 if beside else 1 - (0.1 + len(lines) * LINE) / height
-        place = {"loc": "upper right", "bbox_to_anchor": (1, top), "ncols": columns}
-        figure.legend(*legend, frameon=False, fontsize=9, **place)
+        position = {"loc": "upper right", "bbox_to_anchor": (1, top), "ncols": columns}
+        figure.legend(*legend, frameon=False, fontsize=9, **position)
     return 1 - head / height

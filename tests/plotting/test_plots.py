@@ -132,7 +132,7 @@ def test_pieces_keep_the_space_that_a_tokenizer_drops_at_the_start():
     assert plots.text_pieces([0, 1, 2, 1], decode) == ["the", " cat", "s", " cat"]
 
 
-def test_loss_curves_draw_training_held_out_and_baseline(tmp_path):
+def test_loss_curves_draw_training_validation_and_baseline(tmp_path):
     records = [{"step": s, "time": 1.0, "ce": 5 - s / 50} for s in range(1, 101)]
     records += [{"step": s, "eval/loss_topk": 4.0, "eval/loss_causal": 4.2} for s in (50, 100)]
     write(tmp_path / "m.jsonl", [*records, {"step": 101, "ce": "NaN"}])

@@ -115,4 +115,4 @@ def test_memory_is_that_of_the_compiled_program_and_of_the_host():
     assert report["host"] > 50 * 2**20
     line = memory_line(report | {"device_peak": 3 * 2**20, "device_limit": 2**30})
     assert "state and batch 1 MiB" in line
-    assert "largest use of the device 3 MiB, of the device 1,024 MiB" in line
+    assert "peak device memory 3 MiB, device memory 1,024 MiB" in line

@@ -88,12 +88,12 @@ class Fit:
     notes: tuple[str, ...]
 
     def view(self, routing: str = "causal", kind: str = "unique") -> View:
-        """One of `views`. Raises `ValueError` if it was not made."""
+        """One of `views`. Raises `ValueError` if it was not computed."""
         for view in self.views:
             if (view.routing, view.kind) == (routing, kind):
                 return view
-        made = [(view.routing, view.kind) for view in self.views]
-        raise ValueError(f"view={(routing, kind)!r}: was not made. Choose one of {made}")
+        computed = [(view.routing, view.kind) for view in self.views]
+        raise ValueError(f"view={(routing, kind)!r}: was not computed. Choose one of {computed}")
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for `fit.json`."""
@@ -116,8 +116,8 @@ def fit(points: Sequence[Point], options: FitOptions | None = None) -> Fit:
     check(bool(points), "points", len(points), "has no finished run", "Run the study first")
     names = tuple(dict.fromkeys(point.architecture for point in points))
     baseline = options.baseline or ("plain" if "plain" in names else names[0])
-    rule = f"is none of the study's architectures {list(names)}"
-    check(baseline in names, "fit.baseline", baseline, rule, "Name one of them")
+    rule = "is not an architecture of the study"
+    check(baseline in names, "fit.baseline", baseline, rule, f"Choose one of {list(names)}")
     ordered = sorted(points, key=lambda point: point.architecture != baseline)
     routed = any(point.loss_topk is not None for point in points)
     laws: dict[tuple[Group, ...], LossLaw | FitRefused] = {}
@@ -181,7 +181,7 @@ def _view(
 
 
 def _no_law(name: str, minima: int, own: Sequence[Group]) -> FitRefused:
-    reason = f"it has minima at {minima} of its {len(own)} budgets and takes 2"
+    reason = f"it has minima at {minima} of its {len(own)} budgets and needs 2"
     fix = "Add the sizes named at its budgets" if len(own) > 1 else "Run a second budget"
     return FitRefused(architecture=name, budget=None, what="power law", reason=reason, fix=fix)
 
@@ -211,8 +211,8 @@ def _notes(points: Sequence[Point], view: View, baseline: str) -> list[str]:
         )
     elif view.noise.between_seeds is None:
         notes.append(
-            "no run was repeated with another seed: the noise is judged by how far runs lie from "
-            "their parabolas"
+            "no run was repeated with another seed: the noise is estimated from the residuals of "
+            "the parabolas"
         )
     for budget in sorted({point.budget for point in points}):
         names = {point.architecture for point in points if point.budget == budget}
@@ -225,8 +225,8 @@ def _notes(points: Sequence[Point], view: View, baseline: str) -> list[str]:
         worst = max(off, key=lambda point: abs(point.flops / point.budget - 1))
         share = worst.flops / worst.budget - 1
         notes.append(
-            f"{len(off)} runs took over 5 % more or less than their budget, most {worst.run} "
-            f"({share:+.0%}): their losses are not quite comparable"
+            f"{len(off)} runs deviate from their budget by more than 5%, the most {worst.run} "
+            f"({share:+.0%}): their losses are not strictly comparable"
         )
     spans = [math.exp(group.ends[1] - group.ends[0]) for group in view.groups]
     if max(spans) > _WIDE:
@@ -237,8 +237,8 @@ def _notes(points: Sequence[Point], view: View, baseline: str) -> list[str]:
     two = [law.architecture for law in view.laws if law.budgets == 2]
     if two:
         notes.append(
-            f"{', '.join(two)}: a law through two budgets meets both, so nothing shows whether it "
-            "is one; its interval holds the noise of the runs alone"
+            f"{', '.join(two)}: a law through two budgets fits both exactly, so it is untested; "
+            "its interval reflects only the noise of the runs"
         )
     return notes
 

@@ -122,7 +122,7 @@ class Parabola:
         cells = self.group.cells
         best = min(cells, key=lambda cell: cell.loss)
         if best is cells[0] or best is cells[-1]:
-            return f"the lowest loss run is its {'smallest' if best is cells[0] else 'largest'}"
+            return f"the lowest loss is at the {'smallest' if best is cells[0] else 'largest'} size"
         return None
 
 
@@ -163,7 +163,7 @@ def parabola(group: Group) -> Parabola | FitRefused:
     distinct = len(np.unique(logs))
     if distinct < SIZES_NEEDED:
         have = "one size" if distinct == 1 else f"{distinct} different sizes"
-        reason = f"it has runs of {have} and takes {SIZES_NEEDED}"
+        reason = f"it has runs of {have} and needs {SIZES_NEEDED}"
         return _refuse(group, reason, "Run more sizes, on both sides of the lowest loss")
     weights = np.array([cell.runs for cell in group.cells], float)
     centre = float(np.mean(logs))
@@ -188,7 +188,7 @@ def _outside(fitted: Parabola) -> FitRefused | None:
     low, high = group.ends
     smallest, largest = (_name(cell) for cell in (group.cells[0], group.cells[-1]))
     if fitted.coefficients[2] <= 0:
-        reason = "its losses bend down over ln N, so that there is no minimum"
+        reason = "its loss is concave in ln N, so it has no minimum"
         fix = f"Run sizes beyond {smallest} and {largest}, or more seeds of these"
         return _refuse(group, reason, fix)
     if low < fitted.lowest < high:

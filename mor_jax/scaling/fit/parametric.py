@@ -87,7 +87,7 @@ def loss_law(
             architecture=groups[0].architecture,
             budget=None,
             what="parametric law",
-            reason=f"it has {have} and takes {need}",
+            reason=f"it has {have} and needs {need}",
             fix="Run more sizes or budgets",
         )
     runs = _runs(groups)
@@ -221,16 +221,14 @@ def _doubts(theta: np.ndarray, runs: _Runs, drawn: Sequence[dict]) -> tuple[str,
     doubts = []
     for name, value, (low, high) in zip(_NAMES, theta, _bounds(runs), strict=True):
         if min(value - low, high - value) < 1e-3 * (high - low):
-            doubts.append(f"{name} is at the edge of what is allowed")
+            doubts.append(f"{name} is at its bound")
     if len(runs.losses) < 2 * len(theta):
         doubts.append(f"{len(runs.losses)} runs are few for {len(theta)} values")
     edges = [d for d in drawn if not 1.05 * _EXPONENTS[0] < min(d["alpha"], d["beta"])]
     edges += [d for d in drawn if max(d["alpha"], d["beta"]) > 0.98 * _EXPONENTS[1]]
     if len(edges) > 0.1 * len(drawn):
         share = len(edges) / len(drawn)
-        doubts.append(
-            f"{share:.0%} of the resamples put an exponent at the edge of what is allowed"
-        )
+        doubts.append(f"{share:.0%} of the resamples put an exponent at its bound")
     return tuple(doubts)
 
 

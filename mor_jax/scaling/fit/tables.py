@@ -19,9 +19,9 @@ from mor_jax.scaling.fit.power_law import Interval
 Row = tuple[str, ...]
 
 VERDICTS = {
-    "more size": "spends growing compute more on size",
-    "more length": "spends growing compute more on length",
-    "undecided": "no difference that the noise allows to see",
+    "more size": "spends more of additional compute on size",
+    "more length": "spends more of additional compute on length",
+    "undecided": "no difference beyond the noise",
 }
 
 
@@ -170,20 +170,20 @@ def _laws(fit: Fit, view: View) -> Table:
         for law in view.laws
     ]
     head = ("architecture", "budgets", "a", "b", "at FLOPs", "best N there", "best D there")
-    note = "Best N grows as C^a, best D as C^b; scatter is that of the minima about the law."
+    note = "Best N grows as C^a, best D as C^b; scatter: of the minima around the law."
     return Table("power laws of compute", (*head, "scatter of N"), tuple(rows), note)
 
 
 def _differences(fit: Fit, view: View) -> Table:
     rows = [
         (
-            f"{d.architecture} less {d.against}",
+            f"{d.architecture} minus {d.against}",
             f"{d.difference:+.3f}{ends(d.interval, '+.3f')}",
             f"{d.architecture}: {VERDICTS[d.verdict]}" if d.interval else "no interval",
         )
         for d in view.differences
     ]
-    note = "Above 0, the first puts a larger part of more compute into size."
+    note = "Above 0, the first architecture spends more of additional compute on size."
     return Table(
         "comparison of slopes", ("exponents a", "difference", "reading"), tuple(rows), note
     )

@@ -37,7 +37,7 @@ class Figures:
         self.fit, self.view = fit, view
         self.flops = UNITS.get(unit, unit)
         routing = "top-k" if view.routing == "topk" else view.routing
-        self.loss = f"held-out loss, nats per token ({routing} routing)"
+        self.loss = f"validation loss, nats per token ({routing} routing)"
         self.parameters = f"{view.kind} parameters, embedding not counted"
         names = fit.architectures
         self.styles = {
@@ -89,7 +89,7 @@ class Figures:
         if others:
             base = self.fit.baseline
             panels[1].axhline(0, color=self.styles[base][0], linewidth=1.4)
-            title(panels[1], f"less the loss of {base}: below 0 is better")
+            title(panels[1], f"difference from {base}: below 0 is better")
             panels[1].set_ylabel("difference, nats per token", fontsize=9)
         for axes in panels:
             self._budgets(axes)

@@ -108,9 +108,9 @@ def test_too_few_sizes_and_losses_that_bend_down_are_refused():
     points = study({"plain": PLAIN}, sizes=5, noise=0.0)
     two = [p for p in points if p.budget < 1e18 or p.size in ("s0", "s4")]
     (refusal,) = fit(two, QUICK).view().refused
-    assert "runs of 2 different sizes and takes 3" in refusal.line()
+    assert "runs of 2 different sizes and needs 3" in refusal.line()
     bent = [dataclasses.replace(p, loss_causal=9 - p.loss_causal) for p in points]
-    assert "bend down" in fit(bent, QUICK).view().refused[0].line()
+    assert "is concave in ln N" in fit(bent, QUICK).view().refused[0].line()
 
 
 def test_seeds_are_averaged_and_tell_the_noise():
@@ -160,6 +160,6 @@ def test_results_are_plain_values_and_lines(fitted, tmp_path):
     assert values["views"][0]["laws"][1]["architecture"] == "mor-3"
     assert [p.name for p in path.parent.iterdir()] == ["fit.json"]
     text = "\n".join(tables.lines(fitted, "topk", "effective"))
-    assert "effective" in text and "top-k routing" in text and "mor-3 less plain" in text
+    assert "effective" in text and "top-k routing" in text and "mor-3 minus plain" in text
     for law in fitted.view("topk", "effective").laws:
         assert f"{law.a:.3f} [{law.a_interval[0]:.3f}, {law.a_interval[1]:.3f}]" in text

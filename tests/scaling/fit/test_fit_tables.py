@@ -27,7 +27,7 @@ MINIMUM = Minimum(
     centre=10.0,
     coefficients=(3.2, 0.1, 0.05),
     found=1.0,
-    warning="the lowest loss run is its smallest",
+    warning="the lowest loss is at the smallest size",
 )
 BEST = Best(
     architecture="plain",
@@ -167,7 +167,7 @@ def test_minima_and_laws_show_values_with_their_intervals():
     assert row["runs of sizes"] == "8 of 4" and row["FLOPs"] == "1e15"
     assert row["best N"] == "12.3k [11k, 14k]" and row["best D"] == "2.47M"
     assert row["D / N"] == "200" and row["loss"] == "3.1416 [3.1000, 3.2000]"
-    assert row["warning"] == "the lowest loss run is its smallest"
+    assert row["warning"] == "the lowest loss is at the smallest size"
     (row,) = cells("power laws")
     assert row["a"] == "0.523 [0.457, 0.600]" and row["b"] == "0.477"
     assert row["at FLOPs"] == "3.16e15" and row["best D there"] == "4M [3M, 5M]"
@@ -176,9 +176,9 @@ def test_minima_and_laws_show_values_with_their_intervals():
 
 def test_slopes_are_read_only_where_there_is_an_interval():
     (row,) = cells("comparison")
-    assert row["exponents a"] == "mor-3 less plain"
+    assert row["exponents a"] == "mor-3 minus plain"
     assert row["difference"] == "-0.040 [-0.070, -0.010]"
-    assert row["reading"] == "mor-3: spends growing compute more on length"
+    assert row["reading"] == "mor-3: spends more of additional compute on length"
     without = dataclasses.replace(SLOPES, interval=None, verdict="undecided")
     (row,) = cells("comparison", dataclasses.replace(VIEW, differences=(without,)))
     assert row["reading"] == "no interval" and row["difference"] == "-0.040"
@@ -222,7 +222,7 @@ def test_other_views_are_named_and_missing_ones_refused():
     other = dataclasses.replace(VIEW, routing="topk", kind="effective")
     head = tables.lines(fit_of(VIEW, other), "topk", "effective")[0]
     assert head.startswith("effective (as if nothing were shared) parameters, loss under top-k")
-    with pytest.raises(ValueError, match=r"view=\('topk', 'effective'\): was not made"):
+    with pytest.raises(ValueError, match=r"view=\('topk', 'effective'\): was not computed"):
         tables.lines(fit_of(VIEW), "topk", "effective")
 
 

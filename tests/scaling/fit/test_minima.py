@@ -60,7 +60,7 @@ def test_both_warnings_stand_side_by_side():
     one = loss_group((1.8e7, 4e7, 9e7), lambda size, _: math.log(size / BEST) ** 2)
     found = minimum(parabola(one), draws(3.0, 0.5), 0.9)
     assert found.warning == (
-        "the lowest loss run is its smallest; only 50% of the resamples have a minimum inside"
+        "the lowest loss is at the smallest size; only 50% of the resamples have a minimum inside"
     )
 
 

@@ -118,8 +118,8 @@ def test_a_cell_of_many_runs_counts_as_often():
     [
         # Around the best of 2e7 the second size is lowest, then the first, then the last.
         ((5e6, 2e7, 9e7), None),
-        ((1.8e7, 4e7, 9e7), "the lowest loss run is its smallest"),
-        ((2e6, 8e6, 2.1e7), "the lowest loss run is its largest"),
+        ((1.8e7, 4e7, 9e7), "the lowest loss is at the smallest size"),
+        ((2e6, 8e6, 2.1e7), "the lowest loss is at the largest size"),
     ],
 )
 def test_a_lowest_run_at_an_end_is_warned_of(sizes, edge):
@@ -134,13 +134,13 @@ def test_fewer_than_three_sizes_are_refused(sizes, have):
     refused = parabola(loss_group(sizes, curve))
     assert isinstance(refused, FitRefused)
     assert refused.line().startswith(f"plain at 1e+18 FLOPs: no parabola: it has runs of {have}")
-    assert "takes 3. Run more sizes, on both sides" in refused.line()
+    assert "needs 3. Run more sizes, on both sides" in refused.line()
 
 
 def test_losses_that_bend_down_are_refused():
     refused = parabola(loss_group(SIZES, lambda size, _: 9 - curve(size)))
     assert isinstance(refused, FitRefused)
-    assert "its losses bend down over ln N" in refused.reason
+    assert "its loss is concave in ln N" in refused.reason
     assert refused.fix == "Run sizes beyond s0, 5M and s3, 90M, or more seeds of these"
 
 

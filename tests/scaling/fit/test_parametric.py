@@ -106,14 +106,14 @@ def test_too_few_runs_sizes_or_budgets_are_refused(sizes, budgets, have):
     refused = fitted(sizes=sizes, budgets=budgets)
     assert isinstance(refused, FitRefused)
     assert refused.line() == (
-        f"plain: no parametric law: it has {have} and takes 8 of 3 at 2. Run more sizes or budgets"
+        f"plain: no parametric law: it has {have} and needs 8 of 3 at 2. Run more sizes or budgets"
     )
 
 
 def test_losses_without_a_term_of_the_tokens_are_doubted():
     found = fitted(lambda size, tokens: 2 + 400 / size**0.33)
     assert any(doubt.startswith(("B is", "beta is")) for doubt in found.doubts)
-    assert all(doubt.endswith("at the edge of what is allowed") for doubt in found.doubts)
+    assert all(doubt.endswith("at its bound") for doubt in found.doubts)
 
 
 def test_few_runs_are_fitted_and_doubted():
