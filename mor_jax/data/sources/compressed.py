@@ -1,7 +1,7 @@
-"""Streams of compressed files, recognised by their first bytes, whatever their names.
+"""Streams of compressed files, recognised by their first bytes, not by name.
 
-The file objects of the libraries stop in silence at damage behind the first frame (bz2, lzma) or
-at a cut (zstandard). Here every byte of a file has to belong to a frame that is whole.
+The file objects of the libraries stop silently at damage after the first frame (bz2, lzma) or at
+a truncation (zstandard). Here every byte of a file must belong to a complete frame.
 """
 
 import bz2
@@ -16,10 +16,10 @@ from typing import Any
 import zstandard
 
 HEAD = 512
-"""Bytes by which a form is recognised."""
+"""Bytes needed to recognise a format."""
 
-_PIECE = 2**14
-"""Compressed bytes decompressed at once: a few bytes may stand for a thousand times as many."""
+_CHUNK = 2**14
+"""Compressed bytes decompressed at once: a few bytes may expand a thousandfold."""
 
 _BUFFER = 2**20
 _LARGEST_WINDOW = 2**31
@@ -36,7 +36,7 @@ def _zstd() -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class Compression:
-    """A way to compress. start: of every frame. decoder: of one frame, as in module `bz2`.
+    """A compression format. start: of every frame. decoder: of one frame, as in module `bz2`.
 
     padding: whether zeros may follow a frame.
     """
@@ -49,7 +49,7 @@ class Compression:
 
 FORMS = (
     Compression("gzip", re.compile(rb"\x1f\x8b\x08"), lambda: zlib.decompressobj(wbits=31), True),
-    # The second begins a frame of notes for other programs, such as the sizes that pzstd writes.
+    # The second pattern is a skippable frame of metadata, such as the sizes that pzstd writes.
     Compression("zstd", re.compile(rb"\x28\xb5\x2f\xfd|[\x50-\x5f]\x2a\x4d\x18"), _zstd),
     Compression(
         "xz", re.compile(rb"\xfd7zXZ\x00"), lambda: lzma.LZMADecompressor(lzma.FORMAT_XZ), True
@@ -66,16 +66,16 @@ def compression_of(head: bytes) -> Compression | None:
 def decompressed(stream: Any) -> io.BufferedReader:
     """The contents of an open binary stream, decompressed if they are compressed.
 
-    Closing it closes `stream`. Reading raises `OSError` on damage and on a file that is cut short.
+    Closing it closes `stream`. Reading raises `OSError` on a damaged or truncated file.
     """
     head = b""
     while len(head) < HEAD and (more := stream.read(HEAD - len(head))):
         head += more
-    return io.BufferedReader(_Pieces(stream, head, compression_of(head)), _BUFFER)
+    return io.BufferedReader(_DecompressedChunks(stream, head, compression_of(head)), _BUFFER)
 
 
-class _Pieces(io.RawIOBase):
-    """A stream whose first bytes were read already, decompressed piece by piece."""
+class _DecompressedChunks(io.RawIOBase):
+    """A stream whose first bytes were read already, decompressed chunk by chunk."""
 
     def __init__(self, stream: Any, head: bytes, form: Compression | None) -> None:
         self._stream = stream
@@ -94,23 +94,23 @@ class _Pieces(io.RawIOBase):
 
     def readinto(self, buffer: Any) -> int:
         while not self._ready:
-            piece = self._next()
-            if piece is None:
+            chunk = self._next()
+            if chunk is None:
                 return 0
-            self._ready = memoryview(piece)
+            self._ready = memoryview(chunk)
         count = min(len(buffer), len(self._ready))
         buffer[:count] = self._ready[:count]
         self._ready = self._ready[count:]
         return count
 
     def _next(self) -> bytes | None:
-        """The next piece, which may be empty; None at the end."""
-        raw = self._rest or self._stream.read(_PIECE if self._form else _BUFFER)
+        """The next chunk, which may be empty; None at the end."""
+        raw = self._rest or self._stream.read(_CHUNK if self._form else _BUFFER)
         self._rest = b""
         if self._form is None:
             return raw or None
         if self._decoder is None:
-            # No frame is open: the end, zeros that fill up, or the next one.
+            # No frame is open: the end of the file, zero padding, or the next frame.
             whole = not raw
             raw = raw.lstrip(b"\0") if self._form.padding else raw
             if not raw:
@@ -122,10 +122,10 @@ class _Pieces(io.RawIOBase):
 
     def _decompress(self, raw: bytes, name: str) -> bytes:
         try:
-            piece = self._decoder.decompress(raw)
+            chunk = self._decoder.decompress(raw)
         except _ERRORS as error:
             raise OSError(f"its {name} data are damaged: {error}") from error
         if self._decoder.eof:
             self._rest = self._decoder.unused_data
             self._decoder = None
-        return piece
+        return chunk

@@ -1,4 +1,4 @@
-"""What to write for a directory that was given where files or a pattern belong."""
+"""Advice for a directory given where files or a pattern belong."""
 
 import os
 from collections import Counter
@@ -10,7 +10,7 @@ ENDINGS = {
     "parquet": (".parquet", ".pq"),
     "text": (".txt", ".text"),
 }
-"""How the names of files of each kind usually end, the surest first."""
+"""How the names of files of each kind usually end, the most reliable first."""
 
 _MARKS = {
     "dataset_dict.json": "hf:{0}",
@@ -18,7 +18,7 @@ _MARKS = {
     "features.json": "tfds:{0}",
     "manifest.json": "shards:{0}",
 }
-"""Files that only directories of other sources hold."""
+"""Files found only in directories of other kinds of source."""
 
 
 def kind_of(name: str) -> str | None:
@@ -35,9 +35,9 @@ def _ending(name: str) -> str:
 
 
 def advice(folder: str, names: Sequence[str], kind: str) -> tuple[str, str]:
-    """Rule and fix of the error that `folder`, which holds the files `names`, is no file.
+    """Rule and fix of the error that `folder`, with the files `names`, is not a file.
 
-    The pattern that is advised fits files of this kind, or of another if there are none.
+    The suggested pattern matches files of this kind, or of another if there are none.
     """
     rule = "is a directory, not a file or a pattern"
     for mark, form in _MARKS.items():
@@ -60,7 +60,7 @@ def advice(folder: str, names: Sequence[str], kind: str) -> tuple[str, str]:
 
 
 def _pattern(folder: str, names: Sequence[str], kind: str) -> str:
-    """A source that takes those of `names` that end as most do."""
+    """A source that matches those of `names` with the most common ending."""
     [(ending, _)] = Counter(_ending(name) for name in names).most_common(1)
     deep = any(os.path.dirname(name) for name in names if _ending(name) == ending)
     return f"{kind}:{os.path.join(folder, *['**'] * deep, '*' + ending)}"

@@ -1,8 +1,8 @@
-"""Where documents come from: the standard library, text, JSONL and parquet files, datasets.
+"""Sources of documents: the standard library, text, JSONL and parquet files, datasets.
 
-A source is a fixed order of documents that can be read from any one onwards. A place that holds
-no text (an empty line, a file of the standard library in another encoding) is an empty document;
-those are dropped later, so that numbering never depends on content.
+A source is a fixed sequence of documents that can be read from any index. An entry without text (an
+empty line, a file of the standard library in another encoding) is an empty document; empty ones are
+dropped later, so numbering never depends on content.
 """
 
 import dataclasses
@@ -37,17 +37,17 @@ _TABLES = ("csv", "tsv", "xls", "xlsx", "arrow", "feather", "orc", "avro", "sqli
 _OTHER_NAMES = {"json": "jsonl", "ndjson": "jsonl", "txt": "text", "huggingface": "hf"}
 
 Reader = Callable[[int, SkippedRecords], Iterator[str]]
-"""Yields the texts from a document onwards and counts what it leaves out or replaces."""
+"""Yields the texts from a document index on and counts what it skips or replaces."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Documents:
     """The documents of one source.
 
-    setting: what errors call it, such as `data.sources[0]`.
+    setting: its name in errors, such as `data.sources[0]`.
     spec: as configured.
     identity: hash of the names and sizes behind it, without the folder they are in.
-    size: bytes of its files, 0 where that is not known.
+    size: bytes of its files, 0 if unknown.
     """
 
     setting: str
@@ -55,29 +55,29 @@ class Documents:
     identity: str
     size: int
     reader: Reader
-    _said: set[str] = dataclasses.field(default_factory=set, compare=False)
+    _logged: set[str] = dataclasses.field(default_factory=set, compare=False)
 
     def read(self, start: int) -> Iterator[str]:
         """The texts from document `start` onwards.
 
-        At the end it is logged, once, what was left out or replaced. Raises `ValueError` on what
+        At the end, skipped and replaced content is logged once. Raises `ValueError` on content that
         cannot be read as text.
         """
-        found = SkippedRecords()
-        yield from self.reader(start, found)
+        skipped_records = SkippedRecords()
+        yield from self.reader(start, skipped_records)
         spec = f"{self.spec} from document {start} on" if start else self.spec
-        found.say(self.setting, spec, self._said)
+        skipped_records.log_warnings(self.setting, spec, self._logged)
 
 
 def open_documents(spec: str, text_key: str = "text", setting: str = "data.sources") -> Documents:
-    """The documents of a source that holds text; `shards:` is opened elsewhere.
+    """The documents of a text source; `shards:` is opened by `data.shards`.
 
     `text_key` names the field of a JSONL line, the column of a parquet file or of a dataset, or
     the feature of a TFDS example. Raises `ValueError` if the source does not exist or has no
     document.
     """
     kind, _, rest = spec.partition(":")
-    # On a command line both are flags.
+    # From a command line, both are flags.
     field = Field(text_key, "--text-key" if setting.startswith("--") else "data.text_key")
     if kind == "tfds":
         # Deferred: tensorflow_datasets takes most of a second to import.
@@ -125,8 +125,8 @@ def _meant(spec: str) -> str:
     if kind in _TABLES or os.path.splitext(spec)[1][1:].lower() in _TABLES:
         return "Tables are read as parquet: convert it, for example with pandas' to_parquet"
     kind = kind.lower()
-    near = difflib.get_close_matches(kind, [known.partition(":")[0] for known in KINDS], n=1)
-    meant = _OTHER_NAMES.get(kind) or (near[0] if near else None)
+    matches = difflib.get_close_matches(kind, [known.partition(":")[0] for known in KINDS], n=1)
+    meant = _OTHER_NAMES.get(kind) or (matches[0] if matches else None)
     if colon:
         return f"Did you mean '{meant}:{rest}'?" if meant else "Write the texts as JSONL"
     if meant and kind.isalnum():
@@ -140,10 +140,10 @@ def _with_kind(path: str) -> str:
 
 @functools.cache
 def _stdlib_files(root: Path) -> list[File]:
-    found = []
+    paths = []
     for folder, inside, names in os.walk(root):
         inside[:] = set(inside) - STDLIB_SKIPPED
         texts = (name for name in names if os.path.splitext(name)[1] in STDLIB_SUFFIXES)
-        paths = (os.path.join(folder, name) for name in texts)
-        found += [path for path in paths if os.path.isfile(path)]
-    return [local_file(Path(path), root) for path in sorted(found)]
+        candidates = (os.path.join(folder, name) for name in texts)
+        paths += [path for path in candidates if os.path.isfile(path)]
+    return [local_file(Path(path), root) for path in sorted(paths)]

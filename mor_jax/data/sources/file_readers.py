@@ -1,7 +1,7 @@
-"""Documents of files: a text file is one, a line of JSONL and a row of parquet is one.
+"""Readers of files: a document is a text file, a line of JSONL or a row of parquet.
 
-A reader takes the files, the field of the text, the number of the first document that is wanted,
-and the counts of what it leaves out or replaces.
+A reader takes the files, the field of the text, the index of the first document, and the counts of
+what it skips or replaces.
 """
 
 import json
@@ -17,9 +17,9 @@ from mor_jax.data.sources.skipped_records import SkippedRecords
 
 
 def read_stdlib(
-    files: Sequence[File], field: Field, start: int, found: SkippedRecords
+    files: Sequence[File], field: Field, start: int, skipped_records: SkippedRecords
 ) -> Iterator[str]:
-    """Files of the standard library; what is no UTF-8 or holds NUL is an empty document."""
+    """Files of the standard library; those not in UTF-8 or with NUL are empty documents."""
     for file in files[start:]:
         try:
             with file.stream() as stream:
@@ -27,37 +27,37 @@ def read_stdlib(
         except OSError as error:
             fail("file", file.name, f"cannot be read ({error.strerror})", "Check its permissions")
         except UnicodeDecodeError:
-            # Some tests of Python itself are in other encodings on purpose.
+            # Some of Python's own tests use other encodings on purpose.
             text = ""
         yield "" if "\0" in text else text
 
 
 def read_text(
-    files: Sequence[File], field: Field, start: int, found: SkippedRecords
+    files: Sequence[File], field: Field, start: int, skipped_records: SkippedRecords
 ) -> Iterator[str]:
     """Whole files."""
     for file in files[start:]:
         raw = b"".join(line for _, line in lines(file))
-        yield file_text(raw, file.name, found)
+        yield file_text(raw, file.name, skipped_records)
 
 
 def read_jsonl(
-    files: Sequence[File], field: Field, start: int, found: SkippedRecords
+    files: Sequence[File], field: Field, start: int, skipped_records: SkippedRecords
 ) -> Iterator[str]:
-    """One document a line, an object each; an empty line is an empty document."""
+    """One JSON object per line, a document each; an empty line is an empty document."""
     numbered = ((file, number, line) for file in files for number, line in lines(file))
     for file, number, line in islice(numbered, start, None):
         where = f"{file.name}:{number}"
         if number == 1:
             check_head(line[:512], where)
-        # Files that were joined may have their marks at any line.
+        # Concatenated files may have a byte order mark at any line.
         line = line.removeprefix(MARK)
         if not line.strip():
             yield ""
             continue
         record = _record(line, where)
         field.require(list(record), where)
-        yield field.text(record[field.name], where, found)
+        yield field.text(record[field.name], where, skipped_records)
 
 
 def _record(line: bytes, where: str) -> dict[str, Any]:
@@ -66,10 +66,10 @@ def _record(line: bytes, where: str) -> dict[str, Any]:
     try:
         record = json.loads(text)
     except json.JSONDecodeError as error:
-        # A value that is cut short ends behind the line's last character, not in a next line.
+        # The error of a truncated value lies after the last character of its line.
         column = min(error.pos, len(text.rstrip())) + 1
         rule = f"is not one JSON value ({error.msg} at column {column})"
-        # The value goes on behind the line, is a list, or shares its line with others.
+        # The value continues after the line, is a list, or shares its line with others.
         if error.pos >= len(text.rstrip()) or text.startswith("["):
             fix = "Write one object per line: jq -c . FILE, or jq -c '.[]' FILE for a list"
         elif "\r" in text.strip():
@@ -80,7 +80,7 @@ def _record(line: bytes, where: str) -> dict[str, Any]:
     except RecursionError:
         fail("line", where, "nests brackets too deeply to be read", "Remove the line")
     except ValueError as error:
-        # Python refuses whole numbers of thousands of digits.
+        # Python refuses integers of thousands of digits.
         rule = f"contains a number that cannot be read ({str(error).partition(';')[0]})"
         fail("line", where, rule, "Write such numbers as strings, or remove the field")
     rule = f"must be an object, not {type(record).__name__}"
@@ -89,9 +89,9 @@ def _record(line: bytes, where: str) -> dict[str, Any]:
 
 
 def read_parquet(
-    files: Sequence[File], field: Field, start: int, found: SkippedRecords
+    files: Sequence[File], field: Field, start: int, skipped_records: SkippedRecords
 ) -> Iterator[str]:
-    """One document a row, group after group; those before the first wanted are not read."""
+    """One document per row, group after group; groups before `start` are not read."""
     import pyarrow
     from pyarrow import parquet
 
@@ -108,7 +108,7 @@ def read_parquet(
                         column = table.read_row_group(group, columns=[field.name]).column(0)
                         for row in range(skipped, rows):
                             where = f"{file.name}, row {row} of group {group}"
-                            yield field.text(column[row].as_py(), where, found)
+                            yield field.text(column[row].as_py(), where, skipped_records)
         except (OSError, pyarrow.ArrowInvalid) as error:
             _refuse_parquet(file, at, error)
 

@@ -1,4 +1,4 @@
-"""The files of a source: found by their pattern, here or in an object store, and opened."""
+"""The files of a source: matched by a pattern, on disk or in an object store, and opened."""
 
 import dataclasses
 import functools
@@ -18,9 +18,9 @@ from mor_jax.data.sources.directories import advice
 class File:
     """One file of a source.
 
-    name: what errors call it. relative: its place below the folder that the pattern names.
-    size: bytes. stream: opens it to be read from front to back; random: to be read anywhere. Both
-    give bytes as they are stored and raise `OSError`.
+    name: its name in errors. relative: its path below the folder that the pattern names. size:
+    bytes. stream: opens it for sequential reading; random: for random access. Both give the bytes
+    as stored and raise `OSError`.
     """
 
     name: str
@@ -37,10 +37,10 @@ def local_file(path: Path, root: Path) -> File:
 
 
 def matching(pattern: str, setting: str, spec: str) -> list[File]:
-    """The files that a pattern matches, sorted by the parts of their names.
+    """The files that a pattern matches, sorted by the parts of their paths.
 
     `*`, `?` and `[...]` stand for characters of one name that does not begin with a dot, `**` for
-    folders at any depth. Raises `ValueError` if there is none or an object store refuses.
+    folders at any depth. Raises `ValueError` if none matches or an object store denies access.
     """
     if pattern.startswith(object_store.SCHEME):
         return _stored(pattern, setting, spec)
@@ -51,7 +51,7 @@ def matching(pattern: str, setting: str, spec: str) -> list[File]:
     if os.path.isdir(pattern):
         inside = {name: 0 for name in _below(pattern)}
         fail(setting, spec, *advice(pattern, sorted(inside), spec.partition(":")[0]))
-    # A name may hold brackets itself.
+    # A file name may itself contain brackets.
     names = [pattern] if os.path.isfile(pattern) else glob.glob(pattern, recursive=True)
     files = [path for path in sorted(Path(name) for name in names) if path.is_file()]
     rule = f"matches no file (current directory: {os.getcwd()})"
@@ -86,9 +86,9 @@ def _stored(pattern: str, setting: str, spec: str) -> list[File]:
     if literal and sizes and exact not in sizes:
         inside = sorted(os.path.relpath(path, exact) for path in sizes)
         fail(setting, spec, *advice(bucket.address(exact), inside, spec.partition(":")[0]))
-    wanted = exact.split("/")
-    found = [path for path in sizes if path == exact or matches(path.split("/"), wanted)]
-    check(bool(found), setting, spec, "matches no file in the bucket", _unmatched(exact))
+    parts = exact.split("/")
+    paths = [path for path in sizes if path == exact or matches(path.split("/"), parts)]
+    check(bool(paths), setting, spec, "matches no file in the bucket", _unmatched(exact))
     return [
         File(
             bucket.address(path),
@@ -97,12 +97,12 @@ def _stored(pattern: str, setting: str, spec: str) -> list[File]:
             functools.partial(bucket.stream, path),
             functools.partial(bucket.random, path),
         )
-        for path in sorted(found, key=lambda path: path.split("/"))
+        for path in sorted(paths, key=lambda path: path.split("/"))
     ]
 
 
 def matches(parts: list[str], pattern: list[str]) -> bool:
-    """Whether a file's path matches a pattern as `glob.glob` would, both given by their parts."""
+    """Whether a file's path matches a pattern as `glob.glob` would, both split into parts."""
     if not pattern:
         return not parts
     if pattern[0] == "**":
@@ -117,9 +117,9 @@ def matches(parts: list[str], pattern: list[str]) -> bool:
 
 
 def lines(file: File) -> Iterator[tuple[int, bytes]]:
-    """Lines of a file, decompressed, with their ends, counted from 1.
+    """Numbered lines of a file, from 1, decompressed, with their line ends.
 
-    Raises `ValueError` that names the line if it cannot be read, is damaged or cut short.
+    Raises `ValueError` that names the line if the file is unreadable, damaged or truncated.
     """
     number = -1
     try:
@@ -128,7 +128,7 @@ def lines(file: File) -> Iterator[tuple[int, bytes]]:
             for number, line in enumerate(stream, 1):
                 yield number, line
     except OSError as error:
-        # Before the first line there is only the file to name.
+        # Before the first line only the file can be named.
         where = file.name if number < 0 else f"{file.name}:{number + 1}"
         why = object_store.reason(error)
         fix = "Check its permissions and that it is complete"

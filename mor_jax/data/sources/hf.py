@@ -1,4 +1,4 @@
-"""Documents of Hugging Face's `datasets`: saved on this machine, or by name from the hub."""
+"""Documents of Hugging Face `datasets`: from a local directory, or by name from the hub."""
 
 import contextlib
 import functools
@@ -16,10 +16,10 @@ from mor_jax.data.sources.skipped_records import SkippedRecords
 FORMS = "hf:DIR[:SPLIT], hf:NAME[:SPLIT] or hf:NAME:CONFIG:SPLIT"
 _SAVED = ("dataset_dict.json", "state.json")
 _ROWS = 1000
-"""Rows that are read at once."""
+"""Rows read at once."""
 
 Part = tuple[Any, int, int]
-"""A dataset, its first row that is wanted, and the one after the last."""
+"""A dataset, its first requested row, and the row after the last."""
 
 
 def open_rows(
@@ -27,22 +27,22 @@ def open_rows(
 ) -> tuple[str, int, Callable[[int, SkippedRecords], Iterator[str]]]:
     """Identity, bytes of the text and reader of `DIR[:SPLIT]`, `NAME[:SPLIT]`, `NAME:CONFIG:SPLIT`.
 
-    DIR was written by `save_to_disk`; a directory comes before a name on the hub. The split may
-    be a part or a sum, such as `train[:10%]`; without one it is the only one, or else `train`.
-    Raises `ValueError` on what is not there, and if the hub cannot be reached.
+    DIR was written by `save_to_disk`; a directory takes precedence over a name on the hub. The
+    split may be a slice or a sum, such as `train[:10%]`; by default it is the only one, or `train`.
+    Raises `ValueError` if the source does not exist or the hub cannot be reached.
     """
     library = require_package("datasets", setting, spec)
     name, *more = _names(rest, setting, spec)
     folder = os.path.expanduser(name)
     if os.path.isdir(folder):
         check(len(more) < 2, setting, spec, "a directory has no configuration", f"Write {FORMS}")
-        found = _saved(library, folder, setting, spec)
+        splits = _saved(library, folder, setting, spec)
     else:
-        found = _of_hub(library, name, more[0] if len(more) == 2 else None, setting, spec)
-    if not isinstance(found, dict):
-        found = {str(found.split or "train"): found}
-    split = more[-1] if more else "train" if len(found) > 1 else next(iter(found))
-    parts = _parts(library, found, split, setting, spec)
+        splits = _of_hub(library, name, more[0] if len(more) == 2 else None, setting, spec)
+    if not isinstance(splits, dict):
+        splits = {str(splits.split or "train"): splits}
+    split = more[-1] if more else "train" if len(splits) > 1 else next(iter(splits))
+    parts = _parts(library, splits, split, setting, spec)
     for data, _, _ in parts:
         field.require(data.column_names, spec)
     files = [file["filename"] for data, _, _ in parts for file in data.cache_files]
@@ -73,7 +73,7 @@ def _saved(library: Any, folder: str, setting: str, spec: str) -> Any:
     check(ok, setting, spec, rule, fix)
     try:
         return library.load_from_disk(folder)
-    # What the library raises on files that lack, are damaged or have another form.
+    # Raised by the library on missing, damaged or differently formatted files.
     except (OSError, ValueError, KeyError, TypeError) as error:
         rule = f"cannot be loaded ({_line(error)})"
         fail(setting, spec, rule, "Copy it again, or save it again with save_to_disk")
@@ -90,7 +90,7 @@ def _of_hub(library: Any, name: str, config: str | None, setting: str, spec: str
         rule = f"is not a local directory, and the hub cannot be reached ({_line(error)})"
         fix = "Save it on a machine with network access: load_dataset(...).save_to_disk(DIR)"
         fail(setting, spec, rule, f"{fix}. Then give that directory")
-    # No such name, a configuration that lacks or is not there, files that need code to be read.
+    # Unknown name, missing or unknown configuration, datasets that need a script.
     except (OSError, ValueError, RuntimeError) as error:
         rule = f"cannot be loaded from the hub ({_line(error)})"
         fail(setting, spec, rule, f"Check the name; write {FORMS}")
@@ -98,7 +98,7 @@ def _of_hub(library: Any, name: str, config: str | None, setting: str, spec: str
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without a line for each of the hub's retries; the error tells what they met."""
+    """Hides the log lines of the hub's retries; the error reports their cause."""
     from huggingface_hub.utils import logging
 
     before = logging.get_verbosity()
@@ -113,22 +113,22 @@ def _line(error: Exception) -> str:
     return " ".join(str(error).split())[:300] or type(error).__name__
 
 
-def _parts(library: Any, found: Any, split: str, setting: str, spec: str) -> list[Part]:
-    sizes = {name: len(data) for name, data in found.items()}
+def _parts(library: Any, splits: Any, split: str, setting: str, spec: str) -> list[Part]:
+    sizes = {name: len(data) for name, data in splits.items()}
     try:
-        wanted = library.ReadInstruction.from_spec(split).to_absolute(sizes)
-    # The library asserts some rules of its form.
+        instructions = library.ReadInstruction.from_spec(split).to_absolute(sizes)
+    # The library checks part of the syntax by assertions.
     except (ValueError, AssertionError) as error:
         fix = f"Choose one of {sorted(sizes)}, or a part such as {next(iter(sizes))}[:10%]"
         fail(setting, spec, f"has no split {split!r} ({_line(error)})", fix)
-    parts = [(found[part.splitname], part.from_, part.to) for part in wanted]
+    parts = [(splits[part.splitname], part.from_, part.to) for part in instructions]
     rows = sum(stop - first for _, first, stop in parts)
     check(rows > 0, setting, spec, f"split {split!r} has no rows", f"Rows per split: {sizes}")
     return parts
 
 
 def _read(
-    parts: list[Part], field: Field, spec: str, start: int, found: SkippedRecords
+    parts: list[Part], field: Field, spec: str, start: int, skipped_records: SkippedRecords
 ) -> Iterator[str]:
     number = start
     for data, first, stop in parts:
@@ -137,5 +137,5 @@ def _read(
         texts = data.select_columns([field.name]).with_format(None)
         for at in range(first + skipped, stop, _ROWS):
             for value in texts[at : min(at + _ROWS, stop)][field.name]:
-                yield field.text(value, f"{spec}, row {number}", found)
+                yield field.text(value, f"{spec}, row {number}", skipped_records)
                 number += 1

@@ -1,8 +1,8 @@
-"""Files of Google Cloud Storage, `gs://BUCKET/PATH`, through pyarrow, which brings a client.
+"""Files of Google Cloud Storage, `gs://BUCKET/PATH`, through the client in pyarrow.
 
 Credentials are Google's usual ones (GOOGLE_APPLICATION_CREDENTIALS, those of gcloud, those of the
-machine). `gs://anonymous@BUCKET/PATH` asks for none, for buckets that are public.
-STORAGE_EMULATOR_HOST names a server that stands in for Google's, as for Google's own clients.
+machine). `gs://anonymous@BUCKET/PATH` uses none, for public buckets.
+STORAGE_EMULATOR_HOST names an emulator, as for Google's own clients.
 """
 
 import datetime
@@ -16,7 +16,7 @@ from mor_jax.config.parsing import check, fail
 
 SCHEME = "gs://"
 RETRY_SECONDS = 30
-"""How long a request is tried again."""
+"""How long a request is retried."""
 
 _ANONYMOUS = "anonymous@"
 
@@ -47,7 +47,7 @@ class Bucket:
         return _store(self._prefix != SCHEME, emulator)
 
     def address(self, path: str) -> str:
-        """What errors call the file at `path`."""
+        """The name in errors of the file at `path`."""
         return f"{self._prefix}{self._name}/{path}"
 
     def sizes(self, folder: str, deep: bool) -> dict[str, int]:
@@ -59,11 +59,11 @@ class Bucket:
         where = f"{self._name}/{folder}".rstrip("/")
         try:
             [at] = self._store.get_file_info([where])
-            found = [at]
+            infos = [at]
             if at.type != self._module.FileType.File:
                 selector = self._module.FileSelector(where, True, deep)
-                found = self._store.get_file_info(selector)
-            if not found:
+                infos = self._store.get_file_info(selector)
+            if not infos:
                 [bucket] = self._store.get_file_info([self._name])
                 rule = f"bucket {self._name} does not exist"
                 ok = bucket.type != self._module.FileType.NotFound
@@ -72,17 +72,17 @@ class Bucket:
             fix = "Check the bucket's name and the network, and run gcloud auth "
             fix += "application-default login; gs://anonymous@BUCKET/PATH reads a public bucket"
             fail(self._setting, self._spec, f"cannot be listed ({reason(error)})", fix)
-        files = [info for info in found if info.type == self._module.FileType.File]
+        files = [info for info in infos if info.type == self._module.FileType.File]
         return {info.path.removeprefix(f"{self._name}/"): info.size for info in files}
 
     def stream(self, path: str) -> Any:
-        """The file at `path`, to be read from front to back. Raises `OSError`."""
-        # By itself it would decompress by name.
+        """The file at `path`, opened for sequential reading. Raises `OSError`."""
+        # By default pyarrow decompresses by file name.
         where = f"{self._name}/{path}"
         return self._store.open_input_stream(where, compression=None, buffer_size=2**22)
 
     def random(self, path: str) -> Any:
-        """The file at `path`, to be read anywhere. Raises `OSError`."""
+        """The file at `path`, opened for random access. Raises `OSError`."""
         return self._store.open_input_file(f"{self._name}/{path}")
 
 
@@ -100,7 +100,7 @@ def _store(anonymous: bool, emulator: str) -> Any:
 
 
 def reason(error: OSError) -> str:
-    """What went wrong, without the client's account of its retries, in one line."""
+    """What went wrong, in one line, without the client's history of retries."""
     text = re.sub(
         r"^.*with a last message of ", "", " ".join((error.strerror or str(error)).split())
     )

@@ -1,4 +1,4 @@
-"""Bytes and values of records to text: encodings, marks, and characters that no text holds."""
+"""Text from bytes and values of records: encodings, byte order marks, invalid characters."""
 
 import codecs
 import dataclasses
@@ -9,9 +9,10 @@ from mor_jax.config.parsing import check, fail
 from mor_jax.data.sources.skipped_records import EMPTY, NUL, SURROGATE, SkippedRecords
 
 MARK = codecs.BOM_UTF8
+"""The byte order mark, which some editors put before UTF-8. It is not part of the text."""
+
 _FEWEST = 4
-"""Pairs of bytes that tell an encoding from a NUL that stands in a short text."""
-"""The byte order mark, which some editors put before UTF-8. It is no part of the text."""
+"""Pairs of bytes needed to tell UTF-16 from a single NUL in a short text."""
 
 _WIDE_MARKS = {
     codecs.BOM_UTF32_LE: "UTF-32",
@@ -35,14 +36,14 @@ _TAR = (257, b"ustar")
 _CONTROL = re.compile(rb"[\x00-\x08\x0e-\x1a\x1c-\x1f]")
 
 _NUL_SHARE = 0.01
-"""Share of NULs above which bytes are no text: a slip gives a few, binary data many."""
+"""Fraction of NULs above which bytes are not text: stray NULs are few, binary data has many."""
 
 
 def check_head(head: bytes, where: str, setting: str = "file") -> None:
-    """Raises `ValueError` if bytes that begin like `head` are no UTF-8 text, as far as that shows.
+    """Raises `ValueError` if bytes that begin with `head` are recognisably not UTF-8 text.
 
-    head: the first bytes, decompressed. setting: what errors call the place. Other encodings and
-    kinds of files are recognised by name.
+    head: the first bytes, decompressed. setting: its name in errors, which also
+    name other encodings and file formats that are recognised.
     """
     if _binary(head):
         for start, (name, fix) in _FOREIGN.items():
@@ -57,7 +58,7 @@ def check_head(head: bytes, where: str, setting: str = "file") -> None:
 
 
 def _binary(head: bytes) -> bool:
-    """Whether no text begins so. Some marks are letters, which a text may begin with."""
+    """Whether no text begins with `head`. Some marks are letters, so texts may begin with them."""
     try:
         codecs.getincrementaldecoder("utf-8")().decode(head)
     except UnicodeDecodeError:
@@ -66,7 +67,7 @@ def _binary(head: bytes) -> bool:
 
 
 def _without_mark(head: bytes) -> str | None:
-    """UTF-16 without a mark: in western text every second byte is NUL."""
+    """UTF-16 without a byte order mark: in western text every second byte is NUL."""
     pairs = len(head) // 2
     if pairs < _FEWEST:
         return None
@@ -78,7 +79,7 @@ def _without_mark(head: bytes) -> str | None:
 
 
 def decode(raw: bytes, where: str, setting: str = "file") -> str:
-    """UTF-8 to text. Raises `ValueError`, which calls the place `setting`."""
+    """UTF-8 to text. Raises `ValueError` that names `setting`."""
     try:
         return raw.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -86,8 +87,8 @@ def decode(raw: bytes, where: str, setting: str = "file") -> str:
         fail(setting, where, rule, "Convert it, for example with iconv -f latin1 -t utf-8")
 
 
-def file_text(raw: bytes, where: str, found: SkippedRecords) -> str:
-    """The text of a whole file. Raises `ValueError` if it is none."""
+def file_text(raw: bytes, where: str, skipped_records: SkippedRecords) -> str:
+    """The text of a whole file. Raises `ValueError` if it is not text."""
     check_head(raw[:512], where)
     text = decode(raw.removeprefix(MARK), where)
     nuls = text.count("\0")
@@ -96,12 +97,12 @@ def file_text(raw: bytes, where: str, found: SkippedRecords) -> str:
         rule = f"{rule} ({nuls} of {len(text)} characters are NUL)"
     fix = "Exclude binary files from the pattern"
     check(nuls <= _NUL_SHARE * len(text), "file", where, rule, fix)
-    return cleaned(text, where, found)
+    return cleaned(text, where, skipped_records)
 
 
 @dataclasses.dataclass(frozen=True)
 class Field:
-    """The field of a record, or column of a table, with the text. setting: what errors call it."""
+    """The field of a record, or column of a table, with the text. setting: its name in errors."""
 
     name: str
     setting: str = "data.text_key"
@@ -112,10 +113,10 @@ class Field:
         fix = "Name the field that holds the text"
         check(self.name in names, self.setting, self.name, rule, fix)
 
-    def text(self, value: Any, where: str, found: SkippedRecords) -> str:
+    def text(self, value: Any, where: str, skipped_records: SkippedRecords) -> str:
         """What the field of the record at `where` holds, as text; null is empty.
 
-        Raises `ValueError` if it is no text or not UTF-8.
+        Raises `ValueError` if it is not text or not UTF-8.
         """
         if value is None:
             value = ""
@@ -124,21 +125,21 @@ class Field:
         rule = f"holds {type(value).__name__} in {where}, not text"
         ok = isinstance(value, str)
         check(ok, self.setting, self.name, rule, "Name a field that contains text")
-        return cleaned(_without_surrogates(value, where, found), where, found)
+        return cleaned(_without_surrogates(value, where, skipped_records), where, skipped_records)
 
 
-def cleaned(text: str, where: str, found: SkippedRecords) -> str:
-    """A document without NUL; what was left out is counted, and so are empty documents."""
+def cleaned(text: str, where: str, skipped_records: SkippedRecords) -> str:
+    """A document with NUL removed; removed characters and empty documents are counted."""
     if "\0" in text:
-        found.add(NUL, where, text.count("\0"))
+        skipped_records.add(NUL, where, text.count("\0"))
         text = text.replace("\0", "")
     if not text:
-        found.add(EMPTY, where)
+        skipped_records.add(EMPTY, where)
     return text
 
 
-def _without_surrogates(text: str, where: str, found: SkippedRecords) -> str:
-    """JSON can spell half of a surrogate pair, which no encoding of text can hold."""
+def _without_surrogates(text: str, where: str, skipped_records: SkippedRecords) -> str:
+    """Replaces unpaired surrogates, which JSON can express but no text encoding can."""
     if text.isascii():
         return text
     try:
@@ -148,5 +149,5 @@ def _without_surrogates(text: str, where: str, found: SkippedRecords) -> str:
         whole = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
         count = whole.count("\ufffd") - text.count("\ufffd")
         if count:
-            found.add(SURROGATE, where, count)
+            skipped_records.add(SURROGATE, where, count)
         return whole

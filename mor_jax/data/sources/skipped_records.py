@@ -21,19 +21,19 @@ class SkippedRecords:
     """Counts of one pass over a source, by problem."""
 
     def __init__(self) -> None:
-        self._found: dict[str, _Count] = {}
+        self._counts: dict[str, _Count] = {}
 
-    def add(self, what: str, where: str, count: int = 1) -> None:
-        """Counts one more document, at `where`, with `count` occurrences of the problem `what`."""
-        at = self._found.setdefault(what, _Count(where))
+    def add(self, problem: str, where: str, count: int = 1) -> None:
+        """Counts one more document, at `where`, with `count` occurrences of `problem`."""
+        at = self._counts.setdefault(problem, _Count(where))
         at.count += count
         at.documents += 1
 
-    def say(self, setting: str, spec: str, said: set[str]) -> None:
-        """Logs a warning for each problem unless the line is in `said`, those logged before."""
-        for what, at in self._found.items():
-            counts = what.format(count=f"{at.count:,}", documents=f"{at.documents:,}")
+    def log_warnings(self, setting: str, spec: str, logged: set[str]) -> None:
+        """Logs a warning for each problem, unless `logged` already holds the line; extends it."""
+        for problem, at in self._counts.items():
+            counts = problem.format(count=f"{at.count:,}", documents=f"{at.documents:,}")
             line = f"{setting}={spec!r}: {counts}. The first is {at.first}"
-            if line not in said:
-                said.add(line)
+            if line not in logged:
+                logged.add(line)
                 _log.warning("%s", line)

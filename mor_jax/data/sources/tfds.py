@@ -1,6 +1,6 @@
 """Documents from TensorFlow Datasets, read without TensorFlow.
 
-ArrayRecord files are read by index; TFRecord files, which have none, are read through.
+ArrayRecord files are read by index; TFRecord files have no index and are read sequentially.
 """
 
 import functools
@@ -24,7 +24,7 @@ _CRC32C = 0x82F63B78
 def open_examples(
     rest: str, field: Field, setting: str, spec: str
 ) -> tuple[str, int, Callable[[int, SkippedRecords], Iterator[str]]]:
-    """Identity, bytes and reader of `NAME[:SPLIT]` or `DIR[:SPLIT]`; `train` unless given.
+    """Identity, bytes and reader of `NAME[:SPLIT]` or `DIR[:SPLIT]`; the split defaults to `train`.
 
     A dataset that is not on this machine is downloaded and prepared by TFDS. Raises `ValueError`
     on an unknown dataset, split, feature or file format.
@@ -37,7 +37,7 @@ def open_examples(
     split = form["split"] or "train"
     try:
         files = builder.info.splits[split].file_instructions
-        # A part of a split does not know its size.
+        # The size of a slice of a split is unknown.
         size = getattr(builder.info.splits[split], "num_bytes", 0) or 0
     except (ValueError, KeyError) as error:
         known = sorted(builder.info.splits)
@@ -62,7 +62,7 @@ def _builder(name: str, split: str | None, setting: str, spec: str) -> Any:
     except tfds.core.DatasetNotFoundError:
         rule = "is neither a dataset that TFDS knows nor a directory"
         fail(setting, spec, rule, "See tfds.list_builders() for the names")
-    # A configuration or a version that is not there.
+    # Unknown configuration or version.
     except (AssertionError, ValueError) as error:
         why = str(error).strip().splitlines()[0]
         fail(setting, spec, f"cannot be opened ({why})", "Write tfds:NAME/CONFIG:VERSION:SPLIT")
@@ -79,8 +79,8 @@ def _builder(name: str, split: str | None, setting: str, spec: str) -> Any:
     return builder
 
 
-class _Nowhere:
-    """Stands in for TFDS's download manager: whatever is asked for is at a place without files."""
+class _NoDownloads:
+    """Replaces TFDS's download manager: every download is a path that does not exist."""
 
     manual_dir = Path("/nonexistent")
 
@@ -102,11 +102,11 @@ def declared_splits(builder: Any) -> list[str] | None:
     if known := sorted(builder.info.splits):
         return known
     try:
-        made = builder._split_generators(_Nowhere())
-    # It looked into files or asked for more than a place: preparing the dataset will tell.
+        generators = builder._split_generators(_NoDownloads())
+    # The builder needs the files: the splits are known only once the dataset is prepared.
     except (ImportError, OSError, LookupError, TypeError, ValueError, AttributeError):
         return None
-    return sorted(str(getattr(part, "name", part)) for part in made)
+    return sorted(str(getattr(part, "name", part)) for part in generators)
 
 
 def _download(builder: Any, unsure: str, setting: str, spec: str) -> None:
@@ -148,8 +148,9 @@ def _tfrecord_records(files: Any, start: int) -> Iterator[bytes]:
 def read_tfrecord(path: Path, count: int) -> Iterator[bytes]:
     """The first `count` records of a TFRecord file.
 
-    Each is a length (uint64), its masked CRC-32C, the bytes and theirs. The length's checksum is
-    verified; the content's is left to the parser. Raises `ValueError` on a damaged or short file.
+    Each is a length (uint64), the masked CRC-32C of the length, the bytes, and their CRC. The
+    length's checksum is verified; the content's is left to the parser. Raises `ValueError` on a
+    damaged or truncated file.
     """
     with path.open("rb") as stream:
         for index in range(count):
@@ -179,8 +180,8 @@ def _read(
     field: Field,
     spec: str,
     start: int,
-    found: SkippedRecords,
+    skipped_records: SkippedRecords,
 ) -> Iterator[str]:
     for index, record in enumerate(records(start), start):
         example = features.deserialize_example_np(record)
-        yield field.text(example[field.name], f"{spec}, example {index}", found)
+        yield field.text(example[field.name], f"{spec}, example {index}", skipped_records)

@@ -1,4 +1,4 @@
-"""What a scaling study found: minima per budget, power laws, their comparison and its doubts."""
+"""Results of a scaling study: minima per budget, power laws, comparisons and caveats."""
 
 import dataclasses
 import json
@@ -39,7 +39,7 @@ class FitOptions:
     """baseline: architecture that the others are measured against; None: `plain`, or the first.
 
     resamples: of the intervals of parabolas and power laws. law_resamples: of the parametric law,
-    which is far slower; 0 leaves its intervals out. confidence: that intervals hold. seed: of both.
+    which is far slower; 0: no intervals for it. confidence: level of the intervals. seed: of both.
     """
 
     baseline: str | None = None
@@ -49,7 +49,7 @@ class FitOptions:
     seed: int = 0
 
     def __post_init__(self):
-        """Raises `ValueError` for values that make no interval."""
+        """Raises `ValueError` for values that cannot give an interval."""
         fix = "Try 4000 resamples"
         check(self.resamples >= 100, "fit.resamples", self.resamples, "must be 100 or more", fix)
         rule, fix = "must be 0, or 50 or more", "Try 100"
@@ -61,7 +61,7 @@ class FitOptions:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class View:
-    """All of one kind of parameters under one kind of routing."""
+    """All fits for one kind of parameters under one kind of routing."""
 
     routing: Routing
     kind: Kind
@@ -78,7 +78,7 @@ class View:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Fit:
-    """A study's fits. notes: what holds for all of them and weakens some."""
+    """A study's fits. notes: caveats that apply to all views."""
 
     options: FitOptions
     architectures: tuple[str, ...]
@@ -101,14 +101,14 @@ class Fit:
 
 
 def save(fit: Fit, folder: epath.Path) -> epath.Path:
-    """Writes `fit.json`, which is absent, the old one or complete, and returns its path."""
+    """Writes `fit.json`, atomically, and returns its path."""
     folder.mkdir(parents=True, exist_ok=True)
     write_atomic(folder / FILE, json.dumps(fit.to_dict(), indent=1, allow_nan=False))
     return folder / FILE
 
 
 def fit(points: Sequence[Point], options: FitOptions | None = None) -> Fit:
-    """Fits a study; what cannot be fitted is refused by name while the rest goes on.
+    """Fits a study; fits that cannot be made are listed as refused, the others are returned.
 
     Raises `ValueError` if there are no points or the baseline is not among them.
     """
@@ -194,7 +194,7 @@ def _parametric(
     laws = []
     for name in dict.fromkeys(group.architecture for group in found):
         own = tuple(group for group in found if group.architecture == name)
-        # An architecture that shares and routes nothing is the same in every view.
+        # An architecture without sharing and routing is the same in every view.
         if own not in known:
             rng = np.random.default_rng(options.seed)
             known[own] = loss_law(own, options.law_resamples, options.confidence, rng)

@@ -1,4 +1,4 @@
-"""Minima of the budgets, the lowest runs beside them, and the gaps between architectures there."""
+"""Minima per budget, the lowest runs, and the gaps between architectures."""
 
 import dataclasses
 import math
@@ -14,9 +14,9 @@ from mor_jax.scaling.fit.power_law import BootstrapDraws, Interval, interval, po
 class Minimum:
     """Lowest point of one parabola.
 
-    sizes, runs: that it rests on. parameters, tokens, loss: there, with intervals. coefficients:
-    of loss = c0 + c1 x + c2 x^2, x = ln N - centre. found: share of the resamples that have a
-    minimum between the smallest and the largest size. warning: what weakens it.
+    sizes, runs: numbers behind it. parameters, tokens, loss: at the minimum, with intervals.
+    coefficients: of loss = c0 + c1 x + c2 x^2, x = ln N - centre. found: share of the resamples
+    that have a minimum between the smallest and the largest size. warning: a caveat.
     """
 
     architecture: str
@@ -51,10 +51,10 @@ class Best:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Gap:
-    """Loss of an architecture less the baseline's at one budget: below 0, it is the better one.
+    """Loss of an architecture minus the baseline's at one budget: below 0, it is better.
 
     at_minima: of the two parabolas' minima, None if one was refused. of_runs: of the two lowest
-    losses measured, whose interval takes them as if nobody had picked them.
+    losses measured, whose interval ignores that they were selected as the lowest.
     """
 
     architecture: str
@@ -112,14 +112,14 @@ def gaps(
     baseline: str,
     drawing: tuple[np.ndarray | None, np.random.Generator, float],
 ) -> tuple[Gap, ...]:
-    """Of every architecture to the baseline, wherever both have runs at a budget.
+    """Gap of every architecture to the baseline, wherever both have runs at a budget.
 
     drawing: noise of each draw or None, source of the draws, confidence.
     """
     scale, rng, confidence = drawing
     minima = {(one.group.architecture, one.group.budget): (one, drawn) for one, drawn in pairs}
     base = {row.budget: row for row in best if row.architecture == baseline}
-    found = []
+    result = []
     for row in best:
         other = base.get(row.budget)
         if row.architecture == baseline or other is None:
@@ -134,7 +134,7 @@ def gaps(
         if scale is not None:
             width = scale * math.sqrt(1 / row.runs + 1 / other.runs)
             drawn = row.loss - other.loss + width * rng.standard_normal(len(scale))
-        found.append(
+        result.append(
             Gap(
                 architecture=row.architecture,
                 budget=row.budget,
@@ -144,7 +144,7 @@ def gaps(
                 runs_interval=interval(drawn, confidence),
             )
         )
-    return tuple(found)
+    return tuple(result)
 
 
 __all__ = ["Best", "Gap", "Minimum", "best_of", "gaps", "minimum"]

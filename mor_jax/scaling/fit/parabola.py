@@ -1,7 +1,7 @@
 """Parabolas of loss in ln N: one per architecture and budget, and where its minimum lies.
 
 Approach 2 of Hoffmann et al. (2022), arXiv 2203.15556, section 3.2, with three differences. A
-parabola without a minimum inside the sizes that were run is refused instead of extrapolated. The
+parabola without a minimum inside the sizes that were run is rejected instead of extrapolated. The
 tokens at the minimum are the budget over the FLOPs per token there, interpolated between the runs
 in ln N, not C / 6N: in models that route or share, FLOPs per token are not 6N. Repeated runs of
 one size count as one point, with their number as its weight.
@@ -17,7 +17,7 @@ from mor_jax.observability.progress import quantity
 from mor_jax.scaling.runs.points import Point
 
 SIZES_NEEDED = 3
-"""Different sizes that a parabola takes."""
+"""Different sizes that a parabola needs."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -59,7 +59,7 @@ class Group:
     def log_tokens(self, logs: np.ndarray) -> np.ndarray:
         """ln D that the budget pays for at ln N `logs`, of any shape.
 
-        ln FLOPs per token runs straight between two sizes, and on in the direction of the last two.
+        ln FLOPs per token is interpolated linearly, and extrapolated from the last two sizes.
         """
         known, rates = self.logs, np.log([cell.flops_per_token for cell in self.cells])
         keep = np.concatenate([[True], np.diff(known) > 0])
@@ -71,7 +71,7 @@ class Group:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FitRefused:
-    """A fit that was not made. budget: None where it is the architecture's as a whole."""
+    """A fit that was not made. budget: None if it spans all budgets of the architecture."""
 
     architecture: str
     budget: float | None
@@ -80,7 +80,7 @@ class FitRefused:
     fix: str
 
     def line(self) -> str:
-        """As one sentence each for what, why and what to do."""
+        """One line: what, why, and what to do."""
         where = "" if self.budget is None else f" at {self.budget:.3g} FLOPs"
         return f"{self.architecture}{where}: no {self.what}: {self.reason}. {self.fix}"
 
@@ -89,8 +89,8 @@ class FitRefused:
 class Parabola:
     """loss = c0 + c1 x + c2 x^2 with x = ln N - centre, by least squares.
 
-    coefficients: c0, c1, c2. solve: (3, cells), which makes them of the losses. squares: weighted
-    squared residuals. freedom: cells less 3.
+    coefficients: c0, c1, c2. solve: (3, cells), maps losses to coefficients. squares: weighted
+    squared residuals. freedom: cells minus 3.
     """
 
     group: Group
@@ -118,7 +118,7 @@ class Parabola:
         return np.asarray(c0 + c1 * x + c2 * x * x)
 
     def edge(self) -> str | None:
-        """A warning if the lowest loss run is at an end of the sizes."""
+        """A warning if the lowest loss is at the smallest or largest size."""
         cells = self.group.cells
         best = min(cells, key=lambda cell: cell.loss)
         if best is cells[0] or best is cells[-1]:
@@ -130,7 +130,7 @@ def groups(points: Sequence[Point], routing: str, kind: str) -> list[Group]:
     """Groups in the order of their architectures' first runs, then by budget."""
     order = {name: i for i, name in enumerate(dict.fromkeys(p.architecture for p in points))}
     keys = sorted({(order[p.architecture], p.budget, p.architecture) for p in points})
-    found = []
+    result = []
     for _, budget, name in keys:
         own = [p for p in points if p.architecture == name and p.budget == budget]
         sizes = dict.fromkeys((p.size, p.parameters(kind)) for p in own)
@@ -139,8 +139,8 @@ def groups(points: Sequence[Point], routing: str, kind: str) -> list[Group]:
             for key in sizes
         ]
         cells.sort(key=lambda cell: cell.parameters)
-        found.append(Group(architecture=name, budget=float(budget), cells=tuple(cells)))
-    return found
+        result.append(Group(architecture=name, budget=float(budget), cells=tuple(cells)))
+    return result
 
 
 def _cell(runs: Sequence[Point], routing: str, kind: str) -> Cell:
@@ -158,7 +158,7 @@ def _cell(runs: Sequence[Point], routing: str, kind: str) -> Cell:
 
 
 def parabola(group: Group) -> Parabola | FitRefused:
-    """Fits one group, or says why that cannot be trusted and which sizes would help."""
+    """Fits one group, or reports why the fit is unreliable and which sizes would help."""
     logs = group.logs
     distinct = len(np.unique(logs))
     if distinct < SIZES_NEEDED:
@@ -170,14 +170,14 @@ def parabola(group: Group) -> Parabola | FitRefused:
     basis = np.vander(logs - centre, 3, increasing=True)
     solve = np.linalg.solve(basis.T @ (weights[:, None] * basis), basis.T * weights)
     losses = np.array([cell.loss for cell in group.cells])
-    found = solve @ losses
-    left = losses - basis @ found
+    coefficients = solve @ losses
+    residuals = losses - basis @ coefficients
     fitted = Parabola(
         group=group,
         centre=centre,
-        coefficients=found,
+        coefficients=coefficients,
         solve=solve,
-        squares=float(weights @ left**2),
+        squares=float(weights @ residuals**2),
         freedom=len(logs) - 3,
     )
     return _outside(fitted) or fitted
@@ -196,10 +196,10 @@ def _outside(fitted: Parabola) -> FitRefused | None:
     below = fitted.lowest <= low
     end, side = (smallest, "below") if below else (largest, "above")
     step = (high - low) / (len(group.cells) - 1)
-    # A vertex far outside says little about where the minimum is: two steps on is enough to ask.
+    # A vertex far outside says little about the minimum: suggest at most two steps beyond.
     first = max(fitted.lowest, low - step) if below else min(fitted.lowest, high + step)
-    wanted = sorted((first, first - step if below else first + step))
-    sizes = " and ".join(quantity(math.exp(x)) for x in wanted)
+    suggested = sorted((first, first - step if below else first + step))
+    sizes = " and ".join(quantity(math.exp(x)) for x in suggested)
     where = quantity(math.exp(min(max(fitted.lowest, low - 5), high + 5)))
     reason = f"its minimum lies near {where} parameters, {side} the sizes run ({end})"
     return _refuse(group, reason, f"Add sizes of about {sizes} parameters")

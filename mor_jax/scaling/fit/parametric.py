@@ -33,7 +33,7 @@ class LossLaw:
     a, b: exponents of size and length over compute that follow from it. gamma: FLOPs per token
     grow as N^gamma between the sizes, so a = beta / (alpha + gamma beta) and b = 1 - gamma a; with
     gamma 1, FLOPs = k N D. parameters_at: best N at the compute `at`. error: median relative
-    error of the losses. doubts: why it should not be trusted; empty if nothing speaks against it.
+    error of the losses. doubts: reasons not to trust it; empty if there are none.
     """
 
     architecture: str
@@ -53,7 +53,7 @@ class LossLaw:
     doubts: tuple[str, ...]
 
     def loss(self, parameters: np.ndarray, tokens: np.ndarray) -> np.ndarray:
-        """Nats per token of models of so many parameters after so many tokens."""
+        """Nats per token of models of `parameters` parameters after `tokens` tokens."""
         size, length = self.A / parameters**self.alpha, self.B / tokens**self.beta
         return np.asarray(self.E + size + length)
 
@@ -70,7 +70,7 @@ class _Runs:
 def loss_law(
     groups: Sequence[Group], resamples: int, confidence: float, rng: np.random.Generator
 ) -> LossLaw | FitRefused:
-    """Fits all runs of the groups of one architecture, or says what is missing.
+    """Fits all runs of the groups of one architecture, or reports what is missing.
 
     Intervals come from refitting losses about the fitted ones with normal noise in log loss. Its
     deviation is drawn too, as in `fit_power`, from the residuals and what five fitted values left
@@ -91,16 +91,16 @@ def loss_law(
             fix="Run more sizes or budgets",
         )
     runs = _runs(groups)
-    found = _search(runs)
+    theta = _search(runs)
     gamma, rate = _flops(groups)
     at = math.exp(np.mean([math.log(group.budget) for group in groups]))
-    values = _values(found, runs, gamma, math.log(at / rate))
+    values = _values(theta, runs, gamma, math.log(at / rate))
     drawn = [
-        _values(t, runs, gamma, math.log(at / rate)) for t in _redraw(runs, found, resamples, rng)
+        _values(t, runs, gamma, math.log(at / rate)) for t in _redraw(runs, theta, resamples, rng)
     ]
     columns = {name: np.array([d[name] for d in drawn]) for name in values if drawn}
     ends = {name: interval(column, confidence) for name, column in columns.items()}
-    left = runs.losses - _predict(found, runs)
+    residuals = runs.losses - _predict(theta, runs)
     return LossLaw(
         architecture=groups[0].architecture,
         runs=len(cells),
@@ -109,8 +109,8 @@ def loss_law(
         b=1 - gamma * values["a"],
         at=at,
         intervals={name: pair for name, pair in ends.items() if pair is not None},
-        error=float(np.median(np.abs(np.expm1(left)))),
-        doubts=_doubts(found, runs, drawn),
+        error=float(np.median(np.abs(np.expm1(residuals)))),
+        doubts=_doubts(theta, runs, drawn),
     )
 
 
@@ -152,7 +152,7 @@ def _objective(theta: np.ndarray, runs: _Runs) -> tuple[float, np.ndarray]:
 
 
 def _bounds(runs: _Runs) -> list[tuple[float, float]]:
-    # No term exceeds the loss; one of a thousandth of it is as good as none.
+    # No term exceeds the loss; one below a thousandth of it is negligible.
     high = float(runs.losses.max())
     return [(high - 7, high + 1)] * 2 + [(high - 7, float(runs.losses.min()))] + [_EXPONENTS] * 2
 
@@ -176,7 +176,7 @@ def _starts(runs: _Runs) -> list[np.ndarray]:
     # For given exponents the law is linear in the rest: the best few pairs of a grid.
     bounds = np.array(_bounds(runs))
     losses = np.exp(runs.losses)
-    found = []
+    candidates = []
     for alpha in np.geomspace(0.05, 1.5, _GRID):
         for beta in np.geomspace(0.05, 1.5, _GRID):
             columns = [
@@ -186,23 +186,23 @@ def _starts(runs: _Runs) -> list[np.ndarray]:
             ]
             parts, error = optimize.nnls(np.stack(columns, axis=1), losses)
             logs = np.log(np.maximum(parts, 1e-12))
-            found.append((error, np.clip([*logs, alpha, beta], bounds[:, 0], bounds[:, 1])))
-    found.sort(key=lambda pair: pair[0])
+            candidates.append((error, np.clip([*logs, alpha, beta], bounds[:, 0], bounds[:, 1])))
+    candidates.sort(key=lambda pair: pair[0])
     # Neighbours on the grid lead to one valley: every third keeps the starts apart.
-    return [start for _, start in found[: 3 * _STARTS : 3]]
+    return [start for _, start in candidates[: 3 * _STARTS : 3]]
 
 
 def _redraw(
-    runs: _Runs, found: np.ndarray, resamples: int, rng: np.random.Generator
+    runs: _Runs, theta: np.ndarray, resamples: int, rng: np.random.Generator
 ) -> list[np.ndarray]:
-    fitted = _predict(found, runs)
-    freedom = len(fitted) - len(found)
+    fitted = _predict(theta, runs)
+    freedom = len(fitted) - len(theta)
     squares = float(np.sum((runs.losses - fitted) ** 2))
     drawn = []
     for _ in range(resamples):
         scale = math.sqrt(squares / rng.chisquare(freedom))
         losses = fitted + scale * rng.standard_normal(len(fitted))
-        drawn.append(_descend(found, dataclasses.replace(runs, losses=losses))[1])
+        drawn.append(_descend(theta, dataclasses.replace(runs, losses=losses))[1])
     return drawn
 
 

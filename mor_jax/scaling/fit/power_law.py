@@ -3,7 +3,7 @@
 Intervals come from a parametric bootstrap of the losses. A run's noise is taken as normal with
 one standard deviation for the whole study: groups of four or five sizes are too small to resample
 their residuals. It is the larger of two mean squares, those about the parabolas (which hold what
-the parabola misses) and those between seeds. As few residuals do not know it well, every draw
+the parabola misses) and those between seeds. As few residuals estimate it poorly, every draw
 scales it by an inverse chi-squared variable of their degrees of freedom, which makes intervals of
 losses those of Student's t. Every draw then moves all parabolas, their minima and the laws through
 them together. Runs count as independent. Budgets that are cut from one run are not: what they share
@@ -28,10 +28,10 @@ _POINTS = 25
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Noise:
-    """deviation: of one run's loss, nats per token; None if nothing repeats or is left over.
+    """deviation: of one run's loss, nats per token; None without repeats and residuals.
 
-    freedom: residuals that it rests on. between_seeds: the deviation between seeds alone.
-    seeds_freedom: repeated runs less their cells.
+    freedom: its degrees of freedom. between_seeds: the deviation between seeds alone.
+    seeds_freedom: repeated runs minus their cells.
     """
 
     deviation: float | None
@@ -54,7 +54,7 @@ class BootstrapDraws:
 class PowerLaw:
     """N = k C^a and D = m C^b through the minima of one architecture, by least squares of the logs.
 
-    budgets: minima that it rests on. parameters_at, tokens_at: at the compute `at`, the geometric
+    budgets: number of minima. parameters_at, tokens_at: at the compute `at`, the geometric
     mean of the budgets; k and m, at C = 1, are far outside any study. scatter: root mean square of
     the minima about the law in ln N, None for two. band: rows of C and the ends of N and of D.
     """
@@ -78,7 +78,7 @@ class PowerLaw:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SlopeDifference:
-    """Exponent of size `a` of one architecture less that of another.
+    """Exponent of size `a` of one architecture minus that of another.
 
     verdict: `more size`, `more length` or `undecided`: what `architecture` puts more compute into
     than `against` as compute grows, where the interval leaves no doubt.
@@ -92,7 +92,7 @@ class SlopeDifference:
 
 
 def noise(groups: Sequence[Group], parabolas: Sequence[Parabola]) -> Noise:
-    """Of all runs of a study, see the module."""
+    """Noise of all runs of a study; the module docstring explains the estimate."""
     cells = [cell for group in groups for cell in group.cells if cell.spread is not None]
     seeds_freedom = sum(cell.runs - 1 for cell in cells)
     seeds = sum((cell.runs - 1) * (cell.spread or 0.0) ** 2 for cell in cells)
@@ -170,7 +170,7 @@ def line(x: np.ndarray, y: np.ndarray, drawn: np.ndarray | None) -> FittedLine:
     """Least squares through (x, y); drawn: (draws, points) of y.
 
     Where three or more points lie further from the line than their noise explains, the draws are
-    spread by that factor, as a law that misses its points is known no better than it hits them.
+    widened by that factor, because a law is known no better than it fits its points.
     """
     basis = np.vander(x - x.mean(), 2, increasing=True)
     solve = np.linalg.pinv(basis)
@@ -240,15 +240,15 @@ def _band(
 def differences(
     laws: Sequence[PowerLaw], slopes: Sequence[np.ndarray | None], confidence: float
 ) -> tuple[SlopeDifference, ...]:
-    """Of every two architectures, the later one less the earlier one."""
-    found = []
+    """Of every pair of architectures: the later one minus the earlier one."""
+    result = []
     for (one, first), (two, second) in itertools.combinations(zip(laws, slopes, strict=True), 2):
         drawn = None if first is None or second is None else second - first
         ends = interval(drawn, confidence)
         verdict = "undecided"
         if ends is not None and (ends[0] > 0 or ends[1] < 0):
             verdict = "more size" if ends[0] > 0 else "more length"
-        found.append(
+        result.append(
             SlopeDifference(
                 architecture=two.architecture,
                 against=one.architecture,
@@ -257,7 +257,7 @@ def differences(
                 verdict=verdict,
             )
         )
-    return tuple(found)
+    return tuple(result)
 
 
 __all__ = [

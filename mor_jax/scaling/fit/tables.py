@@ -1,6 +1,6 @@
-"""A fit as tables: ruled in a terminal, aligned lines elsewhere, cells for a page.
+"""A fit as tables: ruled in a terminal, aligned text elsewhere, cells for the report page.
 
-Intervals are written in brackets behind their value, `0.52 [0.49, 0.55]`.
+Intervals are written in brackets after their value, `0.52 [0.49, 0.55]`.
 """
 
 import dataclasses
@@ -36,26 +36,26 @@ class Table:
 
 
 def tables(fit: Fit, view: View) -> list[Table]:
-    """Those that have rows, in the order in which they should be read."""
-    found = [
+    """The tables that have rows, in reading order."""
+    candidates = [
         _equal(fit, view),
         _minima(fit, view),
         _laws(fit, view),
         _differences(fit, view),
         _parametric(fit, view),
     ]
-    return [table for table in found if table.rows]
+    return [table for table in candidates if table.rows]
 
 
 def about(view: View) -> str:
-    """Which parameters and which routing the view is of."""
+    """The parameters and the routing of the view."""
     kinds = {"unique": "unique (stored)", "effective": "effective (as if nothing were shared)"}
     routings = {"causal": "causal routing", "topk": "top-k routing, as in training"}
     return f"{kinds[view.kind]} parameters, loss under {routings[view.routing]}"
 
 
 def noise_line(view: View) -> str:
-    """How well one run's loss is known, and from what."""
+    """The noise of one run's loss, and its source."""
     noise = view.noise
     if noise.deviation is None:
         return "noise of a run: unknown"
@@ -66,7 +66,7 @@ def noise_line(view: View) -> str:
 
 
 def refusals(view: View) -> list[str]:
-    """A line for every fit that was not made."""
+    """One line per fit that was not made."""
     return [refusal.line() for refusal in view.refused]
 
 
@@ -216,9 +216,9 @@ def _line(console: Console, text: str, style: str = "") -> None:
 
 
 def _print(console: Console, table: Table) -> None:
-    # A column that is empty in every row says nothing.
-    keep = [i for i in range(len(table.head)) if any(row[i] for row in table.rows)]
-    rows = [tuple(row[i] for i in keep) for row in (table.head, *table.rows)]
+    # Columns that are empty in every row are dropped.
+    columns = [i for i in range(len(table.head)) if any(row[i] for row in table.rows)]
+    rows = [tuple(row[i] for i in columns) for row in (table.head, *table.rows)]
     if console.is_terminal:
         ruled = Ruled(box=box.SIMPLE_HEAD, header_style="bold", pad_edge=False)
         for title in rows[0]:
@@ -227,7 +227,7 @@ def _print(console: Console, table: Table) -> None:
             ruled.add_row(*(Text(cell) for cell in row))
         console.print(ruled)
         return
-    widths = [max(len(row[i]) for row in rows) for i in range(len(keep))]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(columns))]
     for row in rows:
         cells = zip(row, widths, strict=True)
         _line(console, "  ".join(cell.ljust(width) for cell, width in cells).rstrip())

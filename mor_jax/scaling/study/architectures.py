@@ -17,13 +17,13 @@ from mor_jax.planning.variants import load_configuration
 FAMILIES = {"recursive": "recursive", "mor": "mor", "token": "mor"}
 KV = {"shared": "shared", "update": "shared_update"}
 _MOST = 100_000
-"""No model is wider or deeper: what is larger was a slip."""
+"""Upper bound of widths and depths: larger values are typing errors."""
 NAMED = "plain, recursive-3, mor-2, mor-3-shared, mor-3-update, token-3, or NAME=FILE[:CHOICES]"
 
 
 @dataclasses.dataclass(frozen=True)
 class Architecture:
-    """name: in the study. file: its configuration. choices: what stands behind the colon."""
+    """name: in the study. file: its configuration. choices: the part after the colon."""
 
     name: str
     file: Path
@@ -34,20 +34,20 @@ class Architecture:
         """From one of the forms above; `folder` holds the shipped configurations.
 
         Raises:
-            ValueError: another form, or a file that is not there.
+            ValueError: another form, or a file that does not exist.
         """
-        name, given, rest = text.partition("=")
-        if given:
+        name, separator, rest = text.partition("=")
+        if separator:
             file, _, choices = rest.partition(":")
-            found = cls(name, Path(file), choices)
+            architecture = cls(name, Path(file), choices)
         else:
-            found = cls(name, *_shipped(text, folder))
-        ok = re.fullmatch(r"[a-z0-9][a-z0-9_.-]*", found.name) is not None
+            architecture = cls(name, *_shipped(text, folder))
+        ok = re.fullmatch(r"[a-z0-9][a-z0-9_.-]*", architecture.name) is not None
         rule = "is part of run names: only lower-case letters, digits, - _ . are allowed"
         check(ok, "architectures", text, rule, f"Choose one of {NAMED}")
-        exists, rule = found.file.is_file(), f"file {found.file} does not exist"
+        exists, rule = architecture.file.is_file(), f"file {architecture.file} does not exist"
         check(exists, "architectures", text, rule, f"Choose one of {NAMED}")
-        return found
+        return architecture
 
     def config(self, size: str, overrides: dict[str, Any]) -> Any:
         """Its ConfigDict, unlocked, at a size that the file knows, or the debug size for a width.
@@ -74,7 +74,7 @@ class Architecture:
             return load_configuration(self.file).get_config(choices).unlock()
         except ValueError:
             raise
-        # A file of the user's may do anything, and so fail in any way.
+        # A user's file may fail in any way.
         except Exception as error:
             rule = f"{self.file} is not a configuration file ({type(error).__name__}: {error})"
             fail("architectures", self.name, rule, "Name a file like those in configs/")
@@ -123,9 +123,9 @@ class Shapes:
         """Settings of the model of a width. Raises `ValueError` if heads do not divide it."""
         width = int(size[1:])
         rule = f"must be a multiple of head_dim={self.head_dim}"
-        near = min(max(round(width / self.head_dim), 1), _MOST // self.head_dim) * self.head_dim
+        nearest = min(max(round(width / self.head_dim), 1), _MOST // self.head_dim) * self.head_dim
         ok = 0 < width <= _MOST and width % self.head_dim == 0 and size == f"w{width}"
-        check(ok, "sizes", size, f"{rule}, at most {_MOST:,}", f"Try w{near}")
+        check(ok, "sizes", size, f"{rule}, at most {_MOST:,}", f"Try w{nearest}")
         heads = width // self.head_dim
         halves = [g for g in range(1, heads + 1) if heads % g == 0 and 2 * g <= max(heads, 2)]
         return {
@@ -137,12 +137,12 @@ class Shapes:
             "num_layers": layers,
         }
 
-    def wanted_layers(self, size: str) -> float:
-        """Layers before the architectures have their say."""
-        wanted = float(self.layers or int(size[1:]) / self.aspect)
-        rule = f"would have {wanted:.3g} layers, more than {_MOST:,}"
-        check(wanted <= _MOST, "sizes", size, rule, "Choose another --aspect or give --layers")
-        return wanted
+    def target_layers(self, size: str) -> float:
+        """Layers by the shape rule alone, before matching the architectures' depths."""
+        layers = float(self.layers or int(size[1:]) / self.aspect)
+        rule = f"would have {layers:.3g} layers, more than {_MOST:,}"
+        check(layers <= _MOST, "sizes", size, rule, "Choose another --aspect or give --layers")
+        return layers
 
 
 __all__ = ["Architecture", "Shapes", "is_width"]

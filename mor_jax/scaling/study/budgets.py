@@ -1,6 +1,6 @@
-"""What a budget of FLOPs counts, and how many steps it buys.
+"""What a budget of FLOPs counts, and how many steps it pays for.
 
-`training`: training FLOPs of the tokens routed on, head included, causal attention halved; what
+`training`: training FLOPs with routing, head included, causal attention halved; what
 `mor accounting` prints. `paper`: the unit in which the paper's 2e18, 5e18 and 16.5e18 give
 its numbers of steps (docs/accounting.md): forward FLOPs without the head, causal attention halved,
 keys and values counted as wide as the queries.
@@ -22,7 +22,7 @@ UNITS: dict[str, str] = {
 
 
 def flops_per_token(cfg: ModelConfig, length: int, unit: Unit) -> float:
-    """FLOPs that a token of a row of `length` tokens costs, in the unit."""
+    """FLOPs per token of a sequence of `length` tokens, in the unit."""
     if unit == "training":
         return flops(cfg, length).training()
     wide = dataclasses.replace(cfg, num_kv_heads=cfg.num_heads)

@@ -1,7 +1,7 @@
 """The runs of one model and seed that are cut from one schedule.
 
-The run of the smallest budget starts from random weights, each next one goes on from the state of
-the one before, taken before its decay. Only decays are paid more than once.
+The run of the smallest budget starts from random weights; each later run resumes from the state of
+the previous one, taken before its decay. Only decays are computed more than once.
 """
 
 import dataclasses
@@ -18,7 +18,7 @@ from mor_jax.scaling.study.budgets import Unit, flops_per_token, steps_for
 from mor_jax.scaling.study.manifest import Manifest, Run
 
 Planned = tuple[Run, TrainConfig]
-"""A run, yet without its settings, and its configuration."""
+"""A run, still without its settings, and its configuration."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -26,9 +26,10 @@ class Rules:
     """How the settings of a run follow from its size and budget.
 
     lr, lr_width, lr_power: the rate is lr * (lr_width / width) ** lr_power; lr None: that of the
-    configuration. warmup: steps, as a share of those of the smallest budget. decay: as a share of
-    the run's own steps. min_steps: a budget that buys fewer is refused. tokens_per_parameter: where
-    the minimum is expected (20: Hoffmann et al. 2022); the sizes of a budget must lie around it.
+    configuration. warmup: steps, as a fraction of those of the smallest budget. decay: steps, as a
+    fraction of the run's. min_steps: a budget that pays for fewer is rejected.
+    tokens_per_parameter: where the minimum is expected (20: Hoffmann et al. 2022); the sizes of a
+    budget must bracket it.
     """
 
     lr: float | None = None
@@ -60,9 +61,9 @@ class Rules:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Model:
-    """One architecture at one size, and how its runs are to be made.
+    """One architecture at one size, and how its runs are planned.
 
-    cfg: but for the length of the run and what the rules decide. speed: expected FLOP/s.
+    cfg: complete except for the run length and what the rules decide. speed: expected FLOP/s.
     """
 
     architecture: str
@@ -74,7 +75,7 @@ class Model:
 
 
 def family(model: Model, budgets: Sequence[float], seed: int) -> list[Planned]:
-    """The runs of ascending `budgets` of one model, each going on from the one before.
+    """The runs of ascending `budgets` of one model, each resuming from the previous one.
 
     Raises:
         ValueError: a budget is too small, or the rules make no valid schedule of it.
@@ -91,11 +92,11 @@ def family(model: Model, budgets: Sequence[float], seed: int) -> list[Planned]:
         check(count >= rules.min_steps, "budgets", f"{budget:g}", rule, fix)
     warmup = max(round(rules.warmup * steps[0]), 1) if steps else 0
     decays = [round(rules.decay * count) for count in steps]
-    found: list[Planned] = []
+    planned: list[Planned] = []
     for budget, count, decay in zip(budgets, steps, decays, strict=True):
-        cut = _with_end(cfg, rules, count, warmup, decay, seed)
-        source = found[-1][0] if found else None
-        start = source.steps - decays[len(found) - 1] if source else 0
+        run_cfg = _with_end(cfg, rules, count, warmup, decay, seed)
+        source = planned[-1][0] if planned else None
+        start = source.steps - decays[len(planned) - 1] if source else 0
         training = flops(cfg.model, cfg.seq_len).training()
         own = (count - start) * batch * training
         run = Run(
@@ -116,15 +117,15 @@ def family(model: Model, budgets: Sequence[float], seed: int) -> list[Planned]:
             device_hours=None if model.speed is None else own / model.speed / 3600,
             settings={},
         )
-        found.append((run, cut))
-    return found
+        planned.append((run, run_cfg))
+    return planned
 
 
 def _with_end(
     cfg: TrainConfig, rules: Rules, steps: int, warmup: int, decay: int, seed: int
 ) -> TrainConfig:
-    """A run of `steps` that keeps the state before its decay, and is evaluated at its end."""
-    made = dataclasses.replace(
+    """A run of `steps` that saves the state before its decay and is evaluated at its end."""
+    run_cfg = dataclasses.replace(
         cfg,
         steps=steps,
         seed=cfg.seed + seed,
@@ -137,8 +138,8 @@ def _with_end(
         ),
         checkpoint=dataclasses.replace(cfg.checkpoint, max_to_keep=1, keep_steps=(steps - decay,)),
     )
-    made.validate()
-    return made
+    run_cfg.validate()
+    return run_cfg
 
 
 def assemble(

@@ -1,7 +1,7 @@
-"""The manifest of a study: every run that it is made of, with all its settings.
+"""The manifest of a study: all its runs with all their settings.
 
-`manifest.json` in the study's directory. Settings are written as what differs from one base, so
-that a person can read them. A digest over the whole file shows when it was changed by hand.
+`manifest.json` in the study's directory. Settings are written as differences from one base, so
+that people can read them. A digest of the whole file detects edits.
 """
 
 import dataclasses
@@ -31,11 +31,11 @@ _LEFT = {
     "fit.json",
     "report",
 }
-"""What is left of a study that lost its manifest."""
+"""What may remain of a study that lost its manifest."""
 
 
 class Damaged(ValueError):
-    """A manifest is not as it was written."""
+    """A manifest differs from what was written."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -44,8 +44,8 @@ class Run:
 
     budget, flops, flops_per_token: in the study's unit; `training_flops_per_token` always as
     `flops.FlopReport.training`. unique, effective: parameters without embedding and head. source,
-    source_step: the run and the step of it that this one goes on from; None: from random weights.
-    device_hours: expected, of the run's own steps. settings: what differs from the study's base.
+    source_step: the run and step that this one resumes from; None: from random weights.
+    device_hours: expected, of the run's own steps. settings: differences from the study's base.
     """
 
     name: str
@@ -67,16 +67,16 @@ class Run:
 
     @property
     def own_steps(self) -> int:
-        """Steps that this run does itself."""
+        """Steps that this run computes itself."""
         return self.steps - self.source_step
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """A study. unit: what its FLOPs count, see `scaling.budgets`. rules: how settings came about.
+    """A study. unit: what its FLOPs count, see `study.budgets`. rules: how settings were derived.
 
-    base: a whole configuration as plain values. code: version and commit that planned it.
-    reproduce: commands that make the study again.
+    base: a complete configuration as plain values. code: version and commit that planned it.
+    reproduce: commands that repeat the study.
     """
 
     study: str
@@ -96,7 +96,7 @@ class Manifest:
         fail("run", name, f"the study {self.study} has no such run", f"Choose one of {names}")
 
     def config(self, run: Run) -> TrainConfig:
-        """The complete configuration of a run; capacities that it leaves open are exact."""
+        """The complete configuration of a run; capacities that it leaves unset are exact."""
         return resolve_settings(TrainConfig.from_dict(self.values(run)), "cpu")
 
     def values(self, run: Run) -> dict[str, Any]:
@@ -113,8 +113,8 @@ class Manifest:
 def write(study: epath.PathLike, manifest: Manifest) -> bool:
     """Writes the manifest of a new study, or of one that it extends. Returns whether it is new.
 
-    A study may be planned again with more runs; those that it had must stay as they were, because
-    their results are, or will be, in the directory. A damaged manifest is put aside, as
+    A study may be planned again with more runs; its earlier runs must stay as they were, because
+    their results are, or will be, in the directory. A damaged manifest is renamed to
     `manifest.json.damaged`; results and directories are compared with the new one when they are
     read.
 
@@ -131,15 +131,19 @@ def write(study: epath.PathLike, manifest: Manifest) -> bool:
         _write(path, manifest)
         return True
     try:
-        there = read(path)
+        existing = read(path)
     except Damaged:
         (path / FILE).rename(path / f"{FILE}.damaged")
         _write(path, manifest)
         return True
-    other = _differences(there, manifest)
-    rule = "contains another study: " + "; ".join(other[:5]) + ("; ..." if other[5:] else "")
-    check(not other, "study", str(path), rule, "Plan into a new directory; these runs stay")
-    if there.to_dict()["runs"] != manifest.to_dict()["runs"]:
+    differences = _differences(existing, manifest)
+    rule = (
+        "contains another study: "
+        + "; ".join(differences[:5])
+        + ("; ..." if differences[5:] else "")
+    )
+    check(not differences, "study", str(path), rule, "Plan into a new directory; these runs stay")
+    if existing.to_dict()["runs"] != manifest.to_dict()["runs"]:
         _write(path, manifest)
     return False
 
@@ -152,8 +156,8 @@ def read(study: epath.PathLike) -> Manifest:
     """The manifest of a study.
 
     Raises:
-        Damaged: it was changed after it was planned.
-        ValueError: there is none, or it is of another version.
+        Damaged: it was edited after it was planned.
+        ValueError: it does not exist, or has another version.
     """
     file = epath.Path(study) / FILE
     fix = "Plan it first: mor isoflop plan"
@@ -161,13 +165,13 @@ def read(study: epath.PathLike) -> Manifest:
     fix = "Plan it again with the same command; finished runs stay"
     try:
         values = json.loads(file.read_text())
-        given, format_ = values.pop("digest"), values["format"]
+        recorded, format_ = values.pop("digest"), values["format"]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         rule = f"is damaged ({type(error).__name__}: {error})"
         raise Damaged(f"manifest={str(file)!r}: {rule}. {fix}") from error
     rule = f"has format {format_}, this version reads {FORMAT}"
     check(format_ == FORMAT, "manifest", str(file), rule, "Use the version that planned it")
-    if given != digest(values):
+    if recorded != digest(values):
         rule = "was edited after it was planned, so its finished runs may not match it"
         raise Damaged(f"manifest={str(file)!r}: {rule}. {fix}")
     del values["format"]
@@ -188,10 +192,10 @@ def _differences(old: Manifest, new: Manifest) -> list[str]:
     if old.unit != new.unit:
         return [f"its FLOPs are counted as {old.unit!r}, now as {new.unit!r}"]
     runs = {run.name: run for run in new.runs}
-    found = []
+    differences = []
     for run in old.runs:
         if run.name not in runs:
-            found.append(f"run {run.name} is not in the new plan")
+            differences.append(f"run {run.name} is not in the new plan")
             continue
         before, after = (
             flatten_settings(old.values(run)),
@@ -199,8 +203,8 @@ def _differences(old: Manifest, new: Manifest) -> list[str]:
         )
         differing = sorted(key for key in before | after if before.get(key) != after.get(key))
         for key in differing:
-            found.append(f"{run.name}: {key} was {before.get(key)!r}, now {after.get(key)!r}")
-    return found
+            differences.append(f"{run.name}: {key} was {before.get(key)!r}, now {after.get(key)!r}")
+    return differences
 
 
 __all__ = ["FILE", "Damaged", "Manifest", "Run", "read", "write"]

@@ -1,4 +1,4 @@
-"""The digest of a manifest, which shows when it was changed by hand. Imports nothing heavy."""
+"""The digest of a manifest, which detects edits. Imports nothing heavy."""
 
 import hashlib
 import json
@@ -6,5 +6,5 @@ from typing import Any
 
 
 def digest(values: dict[str, Any]) -> str:
-    """Of all values of a manifest but its own digest."""
+    """SHA-256, 32 hex digits, of all values of a manifest except its digest."""
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:32]

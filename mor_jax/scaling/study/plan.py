@@ -32,7 +32,7 @@ _SHAPE = {
     "model.intermediate_size": "--sizes",
     "model.num_layers": "--layers",
 }
-"""What follows from flags, so that a value of the user's would be lost."""
+"""Settings that follow from flags, so an override would be lost."""
 
 _MOST_SEEDS = 1000
 
@@ -43,8 +43,8 @@ class StudyRequest:
 
     sizes: names or widths, see `architectures`. budgets: FLOPs in `unit`. seeds: of every point.
     noise: `SIZE@BUDGET`, where each architecture runs with `noise_seeds` seeds. drop: points
-    `SIZE@BUDGET` to leave out. overrides: dotted settings of every run. speed: FLOP/s that a device
-    is expected to reach; None: no expectation of time.
+    `SIZE@BUDGET` to skip. overrides: dotted settings of every run. speed: FLOP/s that a device
+    is expected to reach; None: no estimate of time.
     """
 
     study: str
@@ -62,65 +62,65 @@ class StudyRequest:
     speed: float | None = None
 
 
-def make_plan(asked: StudyRequest, folder: Path) -> Manifest:
+def make_plan(request: StudyRequest, folder: Path) -> Manifest:
     """The manifest of a study; `folder` holds the shipped configurations.
 
     Raises:
         ValueError: an architecture, size, budget or setting does not fit, a budget is too small for
-            a size, or the sizes of a budget cannot have the minimum between them.
+            a size, or the sizes of a budget do not bracket the minimum.
     """
-    _check_lists(asked)
-    _check_overrides(asked)
-    architectures = [Architecture.parse(text, folder) for text in asked.architectures]
-    _distinct("architectures", [found.name for found in architectures])
-    made: list[Planned] = []
-    for size in asked.sizes:
-        configs = _configs(asked, architectures, size)
+    _check_lists(request)
+    _check_overrides(request)
+    architectures = [Architecture.parse(text, folder) for text in request.architectures]
+    _distinct("architectures", [architecture.name for architecture in architectures])
+    planned: list[Planned] = []
+    for size in request.sizes:
+        configs = _configs(request, architectures, size)
         for architecture, cfg in zip(architectures, configs, strict=True):
             model = Model(
                 architecture=architecture.name,
                 size=size,
                 cfg=cfg,
-                unit=asked.unit,
-                rules=asked.rules,
-                speed=asked.speed,
+                unit=request.unit,
+                rules=request.rules,
+                speed=request.speed,
             )
-            made += _points(asked, model)
-    check_brackets([run for run, _ in made], asked.rules.tokens_per_parameter)
-    rules = dataclasses.asdict(asked.rules) | dataclasses.asdict(asked.shapes)
-    return assemble(asked.study, asked.unit, rules, code(folder.parent), made)
+            planned += _points(request, model)
+    check_brackets([run for run, _ in planned], request.rules.tokens_per_parameter)
+    rules = dataclasses.asdict(request.rules) | dataclasses.asdict(request.shapes)
+    return assemble(request.study, request.unit, rules, code(folder.parent), planned)
 
 
-def _points(asked: StudyRequest, model: Model) -> list[Planned]:
-    """All runs of a model: every budget and seed, and further seeds where noise is asked for."""
-    size, found = model.size, []
-    budgets = [b for b in sorted(asked.budgets) if not _named(asked.drop, size, b)]
-    for seed in range(asked.seeds):
-        found += family(model, budgets, seed)
+def _points(request: StudyRequest, model: Model) -> list[Planned]:
+    """All runs of a model: every budget and seed, and further seeds at the noise point."""
+    size, runs = model.size, []
+    budgets = [b for b in sorted(request.budgets) if not _named(request.drop, size, b)]
+    for seed in range(request.seeds):
+        runs += family(model, budgets, seed)
     for budget in budgets:
-        if asked.noise is not None and _named([asked.noise], size, budget):
-            for seed in range(asked.seeds, asked.noise_seeds):
-                found += family(model, [budget], seed)
-    return found
+        if request.noise is not None and _named([request.noise], size, budget):
+            for seed in range(request.seeds, request.noise_seeds):
+                runs += family(model, [budget], seed)
+    return runs
 
 
 def _configs(
-    asked: StudyRequest, architectures: Sequence[Architecture], size: str
+    request: StudyRequest, architectures: Sequence[Architecture], size: str
 ) -> list[TrainConfig]:
-    """One configuration an architecture, all of one depth where the size is a width."""
-    values = [found.config(size, asked.overrides).to_dict() for found in architectures]
+    """One configuration per architecture, all of one depth if the size is a width."""
+    values = [each.config(size, request.overrides).to_dict() for each in architectures]
     if is_width(size):
-        layers = _common_depth(values, asked.shapes.wanted_layers(size), size)
+        layers = _common_depth(values, request.shapes.target_layers(size), size)
         for tree in values:
-            tree["model"] |= asked.shapes.settings(size, layers)
+            tree["model"] |= request.shapes.settings(size, layers)
     return [TrainConfig.from_dict(tree) for tree in values]
 
 
-def _common_depth(values: list[dict[str, Any]], wanted: float, size: str) -> int:
-    for layers in sorted(range(1, int(2 * wanted) + 26), key=lambda count: abs(count - wanted)):
+def _common_depth(values: list[dict[str, Any]], target: float, size: str) -> int:
+    for layers in sorted(range(1, int(2 * target) + 26), key=lambda count: abs(count - target)):
         if all(_has_depth(tree["model"], layers) for tree in values):
             return layers
-    rule = f"the architectures have no common depth near {wanted:.0f} layers at this size"
+    rule = f"the architectures have no common depth near {target:.0f} layers at this size"
     fail("architectures", size, rule, "Plan architectures with other sharing schemes separately")
 
 
@@ -130,37 +130,37 @@ def _has_depth(model: dict[str, Any], layers: int) -> bool:
     return middle > 0 and middle % model["num_recursions"] == 0
 
 
-def _check_lists(asked: StudyRequest) -> None:
+def _check_lists(request: StudyRequest) -> None:
     for name in ("architectures", "sizes", "budgets"):
-        check(bool(getattr(asked, name)), name, getattr(asked, name), "is empty", "Give some")
-        _distinct(name, getattr(asked, name))
-    for budget in asked.budgets:
+        check(bool(getattr(request, name)), name, getattr(request, name), "is empty", "Give some")
+        _distinct(name, getattr(request, name))
+    for budget in request.budgets:
         check(0 < budget < float("inf"), "budgets", budget, "must be positive FLOPs", "Try 1e18")
     rule = f"must be in 1 .. {_MOST_SEEDS}; every point runs once per seed"
-    check(0 < asked.seeds <= _MOST_SEEDS, "seeds", asked.seeds, rule, "Try 1")
-    if asked.noise is not None:
-        rule, number = f"must be at most {_MOST_SEEDS}", asked.noise_seeds
-        check(number <= _MOST_SEEDS, "noise_seeds", number, rule, f"Try {asked.seeds + 2}")
-        rule = f"must be more than seeds={asked.seeds}, which every point has"
-        fix = f"Try {asked.seeds + 2}"
-        check(asked.noise_seeds > asked.seeds, "noise_seeds", asked.noise_seeds, rule, fix)
+    check(0 < request.seeds <= _MOST_SEEDS, "seeds", request.seeds, rule, "Try 1")
+    if request.noise is not None:
+        rule, number = f"must be at most {_MOST_SEEDS}", request.noise_seeds
+        check(number <= _MOST_SEEDS, "noise_seeds", number, rule, f"Try {request.seeds + 2}")
+        rule = f"must be more than seeds={request.seeds}, which every point has"
+        fix = f"Try {request.seeds + 2}"
+        check(request.noise_seeds > request.seeds, "noise_seeds", request.noise_seeds, rule, fix)
     rule = "must be a positive finite number of FLOP/s"
-    ok = asked.speed is None or 0 < asked.speed < float("inf")
-    check(ok, "speed", asked.speed, rule, "Try 1e12, or leave it out")
-    for point in (*asked.drop, *([asked.noise] if asked.noise else [])):
-        known = any(_named([point], s, b) for s in asked.sizes for b in asked.budgets)
+    ok = request.speed is None or 0 < request.speed < float("inf")
+    check(ok, "speed", request.speed, rule, "Try 1e12, or leave it out")
+    for point in (*request.drop, *([request.noise] if request.noise else [])):
+        known = any(_named([point], s, b) for s in request.sizes for b in request.budgets)
         rule = "is not a point of the study, SIZE@BUDGET"
-        fix = f"Sizes are {', '.join(asked.sizes)}"
-        check(known, "drop" if point in asked.drop else "noise", point, rule, fix)
+        fix = f"Sizes are {', '.join(request.sizes)}"
+        check(known, "drop" if point in request.drop else "noise", point, rule, fix)
 
 
-def _check_overrides(asked: StudyRequest) -> None:
+def _check_overrides(request: StudyRequest) -> None:
     decided = dict(_DECIDED)
-    if asked.rules.lr is not None:
+    if request.rules.lr is not None:
         decided["optim.lr"] = "--lr"
-    if any(is_width(size) for size in asked.sizes):
+    if any(is_width(size) for size in request.sizes):
         decided |= _SHAPE
-    for setting, value in asked.overrides.items():
+    for setting, value in request.overrides.items():
         rule = f"cannot be overridden: {decided.get(setting)} decides it"
         check(setting not in decided, f"config.{setting}", value, rule, "Leave it out")
 
@@ -184,16 +184,16 @@ def _named(points: Sequence[str], size: str, budget: float) -> bool:
 
 def code(root: Path) -> dict[str, Any]:
     """Version and git commit of the code in `root`, and whether its files are as committed."""
-    found: dict[str, Any] = {"version": mor_jax.__version__, "commit": None, "clean": None}
+    version: dict[str, Any] = {"version": mor_jax.__version__, "commit": None, "clean": None}
     if (root / ".git").exists():
-        found["commit"] = _git(root, "rev-parse", "HEAD")
-        found["clean"] = not _git(root, "status", "--porcelain", "--untracked-files=no")
-    return found
+        version["commit"] = _git(root, "rev-parse", "HEAD")
+        version["clean"] = not _git(root, "status", "--porcelain", "--untracked-files=no")
+    return version
 
 
 def _git(root: Path, *words: str) -> str:
-    done = subprocess.run(["git", *words], cwd=root, capture_output=True, text=True, check=True)
-    return done.stdout.strip()
+    result = subprocess.run(["git", *words], cwd=root, capture_output=True, text=True, check=True)
+    return result.stdout.strip()
 
 
 __all__ = ["Rules", "StudyRequest", "code", "make_plan"]
