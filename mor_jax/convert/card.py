@@ -6,7 +6,7 @@ from mor_jax.config import ModelConfig
 from mor_jax.convert.run_source import RunSource
 from mor_jax.models.flops import FlopReport, flops
 from mor_jax.models.param_count import effective, effective_parameters, unique_parameters
-from mor_jax.observability.progress import quantity
+from mor_jax.observability.number_format import quantity
 
 _KIND = {
     "none": "recursive decoder: one block of layers is applied to every token several times",

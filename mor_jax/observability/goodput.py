@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from mor_jax.observability.progress import duration
+from mor_jax.observability.number_format import duration
 
 # Event that takes time -> its use, in the first start of a run. In later starts, all time before
 # the first step counts as restart.

@@ -13,6 +13,8 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
+from mor_jax.observability.number_format import duration, quantity
+
 # Steps over which the rate is averaged: long enough to be steady, short enough to follow changes.
 _WINDOW = 50
 _BAR = 24
@@ -177,21 +179,3 @@ def depth_shares(shares: Sequence[float]) -> str:
     for i in order[: max(rest, 0)]:
         whole[i] += 1
     return "depth " + " ".join(f"{i}:{share}%" for i, share in enumerate(whole, start=1))
-
-
-def quantity(value: float | int) -> str:
-    """Three significant digits with a unit: 12.3k, 4.56M."""
-    value = float(f"{value:.3g}")
-    for limit, unit in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if value >= limit:
-            return f"{value / limit:.3g}{unit}"
-    return f"{value:.3g}"
-
-
-def duration(seconds: float | int) -> str:
-    """Two largest units: 45s, 3m20s, 2h05m, 3d04h."""
-    whole = round(seconds)
-    for big, small, names in ((86400, 3600, "dh"), (3600, 60, "hm"), (60, 1, "ms")):
-        if whole >= big:
-            return f"{whole // big}{names[0]}{whole % big // small:02d}{names[1]}"
-    return f"{whole}s"

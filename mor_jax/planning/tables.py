@@ -7,7 +7,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from mor_jax.observability.progress import quantity
+from mor_jax.observability.number_format import quantity
 from mor_jax.planning.report import Plan, TooLarge
 
 Row = tuple[str, ...]

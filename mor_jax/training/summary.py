@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from mor_jax.observability.progress import duration, quantity
+from mor_jax.observability.number_format import duration, quantity
 
 Row = tuple[str, ...]
 

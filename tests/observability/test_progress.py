@@ -5,7 +5,8 @@ import io
 import pytest
 from rich.console import Console
 
-from mor_jax.observability.progress import Meter, Progress, depth_shares, duration, quantity
+from mor_jax.observability.number_format import duration, quantity
+from mor_jax.observability.progress import Meter, Progress, depth_shares
 
 
 class Clock:

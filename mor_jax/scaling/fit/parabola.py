@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from mor_jax.observability.progress import quantity
+from mor_jax.observability.number_format import quantity
 from mor_jax.scaling.runs.points import Point
 
 SIZES_NEEDED = 3

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table as Ruled
 from rich.text import Text
 
-from mor_jax.observability.progress import quantity
+from mor_jax.observability.number_format import quantity
 from mor_jax.scaling.fit.fit import Fit, View
 from mor_jax.scaling.fit.minima import Best
 from mor_jax.scaling.fit.power_law import Interval

@@ -5,7 +5,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from mor_jax.observability.progress import quantity
+from mor_jax.observability.number_format import quantity
 
 INK, FAINT, _GRID = "#1f2937", "#6b7280", "#e5e7eb"
 

@@ -7,7 +7,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from mor_jax.observability.progress import duration, quantity
+from mor_jax.observability.number_format import duration, quantity
 from mor_jax.scaling.fit.fit import Fit, View
 from mor_jax.scaling.fit.tables import (
     VERDICTS,

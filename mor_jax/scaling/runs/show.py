@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from rich.table import Table
 
-from mor_jax.observability.progress import duration
+from mor_jax.observability.number_format import duration
 from mor_jax.scaling.runs.collect import Progress
 from mor_jax.scaling.study.budgets import UNITS
 from mor_jax.scaling.study.manifest import Manifest, Run
