@@ -24,7 +24,7 @@ SERIES = {
 
 _MARKS = ("#1d4ed8", "#15803d", "#7e22ce", "#111827")
 _COLOURS = ("#8a93a6", "#c2410c", "#1d4ed8", "#15803d", "#7e22ce")
-# Light to strong, all bright enough under black letters; the first stands for depth 0.
+# Light to strong, all bright enough under black letters; the first is for depth 0.
 _UNROUTED = "#e5e7eb"
 _DEPTHS = ("#fef3c7", "#fdba74", "#f58a6e", "#c893c0", "#8f9fd6", "#6fb3b8", "#86c28b", "#b5b5b5")
 
@@ -154,7 +154,7 @@ def text_pieces(tokens: Sequence[int] | np.ndarray, decode: Callable[[Any], str]
 
 @dataclasses.dataclass(frozen=True)
 class _Cell:
-    # One letter on the page: `faint` for signs that stand for something invisible.
+    # One letter on the page; `faint` for signs that replace invisible characters.
     row: int
     column: int
     letter: str
@@ -307,7 +307,7 @@ def colour(depth: int) -> str:
 
 
 def _curve(rows: Sequence[Mapping[str, Any]], name: str) -> np.ndarray:
-    # (points, 2): step and value; what is not finite leaves a gap in the data, not in the curve.
+    # (points, 2): step and value; non-finite values are skipped; the curve continues across them.
     points = [(row["step"], row[name]) for row in rows if isinstance(row.get(name), int | float)]
     curve = np.array(points, np.float64).reshape(-1, 2)
     return curve[np.isfinite(curve[:, 1])]

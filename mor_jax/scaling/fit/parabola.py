@@ -62,8 +62,8 @@ class Group:
         ln FLOPs per token is interpolated linearly, and extrapolated from the last two sizes.
         """
         known, rates = self.logs, np.log([cell.flops_per_token for cell in self.cells])
-        keep = np.concatenate([[True], np.diff(known) > 0])
-        known, rates = known[keep], rates[keep]
+        distinct = np.concatenate([[True], np.diff(known) > 0])
+        known, rates = known[distinct], rates[distinct]
         left = np.clip(np.searchsorted(known, logs) - 1, 0, len(known) - 2)
         slope = (rates[left + 1] - rates[left]) / (known[left + 1] - known[left])
         return np.asarray(math.log(self.budget) - rates[left] - slope * (logs - known[left]))

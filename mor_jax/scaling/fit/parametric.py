@@ -73,9 +73,9 @@ def loss_law(
     """Fits all runs of the groups of one architecture, or reports what is missing.
 
     Intervals come from refitting losses about the fitted ones with normal noise in log loss. Its
-    deviation is drawn too, as in `fit_power`, from the residuals and what five fitted values left
-    of their degrees of freedom. The residuals themselves cannot be resampled: a fit as good as one
-    of absolute errors goes through five runs exactly. 0 resamples: no intervals.
+    deviation is drawn too, as in `power_law`, from the residuals and the degrees of freedom left
+    after five fitted values. The residuals themselves cannot be resampled: like a fit of absolute
+    errors, this one passes through about five runs exactly. 0 resamples: no intervals.
     """
     cells = [cell for group in groups for cell in group.cells]
     sizes = len({cell.parameters for cell in cells})
@@ -143,10 +143,10 @@ def _objective(theta: np.ndarray, runs: _Runs) -> tuple[float, np.ndarray]:
     top = terms.max(axis=0)
     parts = np.exp(terms - top)
     total = parts.sum(axis=0)
-    left = (top + np.log(total) - runs.losses) / _DELTA
-    size = np.abs(left)
-    value = np.where(size <= 1, 0.5 * left * left, size - 0.5).sum()
-    pull = np.clip(left, -1, 1) / _DELTA * (parts / total)
+    residuals = (top + np.log(total) - runs.losses) / _DELTA
+    size = np.abs(residuals)
+    value = np.where(size <= 1, 0.5 * residuals * residuals, size - 0.5).sum()
+    pull = np.clip(residuals, -1, 1) / _DELTA * (parts / total)
     slopes = (-(pull[0] @ runs.sizes), -(pull[1] @ runs.tokens))
     return float(value), np.array([*pull.sum(axis=1), *slopes])
 
@@ -188,7 +188,7 @@ def _starts(runs: _Runs) -> list[np.ndarray]:
             logs = np.log(np.maximum(parts, 1e-12))
             candidates.append((error, np.clip([*logs, alpha, beta], bounds[:, 0], bounds[:, 1])))
     candidates.sort(key=lambda pair: pair[0])
-    # Neighbours on the grid lead to one valley: every third keeps the starts apart.
+    # Neighbours on the grid lead to the same minimum: take every third.
     return [start for _, start in candidates[: 3 * _STARTS : 3]]
 
 

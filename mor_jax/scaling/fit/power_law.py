@@ -96,13 +96,13 @@ def noise(groups: Sequence[Group], parabolas: Sequence[Parabola]) -> Noise:
     cells = [cell for group in groups for cell in group.cells if cell.spread is not None]
     seeds_freedom = sum(cell.runs - 1 for cell in cells)
     seeds = sum((cell.runs - 1) * (cell.spread or 0.0) ** 2 for cell in cells)
-    left_freedom = sum(fitted.freedom for fitted in parabolas)
-    left = sum(fitted.squares for fitted in parabolas if fitted.freedom)
+    fit_freedom = sum(fitted.freedom for fitted in parabolas)
+    fit_squares = sum(fitted.squares for fitted in parabolas if fitted.freedom)
     between = math.sqrt(seeds / seeds_freedom) if seeds_freedom else None
-    freedom, squares = left_freedom + seeds_freedom, left + seeds
-    if left_freedom and between is not None and left / left_freedom > between**2:
+    freedom, squares = fit_freedom + seeds_freedom, fit_squares + seeds
+    if fit_freedom and between is not None and fit_squares / fit_freedom > between**2:
         # Repeats do not make the parabola a better description of the sizes.
-        freedom, squares = left_freedom, left
+        freedom, squares = fit_freedom, fit_squares
     deviation = math.sqrt(squares / freedom) if freedom else None
     return Noise(
         deviation=deviation, freedom=freedom, between_seeds=between, seeds_freedom=seeds_freedom
@@ -127,11 +127,11 @@ def resample(fitted: Parabola, scale: np.ndarray, rng: np.random.Generator) -> B
     errors = rng.standard_normal((len(scale), len(runs))) * scale[:, None] / np.sqrt(runs)
     c0, c1, c2 = (fitted.coefficients + errors @ fitted.solve.T).T
     low, high = (end - fitted.centre for end in group.ends)
-    room = (high - low) / 2
+    margin = (high - low) / 2
     bends_up = c2 > 0
     vertex = -c1 / (2 * np.where(bends_up, c2, 1.0))
     lower_end = np.where((c1 + c2 * (low + high)) > 0, low, high)
-    x = np.where(bends_up, np.clip(vertex, low - room, high + room), lower_end)
+    x = np.where(bends_up, np.clip(vertex, low - margin, high + margin), lower_end)
     inside = bends_up & (vertex > low) & (vertex < high)
     logs = fitted.centre + x
     loss = c0 + c1 * x + c2 * x * x
@@ -155,7 +155,7 @@ class FittedLine:
     slope: float
     offsets: np.ndarray | None
     slopes: np.ndarray | None
-    left: np.ndarray
+    residuals: np.ndarray
 
     def at(self, x: float) -> float:
         """Value at x."""
@@ -175,16 +175,16 @@ def line(x: np.ndarray, y: np.ndarray, drawn: np.ndarray | None) -> FittedLine:
     basis = np.vander(x - x.mean(), 2, increasing=True)
     solve = np.linalg.pinv(basis)
     mean, slope = solve @ y
-    left = y - basis @ (mean, slope)
+    residuals = y - basis @ (mean, slope)
     if drawn is None:
-        return FittedLine(mean - slope * x.mean(), slope, None, None, left)
+        return FittedLine(mean - slope * x.mean(), slope, None, None, residuals)
     means, slopes = solve @ drawn.T
     if len(x) > 2:
         expected = np.mean(np.sum((drawn.T - basis @ (solve @ drawn.T)) ** 2, axis=0))
-        factor = math.sqrt(max(1.0, float(left @ left / expected))) if expected else 1.0
+        factor = math.sqrt(max(1.0, float(residuals @ residuals / expected))) if expected else 1.0
         means, slopes = mean + factor * (means - mean), slope + factor * (slopes - slope)
     offsets = means - slopes * x.mean()
-    return FittedLine(mean - slope * x.mean(), slope, offsets, slopes, left)
+    return FittedLine(mean - slope * x.mean(), slope, offsets, slopes, residuals)
 
 
 def power_law(
@@ -213,7 +213,7 @@ def power_law(
         parameters_interval=powers(interval(size.drawn(middle), confidence)),
         tokens_at=math.exp(length.at(middle)),
         tokens_interval=powers(interval(length.drawn(middle), confidence)),
-        scatter=float(np.sqrt(np.mean(size.left**2))) if len(x) > 2 else None,
+        scatter=float(np.sqrt(np.mean(size.residuals**2))) if len(x) > 2 else None,
         band=_band(x, size, length, confidence),
     )
     return law, size.slopes

@@ -1,4 +1,4 @@
-"""Figures of a study: curves per budget, frontiers, and the best size and length over compute.
+"""Figures of a study: curves per budget, frontiers, best size and tokens over compute.
 
 An architecture has one colour and one marker in all of them; the colours can be told apart by
 colour-blind readers (Okabe and Ito). matplotlib is imported inside functions, no window is opened.
@@ -27,7 +27,7 @@ UNITS = {
     "training": "training FLOPs",
     "paper": "FLOPs as the paper counts them",
 }
-"""Axis labels of what a study's budgets count; another unit stands for itself."""
+"""Axis labels of what a study's budgets count; other units are shown as they are."""
 
 
 class Figures:
@@ -48,7 +48,7 @@ class Figures:
         }
 
     def by_budget(self) -> bytes:
-        """A panel per budget: what every architecture reaches at equal FLOPs."""
+        """A panel per budget: the loss of every architecture at equal FLOPs."""
         figure, panels = new_figure(len(self.fit.budgets))
         for axes, budget in zip(panels, self.fit.budgets, strict=True):
             for group in self.view.groups:
@@ -77,7 +77,7 @@ class Figures:
         return png(figure, f"Loss by size, a curve per budget in {self.flops}")
 
     def frontier(self) -> bytes:
-        """Loss at the minimum over compute, and its difference from the baseline's."""
+        """Loss at the minimum over compute, and the difference from the baseline."""
         others = [name for name in self.fit.architectures if name != self.fit.baseline]
         figure, panels = new_figure(2 if others else 1, width=5.6)
         for name in self.fit.architectures:
@@ -113,8 +113,8 @@ class Figures:
             else:
                 axes.set_yticks([])
                 text = "no budget has a minimum among its sizes"
-                place = {"transform": axes.transAxes, "ha": "center", "fontsize": 9}
-                axes.text(0.5, 0.5, text, color=FAINT, **place)
+                position = {"transform": axes.transAxes, "ha": "center", "fontsize": 9}
+                axes.text(0.5, 0.5, text, color=FAINT, **position)
             self._budgets(axes)
             axes.set_xlabel(self.flops, fontsize=9)
             if axes.get_legend_handles_labels()[0]:
@@ -132,17 +132,17 @@ class Figures:
         if any(spreads):
             dots = {"linestyle": "none", "color": colour, "capsize": 2.5, "linewidth": 1.2}
             axes.errorbar(sizes, losses, yerr=spreads, **dots)
-        found = self._minimum(group.architecture, group.budget)
+        minimum = self._minimum(group.architecture, group.budget)
         axes.plot(sizes, losses, marker, color=colour, markersize=4.5, alpha=0.85, zorder=3)
-        if found is None:
+        if minimum is None:
             axes.plot(sizes, losses, color=colour, linestyle=":", linewidth=1.1)
         else:
             x = np.linspace(math.log(sizes.min()), math.log(sizes.max()), 80)
-            curve = np.polynomial.Polynomial(found.coefficients)(x - found.centre)
+            curve = np.polynomial.Polynomial(minimum.coefficients)(x - minimum.centre)
             axes.plot(np.exp(x), curve, color=colour, linewidth=1.6)
             axes.plot(
-                found.parameters,
-                found.loss,
+                minimum.parameters,
+                minimum.loss,
                 "*",
                 markersize=13,
                 markerfacecolor="white",
@@ -152,15 +152,15 @@ class Figures:
             )
         if label:
             text = compute(group.budget)
-            place = {"xytext": (6, 0), "textcoords": "offset points", "va": "center"}
-            axes.annotate(text, (sizes[-1], losses[-1]), color=INK, fontsize=8, **place)
+            position = {"xytext": (6, 0), "textcoords": "offset points", "va": "center"}
+            axes.annotate(text, (sizes[-1], losses[-1]), color=INK, fontsize=8, **position)
             axes.margins(x=0.14)
 
     def _path(self, axes: Any, law: PowerLaw, colour: str) -> None:
-        # Minima joined, so that their drift is seen.
+        # Connects the minima to show how they move with the budget.
         minima = [m for m in self.view.minima if m.architecture == law.architecture]
-        places = [(m.parameters, m.loss) for m in minima]
-        axes.plot(*zip(*places, strict=True), color=colour, linewidth=0.9, linestyle=(0, (4, 3)))
+        points = [(m.parameters, m.loss) for m in minima]
+        axes.plot(*zip(*points, strict=True), color=colour, linewidth=0.9, linestyle=(0, (4, 3)))
 
     def _lowest(self, axes: Any, name: str) -> None:
         colour, marker = self.styles[name]
@@ -176,7 +176,7 @@ class Figures:
                 style = {"markerfacecolor": "white", "markeredgecolor": colour, "markersize": 7}
                 axes.plot(best.budget, best.loss, marker, markeredgewidth=1.5, **style)
 
-    def _gap(self, axes: Any, name: str, place: float) -> None:
+    def _gap(self, axes: Any, name: str, position: float) -> None:
         colour, marker = self.styles[name]
         own = [gap for gap in self.view.gaps if gap.architecture == name]
         for gap in own:
@@ -185,8 +185,8 @@ class Figures:
             ends = gap.runs_interval if refused else gap.minima_interval
             errors = None if ends is None else np.abs(np.array([ends]).T - value)
             axes.errorbar(
-                # Side by side, as intervals of one budget would hide each other.
-                gap.budget * 1.06**place,
+                # Side by side, so that intervals of one budget do not overlap.
+                gap.budget * 1.06**position,
                 value,
                 yerr=errors,
                 color=colour,
@@ -216,8 +216,8 @@ class Figures:
             ends = [pair or (v, v) for pair, v in zip(pairs, values, strict=True)]
             errors = np.abs(np.array(ends).T - np.array(values))
             style = {"color": colour, "marker": marker, "markersize": 5.5, "capsize": 3}
-            places = [m.budget for m in minima]
-            axes.errorbar(places, values, errors, linestyle="none", label=label, **style)
+            budgets = [m.budget for m in minima]
+            axes.errorbar(budgets, values, errors, linestyle="none", label=label, **style)
 
     def _law(self, axes: Any, law: PowerLaw, letter: str, colour: str) -> None:
         exponent, factor = (law.a, law.k) if letter == "N" else (law.b, law.m)
@@ -242,7 +242,7 @@ class Figures:
         return self._minimum(architecture, budget) is None
 
     def _budgets(self, axes: Any) -> None:
-        # The budgets that were run are the ticks; a study of many has the usual ones.
+        # Up to six budgets are the ticks themselves; more get the usual ticks.
         axes.set_xscale("log")
         budgets = self.fit.budgets
         axes.set_xlim(budgets[0] / 1.6, budgets[-1] * 1.6)
@@ -273,8 +273,8 @@ class Figures:
                 handles.append(Line2D([], [], label=label, **mark, **faint))
         most = int(figure.get_size_inches()[0] / 1.8)
         columns = math.ceil(len(handles) / math.ceil(len(handles) / most))
-        place = {"loc": "outside lower center", "ncols": columns, "frameon": False}
-        figure.legend(handles=handles, fontsize=9, **place)
+        position = {"loc": "outside lower center", "ncols": columns, "frameon": False}
+        figure.legend(handles=handles, fontsize=9, **position)
 
 
 def _exponent(law: PowerLaw, letter: str) -> str:

@@ -145,7 +145,7 @@ def test_a_line_goes_through_its_points_and_gives_its_draws_on():
     off = 0.1 * np.array([2, -3, 1])
     found = line(x, 5 - 2 * x, np.stack([x - 1 + off, 2 * x - off]))
     assert found.slope == pytest.approx(-2) and found.at(10.0) == pytest.approx(-15)
-    np.testing.assert_allclose(found.left, 0, atol=1e-12)
+    np.testing.assert_allclose(found.residuals, 0, atol=1e-12)
     np.testing.assert_allclose(found.slopes, [1, 2])
     np.testing.assert_allclose(found.drawn(10.0), [9, 20])
     bare = line(x, 5 - 2 * x, None)
