@@ -11,6 +11,9 @@ from typing import Any, NoReturn
 
 from mor_jax.runtime import exit_codes
 
+RENAMED = {"--heldout-share": "--validation-fraction"}
+"""Options of earlier versions -> their names now."""
+
 
 class CommandParser(argparse.ArgumentParser):
     """An `ArgumentParser` whose errors are one line; the exit code is `exit_codes.REFUSED`.
@@ -53,6 +56,9 @@ class CommandParser(argparse.ArgumentParser):
         options = [name for name in self._option_string_actions if name.startswith("--")]
         for word in _until_separator(self._words):
             name = word.partition("=")[0]
+            if RENAMED.get(name) in options:
+                yield name, RENAMED[name]
+                continue
             near = difflib.get_close_matches(name, options, n=1, cutoff=0.6)
             if name.startswith("--") and name not in options and near:
                 yield name, near[0]

@@ -28,7 +28,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--text-key", default="text", help="field, column or feature of the text")
     parser.add_argument("--shard-tokens", type=int, default=2**27, help="training tokens per shard")
     share = "fraction of the documents for validation"
-    parser.add_argument("--heldout-share", type=float, default=0.01, help=share)
+    parser.add_argument("--validation-fraction", type=float, default=0.01, help=share)
     return parser.parse_args(arguments)
 
 

@@ -69,6 +69,10 @@ WRONG = [
     (["train", "--config=mro", "--workdir=x"], "Did you mean --config=mor?"),
     (["train", "--config=zzz", "--workdir=x"], "Give a file or one of: from_study, from_workdir,"),
     (["train", "--config=mor", "--config.stpes=3"], "Did you mean --config.steps?"),
+    (
+        ["prepare-data", "--source=stdlib", "--heldout-share=0.1"],
+        "Did you mean --validation-fraction?",
+    ),
     (["completion", "fish"], "completion fish: must name a shell"),
 ]
 

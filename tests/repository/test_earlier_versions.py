@@ -184,7 +184,7 @@ def test_shards_are_read_and_continued(earlier):
         (1587, "435e21873c7e8c1f3cbd3741e47b97a6"),
         (854, "d5870a2071d59e065a4fb6d335331040"),
     ]
-    flags = ["--source=jsonl:text/documents.jsonl", "--heldout-share=0.3", "--output=shards"]
+    flags = ["--source=jsonl:text/documents.jsonl", "--validation-fraction=0.3", "--output=shards"]
     before = {path: path.stat().st_mtime_ns for path in Path("shards").glob("*.array_record")}
     assert prepare_data.main(flags) == 0
     assert before == {path: path.stat().st_mtime_ns for path in before}

@@ -90,7 +90,7 @@ def _settings(
         "tokenizer": tokenizer.fingerprint if tokenizer else f"train-bpe={cfg.train_bpe}",
         "shard_tokens": cfg.shard_tokens,
         "record_tokens": RECORD_TOKENS,
-        "heldout_share": cfg.heldout_share,
+        "heldout_share": cfg.validation_fraction,
     }
 
 
@@ -148,7 +148,7 @@ def _read_settings(path: Path, output: Path) -> dict[str, Any]:
 def _trained(cfg: PrepareConfig, sources: list[Documents]) -> Tokenizer:
     path = cfg.output / "tokenizer.json"
     if not path.exists():
-        texts = _training_texts(sources, cfg.heldout_share)
+        texts = _training_texts(sources, cfg.validation_fraction)
         write_file(path, train_bpe(texts, cfg.train_bpe or 0).encode())
     return load_tokenizer(str(path), "--tokenizer")
 
@@ -174,7 +174,7 @@ def _check_splits(cfg: PrepareConfig, parts: list[dict[str, Any]]) -> None:
         rule = f"gives {documents['train']} training and {documents['heldout']} validation "
         rule += f"documents; the first validation document needs a share above {lowest:.6f}"
         fix = f"Remove {cfg.output} and use another share, or add documents"
-        fail("--heldout-share", cfg.heldout_share, rule, fix)
+        fail("--validation-fraction", cfg.validation_fraction, rule, fix)
 
 
 def _manifest(

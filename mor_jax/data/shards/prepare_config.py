@@ -23,7 +23,7 @@ class PrepareConfig:
     train_bpe: int | None = None
     text_key: str = "text"
     shard_tokens: int = 2**27
-    heldout_share: float = 0.01
+    validation_fraction: float = 0.01
 
     def validate(self) -> None:
         """Raises `ValueError` on a setting out of range."""
@@ -31,8 +31,8 @@ class PrepareConfig:
         rule = "must be at least 1; it is the number of training tokens of a shard"
         check(self.shard_tokens >= 1, "--shard-tokens", self.shard_tokens, rule, "Try 134217728")
         rule = "must be in (0, 0.5]; it is the fraction of documents used for validation"
-        ok = 0 < self.heldout_share <= 0.5
-        check(ok, "--heldout-share", self.heldout_share, rule, "Try 0.01")
+        ok = 0 < self.validation_fraction <= 0.5
+        check(ok, "--validation-fraction", self.validation_fraction, rule, "Try 0.01")
         for spec in self.sources:
             rule = "is already tokenised"
             ok = not spec.startswith("shards:")

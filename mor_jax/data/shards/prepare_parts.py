@@ -110,7 +110,7 @@ class ShardJob:
         for after, text, tokens in documents:
             hashed = text_hash(text)
             part["lowest"] = min(part["lowest"], hashed / 2**64)
-            split = "heldout" if is_validation(hashed, self._cfg.heldout_share) else "train"
+            split = "heldout" if is_validation(hashed, self._cfg.validation_fraction) else "train"
             if split not in writers:
                 stem = f"{split}-{number:05d}"
                 writers[split] = ShardWriter(output, stem, tokenizer.dtype, tokenizer.eos_id)

@@ -113,7 +113,7 @@ def _encode_pending(
 
 
 def tokenize(
-    documents: Documents, tokenizer: Tokenizer, heldout_share: float | None
+    documents: Documents, tokenizer: Tokenizer, validation_fraction: float | None
 ) -> dict[str, MemoryStream]:
     """Reads and tokenises a source into streams `train` and `heldout`; without a share into `all`.
 
@@ -133,8 +133,8 @@ def tokenize(
         arrays.append(tokens)
         hashes.append(text_hash(text))
     masks = {"all": np.ones(len(arrays), bool)}
-    if heldout_share is not None:
-        validation = validation_mask(hashes, heldout_share, documents.setting, documents.spec)
+    if validation_fraction is not None:
+        validation = validation_mask(hashes, validation_fraction, documents.setting, documents.spec)
         masks = {"train": ~validation, "heldout": validation}
     streams = {}
     for split, mask in masks.items():

@@ -15,7 +15,7 @@ from mor_jax.data.streams.packing import PackedSequences
 @pytest.fixture
 def cfg(tmp_path, jsonl):
     cfg = PrepareConfig(
-        sources=(jsonl,), output=tmp_path / "out", shard_tokens=400, heldout_share=0.2
+        sources=(jsonl,), output=tmp_path / "out", shard_tokens=400, validation_fraction=0.2
     )
     prepare(cfg, quiet)
     return cfg

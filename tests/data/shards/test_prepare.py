@@ -36,7 +36,7 @@ def contents(folder):
 def wanted(tmp_path, jsonl):
     """Settings that give several shards of few documents."""
     return PrepareConfig(
-        sources=(jsonl,), output=tmp_path / "out", shard_tokens=400, heldout_share=0.2
+        sources=(jsonl,), output=tmp_path / "out", shard_tokens=400, validation_fraction=0.2
     )
 
 
@@ -117,7 +117,7 @@ def report(done):
         os.kill(os.getpid(), signal.SIGKILL)
 prepare.prepare(prepare.PrepareConfig(
     sources={wanted.sources!r}, output=pathlib.Path({str(wanted.output)!r}),
-    shard_tokens=400, heldout_share=0.2), report)
+    shard_tokens=400, validation_fraction=0.2), report)
 """
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT)
     assert done.returncode == -signal.SIGKILL
@@ -239,8 +239,11 @@ def test_full_disk(wanted):
         ({"sources": ()}, "--source"),
         ({"sources": ("shards:x",)}, "already tokenised"),
         ({"shard_tokens": 0}, "--shard-tokens=0"),
-        ({"heldout_share": 0.7}, r"--heldout-share=0\.7: must be in \(0, 0\.5\]"),
-        ({"heldout_share": 1e-9}, r"--heldout-share=1e-09: gives 60 training.*share above 0\.0"),
+        ({"validation_fraction": 0.7}, r"--validation-fraction=0\.7: must be in \(0, 0\.5\]"),
+        (
+            {"validation_fraction": 1e-9},
+            r"--validation-fraction=1e-09: gives 60 training.*share above 0\.0",
+        ),
         ({"tokenizer": "gpt-9"}, "--tokenizer='gpt-9'"),
         ({"train_bpe": 10}, "--train-bpe=10"),
         ({"train_bpe": 0}, "--train-bpe=0: must be at least 257"),
@@ -313,9 +316,9 @@ def test_missing_and_damaged_directories(prepared, tmp_path, byte_tokenizer):
 def test_the_script(jsonl, tmp_path, capsys):
     arguments = [f"--source={jsonl}", f"--output={tmp_path}/out"]
     command = [sys.executable, str(ROOT / "launch" / "prepare_data.py"), *arguments]
-    done = subprocess.run([*command, "--heldout-share=0.2"], capture_output=True, text=True)
+    done = subprocess.run([*command, "--validation-fraction=0.2"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert f"data.sources=('shards:{tmp_path}/out',)" in done.stdout
     assert "60 documents" in done.stderr
-    assert prepare_data.main([*arguments, "--heldout-share=0.3"]) == 2
+    assert prepare_data.main([*arguments, "--validation-fraction=0.3"]) == 2
     assert "other settings" in capsys.readouterr().err

@@ -171,7 +171,7 @@ def test_a_last_line_that_was_cut(tmp_path):
 
 def test_a_preparation_says_it_too_and_refuses_in_one_line(tmp_path, capsys, caplog):
     spec = write_jsonl(tmp_path / "f.jsonl", '{"text": null}', "")
-    arguments = [f"--source={spec}", "--heldout-share=0.2", "--train-bpe=300"]
+    arguments = [f"--source={spec}", "--validation-fraction=0.2", "--train-bpe=300"]
     assert prepare_data.main([*arguments, f"--output={tmp_path}/out"]) == 0
     assert [line.endswith("f.jsonl:21") for line in caplog.messages] == [True]
     capsys.readouterr()

@@ -126,7 +126,7 @@ def shards(tmp_path_factory, byte_tokenizer):
     source = f"text:{folder}/*.txt"
     output = folder / "shards"
     cfg = PrepareConfig(
-        sources=(source,), output=output, shard_tokens=3 * RECORD_TOKENS, heldout_share=0.3
+        sources=(source,), output=output, shard_tokens=3 * RECORD_TOKENS, validation_fraction=0.3
     )
     manifest = prepare(cfg, lambda progress: None)
     assert len(manifest["splits"]["train"]["shards"]) > 2
