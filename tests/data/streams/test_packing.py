@@ -112,7 +112,7 @@ def test_too_much_text_for_memory(cfg, texts, byte_tokenizer, monkeypatch, limit
     assert 2200 < len("".join(texts)) < open_documents(cfg.sources[0]).size < 4400
     monkeypatch.setattr("mor_jax.data.streams.token_streams.MEMORY_LIMIT", limit)
     with pytest.raises(
-        ValueError, match=r"too many to tokenise in memory.*prepare_data\.py --source"
+        ValueError, match=r"too many to tokenise in memory.*mor prepare-data --source"
     ):
         open_streams(dataclasses.replace(cfg, validation_fraction=0.33), byte_tokenizer, "train")
 
