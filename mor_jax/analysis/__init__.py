@@ -1,1 +1,1 @@
-"""Looking at what a trained model does: pictures and statistics of routing."""
+"""Routing of a trained model: depth maps, statistics, loss by number of recursions."""

@@ -1,4 +1,4 @@
-"""Depths and losses of groups of tokens: by position, by token, by frequency, by loss."""
+"""Depth and loss of groups of tokens: by position, token, frequency or loss."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -17,8 +17,8 @@ TENTHS = 10
 class Buckets:
     """Tokens in groups.
 
-    statistic: name of the record, such as `position`. label: group of each token, -1 for none,
-    int [n]. names: of the groups. extra: more fields of each group's record.
+    statistic: name of the record, such as `position`. label: index of each token's group, -1 for
+    none, int [n]. names: one per group. extra: further fields of each group's record.
     """
 
     statistic: str
@@ -27,7 +27,7 @@ class Buckets:
     extra: Sequence[dict[str, Any]]
 
     def records(self, routing: str, one: RoutingPass, recursions: int) -> list[dict[str, Any]]:
-        """A record a group that has tokens: how many, mean depth, shares by depth, losses."""
+        """One record per group with tokens: count, mean depth, shares by depth, mean losses."""
         size, known = len(self.names), self.label >= 0
         label, depth = self.label[known], one.depth[known].astype(np.int64)
         table = np.bincount(label * (recursions + 1) + depth, minlength=size * (recursions + 1))
@@ -55,7 +55,7 @@ class Buckets:
 
 
 def _means(label: np.ndarray, values: np.ndarray, size: int) -> np.ndarray:
-    """Mean of the finite values of each group, float64 [size]; NaN where it has none."""
+    """Mean of the finite values of each group, float64 [size]; NaN for a group without any."""
     fine = np.isfinite(values)
     total = np.bincount(label[fine], values[fine], minlength=size)
     with np.errstate(invalid="ignore"):
@@ -63,7 +63,7 @@ def _means(label: np.ndarray, values: np.ndarray, size: int) -> np.ndarray:
 
 
 def by_position(observed: RoutingRecord) -> Buckets:
-    """16 equal stretches of the row, fewer in shorter rows."""
+    """16 equal ranges of positions; one per position in a sequence of fewer than 16 tokens."""
     length = observed.rows.length
     edges = np.unique(np.linspace(0, length, min(POSITIONS, length) + 1).astype(int))
     label = np.searchsorted(edges, observed.position, side="right") - 1
@@ -74,14 +74,14 @@ def by_position(observed: RoutingRecord) -> Buckets:
 
 
 def by_token(observed: RoutingRecord, texts: dict[int, str]) -> Buckets:
-    """Each token number. texts: what people see of it."""
+    """One group per token ID. texts: display name of each."""
     kinds, label = np.unique(observed.token, return_inverse=True)
     names = [texts[kind] for kind in kinds.tolist()]
     return Buckets("token", label, names, [{"token": kind} for kind in kinds.tolist()])
 
 
 def by_loss(observed: RoutingRecord, one: RoutingPass, which: str) -> Buckets:
-    """Tenths of equally many tokens by `loss` (of the token) or `ahead` (of the next one)."""
+    """Deciles of the tokens by `loss` (of the token itself) or `ahead` (of the next token)."""
     values = getattr(one, which)
     fine = np.isfinite(values)
     statistic = {"loss": "loss", "ahead": "loss_ahead"}[which]
@@ -101,14 +101,15 @@ def by_loss(observed: RoutingRecord, one: RoutingPass, which: str) -> Buckets:
 
 
 def by_frequency(observed: RoutingRecord, share: np.ndarray) -> Buckets:
-    """Kinds of tokens in order of frequency, each group about a tenth of the training text.
+    """Token types in order of frequency; each group covers about a tenth of the training text.
 
-    A kind is not divided, so common ones may fill groups of their own. Those that the training text
-    does not have come last. share: of each token number in it, float [v].
+    A token type is never divided, so a common one may fill a group of its own. Types that the
+    training text does not contain form the last group. share: of each token ID in that text,
+    float [v].
     """
     order = np.argsort(-share, kind="stable")
     ordered = share[order]
-    # By the middle of what each kind takes up of the text.
+    # A type belongs to the tenth that holds the middle of its cumulative share.
     middle = np.cumsum(ordered) - ordered / 2
     group = np.empty(len(share), int)
     group[order] = np.minimum((TENTHS * middle).astype(int), TENTHS - 1)
@@ -124,7 +125,7 @@ def by_frequency(observed: RoutingRecord, share: np.ndarray) -> Buckets:
 
 
 def _rarity(low: float, high: float, last: bool) -> str:
-    """`1 in 20-35`: tokens of training text for one of the commonest and of the rarest kind."""
+    """`1 in 20-35`: training tokens per occurrence of the commonest and of the rarest type."""
     if low == 0:
         return "never"
     often, rare = f"{1 / high:,.0f}", f"{1 / low:,.0f}"

@@ -1,4 +1,4 @@
-"""The commands of `mor analyze`: from the request to a directory and a table."""
+"""The commands of `mor analyze`: from options to an output directory and a table."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -19,7 +19,10 @@ Stdin = Callable[[], bytes]
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """What a command has to say. facts: JSON values; files: written."""
+    """The result of a command.
+
+    head: lines about run and text. table: lines. facts: JSON values. files: those written.
+    """
 
     head: list[str]
     table: list[str]
@@ -31,14 +34,15 @@ class Result:
         return {**self.facts, "files": [str(file) for file in self.files]}
 
     def lines(self) -> list[str]:
-        """The same for a terminal."""
+        """The report for a terminal."""
         return [*self.head, "", *self.table, "", *(f"wrote {file}" for file in self.files)]
 
 
 def run(given: Given, stdin: Stdin) -> Result:
-    """Runs given["command"] (`map`, `statistics`, `depth`) with the options of the command line.
+    """Runs given["command"] (`map`, `statistics`, `depth`) with the command line's options.
 
-    stdin: reads all of the standard input. Raises `ValueError`, and then nothing is written.
+    stdin: reads all of the standard input. Raises `ValueError` for a bad option, run or text; then
+    nothing is written.
     """
     found = load_run(given["workdir"], given["step"])
     commands = {"map": _map, "statistics": _statistics, "depth": _depth}
@@ -114,7 +118,7 @@ def _depth(found: RunWeights, given: Given, stdin: Stdin) -> Result:
 
 
 def numbers(text: str | None) -> tuple[int, ...] | None:
-    """`1,2,6` as numbers; None for None. Raises `ValueError` on anything else."""
+    """`1,2,6` as numbers; None for None. Raises `ValueError` for other text."""
     if text is None:
         return None
     parts = text.split(",")

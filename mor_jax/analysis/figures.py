@@ -1,6 +1,6 @@
-"""Pictures of statistics: depth of groups of tokens, router scores, loss over recursions.
+"""Figures of an analysis: depth of groups of tokens, router scores, loss over recursions.
 
-matplotlib is imported inside the functions of `plots` alone.
+Only the functions of `plots` import matplotlib.
 """
 
 from collections.abc import Mapping, Sequence
@@ -20,9 +20,10 @@ _COUNTS = ("bins_other", "bins_chosen")
 def depth_figure(
     grouped: Mapping[str, Sequence[Record]], recursions: int, about: str, path: plots.PathLike
 ) -> None:
-    """Bars of the shares of depths, with the mean depth above each, a panel a statistic: a PNG.
+    """Writes a PNG with one panel per statistic: a bar per group, divided by depth.
 
-    grouped: title -> records of groups; those without any are left out.
+    The mean depth stands above each bar. grouped: title -> records of groups; statistics without
+    records have no panel.
     """
     shown = {title: records for title, records in grouped.items() if records}
     figure = plots.new_figure(13.0, 0.75 + 3.1 * -(-len(shown) // 2))
@@ -65,7 +66,7 @@ def _depth_panel(axes: Any, title: str, records: Sequence[Record], recursions: i
 
 
 def score_figure(records: Sequence[Record], about: str, path: plots.PathLike) -> None:
-    """Histograms of router scores, selected tokens against others, one panel per recursion: PNG."""
+    """Writes a PNG with one panel per recursion: scores of selected tokens and of the others."""
     columns = min(3, len(records))
     rows = -(-len(records) // columns)
     figure = plots.new_figure(max(4.2 * columns, 7.0), 0.7 + 3.2 * rows)
@@ -77,14 +78,14 @@ def score_figure(records: Sequence[Record], about: str, path: plots.PathLike) ->
         shares = [np.array(record[name]) / max(record["candidates"], 1) for name in _COUNTS]
         axes.bar(edges[:-1], shares[0], width, align="edge", color=_OTHER, label="other candidates")
         outline = np.append(shares[1], 0)
-        axes.step(edges, outline, where="post", color=_CHOSEN, linewidth=1.6, label="chosen")
+        axes.step(edges, outline, where="post", color=_CHOSEN, linewidth=1.6, label="selected")
         if record["threshold"] is not None:
             label = f"threshold {record['threshold']:.2f}"
             axes.axvline(
                 record["threshold"], color=_LINE, linestyle=(0, (4, 3)), linewidth=1, label=label
             )
         router = ", main router" if record["router"] == "main" else ""
-        auroc = ", every candidate" if record["chosen"] == record["candidates"] else ""
+        auroc = ", all candidates selected" if record["chosen"] == record["candidates"] else ""
         auroc = auroc if record["auroc"] is None else f", AUROC {record['auroc']:.3f}"
         label = f"Recursion {record['recursion']}{router}, {ROUTINGS[record['routing']]}{auroc}"
         axes.set_title(label, loc="left", fontsize=9.5)
@@ -102,9 +103,10 @@ def score_figure(records: Sequence[Record], about: str, path: plots.PathLike) ->
 def recursion_figure(
     curves: Mapping[str, Sequence[Record]], trained: int, about: str, path: plots.PathLike
 ) -> None:
-    """Loss, and mean depth with the work, against the recursions that are run: a PNG.
+    """Writes a PNG of loss and of forward FLOPs against the number of recursions.
 
-    curves: routing for people ("" where nothing is routed) -> records. trained: recursions.
+    curves: display name of a routing ("" for a model without routers) -> records. trained: the
+    number of recursions in training.
     """
     figure = plots.new_figure(12.0, 4.6)
     below = titles.title(figure, f"Recursions at test time: {about}")

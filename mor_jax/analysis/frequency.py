@@ -1,4 +1,4 @@
-"""How often each token stands in a run's training text."""
+"""Frequency of each token in a run's training text."""
 
 import numpy as np
 
@@ -7,7 +7,7 @@ from mor_jax.config import DataConfig
 from mor_jax.data.tokenizers.base import Tokenizer
 
 MOST = 2**24
-"""Tokens that are counted of each source; of a longer one, stretches spread evenly over it."""
+"""Most tokens counted per source. Of a longer one, chunks spread evenly over it are counted."""
 
 _STRETCH = 2**16
 

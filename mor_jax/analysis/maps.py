@@ -1,4 +1,4 @@
-"""A map: one text, token by token, as HTML, PNG and JSON lines."""
+"""Depth map of one text, token by token, as HTML, PNG and JSON lines."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -14,18 +14,18 @@ from mor_jax.inference.token_bytes import token_bytes
 from mor_jax.plotting import plots
 
 _FEW = 10
-"""Depths below this are shown although no token has them."""
+"""Depths below this are listed even if no token has them."""
 
 END = "‖"
-"""Shown where a document ends."""
+"""Sign for the end of a document."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class DepthMap:
-    """What every token of `observed` did.
+    """Text and routing of every token of `observed`.
 
-    pieces: what is shown of each, "" inside a character, a sign and a new line where a document
-    ends. records: as docs/analysis.md describes them.
+    pieces: displayed text of each token: "" inside a character, `END` and a line break for the end
+    of a document. records: as docs/analysis.md describes them.
     """
 
     observed: RoutingRecord
@@ -51,7 +51,7 @@ class DepthMap:
         }
 
     def facts(self) -> dict[str, Any]:
-        """Of the whole text, by routing: mean depth, share of tokens by depth, loss."""
+        """Mean depth, shares by depth and loss of the whole text, by routing: JSON values."""
         found = {}
         for mode, one in self.observed.passes.items():
             counts = np.bincount(one.depth, minlength=self.observed.model.model.num_recursions + 1)
@@ -63,13 +63,13 @@ class DepthMap:
         return {"tokens": len(self.pieces), "routings": found}
 
     def lines(self) -> list[str]:
-        """The same for a terminal."""
+        """`facts` as a table for a terminal."""
         facts = self.facts()
         made = [f"{'routing':<10}{'mean depth':>11}{'loss':>9}   share of tokens by depth"]
         for mode, one in facts["routings"].items():
             loss = "-" if one["loss"] is None else f"{one['loss']:.4f}"
             shares = list(enumerate(one["shares"]))
-            # Of many depths most are empty.
+            # With many recursions, most depths are empty.
             short = [(depth, share) for depth, share in shares if share or 0 < depth < _FEW]
             each = "  ".join(f"{depth}: {share:.1%}" for depth, share in short)
             made.append(f"{ROUTINGS[mode]:<10}{one['depth']:>11.3f}{loss:>9}   {each}")
@@ -97,7 +97,7 @@ class DepthMap:
         )
 
     def _lines(self) -> list[str]:
-        """Pieces for the picture: rows that are no neighbours in the text begin on new lines."""
+        """Pieces for the figure; unconnected sequences start on new lines."""
         pieces = list(self.pieces)
         if not self.observed.rows.joined:
             for start in self.observed.row_starts()[1:]:
@@ -107,7 +107,7 @@ class DepthMap:
 
 
 def make_map(observed: RoutingRecord) -> DepthMap:
-    """The map of what was observed."""
+    """The depth map of a routing record."""
     pieces = plain_text(observed)
     records = _records(observed, pieces)
     for place in np.flatnonzero(observed.token == observed.model.tokenizer.eos_id):
@@ -116,7 +116,7 @@ def make_map(observed: RoutingRecord) -> DepthMap:
 
 
 def plain_text(observed: RoutingRecord) -> list[str]:
-    """The text that each token adds, none where a document ends."""
+    """The text that each token adds; "" for the end of a document."""
     decode, pieces = observed.model.tokenizer.decode, []
     for start, end in stretches(observed):
         pieces += plots.text_pieces(observed.token[start:end], decode)
@@ -126,13 +126,13 @@ def plain_text(observed: RoutingRecord) -> list[str]:
 
 
 def stretches(observed: RoutingRecord) -> list[tuple[int, int]]:
-    """Where connected text begins and ends: rows of a source, or all of one text."""
+    """Start and end of each connected text: every sequence of a source, or all of one text."""
     starts = [0] if observed.rows.joined else observed.row_starts().tolist()
     return list(zip(starts, [*starts[1:], len(observed.token)], strict=True))
 
 
 def _records(observed: RoutingRecord, pieces: Sequence[str]) -> list[dict[str, Any]]:
-    """A record a token; docs/analysis.md describes the fields."""
+    """One record per token; docs/analysis.md describes the fields."""
     raw, cfg = token_bytes(observed.model.tokenizer), observed.model.model
     score = {mode: scores(cfg, one.logits) for mode, one in observed.passes.items()}
     main = {m: scores(cfg, one.main) for m, one in observed.passes.items() if one.main is not None}
@@ -161,7 +161,7 @@ def _list(values: np.ndarray) -> list[float | None]:
 
 
 def _title(record: dict[str, Any]) -> str:
-    """What a page shows on hover."""
+    """The text that the page shows on hover."""
     lines = [f"{record['text']!r}  token {record['token']}, position {record['position']}"]
     for mode, depth in record["depth"].items():
         loss, found = record["loss"][mode], record["scores"][mode]

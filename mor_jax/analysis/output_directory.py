@@ -1,4 +1,4 @@
-"""The directory of an analysis: whole or not there, and never in place of what it is not."""
+"""The output directory of an analysis: written as a whole, never over files of other origin."""
 
 import dataclasses
 import json
@@ -10,18 +10,18 @@ from mor_jax.config.parsing import check, fail
 from mor_jax.files import added_or_changed, fresh_directory, stamps
 
 FILE = "analysis.json"
-"""What was asked and what came of it; its presence marks the directory of an analysis."""
+"""The request and its totals. A directory with this file is the output of an analysis."""
 
 Write = str | Callable[[Path], None]
-"""Contents of a file, or what writes it."""
+"""The contents of a file, or a function that writes it to a path."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AnalysisOutput:
-    """Where an analysis goes.
+    """The output directory of one analysis.
 
-    path: its directory. asked: what it depends on; the same question replaces its older answer.
-    overwrite: answers to other questions about the same run may be replaced too.
+    path: the directory. asked: the options that the result depends on; a repeated request replaces
+    its earlier result. overwrite: results of other requests about the same run may be replaced too.
     """
 
     path: Path
@@ -32,9 +32,10 @@ class AnalysisOutput:
     def of(
         cls, output: str | None, asked: Mapping[str, Any], default: str, overwrite: bool
     ) -> "AnalysisOutput":
-        """At `output`, or at `<workdir>/analysis/<default>`; asked["workdir"] is the run's.
+        """The directory `output`; by default `<workdir>/analysis/<default>`.
 
-        Raises `ValueError` where that is no local path, or something else is there.
+        asked["workdir"]: the run's directory. Raises `ValueError` for a path that is not local, and
+        as `check_free`.
         """
         path = f"{asked['workdir']}/analysis/{default}" if output is None else output
         fix = "Give --output=DIR on this machine"
@@ -44,10 +45,11 @@ class AnalysisOutput:
         return place
 
     def check_free(self, there: Path | None = None) -> None:
-        """Raises `ValueError` if what is there is not all of an analysis of the same run.
+        """Raises `ValueError` unless the path is free or holds an earlier analysis of the same run.
 
-        A file, another directory, another run's analysis, and files that were added to an analysis
-        or changed since.
+        Refused: a file, any other directory, the analysis of another run, an analysis to which
+        files were added or in which files were changed, and, without `overwrite`, the result of
+        another request. there: the directory to check, if it was moved from `path`.
         """
         path, fix = there or self.path, "Give another --output"
         if not path.exists() or (path.is_dir() and not any(path.iterdir())):
@@ -56,10 +58,10 @@ class AnalysisOutput:
         try:
             recorded = json.loads((path / FILE).read_text())
             asked, owner = recorded["asked"], recorded["asked"]["workdir"]
-            # Earlier releases kept names alone.
+            # Earlier releases recorded names without checksums.
             made = recorded.get("stamps") or dict.fromkeys(recorded["files"])
         except (OSError, ValueError, TypeError, KeyError):
-            rule = "is there and holds no analysis; it is not replaced"
+            rule = "exists and is not the output of an analysis; it is not replaced"
             fail("output", str(path), rule, fix)
         rule = f"holds an analysis of {owner}; it is not replaced"
         check(owner == self.asked["workdir"], "output", str(path), rule, fix)
@@ -69,13 +71,13 @@ class AnalysisOutput:
         fix = "Give another --output, or --overwrite"
         check(not other or self.overwrite, "output", str(path), rule, fix)
         added = added_or_changed(path, made, FILE)
-        rule = f"holds what no analysis made: {', '.join(added[:10])}; it is not replaced"
-        check(not added, "output", str(path), rule, "Move that away, or give another --output")
+        rule = f"holds files that no analysis wrote: {', '.join(added[:10])}; it is not replaced"
+        check(not added, "output", str(path), rule, "Move them away, or give another --output")
 
     def write(self, facts: Mapping[str, Any], files: Mapping[str, Write]) -> list[Path]:
-        """Writes all files beside the place and moves them there together; their paths.
+        """Writes all files to a temporary directory and renames it to `path`; returns their paths.
 
-        facts: JSON values for analysis.json. Raises `ValueError` where nothing can be written.
+        facts: JSON values for analysis.json. Raises `ValueError` if a file cannot be written.
         """
         record = {"asked": dict(self.asked), **facts, "files": sorted(files)}
         try:
@@ -93,13 +95,13 @@ class AnalysisOutput:
 
 
 def json_lines(records: list[dict[str, Any]]) -> str:
-    """A JSON object a line."""
+    """One JSON object per line."""
     return "".join(
         json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n" for record in records
     )
 
 
 def number(value: Any, digits: int = 6) -> float | None:
-    """A float for JSON with so many significant digits; None where it is not finite."""
+    """The value as a float of `digits` significant digits for JSON; None if it is not finite."""
     value = float(value)
     return float(f"{value:.{digits}g}") if value - value == 0 else None

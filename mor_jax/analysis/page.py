@@ -1,6 +1,6 @@
-"""A text as one HTML file: every token on the colour of its depth, with its numbers on hover.
+"""A text as one HTML file: tokens coloured by depth, with their numbers on hover.
 
-Nothing is loaded from elsewhere and nothing needs a script, so that the page can be kept and sent.
+The page needs no scripts and no other files, so it can be archived and sent.
 """
 
 import dataclasses
@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from mor_jax.plotting.plots import colour
 
 _LOSSES = ("#f3f4f6", "#e3e9f7", "#c8d6f3", "#a6bdec", "#83a2e4", "#6489dc")
-"""Colours of losses, the last of everything above; bright enough under black letters."""
+"""Colours of losses in steps of 1 nat; the last one also marks all higher losses."""
 
 _STYLE = """
 body { margin: 2rem auto; max-width: 62rem; padding: 0 1rem; color: #111827; background: #fff;
@@ -34,7 +34,7 @@ i { color: #6b7280; font-style: normal; }
 class Token:
     """One token of a page. text: as in `plots.text_pieces`. title: shown on hover.
 
-    depths: by routing. loss: nats, None for the first of a text.
+    depths: by routing. loss: nats, None for the first token of a text.
     """
 
     text: str
@@ -45,9 +45,10 @@ class Token:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Page:
-    """What an HTML page shows. about: a line under the title. routings: record name -> for people.
+    """Contents of an HTML page. about: a line under the title.
 
-    rows: tokens of each stretch of text. recursions: of the model.
+    routings: name in records -> display name. rows: tokens of each connected text. recursions: of
+    the model.
     """
 
     title: str
@@ -57,7 +58,7 @@ class Page:
     recursions: int
 
     def html(self) -> str:
-        """The file."""
+        """The HTML source of the page."""
         names = {f"depth, {label_text} routing": name for name, label_text in self.routings.items()}
         choices = {**names, "loss": "loss"}
         title = html.escape(self.title)
@@ -79,7 +80,7 @@ class Page:
         return "".join(parts)
 
     def _rules(self, names) -> str:
-        """Which class has which colour while a button is pressed."""
+        """CSS rules: the colour of each class while a button is selected."""
         rules = []
         for name in names:
             on = f"#by-{name}:checked"
@@ -114,7 +115,7 @@ class Page:
 
 
 def _shown(text: str) -> str:
-    """Escaped text with signs for what is invisible; a token without text is a faint dot."""
+    """Escaped text with signs for invisible characters; a grey dot for a token without text."""
     if not text:
         return "<i>·</i>"
     return "".join(_letter(char) for char in text)
@@ -125,7 +126,7 @@ def _letter(char: str) -> str:
         return "<i>↵</i>\n"
     if char == "\t":
         return "<i>→</i>\t"
-    # Controls and marks that turn the direction of writing would reach beyond their token.
+    # Control characters and direction marks would affect the text after their token.
     if unicodedata.category(char) in ("Cc", "Cf", "Cs", "Co", "Cn"):
         return f"<i>U+{ord(char):04X}</i>"
     return html.escape(char)

@@ -1,6 +1,6 @@
-"""Parts of speech of English words, and of the tokens that they are made of.
+"""Parts of speech of English words and of their tokens.
 
-The tagger is TextBlob's own (a lexicon with rules, in the package itself): nothing is downloaded.
+The tagger is TextBlob's own, a lexicon with rules inside the package: nothing is downloaded.
 """
 
 from collections.abc import Sequence
@@ -24,7 +24,7 @@ CLASSES = (
     "punctuation",
 )
 
-# By the beginning of a Penn Treebank tag, the longest first.
+# Prefix of a Penn Treebank tag -> class; the longest prefix decides.
 _PREFIXES = {
     "NNP": "proper noun",
     "NN": "noun",
@@ -51,7 +51,7 @@ def check_tagger() -> None:
 
 
 def tagged(text: str) -> list[tuple[str, str]]:
-    """Words of `text` in order with their Penn Treebank tags. Raises as `check_tagger`."""
+    """Words of `text` in order with their Penn Treebank tags. Raises like `check_tagger`."""
     return [(word, tag) for word, tag in require_package("textblob.en", "pos", "True").tag(text)]
 
 
@@ -66,17 +66,17 @@ def word_class(word: str, tag: str) -> str:
 
 
 def token_classes(pieces: Sequence[str], words: Sequence[tuple[str, str]]) -> np.ndarray:
-    """Place in `CLASSES` of each token's word; -1 where there is none: int [n].
+    """Index in `CLASSES` of each token's word, -1 for a token without one: int [n].
 
-    pieces: text of each token, which join to the text that was tagged. A token belongs to the word
-    that its first visible letter stands in. Words that the tagger spelled anew are left out.
+    pieces: text of each token; joined, they are the tagged text. A token belongs to the word that
+    contains its first visible character. Words that the tagger rewrote are omitted.
     """
     text = "".join(pieces)
     of_letter = np.full(len(text) + 1, -1)
     at, missed = 0, 0
     for word, tag in words:
         found = text.find(word, at)
-        # A word that is not there must not carry the search to a later one like it.
+        # A rewritten word must not match a later occurrence of the same letters.
         if found < 0 or len(text[at:found].split()) > missed:
             missed += 1
             continue

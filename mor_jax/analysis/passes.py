@@ -1,4 +1,4 @@
-"""Forward passes that keep what each token did: its depth, its routers' logits, its loss."""
+"""Forward passes that return depth, router logits and loss of every token."""
 
 import dataclasses
 from functools import partial
@@ -16,7 +16,7 @@ from mor_jax.training.losses import token_losses
 from mor_jax.types import IGNORE, Array, Batch, Bool, Float, Int, Params
 
 _LOGITS = 2**24
-"""Logits (rows x positions x vocabulary) that are there at one time: 64 MiB of float32."""
+"""Most output logits (batch x positions x vocabulary) at one time: 64 MiB of float32."""
 
 
 @jax.tree_util.register_dataclass
@@ -24,11 +24,10 @@ _LOGITS = 2**24
 class RoutedOutput:
     """One pass, token by token.
 
-    depth: recursions that the token went through. ahead: loss of predicting the next token from
-    here, in nats; NaN where there is no target. logits: of the router's decision at each recursion,
-    NaN for tokens that had left before and for padding: of the main router, or of the auxiliary one
-    that stands in for it; for token-choice of each depth. main: of the main router, where an
-    auxiliary one decides.
+    depth: recursions of the token. ahead: loss of predicting the next token from this one, in nats;
+    NaN without a target. logits: of the router that decides causally (the auxiliary one, if the
+    model has it), at each recursion; NaN for padding and for tokens that exited before. For
+    token-choice: of each depth. main: the same of the main router, if an auxiliary one decides.
     """
 
     depth: Int[Array, "b l"]
@@ -40,9 +39,9 @@ class RoutedOutput:
 def passes(
     cfg: ModelConfig, modes: tuple[str, ...], params: Params, batch: Batch, thresholds: Array | None
 ) -> dict[str, RoutedOutput]:
-    """One pass for each routing of `modes` (`causal`, `topk`); traceable, shapes are static.
+    """One pass per routing in `modes` (`causal`, `topk`); traceable, with static shapes.
 
-    thresholds: float32 [r], of causal routing of expert-choice; None: 0.
+    thresholds: logits from which causal routing selects (expert-choice), float32 [r]; None: 0.
     """
     return {
         mode: _pass(cfg, Route(mode=mode, thresholds=thresholds), params, batch) for mode in modes
@@ -50,7 +49,7 @@ def passes(
 
 
 def compiled(cfg: ModelConfig, modes: tuple[str, ...]) -> CheckedFunction:
-    """`passes` of params, batch and thresholds, compiled once for all batches of a shape."""
+    """`passes` as a function of params, batch and thresholds, compiled once per batch shape."""
     return CheckedFunction(partial(passes, cfg, modes), "batch_size")
 
 
@@ -69,7 +68,7 @@ def _pass(cfg: ModelConfig, route: Route, params: Params, batch: Batch) -> Route
 def _on_the_row(
     routing: Routing, batch: Batch
 ) -> tuple[Float[Array, "r b l"], Float[Array, "r b l"]]:
-    """Decisive and main logits of every recursion at the places of the row, NaN elsewhere."""
+    """Deciding and main logits of every recursion by position in the sequence, NaN elsewhere."""
     present = jnp.ones(batch.tokens.shape, bool)
     if batch.segments is not None:
         present = batch.segments > 0
@@ -89,7 +88,7 @@ def _on_the_row(
 def _placed(
     logits: Float[Array, "b n"], before: RecursionTrace | None, length: int
 ) -> Float[Array, "b l"]:
-    # Candidates of a recursion sit in the slots of the one before.
+    # The candidates of a recursion are the tokens that the previous one selected.
     if before is None or before.index is None:
         return logits
     there: Bool[Array, "b n"] = jnp.ones(logits.shape, bool)

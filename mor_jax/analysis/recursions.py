@@ -1,4 +1,4 @@
-"""Depth at test time: loss, and a sample, against the number of recursions that are run."""
+"""Depth at test time: loss and a sample against the number of recursions."""
 
 import dataclasses
 import math
@@ -32,9 +32,9 @@ Record = dict[str, Any]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Sample:
-    """What to generate with each number of recursions. text: to continue. max_tokens: 0 for none.
+    """The sample to generate with each number of recursions. text: the prompt.
 
-    temperature, seed: as in `Sampling`.
+    max_tokens: 0 for no sample. temperature, seed: as in `SamplingParams`.
     """
 
     text: str
@@ -44,7 +44,7 @@ class Sample:
 
     @property
     def sampling(self) -> SamplingParams:
-        """Its settings for the engine."""
+        """The engine's sampling parameters."""
         return SamplingParams(temperature=self.temperature, seed=self.seed)
 
 
@@ -52,8 +52,8 @@ class Sample:
 class TruncatedModel:
     """A run's weights that can be run with several numbers of recursions.
 
-    cfg: as it was trained, in the dtype of generation. numbers: of recursions, ascending. routings:
-    that mean something. notes: what has to be said about it.
+    cfg: as trained, in the dtype of generation. numbers: of recursions to run, ascending.
+    routings: those that apply to the model. notes: lines for the report.
     """
 
     found: RunWeights
@@ -67,13 +67,13 @@ class TruncatedModel:
 
     @property
     def usual(self) -> int:
-        """Recursions without another wish: those calibrated, or trained."""
+        """Default number of recursions: that of the calibration, or of training."""
         if self.calibration is not None:
             return self.calibration.recursions
         return self.cfg.model.num_recursions
 
     def at(self, recursions: int) -> LoadedModel:
-        """The model that runs so many recursions. Raises `ValueError` if it cannot."""
+        """The model with this number of recursions. Raises `ValueError` if it cannot run them."""
         model, params, thresholds, shares = prepare_model(
             self.cfg.model, self.params, self.calibration, recursions
         )
@@ -94,12 +94,12 @@ class TruncatedModel:
 def truncate_model(
     found: RunWeights, calibration: str | None, wanted: Sequence[int] | None
 ) -> TruncatedModel:
-    """The weights `found`, for the numbers of recursions `wanted`.
+    """Loads the weights `found` for several numbers of recursions.
 
-    None: 1 to twice those trained, as far as the model can run them.
+    wanted: the numbers; None: from 1 to twice the trained number, as far as the model allows.
 
     Raises:
-        ValueError: a plain model, a parameter that is not finite, or a calibration, tokenizer or
+        ValueError: a vanilla model, a parameter that is not finite, or a calibration, tokenizer or
             number of recursions that does not fit.
     """
     model = found.cfg.model
@@ -136,20 +136,20 @@ def truncate_model(
         notes=notes,
     )
     for each in made.numbers:
-        # Fail before an hour of work, not after.
+        # Fail before the first measurement, not after an hour of them.
         made.at(each)
     return made
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class DepthScaling:
-    """What came of it. records: as docs/analysis.md describes them."""
+    """Losses and samples by number of recursions. records: as docs/analysis.md describes them."""
 
     model: TruncatedModel
     records: list[Record]
 
     def of(self, statistic: str, **fields: Any) -> list[Record]:
-        """Records of `loss` or `sample` with these values."""
+        """Records of `statistic` (`loss` or `sample`) with these field values."""
         wanted = {"statistic": statistic, **fields}
         return [r for r in self.records if all(r[k] == v for k, v in wanted.items())]
 
@@ -191,12 +191,12 @@ class DepthScaling:
 
 
 def _printable(line: str) -> str:
-    """Without what would steer the terminal."""
+    """The line with control characters replaced, which could steer the terminal."""
     return "".join(char if char.isprintable() or char == "\t" else "\ufffd" for char in line)
 
 
 def measure(model: TruncatedModel, rows: TokenBatches, sample: Sample) -> DepthScaling:
-    """Losses and samples with every number of recursions. Raises `ValueError` for a bad sample."""
+    """Loss and sample for each number of recursions. Raises `ValueError` for a bad `sample`."""
     prompt = tuple(model.tokenizer.encode(sample.text).tolist())
     rule = "must not be negative; 0 means no sample"
     check(sample.max_tokens >= 0, "sample.max_tokens", sample.max_tokens, rule, "Try 64")
@@ -218,7 +218,7 @@ def measure(model: TruncatedModel, rows: TokenBatches, sample: Sample) -> DepthS
 
 
 def _losses(model: TruncatedModel, served: LoadedModel, rows: TokenBatches) -> list[Record]:
-    """A record a routing."""
+    """One record per routing."""
     cfg = dataclasses.replace(model.cfg, model=served.cfg, seq_len=rows.length)
     found = _evaluator(cfg, rows, served.thresholds)(served.params)
     trained, records = model.cfg.model, []
@@ -227,7 +227,7 @@ def _losses(model: TruncatedModel, served: LoadedModel, rows: TokenBatches) -> l
         depths = found.get(f"depth_share_{routing}")
         shares = (1.0,) * served.cfg.num_recursions
         if depths is not None:
-            # Rounding may carry a sum of shares past 1.
+            # Rounding may raise a sum of shares above 1.
             shares = tuple(min(1.0, sum(depths[r + 1 :])) for r in range(served.cfg.num_recursions))
         loss = found[f"loss_{routing}"]
         records.append(
@@ -258,7 +258,7 @@ def _evaluator(
 
 
 def _counted(rows: TokenBatches) -> list[Batch]:
-    """The batches with targets only where tokens count."""
+    """The batches, with targets only at tokens that count."""
     pairs = zip(rows.batches, rows.fresh, strict=True)
     return [
         dataclasses.replace(batch, targets=np.where(fresh, batch.targets, IGNORE))

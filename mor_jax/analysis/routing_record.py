@@ -47,7 +47,7 @@ class Model:
 
     @property
     def name(self) -> str:
-        """For titles: the run's directory without its path, the step, what is not as trained."""
+        """For titles: the run's name, the step, and changes against training."""
         return f"{self.found.name}{self._changes}"
 
     def __str__(self) -> str:
@@ -61,7 +61,7 @@ class Model:
 def routed_model(
     found: RunWeights, calibration: str | None = None, recursions: int | None = None
 ) -> Model:
-    """The weights `found`, to be analysed; calibration, recursions: as in `load_model`.
+    """Loads the weights `found` for analysis; calibration, recursions: as in `load_model`.
 
     Raises:
         ValueError: the model has no routers, a parameter is not finite, or calibration,
@@ -96,7 +96,7 @@ def routed_model(
 
 
 def check_routed(found: RunWeights) -> None:
-    """Raises `ValueError` for a model without routers, naming what it can have instead."""
+    """Raises `ValueError` for a model without routers; the message names an alternative."""
     model = found.cfg.model
     if model.router.kind != "none":
         return
@@ -110,9 +110,12 @@ def check_routed(found: RunWeights) -> None:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RoutingPass:
-    """One routing. depth: int16 [n]. ahead, loss: of the next token from here, and of this token
-    itself from the one before, nats, float32 [n], NaN where there is none. logits, main: as in
-    `Seen`, float32 [r n]."""
+    """All tokens under one routing.
+
+    depth: int16 [n]. ahead: loss of the next token; loss: loss of this token, predicted from the
+    one before; both in nats, float32 [n], NaN where there is none. logits, main: as in
+    `RoutedOutput`, float32 [r n].
+    """
 
     depth: np.ndarray
     ahead: np.ndarray
@@ -123,7 +126,10 @@ class RoutingPass:
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class RoutingRecord:
-    """All tokens that count, in order. token, row, position: int32 [n]; passes: by routing."""
+    """All tokens that count, in order.
+
+    token: ID; row: index of the sequence; position: in it; each int32 [n]. passes: by routing.
+    """
 
     model: Model
     rows: TokenBatches
@@ -134,16 +140,16 @@ class RoutingRecord:
 
     @property
     def first(self) -> RoutingPass:
-        """Under the routing that generation uses, where the model has it."""
+        """The pass under the first routing: that of generation, if it applies to the model."""
         return self.passes[self.model.modes[0]]
 
     def row_starts(self) -> np.ndarray:
-        """Places of the first tokens of the rows, ascending."""
+        """Indices of the first token of each sequence, ascending."""
         return np.flatnonzero(np.append(True, np.diff(self.row) != 0))
 
 
 def observe(model: Model, rows: TokenBatches) -> RoutingRecord:
-    """Runs the rows through the model, batch by batch; stores a few dozen bytes per token."""
+    """Runs the model on all batches; stores a few dozen bytes per token on the host."""
     run = compiled(model.model, model.modes)
     given = None if model.thresholds is None else jnp.asarray(model.thresholds, jnp.float32)
     found: dict[str, list[list[np.ndarray]]] = {mode: [] for mode in model.modes}
@@ -186,8 +192,8 @@ def _joined(parts: list[list[np.ndarray]], joined: bool) -> RoutingPass:
 def scores(model: ModelConfig, logits: np.ndarray) -> np.ndarray:
     """Logits [r n] as probabilities in [0, 1]: of selection, or of each depth for token-choice.
 
-    Expert-choice: sigmoid, by which its cross-entropy trains the logits, whatever scales the
-    output. Token-choice: softmax over depths, or sigmoid, without alpha and balancing bias.
+    Expert-choice: the sigmoid, as in the auxiliary loss, whatever `router.activation` is.
+    Token-choice: the softmax over depths, or the sigmoid, without alpha and balancing bias.
     """
     if model.router.kind == "token" and model.router.activation == "softmax":
         shifted = np.exp(logits - logits.max(axis=0, keepdims=True))

@@ -11,15 +11,15 @@ from mor_jax.models.flops import flops, kv_bytes
 
 
 def saving_records(observed: RoutingRecord) -> list[dict[str, Any]]:
-    """For each routing: entries and bytes of the KV cache a token, and FLOPs of a forward pass.
+    """One record per routing: KV cache entries and bytes per token, FLOPs of a forward pass.
 
-    entry: keys and values of one token in one layer. Dense: every token at every effective layer.
-    Bytes are those of the dtype that the run is configured for.
+    An entry is the keys and values of one token in one layer. Dense means all tokens at all
+    effective layers. Bytes are in the run's configured dtype.
     """
     model = observed.model
     cfg = dataclasses.replace(model.model, dtype=model.found.cfg.model.dtype)
     length, ones = observed.rows.length, (1.0,) * cfg.num_recursions
-    # With keys of its own for every recursion, a token has one entry for each effective layer.
+    # With separate keys and values per recursion, a token has one entry per effective layer.
     dense = kv_bytes(dataclasses.replace(cfg, kv_mode="recursion"), length, ones)
     records = []
     for mode, one in observed.passes.items():
@@ -44,11 +44,11 @@ def saving_records(observed: RoutingRecord) -> list[dict[str, Any]]:
 
 
 def dead_records(observed: RoutingRecord, min_count: int) -> list[dict[str, Any]]:
-    """For each routing: what recursions never take.
+    """One record per routing: tokens, positions and token types that recursions never select.
 
-    tokens: share of tokens that no recursion takes (depth 0). positions: share of places in the
-    row that reach the last recursion in no row. kinds: share of the kinds of tokens with at least
-    `min_count` occurrences that never reach it; dead_kinds: their numbers.
+    tokens: share of tokens that no recursion selects (depth 0). positions: share of positions that
+    reach the last recursion in no sequence. kinds: share of the token types with at least
+    `min_count` occurrences that never reach it; dead_kinds: their token IDs.
     """
     deepest, records = observed.model.model.num_recursions, []
     kinds, label = np.unique(observed.token, return_inverse=True)

@@ -1,4 +1,4 @@
-"""How the routers decide: what their scores tell apart, and whether both routings agree."""
+"""Router scores of selected and other tokens; agreement of causal and top-k routing."""
 
 from typing import Any
 
@@ -10,13 +10,13 @@ from mor_jax.inference.calibration_targets import takes_all
 
 BINS = 50
 CLEAR = (0.1, 0.9)
-"""Scores between these are called undecided."""
+"""Scores between these two are counted as undecided."""
 
 
 def score_records(observed: RoutingRecord) -> list[dict[str, Any]]:
-    """A record for each recursion: how scores of those that top-k routing chose are spread.
+    """One record per router and recursion: scores of the tokens that top-k routing selects or not.
 
-    Token-choice: a record a depth; "chosen" are the tokens that took it.
+    Token-choice: one record per depth; "chosen" are the tokens that choose this depth.
     """
     model, records = observed.model, []
     cfg = model.model
@@ -31,7 +31,7 @@ def score_records(observed: RoutingRecord) -> list[dict[str, Any]]:
             here = np.isfinite(score[r])
             chosen = one.depth == r + 1 if cfg.router.kind == "token" else one.depth > r
             if cfg.router.kind == "token" and mode == "topk":
-                # What the token chose, whether or not there was room: causal routing has room.
+                # The choice before the capacity limit, which causal routing does not have.
                 chosen = observed.passes["causal"].depth == r + 1
             record = {"statistic": "scores", "routing": mode, "router": router, "recursion": r}
             threshold = _threshold(model, r) if router == "decisive" else None
@@ -40,7 +40,7 @@ def score_records(observed: RoutingRecord) -> list[dict[str, Any]]:
 
 
 def _threshold(model: Model, recursion: int) -> float | None:
-    """The score from which on causal routing sends a token on; None where it sends all."""
+    """The lowest score that causal routing selects; None if the recursion takes every token."""
     if model.model.router.kind == "token" or takes_all(model.model)[recursion]:
         return None
     logit = 0.0 if model.thresholds is None else model.thresholds[recursion]
@@ -68,7 +68,7 @@ def _spread(score: np.ndarray, chosen: np.ndarray, threshold: float | None) -> d
 
 
 def auroc(yes: np.ndarray, no: np.ndarray) -> float:
-    """Chance that a random score of `yes` is above a random one of `no`; a tie counts half."""
+    """Probability that a random score of `yes` exceeds a random one of `no`; ties count half."""
     ordered = np.sort(no)
     below = np.searchsorted(ordered, yes, side="left")
     at_most = np.searchsorted(ordered, yes, side="right")
@@ -76,10 +76,10 @@ def auroc(yes: np.ndarray, no: np.ndarray) -> float:
 
 
 def agreement_records(observed: RoutingRecord) -> list[dict[str, Any]]:
-    """For each recursion whether both routings send the same tokens on; none without both.
+    """Agreement of both routings per recursion; no records for a model with one routing.
 
-    states `topk`: both rules on the candidates that top-k routing had there. states `own`: two
-    separate passes, over all tokens.
+    states `topk`: both rules on the candidates and hidden states of the top-k pass. states `own`:
+    two separate passes, over all tokens.
     """
     model = observed.model
     if set(model.modes) != {"causal", "topk"}:
@@ -99,10 +99,10 @@ def agreement_records(observed: RoutingRecord) -> list[dict[str, Any]]:
 
 
 def agreement(causal: np.ndarray, topk: np.ndarray) -> dict[str, Any]:
-    """Two choices of the same tokens, bool [n]: top-k is the truth that causal routing predicts.
+    """Two selections of the same tokens, bool [n]: top-k is the truth that causal predicts.
 
-    precision: share of those that causal sends on which top-k does too; recall: the reverse;
-    jaccard: tokens of both over tokens of either. None where nothing is divided by.
+    precision: share of causal's selection that top-k selects too; recall: the reverse; jaccard:
+    intersection over union. None where the denominator is 0.
     """
     hits = int((causal & topk).sum())
 
@@ -121,10 +121,11 @@ def agreement(causal: np.ndarray, topk: np.ndarray) -> dict[str, Any]:
 
 
 def choice_records(observed: RoutingRecord) -> list[dict[str, Any]]:
-    """Token-choice: share of tokens that choose each depth, and how even that is; else none.
+    """Token-choice: share of tokens that choose each depth, and its evenness; otherwise no record.
 
-    max_violation: the largest share over the mean share, less 1. entropy: of the shares, over that
-    of even ones. overflow: share of tokens that found no room under top-k routing.
+    max_violation: the largest share relative to the mean share, minus 1. entropy: of the shares,
+    relative to that of uniform ones. overflow: share of tokens that top-k routing drops for lack of
+    capacity.
     """
     model = observed.model
     if model.model.router.kind != "token":

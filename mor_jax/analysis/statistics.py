@@ -1,4 +1,4 @@
-"""Statistics of a routed model on a text: who goes deep, how the routers score, what it saves."""
+"""Statistics of a routed model on a text: depths, router scores, agreement, savings."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -22,7 +22,7 @@ Record = dict[str, Any]
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Statistics:
-    """Records of everything, as docs/analysis.md describes them. notes: what is left out."""
+    """All records, as docs/analysis.md describes them. notes: statistics that were omitted."""
 
     observed: RoutingRecord
     records: list[Record]
@@ -30,7 +30,7 @@ class Statistics:
     notes: tuple[str, ...] = ()
 
     def of(self, statistic: str, routing: str | None = None) -> list[Record]:
-        """Records of one statistic, in order; routing: of that alone."""
+        """Records of one statistic in order. routing: only those of this routing."""
         found = [record for record in self.records if record["statistic"] == statistic]
         return [r for r in found if routing is None or r.get("routing") == routing]
 
@@ -51,7 +51,7 @@ class Statistics:
         }
 
     def facts(self) -> Record:
-        """All records but those of groups of tokens, by statistic."""
+        """Records by statistic, without groups of tokens and histogram counts: JSON values."""
         names = [
             n for n in _unique(r["statistic"] for r in self.records) if n not in tables.GROUPED
         ]
@@ -62,7 +62,7 @@ class Statistics:
         return {"tokens": len(self.observed.token), **cut}
 
     def lines(self) -> list[str]:
-        """Tables for a terminal, under the routing that generation uses where there are two."""
+        """Tables for a terminal. Tables of groups show only the routing of generation."""
         mode = self.observed.model.modes[0]
         made = tables.routings(self.of("routing"))
         made += tables.agreement(self.of("agreement")) + tables.choice(self.of("choice"))
@@ -82,9 +82,9 @@ def _unique(names: Any) -> list[str]:
 
 
 def measure(observed: RoutingRecord, min_count: int, pos: bool) -> Statistics:
-    """All statistics. min_count: occurrences below which a kind of token is not judged.
+    """All statistics. min_count: token types with fewer occurrences are not listed.
 
-    pos: parts of speech as well. Raises `ValueError` if their tagger is missing.
+    pos: add parts of speech. Raises `ValueError` if their tagger is not installed.
     """
     model, notes = observed.model, []
     groups = [by_position(observed), by_token(observed, _texts(observed))]
@@ -92,7 +92,7 @@ def measure(observed: RoutingRecord, min_count: int, pos: bool) -> Statistics:
         share = token_shares(model.cfg.data, model.tokenizer, model.model.vocab_size)
         groups.append(by_frequency(observed, share))
     except ValueError as error:
-        notes.append(f"left out: depth by frequency in the training text ({error})")
+        notes.append(f"omitted: depth by frequency in the training text ({error})")
     if pos:
         groups.append(_by_part_of_speech(observed))
     records = _routing_records(observed)
@@ -106,7 +106,7 @@ def measure(observed: RoutingRecord, min_count: int, pos: bool) -> Statistics:
 
 
 def _routing_records(observed: RoutingRecord) -> list[Record]:
-    """Everything as one group."""
+    """One record per routing, over all tokens."""
     label = np.zeros(len(observed.token), int)
     everything = Buckets("routing", label, ["all tokens"], [{}])
     nr = observed.model.model.num_recursions
@@ -114,7 +114,7 @@ def _routing_records(observed: RoutingRecord) -> list[Record]:
 
 
 def _texts(observed: RoutingRecord) -> dict[int, str]:
-    """What people see of each kind of token: its text, or its bytes where it is no text."""
+    """Display name of each token type: its text, or its bytes if they are not UTF-8."""
     raw = token_bytes(observed.model.tokenizer)
     texts = {}
     for token in np.unique(observed.token).tolist():

@@ -11,17 +11,17 @@ GROUPED = {
     "token": "by token",
     "part_of_speech": "by part of speech",
     "frequency": "by frequency of the token in the training text",
-    "loss": "by loss of the token itself, nats, tenths of the tokens",
-    "loss_ahead": "by loss of the next token, nats, tenths of the tokens",
-    "position": "by position in the row",
+    "loss": "by loss of the token itself, nats, deciles",
+    "loss_ahead": "by loss of the next token, nats, deciles",
+    "position": "by position in the sequence",
 }
 """Statistics of groups of tokens -> titles."""
 
 EXTREMES = 8
-"""Tokens named at each end."""
+"""Token types listed at each end of the ranking by depth."""
 
 NAMED = 16
-"""Kinds of tokens named that never get far."""
+"""Token types listed that never reach the last recursion."""
 
 
 def _number(value: float | None, form: str) -> str:
@@ -29,7 +29,7 @@ def _number(value: float | None, form: str) -> str:
 
 
 def routings(records: Sequence[Record]) -> list[str]:
-    """The text as a whole, a line a routing."""
+    """The whole text: one line per routing."""
     made = ["", f"{'routing':<10}{'mean depth':>11}{'loss':>9}   share of tokens by depth"]
     for one in records:
         shares = enumerate(one["shares"])
@@ -40,7 +40,7 @@ def routings(records: Sequence[Record]) -> list[str]:
 
 
 def agreement(records: Sequence[Record]) -> list[str]:
-    """Top-k and causal routing, a line a recursion and kind of state."""
+    """Agreement of causal and top-k routing: one line per recursion and kind of comparison."""
     if not records:
         return []
     head = f"{'':<12}{'compared on':<22}{'causal':>8}{'top-k':>8}{'accuracy':>10}"
@@ -62,36 +62,42 @@ def agreement(records: Sequence[Record]) -> list[str]:
 
 
 def choice(records: Sequence[Record]) -> list[str]:
-    """Token-choice's depths."""
+    """Token-choice: distribution of the selected depths."""
     made = []
     for one in records:
         each = "  ".join(f"{depth + 1}: {share:.1%}" for depth, share in enumerate(one["shares"]))
-        worst = f"largest share {one['max_violation']:+.0%} against a uniform one"
-        made += ["", f"depths chosen  {each}", f"{worst}; entropy {one['entropy']:.3f} of uniform"]
+        worst = f"largest share {one['max_violation']:+.0%} relative to uniform"
+        made += [
+            "",
+            f"selected depths  {each}",
+            f"{worst}; entropy {one['entropy']:.3f} of uniform",
+        ]
         if "overflow" in one:
-            made.append(f"no room under top-k routing: {one['overflow']:.1%} of tokens")
+            made.append(
+                f"dropped for lack of capacity under top-k routing: {one['overflow']:.1%} of tokens"
+            )
     return made
 
 
 def scores(records: Sequence[Record]) -> list[str]:
-    """How well scores tell the chosen from the others."""
+    """How well router scores separate selected tokens from the other candidates."""
     made = ["", "router scores, selected tokens against the other candidates"]
-    head = f"{'':<22}{'mean chosen':>12}{'mean other':>12}{'AUROC':>8}{'overlap':>9}"
+    head = f"{'':<22}{'mean selected':>14}{'mean other':>12}{'AUROC':>8}{'overlap':>9}"
     made.append(f"{head}{'0.1 to 0.9':>12}{'threshold':>11}")
     for one in records:
         name = f"recursion {one['recursion']}"
         name += ", main router" if one["router"] == "main" else ""
         cells = [_number(one[k], ".3f") for k in ("mean_chosen", "mean_other", "auroc", "overlap")]
         made.append(
-            f"{name:<22}{cells[0]:>12}{cells[1]:>12}{cells[2]:>8}{cells[3]:>9}"
+            f"{name:<22}{cells[0]:>14}{cells[1]:>12}{cells[2]:>8}{cells[3]:>9}"
             f"{_number(one['undecided'], '.1%'):>12}{_number(one['threshold'], '.3f'):>11}"
         )
     return made
 
 
 def savings(records: Sequence[Record]) -> list[str]:
-    """The KV cache and the work."""
-    made = ["", "KV cache per token, against every token at every layer"]
+    """KV cache and forward FLOPs: one line per routing."""
+    made = ["", "KV cache per token, relative to all tokens at all layers"]
     made.append(
         f"{'routing':<10}{'entries':>9}{'of':>6}{'bytes':>10}{'of':>9}{'saved':>8}{'work':>8}"
     )
@@ -109,13 +115,17 @@ def dead(records: Sequence[Record], tokens: Sequence[Record]) -> list[str]:
     first = records[0]
     rows = {
         "tokens that no recursion selects": ("tokens", ""),
-        "positions never at the last recursion": ("positions", f"of {first['rows']} sequences"),
-        "token types never there": (
+        "positions without the last recursion": ("positions", f"of {first['rows']} sequences"),
+        "token types without the last recursion": (
             "kinds",
             f"of {first['of_kinds']} that occur at least {first['min_count']} times",
         ),
     }
-    made = ["", f"{'never reached':<40}" + "".join(f"{ROUTINGS[r['routing']]:>8}" for r in records)]
+    made = [
+        "",
+        f"{'last recursion not reached':<40}"
+        + "".join(f"{ROUTINGS[r['routing']]:>8}" for r in records),
+    ]
     for name, (field, of) in rows.items():
         values = "".join(f"{_number(record[field], '.1%'):>8}" for record in records)
         made.append(f"{name:<40}{values}   {of}".rstrip())

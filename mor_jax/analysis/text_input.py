@@ -15,17 +15,17 @@ from mor_jax.data.tokenizers.base import Tokenizer
 from mor_jax.types import IGNORE, Batch
 
 MOST_TOKENS = 2**23
-"""Tokens that one analysis may hold: their records take about half a gigabyte."""
+"""Most tokens of one analysis: their records take about half a gigabyte of host memory."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TextRequest:
-    """The text to analyse; by default the validation part of the run's own.
+    """The text to analyse; by default the run's validation split.
 
     text: a file, "-" for the standard input. prompt: the text itself. sources: written like
-    `data.sources`. tokens: the largest number of tokens. length: sequence length in tokens; None:
-    the run's. window: cut a text longer than the context into sequences of that length.
-    batch_size: sequences per batch; None: the run's.
+    `data.sources`. At most one of the three is set. tokens: the largest number of tokens. length:
+    sequence length in tokens; None: the run's. window: cut a text longer than the context into
+    sequences of that length. batch_size: sequences per batch; None: the run's.
     """
 
     text: str | None = None
@@ -39,7 +39,8 @@ class TextRequest:
     def validate(self) -> None:
         """Raises `ValueError` for more than one text, or numbers out of range."""
         given = [name for name in ("text", "prompt", "sources") if getattr(self, name) is not None]
-        rule, fix = f"is one of several texts: {' and '.join(given)}", "Give one of them"
+        rule = f"an analysis reads one text, but {' and '.join(given)} are set"
+        fix = "Give one of them"
         check(len(given) < 2, given[-1] if given else "text", self._value(given), rule, fix)
         rule = f"must be in 1 .. {MOST_TOKENS:,}, which is what fits in memory"
         check(0 < self.tokens <= MOST_TOKENS, "tokens", self.tokens, rule, "Try 65536")
@@ -69,7 +70,7 @@ class TokenBatches:
 
     @property
     def length(self) -> int:
-        """Tokens of a row."""
+        """Tokens per sequence."""
         return self.fresh[0].shape[1]
 
     @property
@@ -122,7 +123,7 @@ def read(
         notes.append(f"the first {request.tokens:,} of {len(tokens):,} tokens (--tokens)")
         tokens = tokens[: request.tokens]
     if request.window and len(tokens) > length:
-        notes.append(f"windows of {length} tokens, each read without those before it")
+        notes.append(f"windows of {length} tokens, each read without the ones before it")
     else:
         length = len(tokens)
     batch_size = request.batch_size or cfg.eval.batch_size
@@ -133,7 +134,10 @@ def read(
 
 
 def utf8(setting: str, text: str, fix: str) -> str:
-    """Raises `ValueError` for bytes that are not UTF-8: shells pass them on as lone surrogates."""
+    """Returns `text`. Raises `ValueError` for bytes that are not UTF-8.
+
+    A shell passes such bytes on as lone surrogates.
+    """
     ok = not any("\ud800" <= char <= "\udfff" for char in text)
     check(ok, setting, text, "is not UTF-8", fix)
     return text
@@ -152,14 +156,14 @@ def _file(name: str, stdin: Callable[[], bytes]) -> str:
     text = records.decode(raw.removeprefix(records.MARK), name, "text")
     at = text.find("\0")
     rule = f"holds a NUL character at offset {at}, so it is not text"
-    check(at < 0, "text", name, rule, "Give a text")
+    check(at < 0, "text", name, rule, "Give a text file")
     return text
 
 
 def _windows(
     tokens: np.ndarray, length: int, most: int
 ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """Tokens, targets (int32 [b l]) and which tokens count (bool [b l]), of each batch.
+    """Yields tokens, targets (int32 [b l]) and the mask of tokens that count (bool [b l]).
 
     The last window overlaps the one before, so that every sequence is full: the capacity of top-k
     routing is a fraction of the sequence, padding included.

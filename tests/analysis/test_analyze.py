@@ -186,7 +186,7 @@ def test_only_what_an_analysis_made_is_replaced(tmp_path):
     for name, what in (("notes.md", "added"), ("map.html", "changed")):
         (tmp_path / "map" / name).write_text("my own")
         for overwrite in (False, True):
-            with pytest.raises(ValueError, match=rf"no analysis made: .*{name} \({what}\)"):
+            with pytest.raises(ValueError, match=rf"no analysis wrote: .*{name} \({what}\)"):
                 AnalysisOutput.of(str(tmp_path / "map"), asked, "map", overwrite)
         with pytest.raises(ValueError, match=name):
             place.write({}, {"map.html": "once more"})
@@ -195,7 +195,7 @@ def test_only_what_an_analysis_made_is_replaced(tmp_path):
     told = json.loads((tmp_path / "map" / FILE).read_text())
     del told["stamps"]
     (tmp_path / "map" / FILE).write_text(json.dumps(told))
-    with pytest.raises(ValueError, match=r"no analysis made: notes\.md \(added\);"):
+    with pytest.raises(ValueError, match=r"no analysis wrote: notes\.md \(added\);"):
         place.check_free()
 
 

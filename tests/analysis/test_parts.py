@@ -56,7 +56,7 @@ def test_a_long_text_is_cut_into_full_windows(cfg):
     assert targets.tolist() == [*read_once[1:].tolist(), IGNORE]
     # The last window reaches back: 70 = 4 * 16 + 6.
     assert rows.fresh[2][0].tolist() == [False] * 10 + [True] * 6 and not rows.fresh[2][1].any()
-    assert rows.notes == ("windows of 16 tokens, each read without those before it",)
+    assert rows.notes == ("windows of 16 tokens, each read without the ones before it",)
     few = given(cfg, prompt=text, window=True, tokens=20)
     assert few.tokens == 20 and few.notes[0] == "the first 20 of 70 tokens (--tokens)"
 
@@ -91,7 +91,10 @@ def test_texts_that_cannot_be_read_are_refused(cfg, tmp_path):
         ({"text": str(tmp_path / "latin")}, "not UTF-8: byte 0xe9 at offset 3"),
         ({"text": str(tmp_path / "wide")}, r"text='.*wide': is UTF-16, not UTF-8.*iconv -f UTF-16"),
         ({"text": str(tmp_path / "binary")}, "NUL character at offset 1"),
-        ({"text": "a", "prompt": "b"}, "several texts: text and prompt"),
+        (
+            {"text": "a", "prompt": "b"},
+            "prompt='b': an analysis reads one text, but text and prompt are set",
+        ),
         ({"prompt": "a", "tokens": 0}, "tokens=0: must be in 1"),
         ({"prompt": "a", "length": 65}, "length=65: the model's context"),
     ):
@@ -223,7 +226,7 @@ def test_what_is_no_analysis_of_this_run_is_not_replaced(tmp_path):
         AnalysisOutput.of(here, {"workdir": "another"}, "", True)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "notes").touch()
-    with pytest.raises(ValueError, match="holds no analysis"):
+    with pytest.raises(ValueError, match="exists and is not the output of an analysis"):
         AnalysisOutput.of(str(tmp_path / "mine"), asked(tmp_path), "", True)
     with pytest.raises(ValueError, match="is a file"):
         AnalysisOutput.of(str(tmp_path / "mine" / "notes"), asked(tmp_path), "", True)
