@@ -8,12 +8,12 @@ from typing import Any
 from mor_jax.analysis import maps, recursions, statistics
 from mor_jax.analysis.output_directory import AnalysisOutput
 from mor_jax.analysis.parts_of_speech import check_tagger
-from mor_jax.analysis.routing_record import Model, observe, routed_model
-from mor_jax.analysis.text_input import TextRequest, TokenBatches, read, utf8
+from mor_jax.analysis.routing_record import RoutedModel, observe, routed_model
+from mor_jax.analysis.text_input import TextRequest, TokenBatches, read_sequences, utf8
 from mor_jax.checkpoint.load_weights import RunWeights, load_run
 from mor_jax.config.parsing import check
 
-Given = Mapping[str, Any]
+Options = Mapping[str, Any]
 Stdin = Callable[[], bytes]
 
 
@@ -38,83 +38,87 @@ class Result:
         return [*self.head, "", *self.table, "", *(f"wrote {file}" for file in self.files)]
 
 
-def run(given: Given, stdin: Stdin) -> Result:
-    """Runs given["command"] (`map`, `statistics`, `depth`) with the command line's options.
+def run(options: Options, stdin: Stdin) -> Result:
+    """Runs options["command"] (`map`, `statistics`, `depth`) on the command line's options.
 
     stdin: reads all of the standard input. Raises `ValueError` for a bad option, run or text; then
     nothing is written.
     """
-    found = load_run(given["workdir"], given["step"])
+    weights = load_run(options["workdir"], options["step"])
     commands = {"map": _map, "statistics": _statistics, "depth": _depth}
-    return commands[given["command"]](found, given, stdin)
+    return commands[options["command"]](weights, options, stdin)
 
 
-def _wanted(given: Given) -> TextRequest:
+def _text_request(options: Options) -> TextRequest:
     names = ("text", "prompt", "tokens", "length", "window", "batch_size")
-    sources = None if given["source"] is None else tuple(given["source"])
-    return TextRequest(sources=sources, **{name: given[name] for name in names})
+    sources = None if options["source"] is None else tuple(options["source"])
+    return TextRequest(sources=sources, **{name: options[name] for name in names})
 
 
-def _place(found: RunWeights, given: Given, rows: TokenBatches) -> AnalysisOutput:
+def _output(weights: RunWeights, options: Options, sequences: TokenBatches) -> AnalysisOutput:
     """The output directory, with the request: the options that the result depends on.
 
     Raises `ValueError` if the directory may not be written, before anything is computed.
     """
     request = {
         name: value
-        for name, value in given.items()
+        for name, value in options.items()
         if name not in ("output", "overwrite") and value is not None
     }
-    request |= {"workdir": str(found.path), "step": found.step, "digest": rows.digest}
-    default = f"{given['command']}-{found.step}"
-    return AnalysisOutput.of(given["output"], request, default, given["overwrite"])
+    request |= {"workdir": str(weights.path), "step": weights.step, "digest": sequences.digest}
+    default = f"{options['command']}-{weights.step}"
+    return AnalysisOutput.of(options["output"], request, default, options["overwrite"])
 
 
-def _head(model: object, rows: TokenBatches, notes: tuple[str, ...] = ()) -> list[str]:
-    summary = f"{rows.name}: {rows.tokens:,} tokens in sequences of {rows.length}"
-    return [str(model), summary, *(f"  {note}" for note in (*rows.notes, *notes))]
+def _head(model: object, sequences: TokenBatches, notes: tuple[str, ...] = ()) -> list[str]:
+    summary = f"{sequences.name}: {sequences.tokens:,} tokens in sequences of {sequences.length}"
+    return [str(model), summary, *(f"  {note}" for note in (*sequences.notes, *notes))]
 
 
-def _map(found: RunWeights, given: Given, stdin: Stdin) -> Result:
-    model: Model = routed_model(found, given["calibration"], given["recursions"])
-    rows = read(model.cfg, model.tokenizer, _wanted(given), stdin)
-    place = _place(found, given, rows)
-    made = maps.make_map(observe(model, rows))
-    files = place.write(made.facts(), made.files())
-    return Result(_head(model, rows, model.notes), made.lines(), made.facts(), files)
+def _map(weights: RunWeights, options: Options, stdin: Stdin) -> Result:
+    model: RoutedModel = routed_model(weights, options["calibration"], options["recursions"])
+    sequences = read_sequences(model.cfg, model.tokenizer, _text_request(options), stdin)
+    output = _output(weights, options, sequences)
+    report = maps.make_map(observe(model, sequences))
+    files = output.write(report.facts(), report.files())
+    return Result(_head(model, sequences, model.notes), report.lines(), report.facts(), files)
 
 
-def _statistics(found: RunWeights, given: Given, stdin: Stdin) -> Result:
-    least = given["min_count"]
-    check(least > 0, "min_count", least, "must be greater than 0", "Try 20")
-    if given["pos"]:
+def _statistics(weights: RunWeights, options: Options, stdin: Stdin) -> Result:
+    min_count = options["min_count"]
+    check(min_count > 0, "min_count", min_count, "must be greater than 0", "Try 20")
+    if options["pos"]:
         check_tagger()
-    model: Model = routed_model(found, given["calibration"], given["recursions"])
-    rows = read(model.cfg, model.tokenizer, _wanted(given), stdin)
-    place = _place(found, given, rows)
-    made = statistics.measure(observe(model, rows), least, given["pos"])
-    files = place.write(made.facts(), made.files())
-    head = _head(model, rows, (*model.notes, *made.notes))
-    return Result(head, made.lines(), made.facts(), files)
+    model: RoutedModel = routed_model(weights, options["calibration"], options["recursions"])
+    sequences = read_sequences(model.cfg, model.tokenizer, _text_request(options), stdin)
+    output = _output(weights, options, sequences)
+    report = statistics.measure(observe(model, sequences), min_count, options["pos"])
+    files = output.write(report.facts(), report.files())
+    head = _head(model, sequences, (*model.notes, *report.notes))
+    return Result(head, report.lines(), report.facts(), files)
 
 
-def _depth(found: RunWeights, given: Given, stdin: Stdin) -> Result:
-    model = recursions.truncate_model(found, given["calibration"], numbers(given["recursions"]))
-    rows = read(model.cfg, model.tokenizer, _wanted(given), stdin)
-    place = _place(found, given, rows)
-    text = found.cfg.eval.prompt
-    if given["sample"] is not None:
-        text = utf8("sample", given["sample"], "Give text")
+def _depth(weights: RunWeights, options: Options, stdin: Stdin) -> Result:
+    model = recursions.truncate_model(
+        weights, options["calibration"], numbers(options["recursions"])
+    )
+    sequences = read_sequences(model.cfg, model.tokenizer, _text_request(options), stdin)
+    output = _output(weights, options, sequences)
+    text = weights.cfg.eval.prompt
+    if options["sample"] is not None:
+        text = utf8("sample", options["sample"], "Give text")
     sample = recursions.Sample(
         text=text,
-        max_tokens=given["max_tokens"],
-        temperature=given["temperature"],
-        seed=given["seed"],
+        max_tokens=options["max_tokens"],
+        temperature=options["temperature"],
+        seed=options["seed"],
     )
-    made = recursions.measure(model, rows, sample)
-    files = place.write(made.facts(), made.files())
-    named = found.changes(found.cfg.model.num_recursions, given["calibration"])
-    return Result(_head(f"{found}{named}", rows, model.notes), made.lines(), made.facts(), files)
+    report = recursions.measure(model, sequences, sample)
+    files = output.write(report.facts(), report.files())
+    named = weights.changes(weights.cfg.model.num_recursions, options["calibration"])
+    return Result(
+        _head(f"{weights}{named}", sequences, model.notes), report.lines(), report.facts(), files
+    )
 
 
 def numbers(text: str | None) -> tuple[int, ...] | None:

@@ -13,7 +13,7 @@ from mor_jax.plotting import plots, titles
 
 Record = Mapping[str, Any]
 
-_CHOSEN, _OTHER, _LINE = "#c2410c", "#c3c9d5", "#111827"
+_SELECTED, _OTHER, _LINE = "#c2410c", "#c3c9d5", "#111827"
 _COUNTS = ("bins_other", "bins_chosen")
 
 
@@ -27,8 +27,8 @@ def depth_figure(
     """
     shown = {title: records for title, records in grouped.items() if records}
     figure = plots.new_figure(13.0, 0.75 + 3.1 * -(-len(shown) // 2))
-    for place, (title, records) in enumerate(shown.items()):
-        axes = figure.add_subplot(-(-len(shown) // 2), 2, place + 1)
+    for panel, (title, records) in enumerate(shown.items()):
+        axes = figure.add_subplot(-(-len(shown) // 2), 2, panel + 1)
         _depth_panel(axes, title, records, recursions)
     label = f"Recursions per token, mean above each bar: {about}"
     below = titles.title(figure, label, figure.axes[0].get_legend_handles_labels())
@@ -37,32 +37,32 @@ def depth_figure(
 
 
 def _depth_panel(axes: Any, title: str, records: Sequence[Record], recursions: int) -> None:
-    at, below = np.arange(len(records)), np.zeros(len(records))
+    positions, below = np.arange(len(records)), np.zeros(len(records))
     shares = np.array([record["shares"] for record in records])
     for depth in range(recursions + 1):
         if depth == 0 and not shares[:, 0].any():
             continue
         label = f"{depth} recursion{'s' * (depth != 1)}"
         colour = plots.colour(depth)
-        axes.bar(at, shares[:, depth], bottom=below, color=colour, width=0.85, label=label)
+        axes.bar(positions, shares[:, depth], bottom=below, color=colour, width=0.85, label=label)
         below = below + shares[:, depth]
-    for place, record in zip(at, records, strict=True):
-        axes.text(place, 1.02, f"{record['depth']:.2f}", ha="center", fontsize=7, color=_LINE)
+    for x, record in zip(positions, records, strict=True):
+        axes.text(x, 1.02, f"{record['depth']:.2f}", ha="center", fontsize=7, color=_LINE)
     axes.set_title(title[0].upper() + title[1:], loc="left", fontsize=9.5, pad=14)
     axes.set_ylim(0, 1)
     axes.set_ylabel("share of tokens", fontsize=8.5)
     names = [record["group"] for record in records]
-    turned = max(len(name) for name in names) > 3
+    rotated = max(len(name) for name in names) > 3
     axes.set_xticks(
-        at,
+        positions,
         names,
         fontsize=7,
-        rotation=40 if turned else 0,
-        ha="right" if turned else "center",
+        rotation=40 if rotated else 0,
+        ha="right" if rotated else "center",
         parse_math=False,
     )
     axes.tick_params(axis="y", labelsize=8)
-    _bare(axes)
+    _hide_spines(axes)
 
 
 def score_figure(records: Sequence[Record], about: str, path: plots.PathLike) -> None:
@@ -71,14 +71,14 @@ def score_figure(records: Sequence[Record], about: str, path: plots.PathLike) ->
     rows = -(-len(records) // columns)
     figure = plots.new_figure(max(4.2 * columns, 7.0), 0.7 + 3.2 * rows)
     below = titles.title(figure, f"Router scores: {about}")
-    for place, record in enumerate(records):
-        axes = figure.add_subplot(rows, columns, place + 1)
+    for panel, record in enumerate(records):
+        axes = figure.add_subplot(rows, columns, panel + 1)
         edges = np.linspace(0, 1, len(record["bins_chosen"]) + 1)
         width = edges[1]
         shares = [np.array(record[name]) / max(record["candidates"], 1) for name in _COUNTS]
         axes.bar(edges[:-1], shares[0], width, align="edge", color=_OTHER, label="other candidates")
         outline = np.append(shares[1], 0)
-        axes.step(edges, outline, where="post", color=_CHOSEN, linewidth=1.6, label="selected")
+        axes.step(edges, outline, where="post", color=_SELECTED, linewidth=1.6, label="selected")
         if record["threshold"] is not None:
             label = f"threshold {record['threshold']:.2f}"
             axes.axvline(
@@ -95,7 +95,7 @@ def score_figure(records: Sequence[Record], about: str, path: plots.PathLike) ->
         axes.set_yscale("log")
         axes.tick_params(labelsize=8)
         axes.legend(frameon=False, fontsize=8)
-        _bare(axes)
+        _hide_spines(axes)
     figure.tight_layout(rect=(0, 0, 1, below))
     plots.write_figure(figure, path)
 
@@ -114,30 +114,30 @@ def recursion_figure(
         ("loss", "cross-entropy, nats per token"),
         ("work", f"forward FLOPs; 1: all tokens at {trained} recursions"),
     )
-    for place, (field, label) in enumerate(panels):
-        axes = figure.add_subplot(1, 2, place + 1)
-        for (routing, records), colour in zip(curves.items(), (_CHOSEN, "#1d4ed8"), strict=False):
-            across = [record["recursions"] for record in records]
+    for panel, (field, ylabel) in enumerate(panels):
+        axes = figure.add_subplot(1, 2, panel + 1)
+        for (routing, records), colour in zip(curves.items(), (_SELECTED, "#1d4ed8"), strict=False):
+            recursions = [record["recursions"] for record in records]
             values = [record[field] for record in records]
-            dashes = "solid" if colour == _CHOSEN else (0, (4, 4))
+            dashes = "solid" if colour == _SELECTED else (0, (4, 4))
             label = f"{routing} routing" if routing else "every token at every recursion"
             axes.plot(
-                across, values, "o", linestyle=dashes, color=colour, markersize=5, label=label
+                recursions, values, "o", linestyle=dashes, color=colour, markersize=5, label=label
             )
         axes.axvline(
             trained, color=_LINE, linestyle=":", linewidth=1.2, label=f"trained: {trained}"
         )
-        axes.set_xticks(across)
+        axes.set_xticks(recursions)
         axes.set_xlabel("recursions")
-        axes.set_ylabel(label)
+        axes.set_ylabel(ylabel)
         axes.grid(color="#e5e7eb", linewidth=0.8)
         axes.set_axisbelow(True)
         axes.legend(frameon=False, fontsize=9)
-        _bare(axes)
+        _hide_spines(axes)
     figure.tight_layout(rect=(0, 0, 1, below))
     plots.write_figure(figure, path)
 
 
-def _bare(axes: Any) -> None:
+def _hide_spines(axes: Any) -> None:
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)

@@ -59,7 +59,7 @@ class Page:
 
     def html(self) -> str:
         """The HTML source of the page."""
-        names = {f"depth, {label_text} routing": name for name, label_text in self.routings.items()}
+        names = {f"depth, {label} routing": name for name, label in self.routings.items()}
         choices = {**names, "loss": "loss"}
         title = html.escape(self.title)
         parts = [
@@ -68,10 +68,10 @@ class Page:
             f"<title>{title}</title>\n<style>{_STYLE}{self._rules(choices.values())}</style>\n"
             f'</head>\n<body>\n<h1>{title}</h1>\n<p class="about">{html.escape(self.about)}</p>\n'
         ]
-        for number, (label_text, name) in enumerate(choices.items()):
-            checked = " checked" if number == 0 else ""
+        for index, (label, name) in enumerate(choices.items()):
+            checked = " checked" if index == 0 else ""
             parts.append(f'<input type="radio" name="by" id="by-{name}"{checked}>')
-            parts.append(f'<label for="by-{name}">{html.escape(label_text)}</label>\n')
+            parts.append(f'<label for="by-{name}">{html.escape(label)}</label>\n')
         parts += [self._legend(name) for name in choices.values()]
         parts.append("<main>\n")
         for row in self.rows:
@@ -85,25 +85,25 @@ class Page:
         for name in names:
             on = f"#by-{name}:checked"
             rules.append(f"{on} ~ .legend.{name} {{ display: block; }}")
-            known = range(len(_LOSSES)) if name == "loss" else range(self.recursions + 1)
-            for value in known:
+            values = range(len(_LOSSES)) if name == "loss" else range(self.recursions + 1)
+            for value in values:
                 shade = _LOSSES[value] if name == "loss" else colour(value)
-                where = f"{on} ~ main .{name}-{value}, .legend .{name}-{value}"
-                rules.append(f"{where} {{ background: {shade}; }}")
+                selector = f"{on} ~ main .{name}-{value}, .legend .{name}-{value}"
+                rules.append(f"{selector} {{ background: {shade}; }}")
         return "\n".join(rules) + "\n"
 
     def _legend(self, name: str) -> str:
         if name == "loss":
             last = len(_LOSSES) - 1
-            label_text = [f"{k} to {k + 1} nats" for k in range(last)] + [f"{last} nats and more"]
+            labels = [f"{k} to {k + 1} nats" for k in range(last)] + [f"{last} nats and more"]
             shown = range(len(_LOSSES))
         else:
             depths = [token.depths[name] for row in self.rows for token in row]
             counts = [depths.count(depth) for depth in range(self.recursions + 1)]
             shown = range(0 if counts[0] else 1, self.recursions + 1)
             each = [f"{count:,}, {count / max(len(depths), 1):.0%}" for count in counts]
-            label_text = [f"{d} recursion{'s' * (d != 1)} ({each[d]})" for d in range(len(counts))]
-        spans = [f'<span class="{name}-{k}">{html.escape(label_text[k])}</span>' for k in shown]
+            labels = [f"{d} recursion{'s' * (d != 1)} ({each[d]})" for d in range(len(counts))]
+        spans = [f'<span class="{name}-{k}">{html.escape(labels[k])}</span>' for k in shown]
         return f'<div class="legend {name}">{"".join(spans)}</div>\n'
 
     def _span(self, token: Token) -> str:

@@ -72,20 +72,20 @@ def token_classes(pieces: Sequence[str], words: Sequence[tuple[str, str]]) -> np
     contains its first visible character. Words that the tagger rewrote are omitted.
     """
     text = "".join(pieces)
-    of_letter = np.full(len(text) + 1, -1)
-    at, missed = 0, 0
+    class_of_char = np.full(len(text) + 1, -1)
+    end, unmatched = 0, 0
     for word, tag in words:
-        found = text.find(word, at)
+        begin = text.find(word, end)
         # A rewritten word must not match a later occurrence of the same letters.
-        if found < 0 or len(text[at:found].split()) > missed:
-            missed += 1
+        if begin < 0 or len(text[end:begin].split()) > unmatched:
+            unmatched += 1
             continue
-        at, missed = found + len(word), 0
-        of_letter[found:at] = CLASSES.index(word_class(word, tag))
+        end, unmatched = begin + len(word), 0
+        class_of_char[begin:end] = CLASSES.index(word_class(word, tag))
     label, start = np.full(len(pieces), -1), 0
-    for place, piece in enumerate(pieces):
+    for index, piece in enumerate(pieces):
         visible = len(piece) - len(piece.lstrip())
         if visible < len(piece):
-            label[place] = of_letter[start + visible]
+            label[index] = class_of_char[start + visible]
         start += len(piece)
     return label

@@ -15,7 +15,7 @@ from mor_jax.runtime.free_memory import CheckedFunction
 from mor_jax.training.losses import token_losses
 from mor_jax.types import IGNORE, Array, Batch, Bool, Float, Int, Params
 
-_LOGITS = 2**24
+_MAX_LOGITS = 2**24
 """Most output logits (batch x positions x vocabulary) at one time: 64 MiB of float32."""
 
 
@@ -56,43 +56,45 @@ def compiled(cfg: ModelConfig, modes: tuple[str, ...]) -> CheckedFunction:
 def _pass(cfg: ModelConfig, route: Route, params: Params, batch: Batch) -> RoutedOutput:
     out = forward(cfg, params, batch, route)
     assert out.routing is not None
-    (rows, _), table = batch.targets.shape, logits_table(cfg, params)
-    chunk = max(1, _LOGITS // (rows * table.shape[0]))
+    (batch_size, _), table = batch.targets.shape, logits_table(cfg, params)
+    chunk = max(1, _MAX_LOGITS // (batch_size * table.shape[0]))
     ahead, _ = token_losses(out.hidden, table, batch.targets, chunk)
     ahead = jnp.where(batch.targets == IGNORE, jnp.nan, ahead)
-    decisive, main = _on_the_row(out.routing, batch)
-    two = cfg.router.kind == "expert" and cfg.router.causal_routing == "aux_router"
-    return RoutedOutput(out.routing.depth, ahead, decisive, main if two else None)
+    decisive, main = _logits_by_position(out.routing, batch)
+    has_auxiliary = cfg.router.kind == "expert" and cfg.router.causal_routing == "aux_router"
+    return RoutedOutput(out.routing.depth, ahead, decisive, main if has_auxiliary else None)
 
 
-def _on_the_row(
+def _logits_by_position(
     routing: Routing, batch: Batch
 ) -> tuple[Float[Array, "r b l"], Float[Array, "r b l"]]:
     """Deciding and main logits of every recursion by position in the sequence, NaN elsewhere."""
-    present = jnp.ones(batch.tokens.shape, bool)
+    valid = jnp.ones(batch.tokens.shape, bool)
     if batch.segments is not None:
-        present = batch.segments > 0
+        valid = batch.segments > 0
     if routing.token is not None:
-        every = jnp.moveaxis(routing.recursion_traces[0].logits, -1, 0)
-        every = jnp.where(present[None], every, jnp.nan)
-        return every, every
+        by_depth = jnp.moveaxis(routing.recursion_traces[0].logits, -1, 0)
+        by_depth = jnp.where(valid[None], by_depth, jnp.nan)
+        return by_depth, by_depth
     decisive, main = [], []
-    before: RecursionTrace | None = None
-    for visit in routing.recursion_traces:
-        for made, logits in ((decisive, visit.trained), (main, visit.logits)):
-            made.append(jnp.where(present, _placed(logits, before, present.shape[1]), jnp.nan))
-        before = visit
+    previous: RecursionTrace | None = None
+    for trace in routing.recursion_traces:
+        for collected, logits in ((decisive, trace.trained), (main, trace.logits)):
+            collected.append(
+                jnp.where(valid, _scattered(logits, previous, valid.shape[1]), jnp.nan)
+            )
+        previous = trace
     return jnp.stack(decisive), jnp.stack(main)
 
 
-def _placed(
-    logits: Float[Array, "b n"], before: RecursionTrace | None, length: int
+def _scattered(
+    logits: Float[Array, "b n"], previous: RecursionTrace | None, length: int
 ) -> Float[Array, "b l"]:
     # The candidates of a recursion are the tokens that the previous one selected.
-    if before is None or before.index is None:
+    if previous is None or previous.index is None:
         return logits
-    there: Bool[Array, "b n"] = jnp.ones(logits.shape, bool)
-    if before.valid is not None:
-        there = before.valid
-    values = scatter_to(jnp.where(there, logits, 0.0), before.index, length)
-    return jnp.where(scatter_to(there, before.index, length), values, jnp.nan)
+    valid: Bool[Array, "b n"] = jnp.ones(logits.shape, bool)
+    if previous.valid is not None:
+        valid = previous.valid
+    values = scatter_to(jnp.where(valid, logits, 0.0), previous.index, length)
+    return jnp.where(scatter_to(valid, previous.index, length), values, jnp.nan)

@@ -9,7 +9,7 @@ import numpy as np
 
 from mor_jax import data
 from mor_jax.analysis.figures import recursion_figure
-from mor_jax.analysis.output_directory import Write, json_lines, number
+from mor_jax.analysis.output_directory import FileContents, json_lines, rounded
 from mor_jax.analysis.routing_record import ROUTINGS
 from mor_jax.analysis.text_input import TokenBatches
 from mor_jax.checkpoint.load_weights import RunWeights
@@ -56,7 +56,7 @@ class TruncatedModel:
     routings: those that apply to the model. notes: lines for the report.
     """
 
-    found: RunWeights
+    weights: RunWeights
     cfg: TrainConfig
     params: Params
     tokenizer: Tokenizer
@@ -66,7 +66,7 @@ class TruncatedModel:
     notes: tuple[str, ...]
 
     @property
-    def usual(self) -> int:
+    def default_recursions(self) -> int:
         """Default number of recursions: that of the calibration, or of training."""
         if self.calibration is not None:
             return self.calibration.recursions
@@ -78,7 +78,7 @@ class TruncatedModel:
             self.cfg.model, self.params, self.calibration, recursions
         )
         return LoadedModel(
-            name=str(self.found),
+            name=str(self.weights),
             cfg=model,
             params=params,
             thresholds=thresholds,
@@ -92,24 +92,24 @@ class TruncatedModel:
 
 
 def truncate_model(
-    found: RunWeights, calibration: str | None, wanted: Sequence[int] | None
+    weights: RunWeights, calibration: str | None, numbers: Sequence[int] | None
 ) -> TruncatedModel:
-    """Loads the weights `found` for several numbers of recursions.
+    """Loads `weights` for several numbers of recursions.
 
-    wanted: the numbers; None: from 1 to twice the trained number, as far as the model allows.
+    numbers: those to run; None: from 1 to twice the trained number, as far as the model allows.
 
     Raises:
         ValueError: a vanilla model, a parameter that is not finite, or a calibration, tokenizer or
             number of recursions that does not fit.
     """
-    model = found.cfg.model
+    model = weights.cfg.model
     rule = "a vanilla model has no recursions: it runs its layers once"
     fix = "Give a run with model.sharing other than 'none'; mor evaluate measures its loss"
     check(model.sharing != "none", "model.sharing", model.sharing, rule, fix)
-    calibrated = None if calibration is None else load(found, calibration)
-    tokenizer = data.load_tokenizer(found.cfg.data.tokenizer)
-    params = found.params()
-    check_finite(params, str(found))
+    calibrated = None if calibration is None else load(weights, calibration)
+    tokenizer = data.load_tokenizer(weights.cfg.data.tokenizer)
+    params = weights.params()
+    check_finite(params, str(weights))
     model = compute_config(model, None)
     routings, notes = ("causal", "topk"), ()
     if model.router.kind == "none":
@@ -120,25 +120,25 @@ def truncate_model(
         notes = (note + "routers were not trained to predict the selection (mor calibrate)",)
     elif model.router.kind == "token" and model.router.capacity_factor is None:
         routings = ("causal",)
-    most = 2 * model.num_recursions
+    largest = 2 * model.num_recursions
     if calibrated is not None:
-        most = calibrated.recursions
+        largest = calibrated.recursions
     elif model.router.kind == "token" or not model.share_norms:
-        most = model.num_recursions
-    made = TruncatedModel(
-        found=found,
-        cfg=dataclasses.replace(found.cfg, model=model),
+        largest = model.num_recursions
+    truncated = TruncatedModel(
+        weights=weights,
+        cfg=dataclasses.replace(weights.cfg, model=model),
         params=params,
         tokenizer=tokenizer,
         calibration=calibrated,
-        numbers=tuple(range(1, most + 1) if wanted is None else sorted(set(wanted))),
+        numbers=tuple(range(1, largest + 1) if numbers is None else sorted(set(numbers))),
         routings=routings,
         notes=notes,
     )
-    for each in made.numbers:
+    for recursions in truncated.numbers:
         # Fail before the first measurement, not after an hour of them.
-        made.at(each)
-    return made
+        truncated.at(recursions)
+    return truncated
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -150,15 +150,15 @@ class DepthScaling:
 
     def of(self, statistic: str, **fields: Any) -> list[Record]:
         """Records of `statistic` (`loss` or `sample`) with these field values."""
-        wanted = {"statistic": statistic, **fields}
-        return [r for r in self.records if all(r[k] == v for k, v in wanted.items())]
+        criteria = {"statistic": statistic, **fields}
+        return [r for r in self.records if all(r[k] == v for k, v in criteria.items())]
 
-    def files(self) -> dict[str, Write]:
+    def files(self) -> dict[str, FileContents]:
         """recursions.jsonl and recursions.png."""
         curves = {ROUTINGS[m]: self.of("loss", routing=m) for m in self.model.routings}
         if self.model.cfg.model.router.kind == "none":
             curves = {"": self.of("loss")}
-        about, trained = self.model.found.name, self.model.cfg.model.num_recursions
+        about, trained = self.model.weights.name, self.model.cfg.model.num_recursions
         return {
             "recursions.jsonl": json_lines(self.records),
             "recursions.png": lambda path: recursion_figure(curves, trained, about, path),
@@ -171,23 +171,26 @@ class DepthScaling:
     def lines(self) -> list[str]:
         """A table, then the samples, for a terminal."""
         head = f"{'recursions':<14}{'routing':<9}{'loss':>8}{'perplexity':>12}"
-        made = [f"{head}{'mean depth':>12}{'work':>8}"]
-        for one in self.of("loss"):
-            trained = " trained" if one["trained"] else ""
-            name = f"{one['recursions']}{trained}"
+        lines = [f"{head}{'mean depth':>12}{'work':>8}"]
+        for record in self.of("loss"):
+            trained = " trained" if record["trained"] else ""
+            name = f"{record['recursions']}{trained}"
             routed = self.model.cfg.model.router.kind != "none"
-            made.append(
-                f"{name:<14}{ROUTINGS[one['routing']] if routed else 'none':<9}{one['loss']:>8.4f}"
-                f"{one['perplexity']:>12.2f}{one['depth']:>12.3f}{one['work']:>8.1%}"
+            routing = ROUTINGS[record["routing"]] if routed else "none"
+            lines.append(
+                f"{name:<14}{routing:<9}{record['loss']:>8.4f}"
+                f"{record['perplexity']:>12.2f}{record['depth']:>12.3f}{record['work']:>8.1%}"
             )
-        made.append(
+        lines.append(
             "work: FLOPs of a forward pass; 100%: as trained, every token at every recursion"
         )
-        for one in self.of("sample"):
-            depth = f", mean depth {one['depth']:.2f}" if one["depth"] is not None else ""
-            made += ["", f"with {one['recursions']}{depth}:"]
-            made += [f"  {_printable(line)}" for line in (one["prompt"] + one["text"]).split("\n")]
-        return made
+        for record in self.of("sample"):
+            depth = f", mean depth {record['depth']:.2f}" if record["depth"] is not None else ""
+            lines += ["", f"with {record['recursions']}{depth}:"]
+            lines += [
+                f"  {_printable(line)}" for line in (record["prompt"] + record["text"]).split("\n")
+            ]
+        return lines
 
 
 def _printable(line: str) -> str:
@@ -195,13 +198,13 @@ def _printable(line: str) -> str:
     return "".join(char if char.isprintable() or char == "\t" else "\ufffd" for char in line)
 
 
-def measure(model: TruncatedModel, rows: TokenBatches, sample: Sample) -> DepthScaling:
+def measure(model: TruncatedModel, sequences: TokenBatches, sample: Sample) -> DepthScaling:
     """Loss and sample for each number of recursions. Raises `ValueError` for a bad `sample`."""
     prompt = tuple(model.tokenizer.encode(sample.text).tolist())
     rule = "must not be negative; 0 means no sample"
     check(sample.max_tokens >= 0, "sample.max_tokens", sample.max_tokens, rule, "Try 64")
-    wanted = sample.max_tokens != 0 and "causal" in model.routings
-    if wanted:
+    with_sample = sample.max_tokens != 0 and "causal" in model.routings
+    if with_sample:
         request = Request(
             prompt=prompt or (model.tokenizer.eos_id,),
             max_tokens=sample.max_tokens,
@@ -210,77 +213,79 @@ def measure(model: TruncatedModel, rows: TokenBatches, sample: Sample) -> DepthS
         request.validate(model.cfg.model.vocab_size, model.cfg.model.max_seq_len, "sample")
     records, samples = [], []
     for recursions in model.numbers:
-        served = model.at(recursions)
-        records += _losses(model, served, rows)
-        if wanted:
-            samples.append(_sample(served, request, sample.text))
+        loaded = model.at(recursions)
+        records += _losses(model, loaded, sequences)
+        if with_sample:
+            samples.append(_sample(loaded, request, sample.text))
     return DepthScaling(model, records + samples)
 
 
-def _losses(model: TruncatedModel, served: LoadedModel, rows: TokenBatches) -> list[Record]:
+def _losses(model: TruncatedModel, loaded: LoadedModel, sequences: TokenBatches) -> list[Record]:
     """One record per routing."""
-    cfg = dataclasses.replace(model.cfg, model=served.cfg, seq_len=rows.length)
-    found = _evaluator(cfg, rows, served.thresholds)(served.params)
+    cfg = dataclasses.replace(model.cfg, model=loaded.cfg, seq_len=sequences.length)
+    values = _evaluator(cfg, sequences, loaded.thresholds)(loaded.params)
     trained, records = model.cfg.model, []
-    full = flops(trained, rows.length, (1.0,) * trained.num_recursions).forward()
+    full = flops(trained, sequences.length, (1.0,) * trained.num_recursions).forward()
     for routing in model.routings:
-        depths = found.get(f"depth_share_{routing}")
-        shares = (1.0,) * served.cfg.num_recursions
+        depths = values.get(f"depth_share_{routing}")
+        shares = (1.0,) * loaded.cfg.num_recursions
         if depths is not None:
             # Rounding may raise a sum of shares above 1.
-            shares = tuple(min(1.0, sum(depths[r + 1 :])) for r in range(served.cfg.num_recursions))
-        loss = found[f"loss_{routing}"]
+            shares = tuple(min(1.0, sum(depths[r + 1 :])) for r in range(loaded.cfg.num_recursions))
+        loss = values[f"loss_{routing}"]
         records.append(
             {
                 "statistic": "loss",
-                "recursions": served.cfg.num_recursions,
-                "trained": served.cfg.num_recursions == trained.num_recursions,
+                "recursions": loaded.cfg.num_recursions,
+                "trained": loaded.cfg.num_recursions == trained.num_recursions,
                 "routing": routing,
-                "loss": number(loss),
-                "perplexity": number(math.exp(loss)),
-                "accuracy": number(found[f"accuracy_{routing}"]),
-                "depth": number(sum(shares)),
-                "shares": [number(share) for share in shares],
-                "work": number(flops(served.cfg, rows.length, shares).forward() / full),
+                "loss": rounded(loss),
+                "perplexity": rounded(math.exp(loss)),
+                "accuracy": rounded(values[f"accuracy_{routing}"]),
+                "depth": rounded(sum(shares)),
+                "shares": [rounded(share) for share in shares],
+                "work": rounded(flops(loaded.cfg, sequences.length, shares).forward() / full),
             }
         )
     return records
 
 
 def _evaluator(
-    cfg: TrainConfig, rows: TokenBatches, thresholds: tuple[float, ...] | None
+    cfg: TrainConfig, sequences: TokenBatches, thresholds: tuple[float, ...] | None
 ) -> Evaluator:
     def step(params: Params, batch: Batch, mode: str) -> Any:
         return eval_step(cfg, params, batch, mode, thresholds)
 
-    program = CheckedFunction(step, "batch_size")
-    return Evaluator(cfg, _counted(rows), lambda *given: program(*given[:2], mode=given[2]))
+    function = CheckedFunction(step, "batch_size")
+    return Evaluator(
+        cfg, _with_counted_targets(sequences), lambda *args: function(*args[:2], mode=args[2])
+    )
 
 
-def _counted(rows: TokenBatches) -> list[Batch]:
+def _with_counted_targets(sequences: TokenBatches) -> list[Batch]:
     """The batches, with targets only at tokens that count."""
-    pairs = zip(rows.batches, rows.fresh, strict=True)
+    pairs = zip(sequences.batches, sequences.counted, strict=True)
     return [
-        dataclasses.replace(batch, targets=np.where(fresh, batch.targets, IGNORE))
-        for batch, fresh in pairs
+        dataclasses.replace(batch, targets=np.where(counted, batch.targets, IGNORE))
+        for batch, counted in pairs
     ]
 
 
-def _sample(served: LoadedModel, request: Request, text: str) -> Record:
+def _sample(loaded: LoadedModel, request: Request, text: str) -> Record:
     longest = 1 << (len(request.prompt) + request.max_tokens - 1).bit_length()
-    settings = EngineConfig(slots=1, max_length=min(longest, served.cfg.max_seq_len))
-    with Engine(served, settings) as engine:
+    settings = EngineConfig(slots=1, max_length=min(longest, loaded.cfg.max_seq_len))
+    with Engine(loaded, settings) as engine:
         tokens, finished = engine.submit(request).result()
     check(finished.reason != "error", "sample", text, finished.message, "Try another text")
     depths = [token.depth for token in tokens]
-    routed = served.cfg.router.kind != "none" and bool(depths)
+    routed = loaded.cfg.router.kind != "none" and bool(depths)
     return {
         "statistic": "sample",
-        "recursions": served.cfg.num_recursions,
+        "recursions": loaded.cfg.num_recursions,
         "prompt": text,
         "text": "".join(token.text for token in tokens) + finished.text,
         "tokens": [token.id for token in tokens],
         "depths": depths,
-        "depth": number(np.mean(depths)) if routed else None,
+        "depth": rounded(np.mean(depths)) if routed else None,
         "reason": finished.reason,
     }

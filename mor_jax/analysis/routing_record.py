@@ -23,7 +23,7 @@ ROUTINGS = {"causal": "causal", "topk": "top-k"}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
-class Model:
+class RoutedModel:
     """The weights of a run, ready for analysis.
 
     cfg: of the run, with the model as it runs here. thresholds: of causal routing of expert-choice,
@@ -31,7 +31,7 @@ class Model:
     generation first. notes: lines for the report.
     """
 
-    found: RunWeights
+    weights: RunWeights
     cfg: TrainConfig
     params: Params
     tokenizer: Tokenizer
@@ -48,31 +48,31 @@ class Model:
     @property
     def name(self) -> str:
         """For titles: the run's name, the step, and changes against training."""
-        return f"{self.found.name}{self._changes}"
+        return f"{self.weights.name}{self._changes}"
 
     def __str__(self) -> str:
-        return f"{self.found}{self._changes}"
+        return f"{self.weights}{self._changes}"
 
     @property
     def _changes(self) -> str:
-        return self.found.changes(self.model.num_recursions, self.calibration)
+        return self.weights.changes(self.model.num_recursions, self.calibration)
 
 
 def routed_model(
-    found: RunWeights, calibration: str | None = None, recursions: int | None = None
-) -> Model:
-    """Loads the weights `found` for analysis; calibration, recursions: as in `load_model`.
+    weights: RunWeights, calibration: str | None = None, recursions: int | None = None
+) -> RoutedModel:
+    """Loads `weights` for analysis; calibration, recursions: as in `load_model`.
 
     Raises:
         ValueError: the model has no routers, a parameter is not finite, or calibration,
             recursions or tokenizer do not fit it.
     """
-    check_routed(found)
-    calibrated = None if calibration is None else load(found, calibration)
-    tokenizer = data.load_tokenizer(found.cfg.data.tokenizer)
-    params = found.params()
-    check_finite(params, str(found))
-    model, params, thresholds, _ = prepare_model(found.cfg.model, params, calibrated, recursions)
+    check_routed(weights)
+    calibrated = None if calibration is None else load(weights, calibration)
+    tokenizer = data.load_tokenizer(weights.cfg.data.tokenizer)
+    params = weights.params()
+    check_finite(params, str(weights))
+    model, params, thresholds, _ = prepare_model(weights.cfg.model, params, calibrated, recursions)
     # Rounding moves logits: the dtype is the one that calibrations are made in.
     model = compute_config(model, None)
     modes, notes = ("causal", "topk"), ()
@@ -83,9 +83,9 @@ def routed_model(
     if model.router.kind == "token" and model.router.capacity_factor is None:
         # The two routings are equal where no recursion has a capacity limit.
         modes = ("causal",)
-    return Model(
-        found=found,
-        cfg=dataclasses.replace(found.cfg, model=model),
+    return RoutedModel(
+        weights=weights,
+        cfg=dataclasses.replace(weights.cfg, model=model),
         params=params,
         tokenizer=tokenizer,
         thresholds=thresholds,
@@ -95,9 +95,9 @@ def routed_model(
     )
 
 
-def check_routed(found: RunWeights) -> None:
+def check_routed(weights: RunWeights) -> None:
     """Raises `ValueError` for a model without routers; the message names an alternative."""
-    model = found.cfg.model
+    model = weights.cfg.model
     if model.router.kind != "none":
         return
     if model.sharing == "none":
@@ -128,13 +128,13 @@ class RoutingPass:
 class RoutingRecord:
     """All tokens that count, in order.
 
-    token: ID; row: index of the sequence; position: in it; each int32 [n]. passes: by routing.
+    token: ID; sequence: index of its sequence; position: in it; each int32 [n]. passes: by routing.
     """
 
-    model: Model
-    rows: TokenBatches
+    model: RoutedModel
+    sequences: TokenBatches
     token: np.ndarray
-    row: np.ndarray
+    sequence: np.ndarray
     position: np.ndarray
     passes: dict[str, RoutingPass]
 
@@ -143,49 +143,53 @@ class RoutingRecord:
         """The pass under the first routing: that of generation, if it applies to the model."""
         return self.passes[self.model.modes[0]]
 
-    def row_starts(self) -> np.ndarray:
+    def sequence_starts(self) -> np.ndarray:
         """Indices of the first token of each sequence, ascending."""
-        return np.flatnonzero(np.append(True, np.diff(self.row) != 0))
+        return np.flatnonzero(np.append(True, np.diff(self.sequence) != 0))
 
 
-def observe(model: Model, rows: TokenBatches) -> RoutingRecord:
+def observe(model: RoutedModel, sequences: TokenBatches) -> RoutingRecord:
     """Runs the model on all batches; stores a few dozen bytes per token on the host."""
     run = compiled(model.model, model.modes)
-    given = None if model.thresholds is None else jnp.asarray(model.thresholds, jnp.float32)
-    found: dict[str, list[list[np.ndarray]]] = {mode: [] for mode in model.modes}
-    token, row, position = [], [], []
-    for number, (batch, fresh) in enumerate(zip(rows.batches, rows.fresh, strict=True)):
-        seen = jax.device_get(run(model.params, batch, given))
-        where = np.nonzero(fresh)
-        token.append(np.asarray(batch.tokens)[where].astype(np.int32))
-        row.append((number * len(fresh) + where[0]).astype(np.int32))
-        position.append(where[1].astype(np.int32))
-        for mode, one in seen.items():
-            before = np.full_like(one.ahead, np.nan)
-            before[:, 1:] = one.ahead[:, :-1]
-            parts = [one.depth.astype(np.int16), one.ahead, before]
-            kept = [part[where] for part in parts]
-            kept += [one.logits[:, *where]] + ([] if one.main is None else [one.main[:, *where]])
-            found[mode].append(kept)
-    made = {mode: _joined(parts, rows.joined) for mode, parts in found.items()}
+    thresholds = None if model.thresholds is None else jnp.asarray(model.thresholds, jnp.float32)
+    arrays: dict[str, list[list[np.ndarray]]] = {mode: [] for mode in model.modes}
+    token, sequence, position = [], [], []
+    for batch_index, (batch, counted) in enumerate(
+        zip(sequences.batches, sequences.counted, strict=True)
+    ):
+        outputs = jax.device_get(run(model.params, batch, thresholds))
+        indices = np.nonzero(counted)
+        token.append(np.asarray(batch.tokens)[indices].astype(np.int32))
+        sequence.append((batch_index * len(counted) + indices[0]).astype(np.int32))
+        position.append(indices[1].astype(np.int32))
+        for mode, output in outputs.items():
+            loss = np.full_like(output.ahead, np.nan)
+            loss[:, 1:] = output.ahead[:, :-1]
+            parts = [output.depth.astype(np.int16), output.ahead, loss]
+            counted_values = [part[indices] for part in parts]
+            counted_values += [output.logits[:, *indices]] + (
+                [] if output.main is None else [output.main[:, *indices]]
+            )
+            arrays[mode].append(counted_values)
+    passes = {mode: _concatenate(parts, sequences.contiguous) for mode, parts in arrays.items()}
     return RoutingRecord(
         model=model,
-        rows=rows,
+        sequences=sequences,
         token=np.concatenate(token),
-        row=np.concatenate(row),
+        sequence=np.concatenate(sequence),
         position=np.concatenate(position),
-        passes=made,
+        passes=passes,
     )
 
 
-def _joined(parts: list[list[np.ndarray]], joined: bool) -> RoutingPass:
-    each = [np.concatenate(part, axis=-1) for part in zip(*parts, strict=True)]
-    depth, ahead, loss, logits = each[:4]
-    if joined:
+def _concatenate(parts: list[list[np.ndarray]], contiguous: bool) -> RoutingPass:
+    arrays = [np.concatenate(part, axis=-1) for part in zip(*parts, strict=True)]
+    depth, ahead, loss, logits = arrays[:4]
+    if contiguous:
         # In one text the end of a window predicts the first token of the next.
         loss = np.append(np.float32(np.nan), ahead[:-1])
     return RoutingPass(
-        depth=depth, ahead=ahead, loss=loss, logits=logits, main=each[4] if each[4:] else None
+        depth=depth, ahead=ahead, loss=loss, logits=logits, main=arrays[4] if arrays[4:] else None
     )
 
 

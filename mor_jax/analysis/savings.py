@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from mor_jax.analysis.output_directory import number
+from mor_jax.analysis.output_directory import rounded
 from mor_jax.analysis.routing_record import RoutingRecord
 from mor_jax.models.flops import flops, kv_bytes
 
@@ -17,27 +17,27 @@ def saving_records(observed: RoutingRecord) -> list[dict[str, Any]]:
     effective layers. Bytes are in the run's configured dtype.
     """
     model = observed.model
-    cfg = dataclasses.replace(model.model, dtype=model.found.cfg.model.dtype)
-    length, ones = observed.rows.length, (1.0,) * cfg.num_recursions
+    cfg = dataclasses.replace(model.model, dtype=model.weights.cfg.model.dtype)
+    length, ones = observed.sequences.length, (1.0,) * cfg.num_recursions
     # With separate keys and values per recursion, a token has one entry per effective layer.
     dense = kv_bytes(dataclasses.replace(cfg, kv_mode="recursion"), length, ones)
     records = []
-    for mode, one in observed.passes.items():
-        shares = tuple(float((one.depth > r).mean()) for r in range(cfg.num_recursions))
-        kept = kv_bytes(cfg, length, shares)
+    for mode, routing_pass in observed.passes.items():
+        shares = tuple(float((routing_pass.depth > r).mean()) for r in range(cfg.num_recursions))
+        stored = kv_bytes(cfg, length, shares)
         work = flops(cfg, length, shares).forward() / flops(cfg, length, ones).forward()
         records.append(
             {
                 "statistic": "savings",
                 "routing": mode,
-                "shares": [number(share) for share in shares],
+                "shares": [rounded(share) for share in shares],
                 "dense_entries": cfg.num_layers,
-                "entries": number(kept * cfg.num_layers / dense),
-                "dense_bytes": number(dense),
-                "bytes": number(kept),
-                "saved": number(1 - kept / dense),
+                "entries": rounded(stored * cfg.num_layers / dense),
+                "dense_bytes": rounded(dense),
+                "bytes": rounded(stored),
+                "saved": rounded(1 - stored / dense),
                 "length": length,
-                "work": number(work),
+                "work": rounded(work),
             }
         )
     return records
@@ -51,27 +51,27 @@ def dead_records(observed: RoutingRecord, min_count: int) -> list[dict[str, Any]
     `min_count` occurrences that never reach it; dead_kinds: their token IDs.
     """
     deepest, records = observed.model.model.num_recursions, []
-    kinds, label = np.unique(observed.token, return_inverse=True)
-    often = np.bincount(label) >= min_count
-    rows = int(observed.row[-1]) + 1
-    for mode, one in observed.passes.items():
-        last = one.depth == deepest
-        reached = np.zeros(observed.rows.length, bool)
+    token_types, label = np.unique(observed.token, return_inverse=True)
+    frequent = np.bincount(label) >= min_count
+    num_sequences = int(observed.sequence[-1]) + 1
+    for mode, routing_pass in observed.passes.items():
+        last = routing_pass.depth == deepest
+        reached = np.zeros(observed.sequences.length, bool)
         reached[observed.position[last]] = True
-        there = np.unique(observed.position)
-        alive = np.bincount(label, last, minlength=len(kinds)) > 0
-        dead = kinds[often & ~alive]
+        positions = np.unique(observed.position)
+        reached_last = np.bincount(label, last, minlength=len(token_types)) > 0
+        dead_types = token_types[frequent & ~reached_last]
         records.append(
             {
                 "statistic": "dead",
                 "routing": mode,
-                "tokens": number((one.depth == 0).mean()),
-                "positions": number((~reached[there]).mean()),
-                "rows": rows,
-                "kinds": number(len(dead) / often.sum()) if often.any() else None,
-                "of_kinds": int(often.sum()),
+                "tokens": rounded((routing_pass.depth == 0).mean()),
+                "positions": rounded((~reached[positions]).mean()),
+                "rows": num_sequences,
+                "kinds": rounded(len(dead_types) / frequent.sum()) if frequent.any() else None,
+                "of_kinds": int(frequent.sum()),
                 "min_count": min_count,
-                "dead_kinds": dead.tolist(),
+                "dead_kinds": dead_types.tolist(),
             }
         )
     return records

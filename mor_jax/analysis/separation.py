@@ -4,12 +4,12 @@ from typing import Any
 
 import numpy as np
 
-from mor_jax.analysis.output_directory import number
-from mor_jax.analysis.routing_record import Model, RoutingPass, RoutingRecord, scores
+from mor_jax.analysis.output_directory import rounded
+from mor_jax.analysis.routing_record import RoutedModel, RoutingPass, RoutingRecord, scores
 from mor_jax.inference.calibration_targets import takes_all
 
 BINS = 50
-CLEAR = (0.1, 0.9)
+UNDECIDED = (0.1, 0.9)
 """Scores between these two are counted as undecided."""
 
 
@@ -21,58 +21,64 @@ def score_records(observed: RoutingRecord) -> list[dict[str, Any]]:
     model, records = observed.model, []
     cfg = model.model
     mode = "topk" if "topk" in model.modes else model.modes[0]
-    one = observed.passes[mode]
-    kinds = {"decisive": one.logits}
-    if one.main is not None:
-        kinds["main"] = one.main
-    for router, logits in kinds.items():
+    routing_pass = observed.passes[mode]
+    logits_by_router = {"decisive": routing_pass.logits}
+    if routing_pass.main is not None:
+        logits_by_router["main"] = routing_pass.main
+    for router, logits in logits_by_router.items():
         score = scores(cfg, logits)
         for r in range(cfg.num_recursions):
-            here = np.isfinite(score[r])
-            chosen = one.depth == r + 1 if cfg.router.kind == "token" else one.depth > r
+            candidates = np.isfinite(score[r])
+            chosen = (
+                routing_pass.depth == r + 1
+                if cfg.router.kind == "token"
+                else routing_pass.depth > r
+            )
             if cfg.router.kind == "token" and mode == "topk":
                 # The choice before the capacity limit, which causal routing does not have.
                 chosen = observed.passes["causal"].depth == r + 1
             record = {"statistic": "scores", "routing": mode, "router": router, "recursion": r}
             threshold = _threshold(model, r) if router == "decisive" else None
-            records.append({**record, **_spread(score[r][here], chosen[here], threshold)})
+            records.append(
+                {**record, **_separation(score[r][candidates], chosen[candidates], threshold)}
+            )
     return records
 
 
-def _threshold(model: Model, recursion: int) -> float | None:
+def _threshold(model: RoutedModel, recursion: int) -> float | None:
     """The lowest score that causal routing selects; None if the recursion takes every token."""
     if model.model.router.kind == "token" or takes_all(model.model)[recursion]:
         return None
     logit = 0.0 if model.thresholds is None else model.thresholds[recursion]
-    return number(scores(model.model, np.array([[logit]]))[0, 0])
+    return rounded(scores(model.model, np.array([[logit]]))[0, 0])
 
 
-def _spread(score: np.ndarray, chosen: np.ndarray, threshold: float | None) -> dict[str, Any]:
-    yes, no = score[chosen], score[~chosen]
-    counts = [np.histogram(part, bins=BINS, range=(0, 1))[0] for part in (yes, no)]
-    undecided = (score > CLEAR[0]) & (score < CLEAR[1])
-    both = len(yes) and len(no)
-    common = np.minimum(counts[0] / max(len(yes), 1), counts[1] / max(len(no), 1)).sum()
+def _separation(score: np.ndarray, chosen: np.ndarray, threshold: float | None) -> dict[str, Any]:
+    selected, others = score[chosen], score[~chosen]
+    counts = [np.histogram(part, bins=BINS, range=(0, 1))[0] for part in (selected, others)]
+    undecided = (score > UNDECIDED[0]) & (score < UNDECIDED[1])
+    both = len(selected) and len(others)
+    common = np.minimum(counts[0] / max(len(selected), 1), counts[1] / max(len(others), 1)).sum()
     return {
         "candidates": len(score),
-        "chosen": len(yes),
+        "chosen": len(selected),
         "threshold": threshold,
-        "mean_chosen": number(yes.mean()) if len(yes) else None,
-        "mean_other": number(no.mean()) if len(no) else None,
-        "undecided": number(undecided.mean()) if len(score) else None,
-        "auroc": number(auroc(yes, no)) if both else None,
-        "overlap": number(common) if both else None,
+        "mean_chosen": rounded(selected.mean()) if len(selected) else None,
+        "mean_other": rounded(others.mean()) if len(others) else None,
+        "undecided": rounded(undecided.mean()) if len(score) else None,
+        "auroc": rounded(auroc(selected, others)) if both else None,
+        "overlap": rounded(common) if both else None,
         "bins_chosen": counts[0].tolist(),
         "bins_other": counts[1].tolist(),
     }
 
 
-def auroc(yes: np.ndarray, no: np.ndarray) -> float:
-    """Probability that a random score of `yes` exceeds a random one of `no`; ties count half."""
-    ordered = np.sort(no)
-    below = np.searchsorted(ordered, yes, side="left")
-    at_most = np.searchsorted(ordered, yes, side="right")
-    return float((below + at_most).mean() / (2 * len(no)))
+def auroc(selected: np.ndarray, others: np.ndarray) -> float:
+    """Probability that a random score of `selected` exceeds one of `others`; ties count half."""
+    ordered = np.sort(others)
+    below = np.searchsorted(ordered, selected, side="left")
+    at_most = np.searchsorted(ordered, selected, side="right")
+    return float((below + at_most).mean() / (2 * len(others)))
 
 
 def agreement_records(observed: RoutingRecord) -> list[dict[str, Any]]:
@@ -86,13 +92,17 @@ def agreement_records(observed: RoutingRecord) -> list[dict[str, Any]]:
         return []
     causal, topk = observed.passes["causal"], observed.passes["topk"]
     records = []
-    for r, everyone in enumerate(takes_all(model.model)):
-        record = {"statistic": "agreement", "recursion": r, "takes_all": everyone}
+    for r, takes_every_token in enumerate(takes_all(model.model)):
+        record = {"statistic": "agreement", "recursion": r, "takes_all": takes_every_token}
         if model.model.router.kind == "expert":
-            here = np.isfinite(topk.logits[r])
+            candidates = np.isfinite(topk.logits[r])
             logit = 0.0 if model.thresholds is None else model.thresholds[r]
-            goes = np.ones(here.sum(), bool) if everyone else topk.logits[r][here] >= logit
-            both = agreement(goes, topk.depth[here] > r)
+            selected = (
+                np.ones(candidates.sum(), bool)
+                if takes_every_token
+                else topk.logits[r][candidates] >= logit
+            )
+            both = agreement(selected, topk.depth[candidates] > r)
             records.append({**record, "states": "topk", **both})
         records.append({**record, "states": "own", **agreement(causal.depth > r, topk.depth > r)})
     return records
@@ -106,17 +116,17 @@ def agreement(causal: np.ndarray, topk: np.ndarray) -> dict[str, Any]:
     """
     hits = int((causal & topk).sum())
 
-    def over(number_of: int, of: int) -> float | None:
-        return number(number_of / of) if of else None
+    def fraction(count: int, total: int) -> float | None:
+        return rounded(count / total) if total else None
 
     return {
         "tokens": len(topk),
         "causal": int(causal.sum()),
         "topk": int(topk.sum()),
-        "accuracy": over(int((causal == topk).sum()), len(topk)),
-        "precision": over(hits, int(causal.sum())),
-        "recall": over(hits, int(topk.sum())),
-        "jaccard": over(hits, int((causal | topk).sum())),
+        "accuracy": fraction(int((causal == topk).sum()), len(topk)),
+        "precision": fraction(hits, int(causal.sum())),
+        "recall": fraction(hits, int(topk.sum())),
+        "jaccard": fraction(hits, int((causal | topk).sum())),
     }
 
 
@@ -133,15 +143,15 @@ def choice_records(observed: RoutingRecord) -> list[dict[str, Any]]:
     nr = model.model.num_recursions
     choice = observed.passes["causal"].depth.astype(int) - 1
     share = np.bincount(choice, minlength=nr) / len(choice)
-    some = share[share > 0]
-    entropy = -(some * np.log(some)).sum() / np.log(nr) if nr > 1 else 1.0
+    nonzero = share[share > 0]
+    entropy = -(nonzero * np.log(nonzero)).sum() / np.log(nr) if nr > 1 else 1.0
     record = {
         "statistic": "choice",
-        "shares": [number(one) for one in share],
-        "max_violation": number(share.max() * nr - 1),
-        "entropy": number(abs(entropy)),
+        "shares": [rounded(value) for value in share],
+        "max_violation": rounded(share.max() * nr - 1),
+        "entropy": rounded(abs(entropy)),
     }
     if "topk" in observed.passes:
-        short: RoutingPass = observed.passes["topk"]
-        record["overflow"] = number((short.depth < choice + 1).mean())
+        topk: RoutingPass = observed.passes["topk"]
+        record["overflow"] = rounded((topk.depth < choice + 1).mean())
     return [record]

@@ -10,7 +10,7 @@ from mor_jax.analysis import maps, tables
 from mor_jax.analysis.buckets import Buckets, by_frequency, by_loss, by_position, by_token
 from mor_jax.analysis.figures import depth_figure, score_figure
 from mor_jax.analysis.frequency import token_shares
-from mor_jax.analysis.output_directory import Write, json_lines
+from mor_jax.analysis.output_directory import FileContents, json_lines
 from mor_jax.analysis.parts_of_speech import CLASSES, tagged, token_classes
 from mor_jax.analysis.routing_record import ROUTINGS, RoutingRecord
 from mor_jax.analysis.savings import dead_records, saving_records
@@ -31,10 +31,10 @@ class Statistics:
 
     def of(self, statistic: str, routing: str | None = None) -> list[Record]:
         """Records of one statistic in order. routing: only those of this routing."""
-        found = [record for record in self.records if record["statistic"] == statistic]
-        return [r for r in found if routing is None or r.get("routing") == routing]
+        records = [record for record in self.records if record["statistic"] == statistic]
+        return [r for r in records if routing is None or r.get("routing") == routing]
 
-    def files(self) -> dict[str, Write]:
+    def files(self) -> dict[str, FileContents]:
         """statistics.jsonl, depth.png and scores.png."""
         model = self.observed.model
         mode = model.modes[0]
@@ -56,25 +56,25 @@ class Statistics:
             n for n in _unique(r["statistic"] for r in self.records) if n not in tables.GROUPED
         ]
         bins = ("bins_chosen", "bins_other", "statistic")
-        cut = {
+        compact = {
             n: [{k: v for k, v in r.items() if k not in bins} for r in self.of(n)] for n in names
         }
-        return {"tokens": len(self.observed.token), **cut}
+        return {"tokens": len(self.observed.token), **compact}
 
     def lines(self) -> list[str]:
         """Tables for a terminal. Tables of groups show only the routing of generation."""
         mode = self.observed.model.modes[0]
-        made = tables.routings(self.of("routing"))
-        made += tables.agreement(self.of("agreement")) + tables.choice(self.of("choice"))
-        made += tables.scores(self.of("scores"))
-        made += tables.savings(self.of("savings")) + tables.dead(self.of("dead"), self.of("token"))
+        lines = tables.routings(self.of("routing"))
+        lines += tables.agreement(self.of("agreement")) + tables.choice(self.of("choice"))
+        lines += tables.scores(self.of("scores"))
+        lines += tables.savings(self.of("savings")) + tables.dead(self.of("dead"), self.of("token"))
         for statistic, title in tables.GROUPED.items():
-            found = self.of(statistic, mode)
+            records = self.of(statistic, mode)
             if statistic == "token":
-                made += tables.extremes(found, self.min_count)
-            elif found:
-                made += tables.grouped(title, found)
-        return made[1:]
+                lines += tables.extremes(records, self.min_count)
+            elif records:
+                lines += tables.grouped(title, records)
+        return lines[1:]
 
 
 def _unique(names: Any) -> list[str]:
@@ -87,7 +87,7 @@ def measure(observed: RoutingRecord, min_count: int, pos: bool) -> Statistics:
     pos: add parts of speech. Raises `ValueError` if their tagger is not installed.
     """
     model, notes = observed.model, []
-    groups = [by_position(observed), by_token(observed, _texts(observed))]
+    groups = [by_position(observed), by_token(observed, _display_names(observed))]
     try:
         share = token_shares(model.cfg.data, model.tokenizer, model.model.vocab_size)
         groups.append(by_frequency(observed, share))
@@ -98,10 +98,10 @@ def measure(observed: RoutingRecord, min_count: int, pos: bool) -> Statistics:
     records = _routing_records(observed)
     records += agreement_records(observed) + choice_records(observed) + score_records(observed)
     records += saving_records(observed) + dead_records(observed, min_count)
-    for mode, one in observed.passes.items():
-        losses = [by_loss(observed, one, which) for which in ("loss", "ahead")]
+    for mode, routing_pass in observed.passes.items():
+        losses = [by_loss(observed, routing_pass, which) for which in ("loss", "ahead")]
         for group in [*groups, *losses]:
-            records += group.records(mode, one, model.model.num_recursions)
+            records += group.records(mode, routing_pass, model.model.num_recursions)
     return Statistics(observed, records, min_count, tuple(notes))
 
 
@@ -110,27 +110,31 @@ def _routing_records(observed: RoutingRecord) -> list[Record]:
     label = np.zeros(len(observed.token), int)
     everything = Buckets("routing", label, ["all tokens"], [{}])
     nr = observed.model.model.num_recursions
-    return [r for mode, one in observed.passes.items() for r in everything.records(mode, one, nr)]
+    return [
+        r
+        for mode, routing_pass in observed.passes.items()
+        for r in everything.records(mode, routing_pass, nr)
+    ]
 
 
-def _texts(observed: RoutingRecord) -> dict[int, str]:
+def _display_names(observed: RoutingRecord) -> dict[int, str]:
     """Display name of each token type: its text, or its bytes if they are not UTF-8."""
     raw = token_bytes(observed.model.tokenizer)
-    texts = {}
+    names = {}
     for token in np.unique(observed.token).tolist():
         try:
-            texts[token] = repr(raw(token).decode("utf-8"))
+            names[token] = repr(raw(token).decode("utf-8"))
         except UnicodeDecodeError:
-            texts[token] = "0x" + raw(token).hex()
+            names[token] = "0x" + raw(token).hex()
         if token == observed.model.tokenizer.eos_id:
-            texts[token] = "end of document"
-    return texts
+            names[token] = "end of document"
+    return names
 
 
 def _by_part_of_speech(observed: RoutingRecord) -> Buckets:
     pieces, label = maps.plain_text(observed), []
-    for start, end in maps.stretches(observed):
-        here = pieces[start:end]
-        label.append(token_classes(here, tagged("".join(here))))
+    for start, end in maps.connected_spans(observed):
+        span = pieces[start:end]
+        label.append(token_classes(span, tagged("".join(span))))
     extra: Sequence[Record] = [{} for _ in CLASSES]
     return Buckets("part_of_speech", np.concatenate(label), CLASSES, extra)

@@ -14,7 +14,7 @@ from mor_jax.data.sources import compressed, records
 from mor_jax.data.tokenizers.base import Tokenizer
 from mor_jax.types import IGNORE, Batch
 
-MOST_TOKENS = 2**23
+MAX_TOKENS = 2**23
 """Most tokens of one analysis: their records take about half a gigabyte of host memory."""
 
 
@@ -38,56 +38,64 @@ class TextRequest:
 
     def validate(self) -> None:
         """Raises `ValueError` for more than one text, or numbers out of range."""
-        given = [name for name in ("text", "prompt", "sources") if getattr(self, name) is not None]
-        rule = f"an analysis reads one text, but {' and '.join(given)} are set"
+        set_fields = [
+            name for name in ("text", "prompt", "sources") if getattr(self, name) is not None
+        ]
+        rule = f"an analysis reads one text, but {' and '.join(set_fields)} are set"
         fix = "Give one of them"
-        check(len(given) < 2, given[-1] if given else "text", self._value(given), rule, fix)
-        rule = f"must be in 1 .. {MOST_TOKENS:,}, which is what fits in memory"
-        check(0 < self.tokens <= MOST_TOKENS, "tokens", self.tokens, rule, "Try 65536")
+        check(
+            len(set_fields) < 2,
+            set_fields[-1] if set_fields else "text",
+            self._value(set_fields),
+            rule,
+            fix,
+        )
+        rule = f"must be in 1 .. {MAX_TOKENS:,}, which is what fits in memory"
+        check(0 < self.tokens <= MAX_TOKENS, "tokens", self.tokens, rule, "Try 65536")
         for name in ("length", "batch_size"):
             value = getattr(self, name)
             rule = "must be greater than 0"
             check(value is None or value > 0, name, value, rule, "Leave it out")
 
-    def _value(self, given: list[str]) -> object:
-        return getattr(self, given[-1]) if given else None
+    def _value(self, set_fields: list[str]) -> object:
+        return getattr(self, set_fields[-1]) if set_fields else None
 
 
 @dataclasses.dataclass(frozen=True)
 class TokenBatches:
     """Sequences to analyse, in batches of one shape.
 
-    name: for titles. batches: NumPy arrays. fresh: bool [b l] for each, the tokens that count; the
-    others are padding or belong to another window as well. joined: the sequences are consecutive
-    parts of one text. notes: lines for the report.
+    name: for titles. batches: NumPy arrays. counted: bool [b l] for each, the tokens that count;
+    the others are padding or belong to another window as well. contiguous: the sequences are
+    consecutive parts of one text. notes: lines for the report.
     """
 
     name: str
     batches: list[Batch]
-    fresh: list[np.ndarray]
-    joined: bool
+    counted: list[np.ndarray]
+    contiguous: bool
     notes: tuple[str, ...] = ()
 
     @property
     def length(self) -> int:
         """Tokens per sequence."""
-        return self.fresh[0].shape[1]
+        return self.counted[0].shape[1]
 
     @property
     def digest(self) -> str:
         """Short hash of the tokens."""
-        found = hashlib.blake2b(digest_size=8)
-        for batch, fresh in zip(self.batches, self.fresh, strict=True):
-            found.update(np.asarray(batch.tokens)[fresh].tobytes())
-        return found.hexdigest()
+        hasher = hashlib.blake2b(digest_size=8)
+        for batch, counted in zip(self.batches, self.counted, strict=True):
+            hasher.update(np.asarray(batch.tokens)[counted].tobytes())
+        return hasher.hexdigest()
 
     @property
     def tokens(self) -> int:
         """Tokens that count."""
-        return sum(int(fresh.sum()) for fresh in self.fresh)
+        return sum(int(counted.sum()) for counted in self.counted)
 
 
-def read(
+def read_sequences(
     cfg: TrainConfig, tokenizer: Tokenizer, request: TextRequest, stdin: Callable[[], bytes]
 ) -> TokenBatches:
     """The sequences of the requested text.
@@ -100,25 +108,25 @@ def read(
     """
     request.validate()
     data.check_vocabulary(tokenizer, cfg.model.vocab_size)
-    length, longest = request.length or cfg.seq_len, cfg.model.max_seq_len
-    rule = f"the model's context is model.max_seq_len={longest} tokens"
-    check(length <= longest, "length", length, rule, f"Use at most {longest}")
+    length, max_length = request.length or cfg.seq_len, cfg.model.max_seq_len
+    rule = f"the model's context is model.max_seq_len={max_length} tokens"
+    check(length <= max_length, "length", length, rule, f"Use at most {max_length}")
     if request.text is None and request.prompt is None:
-        return _of_sources(cfg, tokenizer, request, length)
+        return _from_sources(cfg, tokenizer, request, length)
     setting, name = ("prompt", "the prompt") if request.text is None else ("text", request.text)
     if request.text is None:
         text = utf8("prompt", request.prompt or "", "Give it as a file with --text")
     else:
-        text = _file(request.text, stdin)
+        text = _read_file(request.text, stdin)
     tokens = tokenizer.encode(text).astype(np.int32)
-    shown = text[:40] if request.text is None else request.text
+    excerpt = text[:40] if request.text is None else request.text
     rule = "holds no tokens"
-    check(len(tokens) > 0, setting, shown, rule, "Give some text")
+    check(len(tokens) > 0, setting, excerpt, rule, "Give some text")
     notes: list[str] = []
-    if len(tokens) > longest and not request.window:
-        rule = f"has {len(tokens):,} tokens, the model's context is model.max_seq_len={longest}"
+    if len(tokens) > max_length and not request.window:
+        rule = f"has {len(tokens):,} tokens, the model's context is model.max_seq_len={max_length}"
         fix = f"Shorten it, or cut it into windows of {length} tokens with --window"
-        fail(setting, shown, rule, fix)
+        fail(setting, excerpt, rule, fix)
     if len(tokens) > request.tokens:
         notes.append(f"the first {request.tokens:,} of {len(tokens):,} tokens (--tokens)")
         tokens = tokens[: request.tokens]
@@ -127,10 +135,10 @@ def read(
     else:
         length = len(tokens)
     batch_size = request.batch_size or cfg.eval.batch_size
-    parts = list(_windows(tokens, length, batch_size))
-    batches = [Batch(row, target) for row, target, _ in parts]
-    called = "the standard input" if name == "-" else name
-    return TokenBatches(called, batches, [fresh for _, _, fresh in parts], True, tuple(notes))
+    windows = list(_windows(tokens, length, batch_size))
+    batches = [Batch(row, target) for row, target, _ in windows]
+    title = "the standard input" if name == "-" else name
+    return TokenBatches(title, batches, [counted for _, _, counted in windows], True, tuple(notes))
 
 
 def utf8(setting: str, text: str, fix: str) -> str:
@@ -143,7 +151,7 @@ def utf8(setting: str, text: str, fix: str) -> str:
     return text
 
 
-def _file(name: str, stdin: Callable[[], bytes]) -> str:
+def _read_file(name: str, stdin: Callable[[], bytes]) -> str:
     if name == "-":
         raw = stdin()
     else:
@@ -161,7 +169,7 @@ def _file(name: str, stdin: Callable[[], bytes]) -> str:
 
 
 def _windows(
-    tokens: np.ndarray, length: int, most: int
+    tokens: np.ndarray, length: int, max_batch_size: int
 ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
     """Yields tokens, targets (int32 [b l]) and the mask of tokens that count (bool [b l]).
 
@@ -170,42 +178,42 @@ def _windows(
     """
     starts = [min(start, len(tokens) - length) for start in range(0, len(tokens), length)]
     following = np.append(tokens[1:], IGNORE).astype(np.int32)
-    size = min(most, len(starts))
+    size = min(max_batch_size, len(starts))
     for first in range(0, len(starts), size):
-        here = starts[first : first + size]
-        rows = [*here, *[0] * (size - len(here))]
-        fresh = np.zeros((size, length), bool)
-        for row, start in enumerate(here):
-            fresh[row, (first + row) * length - start :] = True
-        at = np.array(rows)[:, None] + np.arange(length)[None]
-        yield tokens[at], following[at], fresh
+        batch_starts = starts[first : first + size]
+        padded = [*batch_starts, *[0] * (size - len(batch_starts))]
+        counted = np.zeros((size, length), bool)
+        for row, start in enumerate(batch_starts):
+            counted[row, (first + row) * length - start :] = True
+        index = np.array(padded)[:, None] + np.arange(length)[None]
+        yield tokens[index], following[index], counted
 
 
-def _of_sources(
+def _from_sources(
     cfg: TrainConfig, tokenizer: Tokenizer, request: TextRequest, length: int
 ) -> TokenBatches:
     text, split = cfg.data, "heldout"
     if request.sources is not None:
         text, split = dataclasses.replace(text, sources=request.sources, weights=None), "all"
     # A limit below the sequence length shortens the sequence.
-    shorter, length = request.tokens < length, min(request.tokens, length)
-    rows = request.tokens // length
-    size = min(request.batch_size or cfg.eval.batch_size, rows)
+    is_short, length = request.tokens < length, min(request.tokens, length)
+    num_sequences = request.tokens // length
+    size = min(request.batch_size or cfg.eval.batch_size, num_sequences)
     layout = data.Layout(length=length, batch_size=size)
-    batches = data.validation_batches(text, tokenizer, layout, -(-rows // size), split, 1)
-    fresh, left = [], rows
+    batches = data.validation_batches(text, tokenizer, layout, -(-num_sequences // size), split, 1)
+    counted, remaining = [], num_sequences
     for batch in batches:
-        here = np.any(batch.targets != IGNORE, axis=1)
-        here &= np.cumsum(here) <= left
-        left -= int(here.sum())
-        whole = np.repeat(here[:, None], length, axis=1)
-        fresh.append(whole if batch.segments is None else whole & (batch.segments > 0))
+        present = np.any(batch.targets != IGNORE, axis=1)
+        present &= np.cumsum(present) <= remaining
+        remaining -= int(present.sum())
+        mask = np.repeat(present[:, None], length, axis=1)
+        counted.append(mask if batch.segments is None else mask & (batch.segments > 0))
     names = ", ".join(text.sources)
     name = f"validation part of {names}" if split == "heldout" else names
     notes = ()
-    if shorter:
+    if is_short:
         notes = (f"one sequence, shorter than the run's (--tokens={request.tokens})",)
-    elif left == 0:
-        note = f"{rows:,} sequences of {length} tokens, spread over the text"
+    elif remaining == 0:
+        note = f"{num_sequences:,} sequences of {length} tokens, spread over the text"
         notes = (f"{note} (--tokens={request.tokens})",)
-    return TokenBatches(name, batches, fresh, False, notes)
+    return TokenBatches(name, batches, counted, False, notes)

@@ -1,4 +1,4 @@
-"""Analysis without a model: reading, grouping, judging scores, pages, directories."""
+"""Analysis without a model: text input, frequencies, score separation, pages, directories."""
 
 import dataclasses
 import html.parser
@@ -12,9 +12,9 @@ from support.tiny import TINY, train_config
 from mor_jax import data
 from mor_jax.analysis import parts_of_speech, separation
 from mor_jax.analysis.frequency import token_shares
-from mor_jax.analysis.output_directory import FILE, AnalysisOutput, json_lines
+from mor_jax.analysis.output_directory import ANALYSIS_FILE, AnalysisOutput, json_lines
 from mor_jax.analysis.page import Page, Token
-from mor_jax.analysis.text_input import TextRequest, read
+from mor_jax.analysis.text_input import TextRequest, read_sequences
 from mor_jax.config import DataConfig
 from mor_jax.types import IGNORE
 
@@ -32,55 +32,58 @@ def cfg(tmp_path_factory):
     )
 
 
-def given(cfg, stdin=b"", **wanted):
-    return read(cfg, BYTES, TextRequest(**wanted), lambda: stdin)
+def sequences_of(cfg, stdin=b"", **options):
+    return read_sequences(cfg, BYTES, TextRequest(**options), lambda: stdin)
 
 
-def test_a_text_is_one_row(cfg):
-    rows = given(cfg, prompt="héllo")
-    (batch,), (fresh,) = rows.batches, rows.fresh
-    assert bytes(batch.tokens[0].tolist()).decode() == "héllo" and fresh.all()
+def test_a_text_is_one_sequence(cfg):
+    sequences = sequences_of(cfg, prompt="héllo")
+    (batch,), (counted,) = sequences.batches, sequences.counted
+    assert bytes(batch.tokens[0].tolist()).decode() == "héllo" and counted.all()
     assert batch.targets[0, :-1].tolist() == batch.tokens[0, 1:].tolist()
-    assert batch.targets[0, -1] == IGNORE and rows.tokens == 6 and rows.joined
-    assert given(cfg, b"abc", text="-").name == "the standard input"
+    assert batch.targets[0, -1] == IGNORE and sequences.tokens == 6 and sequences.contiguous
+    assert sequences_of(cfg, b"abc", text="-").name == "the standard input"
 
 
 def test_a_long_text_is_cut_into_full_windows(cfg):
     text = "".join(chr(97 + i % 26) for i in range(70))
-    rows = given(cfg, prompt=text, window=True, batch_size=2)
-    assert [batch.tokens.shape for batch in rows.batches] == [(2, 16)] * 3
-    pairs = list(zip(rows.batches, rows.fresh, strict=True))
-    read_once = np.concatenate([batch.tokens[fresh] for batch, fresh in pairs])
+    sequences = sequences_of(cfg, prompt=text, window=True, batch_size=2)
+    assert [batch.tokens.shape for batch in sequences.batches] == [(2, 16)] * 3
+    pairs = list(zip(sequences.batches, sequences.counted, strict=True))
+    read_once = np.concatenate([batch.tokens[counted] for batch, counted in pairs])
     assert bytes(read_once.tolist()).decode() == text
-    targets = np.concatenate([batch.targets[fresh] for batch, fresh in pairs])
+    targets = np.concatenate([batch.targets[counted] for batch, counted in pairs])
     assert targets.tolist() == [*read_once[1:].tolist(), IGNORE]
     # The last window reaches back: 70 = 4 * 16 + 6.
-    assert rows.fresh[2][0].tolist() == [False] * 10 + [True] * 6 and not rows.fresh[2][1].any()
-    assert rows.notes == ("windows of 16 tokens, each read without the ones before it",)
-    few = given(cfg, prompt=text, window=True, tokens=20)
+    assert (
+        sequences.counted[2][0].tolist() == [False] * 10 + [True] * 6
+        and not sequences.counted[2][1].any()
+    )
+    assert sequences.notes == ("windows of 16 tokens, each read without the ones before it",)
+    few = sequences_of(cfg, prompt=text, window=True, tokens=20)
     assert few.tokens == 20 and few.notes[0] == "the first 20 of 70 tokens (--tokens)"
 
 
-def test_rows_of_a_source_are_as_many_as_asked_for(cfg):
-    assert given(cfg, tokens=40).tokens == 32
-    # Never more than asked for, be it less than a row, and no row twice for the sake of a batch.
+def test_a_source_gives_the_requested_number_of_tokens(cfg):
+    assert sequences_of(cfg, tokens=40).tokens == 32
+    # Never more than requested, even below one sequence; no sequence repeats to fill a batch.
     for tokens, length in ((10, None), (1, None), (15, 16), (3, 9)):
-        few = given(cfg, tokens=tokens, length=length)
+        few = sequences_of(cfg, tokens=tokens, length=length)
         assert few.tokens == few.length == tokens
         assert few.notes == (f"one sequence, shorter than the run's (--tokens={tokens})",)
-    [batch] = given(cfg, sources=cfg.data.sources, batch_size=10**15).batches
+    [batch] = sequences_of(cfg, sources=cfg.data.sources, batch_size=10**15).batches
     assert batch.tokens.shape == (43, 16)
-    everything = given(cfg, sources=cfg.data.sources)
-    # 8 texts of 2 * (40 .. 47) letters, each with its end: 704 tokens, rows of 16 with a target.
+    everything = sequences_of(cfg, sources=cfg.data.sources)
+    # 8 texts of 2 * (40 .. 47) letters, each with an end token: 704 tokens, the last no input.
     assert everything.tokens == 43 * 16 and not everything.notes
-    assert everything.tokens < sum(fresh.size for fresh in everything.fresh)
+    assert everything.tokens < sum(counted.size for counted in everything.counted)
 
 
 def test_texts_that_cannot_be_read_are_refused(cfg, tmp_path):
     (tmp_path / "latin").write_bytes(b"caf\xe9")
     (tmp_path / "binary").write_bytes(b"a\0b")
     (tmp_path / "wide").write_bytes("a text".encode("utf-16"))
-    for wanted, told in (
+    for options, message in (
         (
             {"prompt": "x" * 65},
             "has 65 tokens, the model's context is model.max_seq_len=64.*window",
@@ -98,8 +101,8 @@ def test_texts_that_cannot_be_read_are_refused(cfg, tmp_path):
         ({"prompt": "a", "tokens": 0}, "tokens=0: must be in 1"),
         ({"prompt": "a", "length": 65}, "length=65: the model's context"),
     ):
-        with pytest.raises(ValueError, match=told):
-            given(cfg, **wanted)
+        with pytest.raises(ValueError, match=message):
+            sequences_of(cfg, **options)
 
 
 def test_frequencies_are_those_of_the_training_text(cfg):
@@ -118,16 +121,16 @@ def test_scores_that_separate():
 
 def test_agreement_counts_causal_routing_as_the_guess():
     causal, topk = np.array([1, 1, 1, 0, 0], bool), np.array([1, 0, 0, 1, 0], bool)
-    found = separation.agreement(causal, topk)
-    assert (found["tokens"], found["causal"], found["topk"]) == (5, 3, 2)
-    wanted = {"accuracy": 2 / 5, "precision": 1 / 3, "recall": 1 / 2, "jaccard": 1 / 4}
-    assert {name: found[name] for name in wanted} == pytest.approx(wanted, rel=1e-5)
+    measured = separation.agreement(causal, topk)
+    assert (measured["tokens"], measured["causal"], measured["topk"]) == (5, 3, 2)
+    expected = {"accuracy": 2 / 5, "precision": 1 / 3, "recall": 1 / 2, "jaccard": 1 / 4}
+    assert {name: measured[name] for name in expected} == pytest.approx(expected, rel=1e-5)
     assert separation.agreement(~causal & False, topk)["precision"] is None
 
 
 def test_tokens_belong_to_the_words_that_they_begin_in():
     pieces = ["The", " ca", "t", " ", "sat", ",", "", "\n", "co", "'t", " 12"]
-    # The tagger wrote one word anew: it has no place, the next ones keep theirs.
+    # The tagger rewrote one word: it has no tokens, and the next words keep theirs.
     words = [
         ("The", "DT"),
         ("cat", "NN"),
@@ -136,10 +139,10 @@ def test_tokens_belong_to_the_words_that_they_begin_in():
         ("could", "MD"),
         ("12", "CD"),
     ]
-    found = parts_of_speech.token_classes(pieces, words)
-    names = [parts_of_speech.CLASSES[label] if label >= 0 else None for label in found]
-    told = ["determiner", "noun", "noun", None, "verb", "punctuation"]
-    assert names == [*told, None, None, None, None, "number"]
+    labels = parts_of_speech.token_classes(pieces, words)
+    names = [parts_of_speech.CLASSES[label] if label >= 0 else None for label in labels]
+    first = ["determiner", "noun", "noun", None, "verb", "punctuation"]
+    assert names == [*first, None, None, None, None, "number"]
 
 
 def test_a_missing_tagger_is_named(monkeypatch):
@@ -153,7 +156,7 @@ class Spans(html.parser.HTMLParser):
 
     def __init__(self, page):
         super().__init__()
-        self.found, self.faint, self.main = [], False, False
+        self.spans, self.faint, self.main = [], False, False
         self.feed(page)
         self.close()
 
@@ -161,14 +164,14 @@ class Spans(html.parser.HTMLParser):
         self.main = self.main or tag == "main"
         self.faint = tag == "i"
         if tag == "span" and self.main:
-            self.found.append([dict(attrs), ""])
+            self.spans.append([dict(attrs), ""])
 
     def handle_endtag(self, tag):
         self.faint = False
 
     def handle_data(self, text):
-        if self.main and self.found and not self.faint and text.strip("\n"):
-            self.found[-1][1] += text
+        if self.main and self.spans and not self.faint and text.strip("\n"):
+            self.spans[-1][1] += text
 
 
 def test_a_page_shows_any_text_and_runs_none_of_it():
@@ -183,7 +186,7 @@ def test_a_page_shows_any_text_and_runs_none_of_it():
     page = Page(
         title="<b>", about="&", routings={"causal": "causal"}, rows=rows, recursions=2
     ).html()
-    spans = Spans(page).found
+    spans = Spans(page).spans
     assert [text for _, text in spans] == ['<script>"&amp;', "", "[31m", "", "你"]
     assert {attrs["title"] for attrs, _ in spans} == {title}
     assert [attrs["class"] for attrs, _ in spans][:3] == [f"causal-{d} loss-5" for d in (0, 1, 2)]
@@ -191,44 +194,44 @@ def test_a_page_shows_any_text_and_runs_none_of_it():
     assert "1 recursion (2, 40%)" in page and "<b>" not in page
 
 
-def asked(tmp_path, **more):
+def request_of(tmp_path, **more):
     return {"workdir": str(tmp_path / "run"), "command": "map", **more}
 
 
-def test_an_analysis_is_whole_or_not_there(tmp_path):
-    place = AnalysisOutput.of(None, asked(tmp_path), "map-3", False)
-    paths = place.write(
+def test_an_analysis_is_written_as_a_whole(tmp_path):
+    output = AnalysisOutput.of(None, request_of(tmp_path), "map-3", False)
+    paths = output.write(
         {"tokens": 2}, {"a.jsonl": json_lines([{"é": 1}]), "b": lambda p: p.write_text("x")}
     )
     assert [path.name for path in paths] == ["a.jsonl", "b"]
-    assert place.path == tmp_path / "run" / "analysis" / "map-3"
-    assert (place.path / "a.jsonl").read_text() == '{"é": 1}\n'
-    assert json.loads((place.path / FILE).read_text())["files"] == ["a.jsonl", "b"]
+    assert output.path == tmp_path / "run" / "analysis" / "map-3"
+    assert (output.path / "a.jsonl").read_text() == '{"é": 1}\n'
+    assert json.loads((output.path / ANALYSIS_FILE).read_text())["files"] == ["a.jsonl", "b"]
 
     def full(path):
         raise OSError("no space left")
 
     with pytest.raises(ValueError, match=r"map-3': cannot be written \(no space left\)"):
-        place.write({}, {"a.jsonl": "", "b": full})
-    assert (place.path / "b").read_text() == "x"
-    assert [path.name for path in place.path.parent.iterdir()] == ["map-3"]
-    place.write({}, {"c": "again"})
-    assert sorted(path.name for path in place.path.iterdir()) == [FILE, "c"]
+        output.write({}, {"a.jsonl": "", "b": full})
+    assert (output.path / "b").read_text() == "x"
+    assert [path.name for path in output.path.parent.iterdir()] == ["map-3"]
+    output.write({}, {"c": "again"})
+    assert sorted(path.name for path in output.path.iterdir()) == [ANALYSIS_FILE, "c"]
 
 
-def test_what_is_no_analysis_of_this_run_is_not_replaced(tmp_path):
-    here = str(tmp_path / "out")
-    AnalysisOutput.of(here, asked(tmp_path), "", False).write({}, {})
+def test_other_directories_are_not_replaced(tmp_path):
+    directory = str(tmp_path / "out")
+    AnalysisOutput.of(directory, request_of(tmp_path), "", False).write({}, {})
     with pytest.raises(ValueError, match=r"another analysis \(prompt differ\).*--overwrite"):
-        AnalysisOutput.of(here, asked(tmp_path, prompt="b"), "", False)
-    AnalysisOutput.of(here, asked(tmp_path, prompt="b"), "", True)
+        AnalysisOutput.of(directory, request_of(tmp_path, prompt="b"), "", False)
+    AnalysisOutput.of(directory, request_of(tmp_path, prompt="b"), "", True)
     with pytest.raises(ValueError, match=r"holds an analysis of .*run; it is not replaced"):
-        AnalysisOutput.of(here, {"workdir": "another"}, "", True)
+        AnalysisOutput.of(directory, {"workdir": "another"}, "", True)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "notes").touch()
     with pytest.raises(ValueError, match="exists and is not the output of an analysis"):
-        AnalysisOutput.of(str(tmp_path / "mine"), asked(tmp_path), "", True)
+        AnalysisOutput.of(str(tmp_path / "mine"), request_of(tmp_path), "", True)
     with pytest.raises(ValueError, match="is a file"):
-        AnalysisOutput.of(str(tmp_path / "mine" / "notes"), asked(tmp_path), "", True)
+        AnalysisOutput.of(str(tmp_path / "mine" / "notes"), request_of(tmp_path), "", True)
     with pytest.raises(ValueError, match="must be a local directory"):
         AnalysisOutput.of(None, {"workdir": "gs://bucket/run"}, "map-1", False)
