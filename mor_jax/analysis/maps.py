@@ -52,17 +52,13 @@ class DepthMap:
 
     def facts(self) -> dict[str, Any]:
         """Mean depth, shares by depth and loss of the whole text, by routing: JSON values."""
-        facts = {}
+        facts, recursions = {}, self.observed.model.model.num_recursions
         for mode, routing_pass in self.observed.passes.items():
-            counts = np.bincount(
-                routing_pass.depth, minlength=self.observed.model.model.num_recursions + 1
-            )
+            counts = np.bincount(routing_pass.depth, minlength=recursions + 1)
             facts[mode] = {
                 "depth": rounded(routing_pass.depth.mean()),
                 "shares": [rounded(share) for share in counts / counts.sum()],
-                "loss": rounded(np.nanmean(routing_pass.loss))
-                if np.isfinite(routing_pass.loss).any()
-                else None,
+                "loss": _mean_loss(routing_pass.loss),
             }
         return {"tokens": len(self.pieces), "routings": facts}
 
@@ -140,15 +136,9 @@ def connected_spans(observed: RoutingRecord) -> list[tuple[int, int]]:
 def _records(observed: RoutingRecord, pieces: Sequence[str]) -> list[dict[str, Any]]:
     """One record per token; docs/analysis.md describes the fields."""
     raw, cfg = token_bytes(observed.model.tokenizer), observed.model.model
-    score = {
-        mode: scores(cfg, routing_pass.logits) for mode, routing_pass in observed.passes.items()
-    }
-    main = {
-        m: scores(cfg, routing_pass.main)
-        for m, routing_pass in observed.passes.items()
-        if routing_pass.main is not None
-    }
-    records = []
+    passes, records = observed.passes, []
+    score = {mode: scores(cfg, each.logits) for mode, each in passes.items()}
+    main = {m: scores(cfg, each.main) for m, each in passes.items() if each.main is not None}
     for index, piece in enumerate(pieces):
         token = int(observed.token[index])
         record: dict[str, Any] = {
@@ -158,20 +148,19 @@ def _records(observed: RoutingRecord, pieces: Sequence[str]) -> list[dict[str, A
             "token": token,
             "text": piece,
             "bytes": raw(token).hex(),
-            "depth": {
-                mode: int(routing_pass.depth[index])
-                for mode, routing_pass in observed.passes.items()
-            },
-            "loss": {
-                mode: rounded(routing_pass.loss[index])
-                for mode, routing_pass in observed.passes.items()
-            },
+            "depth": {mode: int(each.depth[index]) for mode, each in passes.items()},
+            "loss": {mode: rounded(each.loss[index]) for mode, each in passes.items()},
             "scores": {mode: _list(values[:, index]) for mode, values in score.items()},
         }
         if main:
             record["main_scores"] = {mode: _list(values[:, index]) for mode, values in main.items()}
         records.append(record)
     return records
+
+
+def _mean_loss(loss: np.ndarray) -> float | None:
+    """Mean of the finite losses; None without any, as for a single token."""
+    return rounded(np.nanmean(loss)) if np.isfinite(loss).any() else None
 
 
 def _list(values: np.ndarray) -> list[float | None]:

@@ -73,7 +73,7 @@ def routed_model(
     params = weights.params()
     check_finite(params, str(weights))
     model, params, thresholds, _ = prepare_model(weights.cfg.model, params, calibrated, recursions)
-    # Rounding moves logits: the dtype is the one that calibrations are made in.
+    # Rounding changes logits, so the dtype is the one that calibrations use.
     model = compute_config(model, None)
     modes, notes = ("causal", "topk"), ()
     if calibrated is None and not is_causal(model):
@@ -167,9 +167,9 @@ def observe(model: RoutedModel, sequences: TokenBatches) -> RoutingRecord:
             loss[:, 1:] = output.ahead[:, :-1]
             parts = [output.depth.astype(np.int16), output.ahead, loss]
             counted_values = [part[indices] for part in parts]
-            counted_values += [output.logits[:, *indices]] + (
-                [] if output.main is None else [output.main[:, *indices]]
-            )
+            counted_values.append(output.logits[:, *indices])
+            if output.main is not None:
+                counted_values.append(output.main[:, *indices])
             arrays[mode].append(counted_values)
     passes = {mode: _concatenate(parts, sequences.contiguous) for mode, parts in arrays.items()}
     return RoutingRecord(

@@ -29,11 +29,9 @@ def score_records(observed: RoutingRecord) -> list[dict[str, Any]]:
         score = scores(cfg, logits)
         for r in range(cfg.num_recursions):
             candidates = np.isfinite(score[r])
-            chosen = (
-                routing_pass.depth == r + 1
-                if cfg.router.kind == "token"
-                else routing_pass.depth > r
-            )
+            chosen = routing_pass.depth > r
+            if cfg.router.kind == "token":
+                chosen = routing_pass.depth == r + 1
             if cfg.router.kind == "token" and mode == "topk":
                 # The choice before the capacity limit, which causal routing does not have.
                 chosen = observed.passes["causal"].depth == r + 1
@@ -97,11 +95,7 @@ def agreement_records(observed: RoutingRecord) -> list[dict[str, Any]]:
         if model.model.router.kind == "expert":
             candidates = np.isfinite(topk.logits[r])
             logit = 0.0 if model.thresholds is None else model.thresholds[r]
-            selected = (
-                np.ones(candidates.sum(), bool)
-                if takes_every_token
-                else topk.logits[r][candidates] >= logit
-            )
+            selected = (topk.logits[r][candidates] >= logit) | takes_every_token
             both = agreement(selected, topk.depth[candidates] > r)
             records.append({**record, "states": "topk", **both})
         records.append({**record, "states": "own", **agreement(causal.depth > r, topk.depth > r)})

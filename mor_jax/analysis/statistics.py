@@ -110,11 +110,10 @@ def _routing_records(observed: RoutingRecord) -> list[Record]:
     label = np.zeros(len(observed.token), int)
     everything = Buckets("routing", label, ["all tokens"], [{}])
     nr = observed.model.model.num_recursions
-    return [
-        r
-        for mode, routing_pass in observed.passes.items()
-        for r in everything.records(mode, routing_pass, nr)
-    ]
+    records = []
+    for mode, routing_pass in observed.passes.items():
+        records += everything.records(mode, routing_pass, nr)
+    return records
 
 
 def _display_names(observed: RoutingRecord) -> dict[int, str]:

@@ -43,22 +43,14 @@ class TextRequest:
         ]
         rule = f"an analysis reads one text, but {' and '.join(set_fields)} are set"
         fix = "Give one of them"
-        check(
-            len(set_fields) < 2,
-            set_fields[-1] if set_fields else "text",
-            self._value(set_fields),
-            rule,
-            fix,
-        )
+        if len(set_fields) > 1:
+            fail(set_fields[-1], getattr(self, set_fields[-1]), rule, fix)
         rule = f"must be in 1 .. {MAX_TOKENS:,}, which is what fits in memory"
         check(0 < self.tokens <= MAX_TOKENS, "tokens", self.tokens, rule, "Try 65536")
         for name in ("length", "batch_size"):
             value = getattr(self, name)
             rule = "must be greater than 0"
             check(value is None or value > 0, name, value, rule, "Leave it out")
-
-    def _value(self, set_fields: list[str]) -> object:
-        return getattr(self, set_fields[-1]) if set_fields else None
 
 
 @dataclasses.dataclass(frozen=True)

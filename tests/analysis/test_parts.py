@@ -10,7 +10,7 @@ import pytest
 from support.tiny import TINY, train_config
 
 from mor_jax import data
-from mor_jax.analysis import parts_of_speech, separation
+from mor_jax.analysis import figures, parts_of_speech, separation
 from mor_jax.analysis.frequency import token_shares
 from mor_jax.analysis.output_directory import ANALYSIS_FILE, AnalysisOutput, json_lines
 from mor_jax.analysis.page import Page, Token
@@ -74,7 +74,8 @@ def test_a_source_gives_the_requested_number_of_tokens(cfg):
     [batch] = sequences_of(cfg, sources=cfg.data.sources, batch_size=10**15).batches
     assert batch.tokens.shape == (43, 16)
     everything = sequences_of(cfg, sources=cfg.data.sources)
-    # 8 texts of 2 * (40 .. 47) letters, each with an end token: 704 tokens, the last no input.
+    # 8 texts of 2 * (40 .. 47) letters, each with an end token: 704 tokens.
+    # The last one has no target, so 43 of 44 sequences are complete.
     assert everything.tokens == 43 * 16 and not everything.notes
     assert everything.tokens < sum(counted.size for counted in everything.counted)
 
@@ -149,6 +150,19 @@ def test_a_missing_tagger_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "textblob", None)
     with pytest.raises(ValueError, match="pip install textblob"):
         parts_of_speech.check_tagger()
+
+
+def test_axes_of_the_recursion_figure_are_labelled(monkeypatch, tmp_path):
+    written = []
+    monkeypatch.setattr(figures.plots, "write_figure", lambda figure, path: written.append(figure))
+    records = [{"recursions": r, "loss": 2.0 - r, "work": r / 2} for r in (1, 2)]
+    curves = {"causal": records, "top-k": records}
+    figures.recursion_figure(curves, 2, "a run", tmp_path / "recursions.png")
+    labels = [axes.get_ylabel() for axes in written[0].axes]
+    assert labels == [
+        "cross-entropy, nats per token",
+        "forward FLOPs; 1: all tokens at 2 recursions",
+    ]
 
 
 class Spans(html.parser.HTMLParser):
