@@ -6,7 +6,7 @@
     mor analyze depth --workdir=runs/mor --recursions=1,2,3,6
 
 Each command writes a directory: tables as JSON lines, figures as PNG, maps also as HTML. The text
-is the validation part of the run's own, unless --text, --prompt or --source names another.
+is the run's validation split, unless --text, --prompt or --source names another.
 """
 
 import json
@@ -33,11 +33,11 @@ def main(argv: list[str] | None = None) -> int:
     platform.use_cpu_without_accelerator()
     from mor_jax.analysis import command
 
-    given = dict(vars(options))
-    as_json = given.pop("json")
+    values = dict(vars(options))
+    as_json = values.pop("json")
     try:
         option_names.check_filled(options, "output", "calibration", "workdir", "text")
-        result = command.run(given, _standard_input)
+        result = command.run(values, _standard_input)
     except ValueError as error:
         typed = option_names.options(options, _PATHS)
         print(f"error: {option_names.as_typed(error, typed)}", file=sys.stderr)
@@ -50,19 +50,19 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _standard_input() -> bytes:
-    # None if the caller has closed it.
+    # None if the caller closed it.
     return b"" if sys.stdin is None else sys.stdin.buffer.read()
 
 
 def _parser() -> CommandParser:
     parser = CommandParser(__doc__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    about = "a text coloured by the depth of its tokens: HTML, PNG, JSON lines"
+    about = "depth map: a text with its tokens coloured by depth, as HTML, PNG and JSON lines"
     shown = _command(commands, "map", about, tokens=4096)
     shown.add_argument(
         "--recursions", type=int, help="number of recursions to run; default: as trained"
     )
-    about = "which tokens go deep, router scores, agreement of causal and top-k routing"
+    about = "depth by groups of tokens, router scores, agreement of causal and top-k routing"
     shown = _command(commands, "statistics", about, tokens=65_536)
     shown.add_argument(
         "--recursions", type=int, help="number of recursions to run; default: as trained"
@@ -71,24 +71,32 @@ def _parser() -> CommandParser:
         "--min_count",
         type=int,
         default=20,
-        help="fewest occurrences of a token that is listed (default: 20)",
+        help="list only token types with at least this many occurrences (default: 20)",
     )
     shown.add_argument(
         "--pos", action="store_true", help="also depth by part of speech (English; needs textblob)"
     )
-    about = "loss and a sample against the number of recursions"
+    about = "loss and a sample for several numbers of recursions"
     shown = _command(commands, "depth", about, tokens=16_384)
     add = shown.add_argument
-    add("--recursions", help="such as 1,2,3,6; default: from 1 to twice as many as trained")
+    add(
+        "--recursions",
+        help="numbers to run, such as 1,2,3,6; default: 1 to twice the trained number",
+    )
     add("--sample", help="text to continue; default: the run's eval.prompt")
-    add("--max_tokens", type=int, default=64, help="length of the sample; 0 for none (default: 64)")
+    add(
+        "--max_tokens",
+        type=int,
+        default=64,
+        help="tokens of the sample; 0: no sample (default: 64)",
+    )
     add(
         "--temperature",
         type=float,
         default=0.0,
-        help="of the sample (default: 0, the likeliest token)",
+        help="sampling temperature (default: 0, greedy)",
     )
-    add("--seed", type=int, default=0, help="of the sample")
+    add("--seed", type=int, default=0, help="random seed of the sample")
     return parser
 
 
@@ -98,11 +106,11 @@ def _command(commands: Any, name: str, about: str, tokens: int) -> CommandParser
     add("--workdir", required=True, help="run to analyse")
     add("--step", type=int, help="step of the checkpoint; default: the newest good one")
     add("--calibration", help="name of a calibration of the run, or a file")
-    text = parser.add_argument_group("text; default: the validation part of the run's own")
+    text = parser.add_argument_group("text; default: the run's validation split")
     add = text.add_argument
     add("--text", help='text file; "-": standard input')
     add("--prompt", help="the text itself")
-    about = "text written like data.sources, all of it is used; may be repeated"
+    about = "source written like data.sources, all of it is read; may be repeated"
     add("--source", action="append", help=about)
     add("--tokens", type=int, default=tokens, help=f"largest number of tokens (default: {tokens})")
     add("--length", type=int, help="sequence length in tokens; default: the run's")
@@ -118,5 +126,5 @@ def _command(commands: Any, name: str, about: str, tokens: int) -> CommandParser
 
 
 if __name__ == "__main__":
-    with Signals("what was under way was not written"):
+    with Signals("the unfinished analysis was not written"):
         sys.exit(main())
