@@ -2,6 +2,7 @@
 
 import os
 
+from mor_jax.api.source import check_path
 from mor_jax.config.parsing import parse_bytes
 from mor_jax.convert import exports
 from mor_jax.convert.exports import ExportOptions, ExportResult, Target
@@ -40,6 +41,8 @@ def export(
         ValueError: no weights, a model that cannot be expressed there, a directory that is taken,
             or a weight that is not finite. Nothing is written then.
     """
+    check_path("workdir", workdir)
+    check_path("output", output)
     options = ExportOptions(
         output=output,
         dtype=dtype,

@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import re
 import threading
 from functools import cached_property
 from typing import Any, overload
@@ -13,7 +14,7 @@ from mor_jax.api.source import run_directory
 from mor_jax.config import ModelConfig
 from mor_jax.config.parsing import check, parse
 from mor_jax.data import Tokenizer
-from mor_jax.inference.cli.prompts import PromptSettings, from_texts, prepare
+from mor_jax.inference.cli.prompts import COMMAND_LINE, PromptSettings, from_texts, prepare
 from mor_jax.inference.config import EngineConfig, compute_config, plan_cache
 from mor_jax.inference.engine.engine import Engine
 from mor_jax.inference.engine.request import Finished
@@ -146,12 +147,19 @@ class Model:
             ValueError: an unknown setting, one out of range, or a prompt that does not fit the
                 context.
         """
-        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        prompts = list(prompt) if isinstance(prompt, list | tuple) else [prompt]
+        for one in prompts:
+            _check_text("prompt", one)
         if not prompts:
             return []
         context = plan_cache(self._loaded, EngineConfig(slots=1)).max_length
-        inputs = from_texts(prompts, _settings(settings))
-        requests = [p.requests[0] for p in prepare(inputs, self._loaded, context)]
+        try:
+            inputs = from_texts(prompts, _settings(settings))
+            requests = [p.requests[0] for p in prepare(inputs, self._loaded, context)]
+        except ValueError as error:
+            # Settings and prompts as the caller names them, not as a command line does.
+            message = re.sub(r"^prompt (\d+)\.prompt=", r"prompt=", str(error))
+            raise ValueError(message.removeprefix(f"{COMMAND_LINE}.")) from None
         with self._lock:
             engine = self._running_engine(len(requests))
             handles = [engine.submit(request) for request in requests]
@@ -166,10 +174,11 @@ class Model:
         Raises:
             ValueError: no token, or more than the model's context.
         """
+        _check_text("context", context)
         before = self._encode(context) if context else np.zeros(0, np.int32)
         tokens = self._encode(text)
         both = np.concatenate([before, tokens])
-        self._check_length(both)
+        self._check_length(text, both, "Score it in parts, each with the text before as context=")
         logprobs = self._scorer(both)
         return Score(tokens=tokens, logprobs=logprobs[len(before) :])
 
@@ -183,7 +192,7 @@ class Model:
         rule = "every token of this model has the same depth"
         check(cfg.router.kind != "none", "router.kind", "none", rule, "Load a routed model")
         tokens = self._encode(text)
-        self._check_length(tokens)
+        self._check_length(text, tokens, "Shorten the text")
         padded = np.zeros(padded_length(len(tokens), cfg.max_seq_len), np.int32)
         padded[: len(tokens)] = tokens
         depths = token_depths(cfg, self.params, padded, self._loaded.thresholds)[: len(tokens)]
@@ -209,14 +218,16 @@ class Model:
         return self._engine
 
     def _encode(self, text: str) -> np.ndarray:
+        _check_text("text", text)
         tokens = np.asarray(self.tokenizer.encode(text), np.int32)
         check(len(tokens) > 0, "text", text, "has no token", "Give a text that is not empty")
         return tokens
 
-    def _check_length(self, tokens: np.ndarray) -> None:
-        rule = f"tokens; the model's context is model.max_seq_len={self.cfg.max_seq_len}"
-        fix = "Shorten the text, or score it in parts with context="
-        check(len(tokens) <= self.cfg.max_seq_len, "text", len(tokens), rule, fix)
+    def _check_length(self, text: str, tokens: np.ndarray, fix: str) -> None:
+        most = self.cfg.max_seq_len
+        shown = text if len(text) <= 40 else f"{text[:40]}..."
+        rule = f"{len(tokens):,} tokens exceed the model's context, model.max_seq_len={most}"
+        check(len(tokens) <= most, "text", shown, rule, fix)
 
     @cached_property
     def _scorer(self) -> Scorer:
@@ -249,6 +260,11 @@ def load(
     with run_directory(source) as directory:
         loaded = load_model(directory, step=step, calibration=calibration, recursions=recursions)
     return Model(loaded)
+
+
+def _check_text(name: str, value: object) -> None:
+    rule = "must be a string"
+    check(isinstance(value, str), name, value, rule, "Decode bytes, or write it in quotes")
 
 
 def _settings(settings: dict[str, Any]) -> PromptSettings:

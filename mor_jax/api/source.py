@@ -11,6 +11,12 @@ from mor_jax.checkpoint.run_dir import CONFIG_FILE
 from mor_jax.config.parsing import check
 
 
+def check_path(name: str, value: object) -> None:
+    """Raises `ValueError` unless `value` is a path that is not empty."""
+    ok = isinstance(value, str | os.PathLike) and bool(os.fspath(value))
+    check(ok, name, value, "must be the path of a directory or a file", "Write it like 'runs/mor'")
+
+
 @contextlib.contextmanager
 def run_directory(source: str | os.PathLike[str]) -> Iterator[str]:
     """The run directory `source`, or a temporary one with the weights of an export.
@@ -21,6 +27,7 @@ def run_directory(source: str | os.PathLike[str]) -> Iterator[str]:
     Raises:
         ValueError: there is nothing there, or it is not a model that can be read.
     """
+    check_path("source", source)
     given = os.fspath(source)
     path = Path(given).expanduser()
     if "://" in given or not _is_export(path):

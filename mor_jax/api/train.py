@@ -4,6 +4,7 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
+from mor_jax.api.source import check_path
 from mor_jax.config import TrainConfig
 from mor_jax.config.parsing import check
 from mor_jax.config.shipped import read_config
@@ -47,6 +48,7 @@ def train(
         Stopped: a signal ended the run early; the same call resumes it.
         Diverged: too many steps in a row were not finite, also after one rollback.
     """
+    check_path("workdir", workdir)
     platform.use_cpu_without_accelerator()
     cfg = train_config(config, settings or {})
     from mor_jax.training.trainer import fit
@@ -62,6 +64,7 @@ def train_config(config: Config, settings: Mapping[str, Any]) -> TrainConfig:
         values = dict(config)
     else:
         values = config.to_dict()
+    check(bool(values), "config", config, "is empty", "Give a name, such as 'mor:recursions=2'")
     for path, value in settings.items():
         values = _with(values, path.split("."), value, path)
     return TrainConfig.from_dict(values)

@@ -25,7 +25,7 @@ def parsed(argv: Sequence[str]) -> list[str]:
     Ends the process with `exit_codes.REFUSED` and one line if a flag, the configuration's file or
     a setting is wrong.
     """
-    argv = _with_paths(argv)
+    typed, argv = argv, _with_paths(argv)
     try:
         try:
             rest = flags.FLAGS(argv)
@@ -37,8 +37,11 @@ def parsed(argv: Sequence[str]) -> list[str]:
             # A file that cannot be read shows only when its content is used.
             rule = f"its get_config() returned {config.lock and config!r}, not a ConfigDict"
             raise ValueError(rule)
+    except BrokenPipeError:
+        # The reader of the help text has enough.
+        raise
     except Exception as error:
-        _refuse(_message(error, argv))
+        _refuse(_message(error, argv).replace(_given(argv), _given(typed), 1))
     if len(rest) > 1:
         fix = f"Settings are {_CONFIG}.NAME=VALUE, other flags --NAME=VALUE"
         _refuse(f"{rest[1]}: unknown argument. {fix}")
@@ -81,9 +84,20 @@ def _message(error: Exception, argv: Sequence[str]) -> str:
         text = _one_line(error).removeprefix("flag ").rstrip(".")
         if missing := re.match(r"(--\w+)=None: Flag .* must have a value", text):
             text = f"{missing[1]}: is missing"
+        if text.startswith(f"{_CONFIG}."):
+            return f"{_plain(text)}. docs/configuration.md lists the settings with their types"
         return f"{text}. Every flag is listed by --help"
     message = _old_name(error) or f"{_place(error)}{_one_line(error)}"
+    if "has no attribute 'get_config'" in message:
+        message = "has no function get_config. Define get_config(), which returns a ConfigDict"
     return _unknown(argv) or f"{_CONFIG}={config}: {message}"
+
+
+def _plain(text: str) -> str:
+    """The message of absl about a value, without Python's own words."""
+    text = re.sub(r"could not convert string to float.*", "must be a number", text)
+    text = re.sub(r"invalid literal for int\(\).*", "must be a whole number", text)
+    return re.sub(r"Failed to parse .* as a ConfigDict.*", "is a group of settings", text)
 
 
 def _old_name(error: BaseException) -> str | None:

@@ -14,13 +14,13 @@ from mor_jax.runtime import exit_codes
 COMMANDS = {
     "train": "train a model, or resume a run",
     "generate": "continue prompts",
-    "serve": "answer HTTP requests, in the form of OpenAI's API",
+    "serve": "serve OpenAI's HTTP API",
     "evaluate": "loss on text, and tasks of lm-evaluation-harness",
     "analyze": "depth maps, statistics of routing, loss against recursions",
-    "calibrate": "thresholds of causal routing for a wanted depth",
+    "calibrate": "set the mean depth of generation",
     "convert": "export to Hugging Face and PyTorch, import from there and from GGUF",
     "isoflop": "scaling studies: plan, run, fit, report",
-    "plan": "memory, traffic and time of a run on devices that are not here",
+    "plan": "plan a run on other devices: memory, traffic, time",
     "prepare-data": "tokenise a corpus once, into shards",
     "accounting": "parameters, FLOPs and bytes of a configuration",
 }
@@ -55,8 +55,9 @@ def main() -> None:
         del sys.argv[1]
         run(name.replace("_", "-"), f"mor {name}")
     else:
-        near = difflib.get_close_matches(name, COMMANDS, n=1, cutoff=0.0)[0]
-        _refuse(f"{name}: unknown command. Did you mean mor {near}? mor --help lists all")
+        near = difflib.get_close_matches(name, COMMANDS, n=1, cutoff=0.5)
+        hint = f" Did you mean mor {near[0]}?" if near else ""
+        _refuse(f"{name or repr(name)}: unknown command.{hint} mor --help lists all")
 
 
 def run(name: str, program: str | None = None) -> None:
@@ -108,7 +109,7 @@ def completion(words: list[str]) -> str:
         return _ZSH + _COMPLETION
     if words[:1] == ["words"]:
         return " ".join(COMMANDS if len(words) == 1 else flags_of(words[1]))
-    _refuse(f"completion {' '.join(words)}: must name a shell. Try mor completion bash")
+    _refuse(f"{' '.join(['completion', *words])}: must name a shell: bash or zsh")
 
 
 def flags_of(name: str) -> list[str]:

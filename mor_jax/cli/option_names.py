@@ -48,7 +48,7 @@ def check_filled(given: argparse.Namespace, *names: str) -> None:
     """
     for name in names:
         if getattr(given, name, None) == "":
-            fail(f"--{name}", "", "is empty", "Give a name, or leave the option out")
+            fail(f"--{name}", "", "is empty", "Give a value")
 
 
 def options(given: argparse.Namespace, paths: Mapping[str, str] | None = None) -> dict[str, str]:

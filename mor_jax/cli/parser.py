@@ -42,14 +42,30 @@ class CommandParser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Prints one line and ends the process."""
-        message = _without_prefix(message)
-        message = f"{message}{_nearest_choice(message)}"
+        message = self._reworded(message)
         hints = [f"{word}: unknown option. Did you mean {near}?" for word, near in self._unknown()]
         message = (
             hints[0] if hints else message.rstrip("?") + ("?" if message.endswith("?") else ".")
         )
         print(f"error: {message} {self.prog} --help lists all options", file=sys.stderr)
         sys.exit(exit_codes.REFUSED)
+
+    def _reworded(self, message: str) -> str:
+        message = message.removeprefix("argument ")
+        message = message.replace("the following arguments are required:", "missing:")
+        if message.startswith("unrecognized arguments: "):
+            words = message.removeprefix("unrecognized arguments: ")
+            return f"{words}: unexpected. Options are --NAME=VALUE"
+        name, invalid, rest = message.partition(": invalid choice: ")
+        value, _, choices = rest.partition(" (choose from ")
+        if not invalid or not choices:
+            return message
+        names = [choice.strip("' ") for choice in choices.rstrip(")").split(",")]
+        near = difflib.get_close_matches(value.strip("'"), names, n=1, cutoff=0.0)
+        hint = f". Did you mean {near[0]}?" if near else ""
+        if not name.startswith("-"):
+            return f"{value}: unknown command of {self.prog}{hint}"
+        return f"{name}: must be one of {', '.join(names)}, not {value}{hint}"
 
     def _unknown(self) -> Iterator[tuple[str, str]]:
         """Options that this parser does not have, with the nearest one that it has."""
@@ -66,21 +82,3 @@ class CommandParser(argparse.ArgumentParser):
 
 def _until_separator(words: Sequence[str]) -> Sequence[str]:
     return words[: words.index("--")] if "--" in words else words
-
-
-def _without_prefix(message: str) -> str:
-    """`argument --step: invalid int value: 'x'` as `--step: invalid int value: 'x'`."""
-    return message.removeprefix("argument ").replace(
-        "the following arguments are required:", "missing:"
-    )
-
-
-def _nearest_choice(message: str) -> str:
-    """For `invalid choice: 'hff' (choose from 'hf', 'llama')`: the nearest of the choices."""
-    _, found, rest = message.partition("invalid choice: ")
-    value, _, choices = rest.partition(" (choose from ")
-    if not found or not choices:
-        return ""
-    names = [name.strip("' ") for name in choices.rstrip(")").split(",")]
-    near = difflib.get_close_matches(value.strip("'"), names, n=1, cutoff=0.0)
-    return f". Did you mean {near[0]}?" if near else ""

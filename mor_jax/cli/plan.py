@@ -1,4 +1,4 @@
-"""Plans a run on devices that are not here: memory, traffic and step time.
+"""Plans a run on devices that this machine does not have: memory, traffic and step time.
 
     mor plan --config=mor:size=1.7b --topology=v5e:16x16
     mor plan --config=mor:size=7b --topology=v5p:8x8x8 --compare

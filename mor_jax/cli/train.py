@@ -4,7 +4,7 @@
     mor train --config=mor:size=360m,recursions=2 --config.optim.lr=1e-3 --workdir=runs/mor-360m
 
 
-Exit codes are those of mor_jax/runtime/exit_codes.py; docs/faults.md explains them.
+docs/commands.md lists the exit codes.
 """
 
 import os
@@ -28,7 +28,7 @@ _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "Name of a shipped configuration or a file, with choices: mor:size=360m."
 )
 _WORKDIR = flags.DEFINE_string(
-    "workdir", None, "Run directory; a run that is there resumes.", required=True
+    "workdir", None, "Run directory; an existing run is resumed.", required=True
 )
 _ALLOW = flags.DEFINE_list(
     "allow_changes",

@@ -147,5 +147,5 @@ def check_not_negative(path: str, cfg: Any, *names: str) -> None:
     """Raises `ValueError` if one of the settings `names` of the group at `path` is below 0."""
     for name in names:
         value = getattr(cfg, name)
-        fix = "Try 0" if name.endswith("seed") else "Use 0 to disable it"
+        fix = "Try 0" if name.endswith("seed") else "Use 0 or more"
         check(value >= 0, f"{path}.{name}", value, "must not be negative", fix)

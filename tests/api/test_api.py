@@ -73,6 +73,7 @@ def test_a_configuration_is_a_name_a_file_a_dictionary_or_typed(tmp_path):
 @pytest.mark.parametrize(
     ("config", "settings", "message"),
     [
+        ({}, {}, "config={}: is empty"),
         ("morr", {}, "config='morr': .* Did you mean 'mor'?"),
         ("nothing_like_it", {}, r"Give a file or one of \['from_study'"),
         ("mor:size=tiny", {}, "size=tiny"),
@@ -174,8 +175,9 @@ def test_depths_are_those_of_generation(routed):
         (lambda m: m.generate("x", n=2), "n=2: not a setting of Model.generate"),
         (lambda m: m.generate("x" * 100), "prompt.*has 100 tokens"),
         (lambda m: m.score(""), "text='': has no token"),
-        (lambda m: m.score("x" * 40, context="y" * 40), "text=80: tokens; the model's context"),
-        (lambda m: m.depths("x" * 100), "text=100: tokens; the model's context"),
+        (lambda m: m.generate("x", max_tokens=0), "^max_tokens=0"),
+        (lambda m: m.score("x" * 40, context="y" * 40), "80 tokens exceed the model's context"),
+        (lambda m: m.depths("x" * 100), "text='xxx.*100 tokens exceed"),
     ],
 )
 def test_what_does_not_fit_is_refused(call, message, routed):
@@ -228,6 +230,35 @@ def test_a_source_that_does_not_exist_is_named(tmp_path):
     (tmp_path / "notes.txt").write_text("")
     with pytest.raises(ValueError, match="neither a directory nor a GGUF file"):
         mor_jax.load(tmp_path / "notes.txt")
+
+
+WRONG_TYPES = """
+import sys, mor_jax
+model = mor_jax.load(sys.argv[1])
+for call in (
+    lambda: mor_jax.load(None),
+    lambda: mor_jax.evaluate(3),
+    lambda: mor_jax.train("mor", ""),
+    lambda: mor_jax.export(sys.argv[1], ""),
+    lambda: model.generate(["a", 3]),
+    lambda: model.generate(b"a"),
+    lambda: model.score(None),
+    lambda: model.depths(3),
+):
+    try:
+        print("accepted", call())
+    except ValueError as error:
+        print(error)
+"""
+
+
+def test_a_wrong_type_is_named(routed):
+    """In a process of its own: here the types of all arguments are checked before."""
+    command = [sys.executable, "-c", WRONG_TYPES, str(routed[0])]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    values = [line.split(": must be ")[0] for line in done.stdout.splitlines()]
+    wanted = ["source=None", "source=3", "workdir=''", "output=''"]
+    assert values == [*wanted, "prompt=3", "prompt=b'a'", "text=None", "text=3"]
 
 
 def test_typed_configurations_are_accepted_as_they_are():

@@ -63,8 +63,15 @@ WRONG = [
     (["generate"], "missing: --workdir. mor generate --help"),
     (["generate", "--wrkdir=x"], "--wrkdir: unknown option. Did you mean --workdir?"),
     (["generate", "--workdir=x", "--step=y"], "--step: invalid int value: 'y'."),
-    (["convert", "exprot"], "Did you mean export? mor convert --help"),
-    (["convert", "export", "--to=hff"], "invalid choice: 'hff' .* Did you mean hf?"),
+    (["convert", "exprot"], "unknown command of mor convert. Did you mean export? mor convert"),
+    (["generate", "--workdir=x", "hello"], "hello: unexpected. Options are --NAME=VALUE. mor"),
+    (["--foo"], "--foo: unknown command. mor --help lists all"),
+    (["train", "--config=mor:siz=360m", "--workdir=x"], "--config=mor:siz=360m: config argument"),
+    (["train", "--config=mor", "--config.optim.lr=x", "--workdir=x"], "lr=x: must be a number."),
+    (
+        ["convert", "export", "--to=hff"],
+        "must be one of hf, llama, reference, not 'hff'. Did you mean hf?",
+    ),
     (["evaluate", "--workdir=x", "--lenght=3"], "--lenght: unknown option. Did you mean --length?"),
     (["train", "--config=mro", "--workdir=x"], "Did you mean --config=mor?"),
     (["train", "--config=zzz", "--workdir=x"], "Give a file or one of: from_study, from_workdir,"),
@@ -73,7 +80,7 @@ WRONG = [
         ["prepare-data", "--source=stdlib", "--heldout-share=0.1"],
         "Did you mean --validation-fraction?",
     ),
-    (["completion", "fish"], "completion fish: must name a shell"),
+    (["completion", "fish"], "completion fish: must name a shell: bash or zsh"),
 ]
 
 
