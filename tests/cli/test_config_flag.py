@@ -61,7 +61,7 @@ WRONG = [
     ([GOOD, "--config.optim.lr.x=3"], r"optim\.lr\.x=3: unknown setting\. .*--config\.optim\.lr\?"),
     ([GOOD, "--config.steps=abc"], "--config.steps=abc: must be a whole number"),
     ([GOOD, "--config.steps=1e3"], "--config.steps=1e3: must be a whole number"),
-    ([GOOD, "--config.optim=3"], "--config.optim=3: .* not a dict"),
+    ([GOOD, "--config.optim=3"], "--config.optim=3: is a group of settings"),
     ([GOOD, "--config.steps"], "Missing value for flag --config.steps"),
     ([GOOD, "--processes=two"], "--processes=two: invalid literal"),
     ([GOOD, "--workers=3"], "Unknown command line flag 'workers'"),
