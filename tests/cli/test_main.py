@@ -115,10 +115,8 @@ def test_bash_completes_commands_and_flags():
     assert done.stdout.split() == ["evaluate", "--temperature", "--topology"], done.stderr
 
 
-@pytest.fixture(scope="module")
-def installed(tmp_path_factory):
+def install(place):
     """A wheel of this checkout, installed beside the packages of the running interpreter."""
-    place = tmp_path_factory.mktemp("wheel")
     # A copy: building writes beside the sources.
     source = place / "source"
     names = ["mor_jax", "configs", "pyproject.toml", "README.md", "LICENSE"]
@@ -136,8 +134,8 @@ def installed(tmp_path_factory):
     return file, place / "site"
 
 
-def test_the_wheel_holds_every_module_and_one_top_level_package(installed):
-    file, _ = installed
+def check_contents(file):
+    """Every module, and one top-level package."""
     names = set(zipfile.ZipFile(file).namelist())
     assert {name.split("/")[0] for name in names if ".dist-info" not in name} == {"mor_jax"}
     ours = {f"mor_jax/{p.relative_to(ROOT / 'mor_jax')}" for p in ROOT.glob("mor_jax/**/*.py")}
@@ -145,8 +143,9 @@ def test_the_wheel_holds_every_module_and_one_top_level_package(installed):
     assert ours | {"mor_jax/py.typed"} <= names
 
 
-def test_the_installed_command_works_in_an_empty_folder(installed, tmp_path):
-    _, site = installed
+def test_the_installed_command_works_in_an_empty_folder(tmp_path_factory, tmp_path):
+    file, site = install(tmp_path_factory.mktemp("wheel"))
+    check_contents(file)
     program, variables = [str(site / "bin" / "mor")], {"PYTHONPATH": str(site)}
     for n in range(40):
         (tmp_path / f"{n}.txt").write_text(f"{n} squared is {n * n}\n" * 40)

@@ -6,7 +6,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
 from support.patience import PATIENCE
 
 import mor_jax
@@ -18,10 +17,16 @@ import api_pages  # noqa: E402
 import docstrings  # noqa: E402
 
 
-@pytest.fixture(scope="module")
-def site(tmp_path_factory) -> Path:
-    """The built site; the build executes the notebook, since its cache is empty."""
-    output = tmp_path_factory.mktemp("site") / "html"
+def test_the_site_builds(tmp_path):
+    """In one test, so that it is built once however tests are spread over processes."""
+    site = build(tmp_path / "html")
+    check_pages_and_modules(site)
+    check_links(site)
+    check_notebook(site)
+
+
+def build(output: Path) -> Path:
+    """Builds the site; that executes the notebook, since its cache is empty."""
     command = [sys.executable, "-m", "sphinx", "-W", "--keep-going", "-q", "docs", str(output)]
     done = subprocess.run(
         command,
@@ -36,7 +41,7 @@ def site(tmp_path_factory) -> Path:
     return output
 
 
-def test_every_page_and_every_module_is_on_the_site(site):
+def check_pages_and_modules(site: Path) -> None:
     for page in (ROOT / "docs").glob("*.md"):
         assert (site / f"{page.stem}.html").is_file(), page.name
     shown = "".join(page.read_text() for page in (site / "api").glob("*.html"))
@@ -46,7 +51,7 @@ def test_every_page_and_every_module_is_on_the_site(site):
     assert (site / "searchindex.js").stat().st_size > 100_000
 
 
-def test_links_to_files_lead_to_the_repository_or_to_the_reference(site):
+def check_links(site: Path) -> None:
     page = (site / "index.html").read_text()
     assert re.search(r'href="https://github\.com/[\w./-]+/blob/main/README\.md"', page)
     assert 'href="api/mor_jax.html#module-mor_jax.types"' in page
@@ -111,7 +116,7 @@ def test_paths_and_symbols_of_find_your_way_exist():
             assert re.search(rf"^(?:class|def) {symbol}\b", text, re.MULTILINE), (path, symbol)
 
 
-def test_the_notebook_ran_on_the_way(site):
+def check_notebook(site: Path) -> None:
     """Its cells print a depth for every byte, and equal losses of the run and its export."""
     page = re.sub(r"<[^>]+>", "", (site / "first_steps.html").read_text())
     assert re.search(r"def mean\(values\):\n[1-3]{17}\n", page)
