@@ -124,7 +124,7 @@ def test_before_the_first_checkpoint_only_what_the_weights_mean_stands_firm(cfg,
         "holds imported weights of another model:",
         "data.tokenizer: 'bytes' there, 'words' now",
         "model.max_seq_len: 64 there, 128 now",
-        f"--config=configs/from_workdir.py:{workdir}",
+        f"--config=from_workdir:{workdir}",
         "--allow_changes=data.tokenizer,model.max_seq_len",
     ):
         assert text in str(error.value)

@@ -92,7 +92,7 @@ def test_a_plain_model_has_one_loss_and_no_depth():
 
 def test_a_continued_run_tells_how_much_of_it_is_new():
     text = printed(dataclasses.replace(SUMMARY, steps=300, first_step=200), terminal=False)
-    assert "300 steps, 100 of them now in " in text
+    assert "300 steps, 100 of them in this call in " in text
 
 
 def test_skipped_steps_are_told():

@@ -338,7 +338,7 @@ def test_the_second_time_the_run_stops_until_somebody_changes_something(
 ):
     cfg = bad_data(corpus)
     spoil(monkeypatch, 24, 32, 40, 64, 72, 80)
-    message = r"max_skipped_steps=3: .*3 steps in a row, 6 to 8, rows 64 to 87, again"
+    message = r"max_skipped_steps=3: .*3 steps in a row, 6 to 8, sequences 64 to 87, again"
     with pytest.raises(Diverged, match=message) as caught:
         fit(cfg, tmp_path / "run")
     assert caught.value.code == 77

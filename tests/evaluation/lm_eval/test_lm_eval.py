@@ -209,7 +209,7 @@ def test_what_cannot_be_asked_is_named(run, folder):
         tasks.loaded(["tiny_choice", "tiny_lacking"], own)
     assert tasks.expanded(["paper,piqa"])[:3] == ["lambada_openai", "hellaswag", "piqa"]
     configured = partial(command.configured, ["tiny_choice"], batch_size=None)
-    with pytest.raises(ValueError, match="model='hf': the model is the run"):
+    with pytest.raises(ValueError, match="model='hf': cannot be set: the model is the run"):
         configured(["--model=hf"])
     with pytest.raises(ValueError, match=r"model_args\.pretrained='x': unknown setting"):
         configured(["--model_args", "pretrained=x"])

@@ -191,7 +191,11 @@ def test_kernels_are_refused_off_their_devices(kernel, where):
     ("queries", "visible", "message"),
     [
         (3, AttentionMask(), "as many queries as keys, got 3 and 4"),
-        (4, AttentionMask(None, jnp.ones((1, 4), jnp.int32)), r"k_segments=None: .*both or none"),
+        (
+            4,
+            AttentionMask(None, jnp.ones((1, 4), jnp.int32)),
+            r"k_segments=None: .*both or neither",
+        ),
         (5, AttentionMask(jnp.arange(5, dtype=jnp.int32)[None]), "queries=5: more than the 4 keys"),
     ],
 )

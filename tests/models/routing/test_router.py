@@ -11,7 +11,7 @@ from support.seeded import random_params
 from support.tiny import EXPERT_ROUTER, TINY, TOKEN_ROUTER, batch
 
 from mor_jax.config import RouterConfig
-from mor_jax.convert.parity.reference_loss import QUICK
+from mor_jax.convert.parity.reference_loss import FAST_COMPILATION
 from mor_jax.models.params import forward
 from mor_jax.models.routing.router import (
     Route,
@@ -152,7 +152,7 @@ def test_two_equal_tokens_are_ranked_by_position_however_they_are_compiled():
     cfg, ids = TINY["expert"], np.random.default_rng(0).integers(0, 64, (64, 8)).astype(np.int32)
     ids[:, 1] = ids[:, 0]
     rows = Batch(jnp.asarray(ids), jnp.asarray(ids))
-    run = jax.jit(lambda p: forward(cfg, p, rows).routing, compiler_options=QUICK)
+    run = jax.jit(lambda p: forward(cfg, p, rows).routing, compiler_options=FAST_COMPILATION)
     visits = run(random_params(cfg)).recursion_traces
     gap = np.asarray(visits[1].logits[:, 1] - visits[1].logits[:, 0])
     assert 0 < np.max(gap) < 1e-6
