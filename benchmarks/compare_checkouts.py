@@ -1,6 +1,6 @@
 """Runs a benchmark in two checkouts by turns, so that both meet the same state of the machine.
 
-    python benchmarks/compare_checkouts.py ../before --rounds=3 benchmarks/step_time.py --rounds=5
+    python benchmarks/compare_checkouts.py --rounds=3 ../before benchmarks/step_time.py --rounds=5
 
 The other checkout comes first, then this one, and so on. Prints the last line of every call that
 is JSON, then for every number in them the median of each checkout and the ratio (this / other).
