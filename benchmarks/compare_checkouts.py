@@ -22,7 +22,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("other", type=Path, help="root of the other checkout")
     parser.add_argument("--rounds", type=int, default=3, help="calls in each checkout")
-    parser.add_argument("--match", default="ms", help="print only values whose name contains this")
+    parser.add_argument("--match", default="seconds", help="print values whose name contains this")
     parser.add_argument("command", nargs=argparse.REMAINDER, help="script and its arguments")
     args = parser.parse_args()
     values: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
