@@ -10,7 +10,7 @@ import numpy as np
 from mor_jax import data
 from mor_jax.analysis.figures import recursion_figure
 from mor_jax.analysis.output_directory import FileContents, json_lines, rounded
-from mor_jax.analysis.routing_record import ROUTINGS
+from mor_jax.analysis.routing_record import ROUTINGS, applicable_routings
 from mor_jax.analysis.text_input import TokenBatches
 from mor_jax.checkpoint.load_weights import RunWeights
 from mor_jax.config import TrainConfig
@@ -20,7 +20,7 @@ from mor_jax.inference.calibration_file import Calibration, load
 from mor_jax.inference.config import EngineConfig, compute_config
 from mor_jax.inference.engine.engine import Engine
 from mor_jax.inference.engine.request import Request, SamplingParams
-from mor_jax.inference.load_model import LoadedModel, check_finite, is_causal, prepare_model
+from mor_jax.inference.load_model import LoadedModel, check_finite, prepare_model
 from mor_jax.models.flops import flops
 from mor_jax.runtime.free_memory import CheckedFunction
 from mor_jax.training.evaluator import Evaluator
@@ -111,15 +111,10 @@ def truncate_model(
     params = weights.params()
     check_finite(params, str(weights))
     model = compute_config(model, None)
-    routings, notes = ("causal", "topk"), ()
-    if model.router.kind == "none":
-        routings = ("causal",)
-    elif calibrated is None and not is_causal(model):
-        routings = ("topk",)
+    routings, notes = applicable_routings(model, calibrated is not None), ()
+    if "causal" not in routings:
         note = "only top-k routing and no sample: causal routing needs thresholds, because these "
         notes = (note + "routers were not trained to predict the selection (mor calibrate)",)
-    elif model.router.kind == "token" and model.router.capacity_factor is None:
-        routings = ("causal",)
     largest = 2 * model.num_recursions
     if calibrated is not None:
         largest = calibrated.recursions

@@ -75,14 +75,10 @@ def routed_model(
     model, params, thresholds, _ = prepare_model(weights.cfg.model, params, calibrated, recursions)
     # Rounding changes logits, so the dtype is the one that calibrations use.
     model = compute_config(model, None)
-    modes, notes = ("causal", "topk"), ()
-    if calibrated is None and not is_causal(model):
-        modes = ("topk",)
+    modes, notes = applicable_routings(model, calibrated is not None), ()
+    if "causal" not in modes:
         note = "only top-k routing: these routers were not trained to predict the selection, so "
         notes = (note + "causal routing needs thresholds (mor calibrate, --calibration)",)
-    if model.router.kind == "token" and model.router.capacity_factor is None:
-        # The two routings are equal where no recursion has a capacity limit.
-        modes = ("causal",)
     return RoutedModel(
         weights=weights,
         cfg=dataclasses.replace(weights.cfg, model=model),
@@ -93,6 +89,15 @@ def routed_model(
         modes=modes,
         notes=notes,
     )
+
+
+def applicable_routings(model: ModelConfig, calibrated: bool) -> tuple[str, ...]:
+    """Routings that differ and that the model can run, that of generation first."""
+    router = model.router
+    if router.kind == "none" or (router.kind == "token" and router.capacity_factor is None):
+        # The two are equal where no recursion has a capacity limit.
+        return ("causal",)
+    return ("causal", "topk") if calibrated or is_causal(model) else ("topk",)
 
 
 def check_routed(weights: RunWeights) -> None:

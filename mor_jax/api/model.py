@@ -9,7 +9,7 @@ from typing import Any, overload
 
 import numpy as np
 
-from mor_jax.api.scoring import Scorer, padded_length
+from mor_jax.api.scoring import Scorer
 from mor_jax.api.source import run_directory
 from mor_jax.config import ModelConfig
 from mor_jax.config.parsing import check, parse
@@ -20,7 +20,6 @@ from mor_jax.inference.engine.engine import Engine
 from mor_jax.inference.engine.request import Finished
 from mor_jax.inference.load_model import LoadedModel, load_model
 from mor_jax.runtime import platform
-from mor_jax.training.evaluator import token_depths
 from mor_jax.types import Params
 
 
@@ -152,10 +151,9 @@ class Model:
             _check_text("prompt", one)
         if not prompts:
             return []
-        context = plan_cache(self._loaded, EngineConfig(slots=1)).max_length
         try:
             inputs = from_texts(prompts, _settings(settings))
-            requests = [p.requests[0] for p in prepare(inputs, self._loaded, context)]
+            requests = [p.requests[0] for p in prepare(inputs, self._loaded, self._context)]
         except ValueError as error:
             # Settings and prompts as the caller names them, not as a command line does.
             message = re.sub(r"^prompt (\d+)\.prompt=", r"prompt=", str(error))
@@ -179,7 +177,7 @@ class Model:
         tokens = self._encode(text)
         both = np.concatenate([before, tokens])
         self._check_length(text, both, "Score it in parts, each with the text before as context=")
-        logprobs = self._scorer(both)
+        logprobs, _ = self._scorer(both)
         return Score(tokens=tokens, logprobs=logprobs[len(before) :])
 
     def depths(self, text: str) -> Depths:
@@ -188,14 +186,12 @@ class Model:
         Raises:
             ValueError: no token, more than the model's context, or a model without routers.
         """
-        cfg = compute_config(self.cfg, None)
         rule = "every token of this model has the same depth"
-        check(cfg.router.kind != "none", "router.kind", "none", rule, "Load a routed model")
+        check(self.cfg.router.kind != "none", "router.kind", "none", rule, "Load a routed model")
         tokens = self._encode(text)
         self._check_length(text, tokens, "Shorten the text")
-        padded = np.zeros(padded_length(len(tokens), cfg.max_seq_len), np.int32)
-        padded[: len(tokens)] = tokens
-        depths = token_depths(cfg, self.params, padded, self._loaded.thresholds)[: len(tokens)]
+        _, depths = self._scorer(tokens)
+        assert depths is not None
         pieces = tuple(self.tokenizer.decode([token]) for token in tokens.tolist())
         return Depths(tokens=tokens, pieces=pieces, depths=depths)
 
@@ -228,6 +224,11 @@ class Model:
         shown = text if len(text) <= 40 else f"{text[:40]}..."
         rule = f"{len(tokens):,} tokens exceed the model's context, model.max_seq_len={most}"
         check(len(tokens) <= most, "text", shown, rule, fix)
+
+    @cached_property
+    def _context(self) -> int:
+        """Tokens that a prompt and its answer may have."""
+        return plan_cache(self._loaded, EngineConfig(slots=1)).max_length
 
     @cached_property
     def _scorer(self) -> Scorer:

@@ -1,4 +1,4 @@
-"""Log-probabilities of the tokens of one text, under causal routing."""
+"""Log-probabilities and depths of the tokens of one text, under causal routing."""
 
 from functools import partial
 
@@ -16,35 +16,35 @@ _CHUNK = 512
 
 
 class Scorer:
-    """Scores texts with one model; compiles once for each power of two of tokens."""
+    """One forward pass over a text; compiles once for each power of two of tokens."""
 
     def __init__(
         self, cfg: ModelConfig, params: Params, thresholds: tuple[float, ...] | None
     ) -> None:
         self._longest, self._params = cfg.max_seq_len, params
-        self._run = jax.jit(partial(_logprobs, cfg, Route(mode="causal", thresholds=thresholds)))
+        self._run = jax.jit(partial(_forward, cfg, Route(mode="causal", thresholds=thresholds)))
 
-    def __call__(self, tokens: np.ndarray) -> np.ndarray:
-        """tokens: int32 [l], at most the model's context -> float32 [l], the first one NaN."""
-        inputs = np.zeros((1, padded_length(len(tokens), self._longest)), np.int32)
-        inputs[0, : len(tokens)] = tokens
+    def __call__(self, tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
+        """Log-probabilities, float32 [l], the first one NaN; depths, int32 [l], None unrouted.
+
+        tokens: int32 [l], at most the model's context. They are padded at the end: under causal
+        routing later tokens change no earlier output (tests/models/test_transformer.py).
+        """
+        length = len(tokens)
+        size = min(1 << max(length - 1, 15).bit_length(), self._longest)
+        inputs = np.zeros((1, size), np.int32)
+        inputs[0, :length] = tokens
         targets = np.full_like(inputs, IGNORE)
-        targets[0, : len(tokens) - 1] = tokens[1:]
-        found = np.asarray(self._run(self._params, inputs, targets))[0, : len(tokens) - 1]
-        return np.concatenate([np.array([np.nan], np.float32), found])
+        targets[0, : length - 1] = tokens[1:]
+        logprobs, depths = jax.device_get(self._run(self._params, inputs, targets))
+        first = np.array([np.nan], np.float32)
+        known = np.concatenate([first, logprobs[0, : length - 1]])
+        return known, None if depths is None else depths[0, :length]
 
 
-def padded_length(length: int, longest: int) -> int:
-    """A power of two, so that few lengths are compiled.
-
-    Under causal routing later tokens change no earlier output (tests/models/test_transformer.py),
-    so padding at the end is safe.
-    """
-    return min(1 << max(length - 1, 15).bit_length(), longest)
-
-
-def _logprobs(
+def _forward(
     cfg: ModelConfig, route: Route, params: Params, tokens: Int[Array, "1 l"], targets: Array
-) -> Float[Array, "1 l"]:
-    hidden = forward(cfg, params, Batch(tokens, targets), route).hidden
-    return -token_losses(hidden, logits_table(cfg, params), targets, _CHUNK)[0]
+) -> tuple[Float[Array, "1 l"], Int[Array, "1 l"] | None]:
+    output = forward(cfg, params, Batch(tokens, targets), route)
+    losses, _ = token_losses(output.hidden, logits_table(cfg, params), targets, _CHUNK)
+    return -losses, None if output.routing is None else output.routing.depth

@@ -12,7 +12,7 @@ from absl import flags
 from ml_collections import ConfigDict
 
 from mor_jax.config import old_names
-from mor_jax.config.shipped import config_path, shipped
+from mor_jax.config.shipped import config_path, nearest, shipped
 from mor_jax.runtime import exit_codes
 
 _CONFIG = "--config"
@@ -41,7 +41,7 @@ def parsed(argv: Sequence[str]) -> list[str]:
         # The reader of the help text has enough.
         raise
     except Exception as error:
-        _refuse(_message(error, argv).replace(_given(argv), _given(typed), 1))
+        _refuse(_message(error, typed, argv))
     if len(rest) > 1:
         fix = f"Settings are {_CONFIG}.NAME=VALUE, other flags --NAME=VALUE"
         _refuse(f"{rest[1]}: unknown argument. {fix}")
@@ -64,14 +64,14 @@ def _refuse(message: str) -> NoReturn:
     sys.exit(exit_codes.REFUSED)
 
 
-def _message(error: Exception, argv: Sequence[str]) -> str:
-    config = _given(argv)
+def _message(error: Exception, typed: Sequence[str], argv: Sequence[str]) -> str:
+    """typed: the words as the user wrote them; argv: with paths for the names in `--config`."""
+    config = _given(typed)
     if isinstance(error, OSError):
         reason = str(error).strip().splitlines()[-1].strip().removeprefix(_LATE).rstrip(".")
         name = config.partition(":")[0]
-        near = difflib.get_close_matches(name, shipped(), n=1, cutoff=0.6)
-        known = ", ".join(shipped())
-        fix = f"Did you mean {_CONFIG}={near[0]}?" if near else f"Give a file or one of: {known}"
+        near, known = nearest(name), ", ".join(shipped())
+        fix = f"Did you mean {_CONFIG}={near}?" if near else f"Give a file or one of: {known}"
         if name and not Path(name).exists() and "/" not in name and not name.endswith(".py"):
             return f"{_CONFIG}={config}: neither a file nor a shipped configuration. {fix}"
         return f"{_CONFIG}={config}: cannot be read: {reason}. {fix}"

@@ -44,9 +44,8 @@ class CommandParser(argparse.ArgumentParser):
         """Prints one line and ends the process."""
         message = self._reworded(message)
         hints = [f"{word}: unknown option. Did you mean {near}?" for word, near in self._unknown()]
-        message = (
-            hints[0] if hints else message.rstrip("?") + ("?" if message.endswith("?") else ".")
-        )
+        message = hints[0] if hints else message
+        message = message if message.endswith("?") else f"{message}."
         print(f"error: {message} {self.prog} --help lists all options", file=sys.stderr)
         sys.exit(exit_codes.REFUSED)
 

@@ -3,7 +3,6 @@
     mor train --config=mor:size=debug --workdir=runs/mor
     mor train --config=mor:size=360m,recursions=2 --config.optim.lr=1e-3 --workdir=runs/mor-360m
 
-
 docs/commands.md lists the exit codes.
 """
 

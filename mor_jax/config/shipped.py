@@ -34,6 +34,11 @@ def config_path(given: str) -> str:
     return given
 
 
+def nearest(name: str) -> str | None:
+    """The shipped configuration whose name is like `name`, None if there is none."""
+    return next(iter(difflib.get_close_matches(name, shipped(), n=1, cutoff=0.6)), None)
+
+
 def read_config(given: str) -> dict[str, Any]:
     """Settings as nested plain values, of `mor:size=360m` or `path/to/config.py:CHOICES`.
 
@@ -43,8 +48,8 @@ def read_config(given: str) -> dict[str, Any]:
     name, _, choices = config_path(given).partition(":")
     path = Path(name).expanduser()
     if not path.is_file():
-        near = difflib.get_close_matches(name, shipped(), n=1, cutoff=0.6)
-        fix = f"Did you mean {near[0]!r}?" if near else f"Give a file or one of {shipped()}"
+        near = nearest(name)
+        fix = f"Did you mean {near!r}?" if near else f"Give a file or one of {shipped()}"
         raise ValueError(f"config={given!r}: neither a file nor a shipped configuration. {fix}")
     spec = importlib.util.spec_from_file_location(path.stem, path)
     if spec is None or spec.loader is None:
